@@ -1,0 +1,134 @@
+"""Connect to Ray: the cluster that RAY_ADDRESS names, else a private one on this machine.
+
+The private one listens on loopback, has no dashboard, writes nothing to the user's home and ends with this process.
+Not here: jobs that outlive the caller, see `animediffusion.platform.jobs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ClusterError
+
+OBJECT_STORE_BYTES = 512 * 1024 * 1024
+"""Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
+
+_REACH_SECONDS = 5.0
+
+# What a private cluster does not need: usage reports, metric exporters, advice on its own logs.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+
+def connect(
+    settings: Settings,
+    num_cpus: int | None = None,
+    *,
+    include_dashboard: bool = False,
+    object_store_memory: int = OBJECT_STORE_BYTES,
+    worker_logs: bool = False,
+) -> None:
+    """Connect this process to Ray; does nothing when it already is.
+
+    Args:
+        settings: the workspace is told to the workers, so that both sides mean the same folder.
+        num_cpus: logical CPUs of an embedded cluster, the machine's own number if None.
+        include_dashboard: start the dashboard of an embedded cluster, which takes a second and 200 MB.
+        object_store_memory: bytes, of an embedded cluster.
+        worker_logs: show what workers print.
+
+    Raises:
+        ClusterError: if nothing answers at RAY_ADDRESS, the token is wrong, or Ray cannot start here.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    common = {"log_to_driver": worker_logs, "logging_level": logging.ERROR, "runtime_env": _runtime_env(settings)}
+    address = cluster_address()
+    if address is not None:
+        _check_reachable(address)
+        _init(f"Ray at {address}", address=address, **common)
+        return
+    _private_token()
+    _init(
+        "Ray on this machine",
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=include_dashboard,
+        object_store_memory=object_store_memory,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
+
+
+def shutdown() -> None:
+    """Leave Ray; an embedded cluster ends with it."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS where it names a cluster to join; None for an embedded one.
+
+    An http address is that of the jobs API, which `jobs` uses; it cannot be joined.
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") or address.startswith(("http://", "https://")) else address
+
+
+def _runtime_env(settings: Settings) -> dict[str, Any]:
+    """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
+    values = {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        values["OMP_NUM_THREADS"] = threads
+    return {"env_vars": values}
+
+
+def _private_token() -> None:
+    """Protect the embedded cluster with a token that lives in this process's environment only.
+
+    Left alone, Ray would write ~/.ray/auth_token; without any token, every user of this machine could run code as us.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    if (Path.home() / ".ray" / "auth_token").exists():
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray itself would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Ray at {address}", f"does not answer ({error.strerror or error})", "check RAY_ADDRESS, or unset it"
+        ) from error
+
+
+def _init(thing: str, **arguments: Any) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        ray.init(**arguments)
+    except Exception as error:
+        found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(thing, f"cannot be used ({found.strip()})", "see `animediffusion doctor`") from error
