@@ -1,0 +1,254 @@
+"""Image files to uint8 arrays and back: every format people really send, every way it can be broken.
+
+    array = decode_rgb(path.read_bytes(), thing=str(path))      # [H, W, 3], upright, over white
+    stored = encode_lossless(fit_square(array, 64))
+
+Arrays are uint8: RGB [H, W, 3], RGBA [H, W, 4] or gray [H, W].
+Not here: tensors, see models/images.py.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from animediffusion.platform.errors import ImageError
+
+Array = NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Only these parsers ever see foreign bytes; Pillow's others (some start programs) do not."""
+MAX_PIXELS = 64_000_000
+
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError,
+                    MemoryError, struct.error, zlib.error)  # fmt: skip
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
+_WHITE = (255, 255, 255)
+_PAPER, _INK = (246, 244, 240), (92, 86, 82)
+_WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class Box(NamedTuple):
+    """Where a letterboxed picture lies inside its square, and how large it was before."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    source_width: int
+    source_height: int
+
+
+def decode_rgb(
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Array:
+    """RGB pixels [H, W, 3] of an encoded image: upright by EXIF, transparency over white, 8 bits.
+
+    Args:
+        data: the bytes of one file; its name plays no role. Of an animation, the first frame.
+        thing: how error messages call it.
+        max_pixels: width x height allowed, read from the header before anything is decoded.
+        formats: Pillow's names of the formats allowed.
+
+    Raises:
+        ImageError: with `reason` empty, not_an_image, truncated, too_large or unreadable.
+    """
+    return np.array(_open(data, thing, max_pixels, formats))
+
+
+def decode_gray(
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Array:
+    """Luma (ITU-R 601) [H, W] of an encoded image; arguments and errors as decode_rgb."""
+    return np.array(_open(data, thing, max_pixels, formats).convert("L"))
+
+
+def encode_png(array: Array) -> bytes:
+    """PNG bytes of a gray, RGB or RGBA array."""
+    return _save(array, "PNG", compress_level=6)
+
+
+def encode_lossless(array: Array) -> bytes:
+    """The bytes a shard stores: lossless, smaller than PNG, quick to write and to read.
+
+    WebP; PNG for gray (WebP has none: it would store three planes) and above WebP's 16,383 pixels a side.
+    """
+    if array.ndim == 2 or max(array.shape) > 16_383:
+        return _save(array, "PNG", compress_level=6)
+    return _save(array, "WEBP", lossless=True, quality=20, method=0, exact=True)
+
+
+def fit_square(array: Array, size: int, *, fill: int = 255, crop: bool = True) -> Array:
+    """The picture as a size x size square, antialiased.
+
+    With `crop` the short side fills the square and the middle is kept; without, the whole picture is
+    centered on a ground of gray level `fill`.
+    """
+    if not crop:
+        return letterbox(array, size, fill=fill)[0]
+    height, width = array.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resize(array, size, size, (left, top, left + side, top + side))
+
+
+def letterbox(array: Array, size: int, *, fill: int = 255) -> tuple[Array, Box]:
+    """The whole picture centered in a size x size square, and the Box that unletterbox() needs."""
+    height, width = array.shape[:2]
+    scale = size / max(height, width)
+    inner_width, inner_height = (max(1, round(side * scale)) for side in (width, height))
+    left, top = (size - inner_width) // 2, (size - inner_height) // 2
+    square = np.full((size, size, *array.shape[2:]), fill, np.uint8)
+    square[top : top + inner_height, left : left + inner_width] = _resize(array, inner_width, inner_height)
+    return square, Box(left, top, inner_width, inner_height, width, height)
+
+
+def unletterbox(array: Array, box: Box) -> Array:
+    """The inner picture of a letterboxed square at its source size.
+
+    The square may have another size than the one letterbox() made; the box scales with it.
+    """
+    scale = array.shape[0] / max(box.width, box.height)
+    left, top = box.left * scale, box.top * scale
+    inside = (left, top, left + box.width * scale, top + box.height * scale)
+    return _resize(array, box.source_width, box.source_height, inside)
+
+
+def contact_sheet(rows: Sequence[Sequence[Array]], labels: Sequence[str], *, cell: int | None = None) -> Array:
+    """One RGB picture of rows of pictures, a label above each column, on a quiet ground.
+
+    Args:
+        rows: pictures of any size, gray or RGB; a row may be shorter than `labels`.
+        labels: one per column.
+        cell: side of a picture on the sheet, pixels; by default a multiple of the first picture's, 128 or more.
+    """
+    side = cell or _cell_side(rows)
+    gap, margin, head = side // 12, side // 5, side // 4
+    pitch, count = side + gap, max(len(labels), *(len(row) for row in rows), 1)
+    size = (2 * margin + count * pitch - gap, 2 * margin + head + len(rows) * pitch - gap)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(11, side // 9))
+    for column, label in enumerate(labels):
+        center = (margin + column * pitch + side // 2, margin + head // 3)
+        draw.text(center, label, fill=_INK, font=font, anchor="mm")
+    mask = _rounded(side)
+    for line, row in enumerate(rows):
+        for column, array in enumerate(row):
+            place = (margin + column * pitch, margin + head + line * pitch)
+            sheet.paste(Image.fromarray(letterbox(array, side)[0]).convert("RGB"), place, mask)
+    return np.array(sheet)
+
+
+def _cell_side(rows: Sequence[Sequence[Array]]) -> int:
+    side = next((max(array.shape[:2]) for row in rows for array in row), 128)
+    return side * max(1, -(-128 // side)) if side <= 256 else 256
+
+
+def _rounded(side: int) -> Image.Image:
+    """A mask with slightly rounded corners, antialiased."""
+    large = Image.new("L", (4 * side, 4 * side))
+    ImageDraw.Draw(large).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=side // 5, fill=255)
+    return large.resize((side, side), Image.Resampling.BOX)
+
+
+def _resize(array: Array, width: int, height: int, box: tuple[float, float, float, float] | None = None) -> Array:
+    if array.shape[:2] == (height, width) and (box is None or box == (0, 0, width, height)):
+        return array.copy()
+    image = Image.fromarray(array)
+    # LANCZOS rings around lines; BICUBIC keeps flat areas flat. Both are antialiased in Pillow.
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _save(array: Array, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _open(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    """A fully decoded, upright RGB image."""
+    if not data:
+        raise ImageError(thing, "is empty", "give an image file", reason="empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's notes on size and metadata: we have our own limits
+        image = _read_header(data, thing, max_pixels, formats)
+        try:
+            image.load()
+            return _to_rgb(_upright(image))
+        except _DECODING_ERRORS as error:
+            raise _broken(data, thing, error) from error
+
+
+def _read_header(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+    allowed = f"at most {max_pixels:,} pixels"
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ImageError(thing, "has far too many pixels", allowed, reason="too_large") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data, thing, formats) from error
+    except _DECODING_ERRORS as error:
+        raise _broken(data, thing, error) from error
+    if image.width * image.height > max_pixels:
+        raise ImageError(thing, f"is {image.width:,} x {image.height:,} pixels", allowed, reason="too_large")
+    return image
+
+
+def _unidentified(data: bytes, thing: str, formats: tuple[str, ...]) -> ImageError:
+    """Nothing could read the header: cut off within it, or no image at all."""
+    ours = data.startswith(_SIGNATURES) or (data.startswith(b"RIFF") and data[8:12] in (b"", b"WEBP"))
+    if ours and _ends_early(data):
+        return ImageError(thing, "is cut off within its header", "give the whole file", reason="truncated")
+    start = data[:12].decode("ascii", "replace").encode("unicode_escape").decode()
+    names = ", ".join(name.replace("WEBP", "WebP") for name in formats)
+    return ImageError(thing, f"is not an image (starts with {start!r})", f"give one of {names}", reason="not_an_image")
+
+
+def _broken(data: bytes, thing: str, error: BaseException) -> ImageError:
+    if _ends_early(data) or "truncated" in str(error).lower():
+        return ImageError(thing, "is cut off before its end", "give the whole file", reason="truncated")
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ImageError(thing, f"cannot be decoded ({what})", "save it again as PNG", reason="unreadable")
+
+
+def _ends_early(data: bytes) -> bool:
+    """True if the file lacks the end that its format always has."""
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"RIFF"):
+        return len(data) < 12 or len(data) < struct.unpack("<I", data[4:8])[0] + 8
+    return len(data) < 64
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODING_ERRORS:
+        return image  # damaged EXIF is no reason to refuse good pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _WIDE_MODES:
+        return _to_eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*_WHITE, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 or 32 bits as 8: whole numbers are 0..65535; fractions are 0..1, or 0..255 if any is above 1."""
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    full_range = (1 if values.max(initial=0) <= 1 else 255) if image.mode == "F" else 65_535
+    return Image.fromarray(np.clip(np.rint(values * (255 / full_range)), 0, 255).astype(np.uint8))
