@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
@@ -22,6 +23,9 @@ OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
 
 _REACH_SECONDS = 5.0
+
+# Ray's switch for "this node will never be part of a cluster": the one way to make all its servers bind to loopback.
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # What a private cluster does not need: usage reports, metric exporters, advice on its own logs.
 _QUIET = {
@@ -65,13 +69,13 @@ def connect(
         _init(f"Ray at {address}", address=address, **common)
         return
     _private_token()
+    _loopback_only(True)
     _init(
         "Ray on this machine",
         address="local",
         num_cpus=num_cpus,
         include_dashboard=include_dashboard,
         object_store_memory=object_store_memory,
-        _node_ip_address="127.0.0.1",
         **common,
     )
 
@@ -80,6 +84,7 @@ def shutdown() -> None:
     """Leave Ray; an embedded cluster ends with it."""
     if ray.is_initialized():
         ray.shutdown()
+        _loopback_only(False)
 
 
 def cluster_address() -> str | None:
@@ -98,6 +103,15 @@ def _runtime_env(settings: Settings) -> dict[str, Any]:
     if threads:
         values["OMP_NUM_THREADS"] = threads
     return {"env_vars": values}
+
+
+def _loopback_only(on: bool) -> None:
+    """Tell this process and the Ray processes that it starts; ray reads the variable only when it is imported."""
+    ray_constants.ENABLE_RAY_CLUSTER = not on
+    if on:
+        os.environ[_LOOPBACK_ONLY] = "0"
+    else:
+        os.environ.pop(_LOOPBACK_ONLY, None)
 
 
 def _private_token() -> None:
