@@ -1,0 +1,217 @@
+"""A bundle: the folder that colours images. It is what is trained into, registered, served and exported.
+
+config.json model.safetensors metrics.json card.md checksums.json; no pickle anywhere. Its identity is
+the sha256 of config.json and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from animediffusion.models.denoiser import Denoiser, Prediction
+from animediffusion.models.path import PathConfig
+from animediffusion.models.sampler import SAMPLERS, build_sampler, sample, sample_times
+from animediffusion.models.unet import UNetConfig
+
+FORMAT = 1
+IDENTITY_FILES = ("config.json", "model.safetensors")
+FILES = (*IDENTITY_FILES, "metrics.json", "card.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerDefaults:
+    """How this model is best sampled; what a request leaves open comes from here."""
+
+    name: str = "euler"
+    steps: int = 4
+    guidance_scale: float = 1.0
+    shift: float = 1.0
+    """Spacing of the sampling times, see sample_times."""
+
+    def __post_init__(self) -> None:
+        if self.name not in SAMPLERS:
+            raise ValueError(f"sampler name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"sampler steps must be in 1..1000, got {self.steps}")
+        if not 0 <= self.guidance_scale <= 20:
+            raise ValueError(f"guidance_scale must be in 0..20, got {self.guidance_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """All that is needed to build the model and to prepare its inputs."""
+
+    network: UNetConfig = field(default_factory=UNetConfig)
+    path: PathConfig = field(default_factory=PathConfig)
+    prediction: Prediction = "x0"
+    clamp: bool = False
+    image_size: int = 64
+    """Side in pixels of the square images it was trained on."""
+    sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """recipe, steps, attention, data hash: where the weights come from."""
+
+    def build(self) -> Denoiser:
+        """The model with fresh weights."""
+        return Denoiser(self.network, self.path, self.prediction, clamp=self.clamp)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle."""
+
+    config: BundleConfig
+    denoiser: Denoiser
+    metrics: dict[str, Any]
+    sha256: str
+    folder: Path
+
+
+def save_bundle(
+    folder: Path, denoiser: Denoiser, config: BundleConfig, metrics: dict[str, Any] | None = None, card: str = ""
+) -> str:
+    """Write the folder whole (through a neighbour and a rename) and return its sha256."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    save_file(weights, temporary / "model.safetensors")
+    _write_json(temporary / "config.json", {"format": FORMAT, **asdict(config)})
+    _write_json(temporary / "metrics.json", metrics or {})
+    (temporary / "card.md").write_text(card)
+    return _seal(temporary, folder)
+
+
+def with_sampler(
+    source: Path, destination: Path, sampler: SamplerDefaults, metrics: dict[str, Any] | None = None
+) -> str:
+    """A copy of a bundle with other sampler defaults; returns its sha256."""
+    config = _read_config(source)
+    temporary = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    _write_json(temporary / "config.json", {"format": FORMAT, **asdict(config), "sampler": asdict(sampler)})
+    if metrics is not None:
+        _write_json(temporary / "metrics.json", metrics)
+    return _seal(temporary, destination)
+
+
+def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Put measured metrics into a bundle; its identity stays."""
+    _write_json(folder / "metrics.json", metrics)
+    _write_checksums(folder)
+
+
+def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundle:
+    """Check every hash, then build the model in eval mode.
+
+    Raises:
+        ValueError: missing file, changed byte, unknown format, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    sha256 = verify(folder)
+    config = _read_config(folder)
+    denoiser = config.build()
+    try:
+        denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder}/model.safetensors does not fit config.json: {reason}") from error
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return Bundle(config, denoiser.to(device).eval().requires_grad_(False), metrics, sha256, folder)
+
+
+def verify(folder: Path) -> str:
+    """The sha256 of a bundle folder whose files are all as they were written.
+
+    Raises:
+        ValueError: naming the missing or changed file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    missing = [name for name in (*FILES, "checksums.json") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is no bundle, it lacks {', '.join(missing)}")
+    try:
+        expected = json.loads((folder / "checksums.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}/checksums.json is damaged: {error}") from error
+    for name in FILES:
+        if not isinstance(expected, dict) or expected.get(name) != _sha256(folder / name):
+            raise ValueError(f"{folder}/{name} was changed after it was written (sha256 differs)")
+    return identity(folder)
+
+
+def identity(folder: Path) -> str:
+    """sha256 over the hashes of config and weights, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name in IDENTITY_FILES:
+        digest.update(_sha256(folder / name).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def smoke_sample(bundle: Bundle) -> None:
+    """Colour noise once with the bundle's own defaults, two steps at most.
+
+    Raises:
+        ValueError: if the result has another shape or is not finite.
+    """
+    device = next(bundle.denoiser.parameters()).device
+    size, defaults = bundle.config.image_size, bundle.config.sampler
+    sketch, reference = torch.ones(1, 1, size, size, device=device), torch.zeros(1, 3, size, size, device=device)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    condition = bundle.denoiser.encode(sketch, reference)
+    times = sample_times(bundle.denoiser.path, min(defaults.steps, 2), shift=defaults.shift).to(device)
+    sampler = build_sampler(defaults.name, bundle.denoiser.path)
+    image = sample(sampler, lambda x, t: bundle.denoiser(x, t, condition), noise, times)
+    if image.shape != noise.shape or not bool(torch.isfinite(image).all()):
+        raise ValueError(f"{bundle.folder}: the smoke sample is not a finite {size}x{size} image")
+
+
+def _read_config(folder: Path) -> BundleConfig:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if values.pop("format", None) != FORMAT:
+            raise ValueError(f"format is not {FORMAT}")
+        unknown = set(values) - {f.name for f in fields(BundleConfig)}
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(sorted(unknown))}")
+        network = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("network").items()}
+        return BundleConfig(
+            network=UNetConfig(**network),
+            path=PathConfig(**values.pop("path")),
+            sampler=SamplerDefaults(**values.pop("sampler")),
+            **values,
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder}/config.json is not a bundle's: {error}") from error
+
+
+def _seal(temporary: Path, folder: Path) -> str:
+    _write_checksums(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return identity(folder)
+
+
+def _write_checksums(folder: Path) -> None:
+    _write_json(folder / "checksums.json", {name: _sha256(folder / name) for name in FILES})
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

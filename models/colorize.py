@@ -1,0 +1,55 @@
+"""The product: a sketch and a reference in, a coloured image out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from animediffusion.models.bundle import Bundle, SamplerDefaults
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.guidance import guided
+from animediffusion.models.sampler import build_sampler, sample, sample_times
+
+
+@torch.no_grad()
+def colorize(
+    bundle: Bundle,
+    sketch: Tensor,
+    reference: Tensor,
+    *,
+    seeds: Sequence[int],
+    sampler: SamplerDefaults | None = None,
+) -> Tensor:
+    """Coloured images [B, 3, S, S] in [-1, 1], on the bundle's device.
+
+    Args:
+        bundle: the model.
+        sketch: [B, 1, S, S] in [-1, 1], dark lines on white.
+        reference: [B, 3, S, S] in [-1, 1].
+        seeds: one per row; an image depends on its own row and seed.
+        sampler: in place of the bundle's defaults.
+    """
+    device = next(bundle.denoiser.parameters()).device
+    noise = torch.stack([noise_for(seed, sketch.shape[-1]) for seed in seeds]).to(device)
+    settings = sampler or bundle.config.sampler
+    return sample_images(bundle.denoiser, sketch.to(device), reference.to(device), noise, settings).clamp(-1, 1)
+
+
+def sample_images(
+    denoiser: Denoiser, sketch: Tensor, reference: Tensor, noise: Tensor, settings: SamplerDefaults
+) -> Tensor:
+    """Images for given noise [B, 3, S, S], neither clamped nor detached from the graph."""
+    condition = denoiser.encode(sketch, reference)
+    null = None
+    if settings.guidance_scale != 1:
+        null = denoiser.encode(sketch, reference, torch.zeros(len(sketch), dtype=torch.bool, device=sketch.device))
+    denoise = guided(denoiser, condition, null, settings.guidance_scale)
+    times = sample_times(denoiser.path, settings.steps, shift=settings.shift).to(noise.device)
+    return sample(build_sampler(settings.name, denoiser.path), denoise, noise, times)
+
+
+def noise_for(seed: int, size: int) -> Tensor:
+    """Standard normal [3, S, S] that depends on the seed alone, whatever the device."""
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,32 @@
+"""What a request fixes before the first denoising step: everything made from sketch and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Condition(NamedTuple):
+    """Independent of t and of the noise, so made once per request. B rows, batch first."""
+
+    features: Tensor
+    """[B, C, h, w]: first convolution of sketch and reference, to be added to that of x_t."""
+    tokens: Tensor
+    """[B, N, D]: the reference as attention tokens; N = 0 for a network without them."""
+    palette: Tensor
+    """[B, E]: pooled tokens, added to the time embedding; E = 0 without tokens."""
+    sketch: Tensor
+    """[B, 1, H, W] in [-1, 1]: for the last layers, which work at full resolution."""
+
+
+def cat_conditions(conditions: Sequence[Condition]) -> Condition:
+    """Rows of several conditions, one after the other."""
+    return Condition(*(torch.cat(parts) for parts in zip(*conditions, strict=True)))
+
+
+def select(condition: Condition, index: Tensor | slice) -> Condition:
+    """The rows that `index` names (a slice, a bool mask [B] or row numbers)."""
+    return Condition(*(part[index] for part in condition))

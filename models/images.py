@@ -1,0 +1,19 @@
+"""Between 8-bit images and the tensors of the mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_tensor(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] or [B, H, W] as float32 [B, C, H, W] in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    channels_first = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return channels_first.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[B, C, H, W] in [-1, 1] as uint8 [B, H, W, C], rounded; values outside are cut."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

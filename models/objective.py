@@ -1,0 +1,199 @@
+"""What the two phases minimise. Each is a module whose forward returns the loss, so DDP can wrap it.
+
+B rows, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from animediffusion.models.augment import Batch
+from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.sampler import build_sampler, sample_times
+
+NUM_BINS = 8
+
+
+class Loss(NamedTuple):
+    """The loss and what a chart shows of it."""
+
+    total: Tensor
+    """Scalar, to be differentiated."""
+    bins: Tensor
+    """[8]: sum of per-row losses by noise level t / t_max; detached."""
+    counts: Tensor
+    """[8]: rows in each bin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """Phase 1."""
+
+    time_distribution: str = "logit_normal"
+    """logit_normal or uniform."""
+    time_mean: float = 1.5
+    """t = t_max * sigmoid(mean + std * n), n standard normal (Esser et al. 2024, Eq. 19)."""
+    time_std: float = 1.2
+    drop_reference: float = 0.1
+    """Share of rows that see the learned null in place of the reference, for classifier-free guidance."""
+    loss: str = "mse"
+    """mse, or huber (less weight on the few pixels that are far off)."""
+
+    def __post_init__(self) -> None:
+        if self.time_distribution not in ("logit_normal", "uniform"):
+            raise ValueError(f"time_distribution must be logit_normal or uniform, got {self.time_distribution!r}")
+        if self.loss not in ("mse", "huber"):
+            raise ValueError(f"loss must be mse or huber, got {self.loss!r}")
+        if not 0 <= self.drop_reference < 1:
+            raise ValueError(f"drop_reference must be in [0, 1), got {self.drop_reference}")
+
+
+class DenoisingObjective(nn.Module):
+    """Phase 1: predict what the noise hid (the paper's first phase; Ho et al. 2020, Eq. 14, for any prediction)."""
+
+    def __init__(self, denoiser: Denoiser, config: DenoisingConfig) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.config = config
+
+    def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
+        """Loss of one batch; `step` is not used here."""
+        t = self.denoiser.path.t_max * self._times(len(batch.target), batch.target.device, generator)
+        noise = _normal(batch.target, generator)
+        x_t = self.denoiser.path.add_noise(batch.target, noise, t)
+        drawn = torch.rand(len(t), device=t.device, generator=generator)
+        condition = self.denoiser.encode(batch.sketch, batch.reference, drawn >= self.config.drop_reference)
+        output = self.denoiser.network.denoise(x_t, t, condition).float()
+        target = self.denoiser.training_target(batch.target, noise, t)
+        if self.config.loss == "huber":
+            each = F.huber_loss(output, target, reduction="none", delta=0.3) / 0.3
+        else:
+            each = F.mse_loss(output, target, reduction="none")
+        per_row = each.mean((1, 2, 3))
+        return _loss(per_row.mean(), per_row, t / self.denoiser.path.t_max)
+
+    def _times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
+        if self.config.time_distribution == "uniform":
+            return torch.rand(rows, device=device, generator=generator)
+        n = torch.randn(rows, device=device, generator=generator)
+        return torch.sigmoid(self.config.time_mean + self.config.time_std * n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Phase 2."""
+
+    gradient_steps: int = 2
+    """At most so many of the sampler's last steps are differentiated; how many is drawn per step."""
+    pixel_weight: float = 1.0
+    structure_weight: float = 0.2
+    """Weight of the difference of gradients, which keeps edges and flat areas."""
+    denoising_weight: float = 0.2
+    """Share of the phase 1 loss."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_steps < 1:
+            raise ValueError(f"gradient_steps must be at least 1, got {self.gradient_steps}")
+
+
+class ReconstructionObjective(nn.Module):
+    """Phase 2: sample as in deployment, from pure noise, and compare with the target.
+
+    The last K steps are differentiated (DRaFT-K, Clark et al. 2024), with checkpointing. Unlike the
+    authors' code the start never sees the ground truth, and gradients pass through this forward, so
+    DDP averages them.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: ReconstructionConfig,
+        sampler: SamplerDefaults,
+        denoising: DenoisingConfig,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.config = config
+        self.settings = sampler
+        self.seed = seed
+        self.denoising = DenoisingObjective(denoiser, denoising)
+
+    def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:
+        """Loss of one batch; K follows from (seed, step), equal on all ranks."""
+        image = self._sample(batch, generator, self.num_gradient_steps(step))
+        pixel = F.mse_loss(image, batch.target, reduction="none").mean((1, 2, 3))
+        structure = structure_loss(image, batch.target)
+        own = self.config.pixel_weight * pixel + self.config.structure_weight * structure
+        phase1: Loss = self.denoising(batch, generator, step)
+        total = own.mean() + self.config.denoising_weight * phase1.total
+        return phase1._replace(total=total)
+
+    def num_gradient_steps(self, step: int) -> int:
+        """K of a training step, in 1..gradient_steps."""
+        most = min(self.config.gradient_steps, self.settings.steps)
+        return 1 + int(torch.randint(most, (), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step)))
+
+    def _sample(self, batch: Batch, generator: torch.Generator, gradient_steps: int) -> Tensor:
+        condition = self.denoiser.encode(batch.sketch, batch.reference)
+        sampler = build_sampler(self.settings.name, self.denoiser.path)
+        times = sample_times(self.denoiser.path, self.settings.steps, shift=self.settings.shift)
+        state = sampler.start(_normal(batch.target, generator), times.to(batch.target.device))
+        num = sampler.num_evaluations(self.settings.steps)
+        first_with_gradient = num - gradient_steps * sampler.stages
+        for evaluation in range(num):
+            x, t = sampler.query(state)
+            if evaluation < first_with_gradient:
+                with torch.no_grad():
+                    x_0 = self.denoiser(x, t, condition)
+            elif evaluation < num - 1:
+                x_0 = checkpoint(self.denoiser, x, t, condition, use_reentrant=False)
+            else:
+                x_0 = self.denoiser(x, t, condition)
+            state = sampler.advance(state, x_0)
+        return state.x
+
+
+def structure_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring-pixel differences, per row [B]."""
+    across = ((image.diff(dim=-1) - target.diff(dim=-1)).abs()).mean((1, 2, 3))
+    down = ((image.diff(dim=-2) - target.diff(dim=-2)).abs()).mean((1, 2, 3))
+    return across + down
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
+
+
+def _loss(total: Tensor, per_row: Tensor, level: Tensor) -> Loss:
+    index = (level * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    zeros = torch.zeros(NUM_BINS, device=per_row.device)
+    bins = zeros.scatter_add(0, index, per_row.detach().float())
+    return Loss(total, bins, zeros.scatter_add(0, index, torch.ones_like(level)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which phase, and the constants of both (phase 2 keeps a share of phase 1)."""
+
+    name: str = "denoising"
+    """denoising (phase 1) or reconstruction (phase 2)."""
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+    def __post_init__(self) -> None:
+        if self.name not in ("denoising", "reconstruction"):
+            raise ValueError(f"objective name must be denoising or reconstruction, got {self.name!r}")
+
+    def build(self, denoiser: Denoiser, sampler: SamplerDefaults, seed: int) -> nn.Module:
+        """The objective module."""
+        if self.name == "denoising":
+            return DenoisingObjective(denoiser, self.denoising)
+        return ReconstructionObjective(denoiser, self.reconstruction, sampler, self.denoising, seed)
