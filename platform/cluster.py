@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from ray._private import ray_constants
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
+from animediffusion.platform.network import why_unreachable
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
-
-_REACH_SECONDS = 5.0
 
 # Ray's switch for "this node will never be part of a cluster": the one way to make all its servers bind to loopback.
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -65,7 +63,9 @@ def connect(
     common = {"log_to_driver": worker_logs, "logging_level": logging.ERROR, "runtime_env": _runtime_env(settings)}
     address = cluster_address()
     if address is not None:
-        _check_reachable(address)
+        reason = why_unreachable(address)
+        if reason is not None:
+            raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
         _init(f"Ray at {address}", address=address, **common)
         return
     _private_token()
@@ -124,19 +124,6 @@ def _private_token() -> None:
     if (Path.home() / ".ray" / "auth_token").exists():
         return
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def _check_reachable(address: str) -> None:
-    """Fail in seconds where Ray itself would try for a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"Ray at {address}", f"does not answer ({error.strerror or error})", "check RAY_ADDRESS, or unset it"
-        ) from error
 
 
 def _init(thing: str, **arguments: Any) -> None:

@@ -1,0 +1,28 @@
+"""Ask whether something listens at an address, before a client library retries for a minute."""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import urlsplit
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def why_unreachable(address: str, timeout: float = 5.0) -> str | None:
+    """The reason why no TCP connection to `address` can be made, or None when one can.
+
+    Args:
+        address: `host:port` or a URL.
+        timeout: seconds.
+    """
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        if not parts.hostname or not port:
+            return "is not host:port"
+        socket.create_connection((parts.hostname, port), timeout=timeout).close()
+    except ValueError as error:
+        return f"is not host:port ({error})"
+    except OSError as error:
+        return f"does not answer ({error.strerror or error})"
+    return None
