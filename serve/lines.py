@@ -1,0 +1,99 @@
+"""Reads a drawing: which part of each pixel is line and which is paper.
+
+Scans have gray or yellow paper, photographs uneven light, and lines come in any colour; the network knows
+black lines on white only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from animediffusion.platform.images import Box, letterbox
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+CLEAN_PAPER = 250
+"""A drawing whose median pixel is at least this bright in every channel is taken as it is."""
+PAPER_GRID_PX = 64
+"""The colour of uneven paper is estimated on a grid this fine."""
+FAINT_LINE = 0.08
+"""Less darkness than this is grain of the paper."""
+
+
+class Drawing(NamedTuple):
+    """A sketch, taken apart."""
+
+    pixels: Pixels
+    """[H, W, 3], as sent."""
+    darkness: Floats
+    """[H, W]: 0 on paper, 1 in a black line."""
+    paper: Floats
+    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the colour of the paper and the light on it."""
+
+
+def read_drawing(pixels: Pixels) -> Drawing:
+    """The lines and the paper of a sketch [H, W, 3]; lines may have any colour that is darker than the paper."""
+    brightness = np.median(pixels.reshape(-1, 3), axis=0)
+    if brightness.min() >= CLEAN_PAPER:
+        paper = np.ones((1, 1, 3), np.float32)
+        return Drawing(pixels, _stretch(_darkness(pixels, paper)), paper)
+    paper = _paper_of(pixels)
+    darkness = _darkness(pixels, paper)
+    darkness = np.maximum((darkness - FAINT_LINE) / (1 - FAINT_LINE), 0).astype(np.float32)
+    return Drawing(pixels, _stretch(darkness), paper)
+
+
+def looks_inverted(pixels: Pixels) -> bool:
+    """True for light lines on a dark ground: most of the picture is nearly black."""
+    return bool(np.median(pixels.max(axis=2)) < 64)
+
+
+def for_network(drawing: Drawing, size: int) -> tuple[Pixels, Box]:
+    """The sketch as the network knows sketches, [size, size] black on white, and where it lies in the square.
+
+    Thin lines fade when a large drawing is made small; they are made dark again.
+    """
+    gray = np.rint(255 * (1 - drawing.darkness)).astype(np.uint8)
+    small, box = letterbox(gray, size)
+    if max(gray.shape) > 1.25 * size:
+        small = np.rint(255 * (1 - _stretch(1 - small.astype(np.float32) / 255))).astype(np.uint8)
+    return small, box
+
+
+def _darkness(pixels: Pixels, paper: Floats) -> Floats:
+    """How much darker than the paper each pixel is, in the channel where that shows best."""
+    light = pixels.astype(np.float32) / np.float32(255)
+    np.divide(light, paper, out=light)
+    darkness: Floats = np.clip(1 - light.min(axis=2), 0, 1)
+    return darkness
+
+
+def _stretch(darkness: Floats) -> Floats:
+    """Faint lines made as dark as ink; what is dark already stays."""
+    lines = darkness[darkness > FAINT_LINE]
+    if lines.size < 8:
+        return darkness
+    strongest = float(np.quantile(lines[:: max(1, lines.size // 100_000)], 0.9))
+    return darkness if strongest > 0.75 else np.minimum(darkness * np.float32(0.9 / max(strongest, 0.15)), 1)
+
+
+def _paper_of(pixels: Pixels) -> Floats:
+    """Colour of the paper [H, W, 3], from the brightest pixels around each place."""
+    height, width = pixels.shape[:2]
+    scale = PAPER_GRID_PX / max(height, width)
+    grid = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = Image.fromarray(pixels).resize(grid, Image.Resampling.BOX)
+    for _ in range(2):  # larger than a pen stroke, smaller than the shadow of a hand
+        small = small.filter(ImageFilter.MaxFilter(5))
+    for _ in range(2):
+        small = small.filter(ImageFilter.MinFilter(3))
+    smooth = small.filter(ImageFilter.GaussianBlur(2)).resize((width, height), Image.Resampling.BICUBIC)
+    paper = np.asarray(smooth).astype(np.float32) / 255
+    usual = np.quantile(np.asarray(small).reshape(-1, 3), 0.75, axis=0).astype(np.float32) / 255
+    limited: Floats = np.clip(paper, np.maximum(0.5 * usual, 0.05), 1)
+    return limited

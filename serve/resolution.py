@@ -1,0 +1,99 @@
+"""Brings colours from the network's size back to the drawing's own, without crossing its lines.
+
+The network paints a small square. Its pixels near lines mix both sides and the line itself, so only pixels away from
+lines are trusted; from there colour flows over the full-size drawing, and a line is a wall. The flow is the recursive
+filter of the domain transform (Gastal and Oliveira, "Domain Transform for Edge-Aware Image and Video Processing",
+SIGGRAPH 2011), with the darkness of the lines as distance. The picture is that colour layer times the drawing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import uniform_filter
+
+from animediffusion.platform.images import Box, unletterbox
+from animediffusion.serve.lines import Drawing, Floats, Pixels
+
+REACH_PX = 3.0
+"""How far colour flows, in pixels of the network's picture."""
+WALL = 6.0
+"""Crossing a black line one pixel wide costs as much as this many REACH."""
+NUM_PASSES = 2
+MOSTLY_PAPER = 0.04
+"""Share of line in a pixel of the network's picture beyond which its colour is not trusted."""
+
+
+def colour_layer(painted: Pixels, drawing: Drawing, box: Box) -> Floats:
+    """The colours of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
+
+    Args:
+        painted: what the network made of the letterboxed sketch.
+        drawing: the sketch at its own size.
+        box: where the sketch lies in the square.
+    """
+    scale = max(box.source_width / box.width, box.source_height / box.height, 1.0)
+    colour = unletterbox(painted, box).astype(np.float32) / np.float32(255)
+    trust = _trust(drawing.darkness, scale)
+    flowed = _flow(colour, trust, drawing.darkness, REACH_PX * scale)
+    layer = flowed + trust[..., None] * (colour - flowed)
+    # Yellow paper would tint the picture a second time: lighten the layer by it, as far as white allows.
+    lit: Floats = np.clip(layer / drawing.paper, 0, 1)
+    return lit
+
+
+def to_picture(layer: Pixels, drawing: Drawing) -> Pixels:
+    """The layer [H, W, 4] over white times the drawing: [H, W, 3]."""
+    product = over_white(layer).astype(np.uint16) * drawing.pixels
+    return ((product + 127) // 255).astype(np.uint8)
+
+
+def to_rgba(layer: Floats) -> Pixels:
+    """A layer [H, W, 3] in [0, 1] as [H, W, 4]; bare paper becomes transparent, softly."""
+    white = 1 - layer.min(axis=2, keepdims=True)
+    alpha = np.rint(255 * np.clip(8 * white, 0, 1))
+    opaque = np.maximum(alpha, 1) / 255
+    rgb = np.clip(1 - (1 - layer) / opaque, 0, 1)
+    return np.concatenate([np.rint(255 * rgb), alpha], axis=2).astype(np.uint8)
+
+
+def over_white(rgba: Pixels) -> Pixels:
+    """[H, W, 4] laid over white paper: [H, W, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint32)
+    mixed = rgba[..., :3] * alpha + 255 * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _trust(darkness: Floats, scale: float) -> Floats:
+    """1 where a pixel of the network saw no line, 0 where lines are: [H, W]."""
+    side = 2 * max(1, round(scale)) + 1
+    coverage = uniform_filter(uniform_filter(darkness, side, mode="nearest"), side, mode="nearest")
+    trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
+    return np.where(trust < 1e-3, 0, trust).astype(np.float32)
+
+
+def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floats:
+    """Trusted colours carried everywhere that no line cuts off: [H, W, 3].
+
+    A pixel that nothing trusted reaches keeps its own colour.
+    """
+    weight = trust + np.float32(1e-6)
+    planes = np.concatenate([colour * weight[..., None], weight[..., None]], axis=2)
+    cost = 1 + (WALL * reach) * darkness
+    for number in range(NUM_PASSES):
+        sigma = reach * np.sqrt(3) * 2.0 ** (NUM_PASSES - number - 1) / np.sqrt(4.0**NUM_PASSES - 1)
+        keep = np.exp(-np.sqrt(2) / sigma * cost).astype(np.float32)
+        planes = _sweep(planes, keep)
+        planes = _sweep(planes.transpose(1, 0, 2), keep.T).transpose(1, 0, 2)
+    carried: Floats = planes[..., :3] / np.maximum(planes[..., 3:], 1e-30)
+    return carried
+
+
+def _sweep(planes: Floats, keep: Floats) -> Floats:
+    """First-order recursive filter down and up along axis 0; `keep` [H, W] is what survives a step into a pixel."""
+    planes = np.ascontiguousarray(planes)
+    keep = np.ascontiguousarray(keep)[..., None]
+    for row in range(1, len(planes)):
+        planes[row] += keep[row] * (planes[row - 1] - planes[row])
+    for row in range(len(planes) - 2, -1, -1):
+        planes[row] += keep[row + 1] * (planes[row + 1] - planes[row])
+    return planes

@@ -1,0 +1,59 @@
+"""A small network with random weights: every condition, seed and setting shows in its pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
+from animediffusion.models.unet import UNetConfig
+
+SIZE = 32
+
+
+def random_bundle(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    network = UNetConfig(
+        base_channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        patch_size=2,
+        head_channels=32,
+        reference_channels=32,
+    )
+    sampler = SamplerDefaults(name="dpmpp_2m", steps=3, guidance_scale=1.5)
+    config = BundleConfig(network=network, image_size=SIZE, sampler=sampler)
+    denoiser = config.build()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_bundle(folder, denoiser, config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_bundle(tmp_path_factory.mktemp("serve") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder: Path) -> Bundle:
+    return load_bundle(bundle_folder)
+
+
+@pytest.fixture(scope="session")
+def sketch() -> np.ndarray:
+    """A face of two closed curves, [90, 120, 3], black on white."""
+    y, x = np.mgrid[:90, :120]
+    radius = np.hypot((x - 60) / 45, (y - 45) / 36)
+    gray = np.where(abs(radius - 0.9) < 0.05, 0, 255)
+    gray[(abs(np.hypot(x - 48, y - 40) - 6) < 1.2) | (abs(np.hypot(x - 72, y - 40) - 6) < 1.2)] = 30
+    return np.repeat(gray[..., None], 3, 2).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def reference() -> np.ndarray:
+    """Four areas of strong colour, [64, 64, 3]."""
+    colours = np.array([[[220, 40, 60], [250, 210, 180]], [[40, 90, 200], [240, 240, 90]]], np.uint8)
+    return colours.repeat(32, 0).repeat(32, 1)
