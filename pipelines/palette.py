@@ -1,0 +1,178 @@
+"""The colors of a drawn character: tasteful, but each region free of the others.
+
+Colors are picked in OKLCH (lightness 0..1, chroma 0..0.2, hue in degrees; Ottosson 2020), where equal steps look equal,
+so any hue at one lightness sits well beside any other. Shadows and lights follow from the base color by one rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Color = tuple[int, int, int]
+
+INK: Color = (58, 40, 52)
+MOUTH: Color = (190, 84, 92)
+TONGUE: Color = (236, 138, 138)
+WHITE: Color = (255, 255, 255)
+
+
+class Tone(NamedTuple):
+    """One material in flat cel shading, light from the upper left."""
+
+    base: Color
+    shade: Color
+    deep: Color
+    light: Color
+
+
+class Palette(NamedTuple):
+    """Every color of a character; two drawings with one palette predict each other's colors."""
+
+    hair: Tone
+    skin: Tone
+    eyes: Tone
+    clothes: Tone
+    trim: Tone
+    accent: Tone
+    upper: Color
+    """Background; with `lower`, the second background color."""
+    lower: Color
+
+
+def random_palette(rng: np.random.Generator) -> Palette:
+    """A palette whose regions vary independently but can always be told apart."""
+    skin = _random_skin(rng)
+    hair = _far_from([skin], 0.13, lambda: _random_hair(rng))
+    upper = _far_from([hair, skin], 0.12, lambda: _random_backdrop(rng))
+    lower = _beside(rng, upper)
+    clothes = _far_from([skin, upper], 0.13, lambda: _random_cloth(rng))
+    trim = _far_from([clothes, skin], 0.22, lambda: _random_trim(rng))
+    accent = _far_from([clothes, trim, hair], 0.12, lambda: _between(rng, (0.52, 0.11, 0), (0.78, 0.19, 360)))
+    eyes = _between(rng, (0.50, 0.08, 0), (0.68, 0.19, 360))
+    return Palette(
+        hair=_tone(hair),
+        skin=_tone(skin),
+        eyes=_tone(eyes),
+        clothes=_tone(clothes),
+        trim=_tone(trim),
+        accent=_tone(accent),
+        upper=_rgb(*upper),
+        lower=_rgb(*lower),
+    )
+
+
+_Lch = tuple[float, float, float]
+
+_HAIR: tuple[tuple[float, _Lch, _Lch], ...] = (
+    (0.10, (0.28, 0.01, 0), (0.36, 0.03, 360)),  # black
+    (0.14, (0.40, 0.05, 40), (0.56, 0.10, 65)),  # brown
+    (0.14, (0.78, 0.07, 75), (0.88, 0.13, 98)),  # blond
+    (0.12, (0.80, 0.00, 0), (0.92, 0.03, 360)),  # silver
+    (0.08, (0.52, 0.12, 25), (0.66, 0.17, 50)),  # red
+    (0.42, (0.50, 0.07, 0), (0.82, 0.15, 360)),  # any color
+)
+_BACKDROPS: tuple[tuple[float, _Lch, _Lch], ...] = (
+    (0.62, (0.86, 0.02, 0), (0.95, 0.07, 360)),  # pastel
+    (0.24, (0.66, 0.05, 0), (0.82, 0.11, 360)),  # strong
+    (0.14, (0.32, 0.03, 0), (0.46, 0.08, 360)),  # night
+)
+
+
+def _random_hair(rng: np.random.Generator) -> _Lch:
+    return _choose(rng, _HAIR)
+
+
+def _random_backdrop(rng: np.random.Generator) -> _Lch:
+    return _choose(rng, _BACKDROPS)
+
+
+def _random_skin(rng: np.random.Generator) -> _Lch:
+    depth = float(rng.random()) ** 3.0  # 0 = fair, 1 = dark; most are fair, as in the genre
+    chroma = 0.032 + 0.045 * min(1.0, depth * 1.6)
+    return 0.93 - 0.42 * depth, chroma, float(rng.uniform(46, 64))
+
+
+def _random_cloth(rng: np.random.Generator) -> _Lch:
+    return _between(rng, (0.30, 0.02, 0), (0.92, 0.14, 360))
+
+
+def _random_trim(rng: np.random.Generator) -> _Lch:
+    if rng.random() < 0.4:
+        return _between(rng, (0.93, 0.0, 0), (0.98, 0.02, 360))
+    return _between(rng, (0.30, 0.03, 0), (0.88, 0.13, 360))
+
+
+def _choose(rng: np.random.Generator, table: tuple[tuple[float, _Lch, _Lch], ...]) -> _Lch:
+    row = int(rng.choice(len(table), p=[weight for weight, _, _ in table]))
+    return _between(rng, table[row][1], table[row][2])
+
+
+def _between(rng: np.random.Generator, low: _Lch, high: _Lch) -> _Lch:
+    lightness, chroma, hue = (float(rng.uniform(a, b)) for a, b in zip(low, high, strict=True))
+    if 85 < hue < 135 and chroma > 0.04:
+        lightness = max(lightness, 0.80)  # dark yellow looks dirty
+    return lightness, chroma, hue
+
+
+def _beside(rng: np.random.Generator, color: _Lch) -> _Lch:
+    """A second background color: a neighbor in hue, a step away in lightness."""
+    step = float(rng.uniform(0.06, 0.11)) * (-1 if color[0] > 0.62 else 1)
+    return color[0] + step, color[1] + 0.03, color[2] + float(rng.uniform(-70, 70))
+
+
+def _far_from(others: list[_Lch], distance: float, pick: Callable[[], _Lch]) -> _Lch:
+    """A color at least `distance` in OKLab from the others; after 30 tries the farthest seen."""
+    best, best_distance = (0.0, 0.0, 0.0), -1.0
+    for _ in range(30):
+        color = pick()
+        nearest = min(math.dist(_lab(*color), _lab(*other)) for other in others)
+        if nearest >= distance:
+            return color
+        if nearest > best_distance:
+            best, best_distance = color, nearest
+    return best
+
+
+def _tone(color: _Lch) -> Tone:
+    lightness, chroma, hue = color
+    cool = hue + 14 * math.sin(math.radians(285 - hue))  # shadows drift toward violet, lights away
+    warm = hue - 8 * math.sin(math.radians(285 - hue))
+    shade = _rgb(lightness * 0.88 - 0.012, chroma * 1.08 + 0.008, cool)
+    deep = _rgb(lightness * 0.74 - 0.02, chroma * 1.08 + 0.012, cool)
+    light = _rgb(min(0.98, lightness + 0.10 + 0.05 * (1 - lightness)), chroma * 0.85, warm)
+    return Tone(_rgb(*color), shade, deep, light)
+
+
+def _lab(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
+    angle = math.radians(hue)
+    return lightness, chroma * math.cos(angle), chroma * math.sin(angle)
+
+
+def _rgb(lightness: float, chroma: float, hue: float) -> Color:
+    """8-bit sRGB of an OKLCH color; chroma is lowered until the color exists."""
+    while True:
+        linear = _linear(*_lab(lightness, chroma, hue))
+        if chroma < 0.004 or all(-0.003 <= value <= 1.003 for value in linear):
+            red, green, blue = (round(255 * _gamma(min(1.0, max(0.0, value)))) for value in linear)
+            return red, green, blue
+        chroma *= 0.94
+
+
+def _linear(lightness: float, a: float, b: float) -> tuple[float, float, float]:
+    """OKLab to linear sRGB, https://bottosson.github.io/posts/oklab/."""
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    return (
+        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+    )
+
+
+def _gamma(value: float) -> float:
+    return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
