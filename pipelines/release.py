@@ -1,0 +1,280 @@
+"""Register, promote, roll back: what stands between a trained bundle and the people who use it.
+
+The gate: a bundle loads, its hash is the registered one, its smoke sample is finite, and on the champion's data it is
+not worse than the champion. `--force` lets a worse one through and is written down; a broken one never passes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
+from animediffusion.platform import ledger
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, Version, fetch_folder, headline
+
+PSNR_MARGIN = 0.2
+"""dB of same-reference PSNR that a new champion may lose: less than one sees, about the noise of 100 images."""
+CIEDE2000_MARGIN = 0.5
+"""Colour difference that it may gain on cross references; 1 is just noticeable."""
+
+
+def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
+    """Load a bundle and colour once with it.
+
+    Args:
+        folder: bundle folder.
+        sha256: the identity it must have, if known.
+
+    Raises:
+        BundleError: damaged, of another format, not the expected one, or its sample is not finite.
+    """
+    try:
+        bundle = load_bundle(Path(folder))
+        if sha256 is not None and bundle.sha256 != sha256:
+            raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
+        smoke_sample(bundle)
+    except ValueError as error:
+        raise BundleError(str(folder), str(error), "give a folder as training wrote it") from error
+    return bundle
+
+
+def register(
+    settings: Settings,
+    folder: Path | str,
+    *,
+    run_id: str | None = None,
+    parent: int | None = None,
+    tags: dict[str, str] | None = None,
+) -> Version:
+    """Make a bundle the next version; the same bundle again is the same version.
+
+    Args:
+        settings: which registry.
+        folder: bundle folder or its URI.
+        run_id: the MLflow run that made it; found in run.json beside the folder if None.
+        parent: the version whose weights it started from.
+        tags: further tags.
+    """
+    path = fetch_folder(folder, settings.workspace / "cache")
+    bundle = check_bundle(path)
+    registry = Registry(settings)
+    known = registry.find(bundle.sha256)
+    if known is not None:
+        if bundle.metrics.get("tracks"):
+            registry.add_evaluation(known.version, bundle.metrics)
+        return registry.get(known.version)
+    number = registry.register(
+        path,
+        sha256=bundle.sha256,
+        run_id=_known_run(registry, run_id or _run_beside(path)),
+        parent=parent,
+        metrics=bundle.metrics,
+        tags={**_describe(bundle), **(tags or {})},
+    )
+    return registry.get(number)
+
+
+def promote(
+    settings: Settings, version: int | str, alias: str = CHAMPION, why: str = "", *, force: bool = False
+) -> dict[str, Any]:
+    """Point the alias at a version that passes the gate.
+
+    Returns:
+        `{version, alias, from, forced, changed}`; `changed` is False where the alias was there already.
+
+    Raises:
+        RegistryError: unknown version, or refused; BundleError: the bundle is broken.
+    """
+    if alias not in ALIASES:
+        raise ConfigError("--alias", repr(alias), " or ".join(ALIASES))
+    registry = Registry(settings)
+    candidate = registry.get(version)
+    previous = registry.alias(alias)
+    report = {"version": candidate.version, "alias": alias, "from": previous, "forced": force, "changed": False}
+    if previous == candidate.version:
+        return report
+    _check_stored(registry, candidate)
+    if not force:
+        check_quality(candidate, _champion(registry))
+    metrics = headline(candidate.metrics)
+    with ledger.recorded(
+        registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
+    ):
+        registry.set_alias(alias, candidate.version)
+    return {**report, "changed": True}
+
+
+def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
+    """Point the alias at the version it stood at before; again goes one further back.
+
+    Raises:
+        RegistryError: nothing to go back to.
+    """
+    registry = Registry(settings)
+    present = registry.alias(alias)
+    existing = {version.version: version for version in registry.versions()}
+    stack = ledger.stack(ledger.read(registry, alias))
+    if stack and stack[-1] == present:
+        stack.pop()
+    earlier = [version for version in stack if version in existing and version != present]
+    if not earlier:
+        found = f"there is no version before {present}" if present is not None else "no version was ever promoted"
+        raise RegistryError(f"alias {alias}", found, "use `models promote V`")
+    target = earlier[-1]
+    metrics = headline(existing[target].metrics)
+    with ledger.recorded(registry, "rollback", alias, present, target, reason=why, metrics=metrics):
+        registry.set_alias(alias, target)
+    return {"version": target, "alias": alias, "from": present, "changed": True}
+
+
+def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
+    """Every promotion and rollback, the oldest first."""
+    return [event.summary() for event in ledger.read(Registry(settings), alias)]
+
+
+def versions(settings: Settings) -> list[dict[str, Any]]:
+    """What `models list` prints, the newest version first."""
+    return [version.summary() for version in Registry(settings).versions()]
+
+
+def show(settings: Settings, version: int | str) -> dict[str, Any]:
+    """What `models show V` prints: the version, its tags, evaluations and the events it was part of."""
+    registry = Registry(settings)
+    found = registry.get(version)
+    events = [event for event in ledger.read(registry) if found.version in (event.version, event.previous)]
+    return {
+        **found.summary(),
+        "name": found.name,
+        "tags": {key: value for key, value in found.tags.items() if key not in ("sha256", "parent")},
+        "evaluations": [evaluation_line(result) for result in found.evaluations],
+        "history": [event.summary() for event in events],
+    }
+
+
+def record_evaluation(settings: Settings, model: str, result: dict[str, Any]) -> int | None:
+    """Keep what `evaluate` measured with the version it measured, if MODEL is one; returns its number."""
+    if not model.startswith("models:"):
+        return None
+    registry = Registry(settings)
+    version = registry.get(model).version
+    registry.add_evaluation(version, result)
+    return version
+
+
+def evaluation_line(result: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in short: data, rows and the numbers per track."""
+    keys = ("data", "data_hash", "split", "num_images", "sampler")
+    return {**{key: result.get(key) for key in keys}, **headline(result)}
+
+
+def check_quality(candidate: Version, champion: Version | None) -> None:
+    """Compare with the champion on the champion's data.
+
+    Args:
+        candidate: the version to be promoted.
+        champion: None where there is none yet; an evaluation is asked for all the same, as the next one needs it.
+
+    Raises:
+        RegistryError: not evaluated, evaluated on other data, or worse.
+    """
+    name = f"version {candidate.version}"
+    if not candidate.evaluations:
+        raise RegistryError(name, "was not evaluated", f"run `{_evaluate(candidate, 'DATA')}`, or use --force")
+    if champion is None or champion.version == candidate.version:
+        return
+    if not champion.evaluations:
+        found = f"cannot be compared, the champion (version {champion.version}) was not evaluated"
+        raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
+    for theirs in champion.evaluations:
+        ours = next((result for result in reversed(candidate.evaluations) if _same_data(result, theirs)), None)
+        if ours is not None:
+            _check_not_worse(name, ours, theirs)
+            return
+    theirs, ours = champion.evaluations[0], candidate.evaluations[0]
+    found = f"was evaluated on {_data(ours)}, the champion (version {champion.version}) on {_data(theirs)}"
+    command = _evaluate(candidate, str(theirs.get("data", "DATA")), str(theirs.get("split", "val")))
+    raise RegistryError(name, found, f"run `{command}`, or use --force")
+
+
+def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    a, b = headline(ours), headline(theirs)
+    limits = {
+        "same.psnr": (1, PSNR_MARGIN, "same-reference PSNR", "dB"),
+        "cross.ciede2000": (-1, CIEDE2000_MARGIN, "cross-reference CIEDE2000", "units"),
+    }
+    for key, (sign, margin, label, unit) in limits.items():
+        if key not in b:
+            continue
+        if key not in a:
+            raise RegistryError(name, f"has no {label}, the champion has", "evaluate it again, or use --force")
+        # Rounded, so that a difference of exactly the margin passes whatever the floats say.
+        gain = round(sign * (a[key] - b[key]), 6)
+        if not gain >= -margin:
+            found = f"{label} {a[key]:.2f} against the champion's {b[key]:.2f}"
+            raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train on, or use --force")
+
+
+def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two evaluations saw the same images; a limit makes another set of them."""
+    keys = ("data_hash", "split", "num_images", "image_size")
+    return bool(a.get("data_hash")) and all(a.get(key) == b.get(key) for key in keys)
+
+
+def _data(result: dict[str, Any]) -> str:
+    return f"{result.get('num_images')} images of {str(result.get('data_hash'))[:12]} {result.get('split')}"
+
+
+def _evaluate(version: Version, data: str, split: str = "val") -> str:
+    option = "" if split == "val" else f" --split {split}"
+    return f"animediffusion evaluate models:/{version.name}/{version.version} {data}{option}"
+
+
+def _champion(registry: Registry) -> Version | None:
+    number = registry.alias(CHAMPION)
+    return registry.get(number) if number is not None else None
+
+
+def _check_stored(registry: Registry, version: Version) -> None:
+    """Check what the registry holds, not a copy that is cached here."""
+    with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
+        reference = f"models:/{version.name}/{version.version}"
+        try:
+            check_bundle(registry.fetch(reference, cache_dir=Path(folder)), version.sha256)
+        except BundleError as error:
+            raise BundleError(f"version {version.version}", error.found, "register it again") from error
+
+
+def _describe(bundle: Bundle) -> dict[str, str]:
+    """Tags that let `models show` describe a version without downloading it."""
+    sampler = bundle.config.sampler
+    return {
+        "image_size": str(bundle.config.image_size),
+        "path": bundle.config.path.name,
+        "prediction": bundle.config.prediction,
+        "sampler": f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}",
+        "num_parameters": str(sum(parameter.numel() for parameter in bundle.denoiser.parameters())),
+        **{key: str(value) for key, value in bundle.config.provenance.items()},
+    }
+
+
+def _run_beside(folder: Path) -> str | None:
+    """The MLflow run of a bundle that lies in its run's folder."""
+    try:
+        return str(json.loads((folder.parent / "run.json").read_text())["mlflow_run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _known_run(registry: Registry, run_id: str | None) -> str | None:
+    """The run, if this MLflow knows it: a bundle may come from another installation."""
+    if run_id is None:
+        return None
+    try:
+        return str(registry.client.get_run(run_id).info.run_id)
+    except Exception:
+        return None

@@ -1,0 +1,343 @@
+"""Model versions in MLflow: register a bundle folder, find a version, bring it here, point an alias at it.
+
+A version is a folder of plain files (no flavor, no pickle) with the tags `sha256`, `parent` and one
+`evaluation.*` per data set it was measured on. torch is not needed: who fetches a bundle checks it by loading it.
+Not here: who promoted what and why, see `animediffusion.platform.ledger`; the gate, see `pipelines/release.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from animediffusion.platform import storage, tracking
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, RegistryError
+
+CHAMPION = "champion"
+ALIASES = (CHAMPION, "challenger")
+MODELS = "animediffusion-models"
+"""Experiment of versions that no training run made, an imported bundle for example."""
+
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
+_EVALUATION = "evaluation."
+_READY_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One registered bundle."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    parent: int | None
+    """The version whose weights this one started from or shares."""
+    run: str | None
+    """MLflow run that made it, or that registered it where it came from elsewhere."""
+    sha256: str
+    created: str
+    """ISO 8601, UTC."""
+    metrics: dict[str, Any]
+    """metrics.json of the bundle, empty where it was not evaluated."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Every evaluation known of it, the bundle's own first: objects as `evaluate` prints them."""
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The fields that `models list --json` prints."""
+        keys = ("version", "aliases", "parent", "run", "sha256", "created", "metrics")
+        return {key: value for key, value in asdict(self).items() if key in keys}
+
+
+class Registry:
+    """Versions of one registered model, in the embedded MLflow or behind MLFLOW_TRACKING_URI."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.model_name
+        self.tracking_uri = settings.tracking_uri
+        self.client: MlflowClient = tracking.setup(settings)
+
+    def register(
+        self,
+        folder: Path,
+        *,
+        sha256: str,
+        run_id: str | None = None,
+        parent: int | None = None,
+        metrics: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> int:
+        """Upload a bundle folder and make it the next version; returns its number.
+
+        Args:
+            folder: a bundle whose hash the caller has checked.
+            sha256: identity of the bundle.
+            run_id: the run that made it; a run of its own if None.
+            parent: the version it comes from.
+            metrics: its metrics.json.
+            tags: further tags of the version.
+        """
+        all_tags = {"sha256": sha256, **(tags or {}), **_evaluation_tags(metrics or {}, own=True)}
+        if parent is not None:
+            all_tags["parent"] = str(parent)
+        with self._reported(f"registering {folder}"):
+            run_id = run_id or self._own_run(folder)
+            model = self._upload(folder, run_id, sha256)
+            self._log_headline(run_id, model.model_id, metrics or {})
+            self._create_registered_model()
+            # Not models:/ID: the embedded store would look that up in the global tracking URI, not in ours.
+            version = self.client.create_model_version(
+                self.name,
+                source=model.artifact_location,
+                run_id=run_id,
+                model_id=model.model_id,
+                tags=all_tags,
+                await_creation_for=_READY_SECONDS,
+            )
+        return int(version.version)
+
+    def versions(self) -> list[Version]:
+        """All versions, the newest first; empty where nothing was registered yet."""
+        with self._reported("listing versions"):
+            aliases = self._aliases()
+            if aliases is None:
+                return []
+            found = self._search()
+        return sorted((_version(item, aliases) for item in found), key=lambda v: -v.version)
+
+    def get(self, reference: str | int) -> Version:
+        """The version that a number, an alias, `models:/NAME@alias` or `models:/NAME/3` means.
+
+        Raises:
+            RegistryError: listing the versions and aliases that exist.
+        """
+        wanted = _selector(str(reference), self.name)
+        for version in self.versions():
+            if wanted == str(version.version) or wanted in version.aliases:
+                return version
+        raise self._unknown(str(reference), wanted)
+
+    def find(self, sha256: str) -> Version | None:
+        """The version of a bundle with this identity, or None."""
+        return next((version for version in self.versions() if version.sha256 == sha256), None)
+
+    def fetch(self, model: str | Path, cache_dir: Path | None = None) -> Path:
+        """The local folder of a bundle, downloaded once per version.
+
+        Args:
+            model: a bundle folder, the URI of one (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
+            cache_dir: parent of downloads, WORKSPACE/cache if None.
+
+        Raises:
+            BundleError: no such folder.
+            RegistryError: no such version or alias.
+            StorageError: the URI cannot be read.
+        """
+        cache = cache_dir or self.settings.workspace / "cache"
+        if not str(model).startswith("models:"):
+            return fetch_folder(model, cache)
+        version = self.get(str(model))
+        destination = cache / version.name / f"{version.version}-{version.sha256[:12]}"
+        if not destination.is_dir():
+            with self._reported(f"downloading {model}"), _whole_folder(destination) as temporary:
+                # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
+                location = self.client.get_model_version_download_uri(version.name, str(version.version))
+                arrived = mlflow.artifacts.download_artifacts(
+                    location, dst_path=str(temporary), tracking_uri=self.tracking_uri
+                )
+                for path in list(Path(arrived).iterdir()):
+                    path.rename(temporary / path.name)
+                if Path(arrived) != temporary:
+                    Path(arrived).rmdir()
+        return destination
+
+    def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
+        """Remember what `evaluate` found for a version, so that the promotion gate can compare it."""
+        with self._reported(f"version {version}"):
+            for key, value in _evaluation_tags(result, own=False).items():
+                self.client.set_model_version_tag(self.name, str(version), key, value)
+
+    def set_tag(self, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        with self._reported(f"version {version}"):
+            self.client.set_model_version_tag(self.name, str(version), key, value)
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point an alias at a version, in one atomic step."""
+        with self._reported(f"alias {alias}"):
+            self.client.set_registered_model_alias(self.name, alias, str(version))
+
+    def alias(self, alias: str) -> int | None:
+        """The version an alias points at, or None."""
+        with self._reported(f"alias {alias}"):
+            version = (self._aliases() or {}).get(alias)
+        return int(version) if version is not None else None
+
+    def _aliases(self) -> dict[str, str] | None:
+        """Alias -> version; None where the registered model does not exist."""
+        try:
+            return dict(self.client.get_registered_model(self.name).aliases)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _search(self) -> list[Any]:
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.name}'", max_results=500, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def _own_run(self, folder: Path) -> str:
+        """A run that stands for the registration of a bundle which no run here made."""
+        experiment = tracking.experiment_id(self.client, MODELS, tracking.artifact_root(self.settings))
+        run_id = str(self.client.create_run(experiment, run_name=f"register {folder.name}").info.run_id)
+        self.client.set_terminated(run_id)
+        return run_id
+
+    def _upload(self, folder: Path, run_id: str, sha256: str) -> Any:
+        experiment = self.client.get_run(run_id).info.experiment_id
+        model = self.client.create_logged_model(
+            experiment, name=self.name, source_run_id=run_id, model_type="bundle", tags={"sha256": sha256}
+        )
+        try:
+            self.client.log_model_artifacts(model.model_id, str(folder))
+        except Exception:
+            self.client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        return self.client.finalize_logged_model(model.model_id, "READY")
+
+    def _log_headline(self, run_id: str, model_id: str, metrics: dict[str, Any]) -> None:
+        now = int(datetime.now(UTC).timestamp() * 1000)
+        numbers = [Metric(key, value, now, 0, model_id=model_id) for key, value in headline(metrics).items()]
+        if numbers:
+            self.client.log_batch(run_id, metrics=numbers)
+
+    def _create_registered_model(self) -> None:
+        try:
+            self.client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _unknown(self, reference: str, wanted: str) -> RegistryError:
+        versions = self.versions()
+        if not versions:
+            return RegistryError(reference, f"no version of {self.name} is registered", "run `models register DIR`")
+        kind = "version" if wanted.isdigit() else "alias"
+        numbers = ", ".join(str(v.version) for v in reversed(versions[:20]))
+        aliases = ", ".join(f"{alias} (version {v.version})" for v in versions for alias in v.aliases) or "none"
+        return RegistryError(reference, f"no such {kind}", f"versions: {numbers}; aliases: {aliases}")
+
+    @contextmanager
+    def _reported(self, thing: str) -> Iterator[None]:
+        try:
+            yield
+        except MlflowException as error:
+            found = f"MLflow at {self.tracking_uri} refused ({tracking.first_line(error)})"
+            raise RegistryError(thing, found, "see `animediffusion doctor`") from error
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation as flat metrics, `same.psnr` and so on."""
+    return {
+        f"{track}.{name}": float(value)
+        for track, values in (metrics.get("tracks") or {}).items()
+        for name, value in (values or {}).items()
+        if isinstance(value, int | float)
+    }
+
+
+def fetch_folder(model: str | Path, cache: Path) -> Path:
+    """The local folder of a bundle given by path or URI; a URI is downloaded anew each time, as it may have changed."""
+    if "://" in str(model) and not str(model).startswith("file://"):
+        destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
+        with _whole_folder(destination) as temporary:
+            storage.download_folder(str(model), temporary)
+        return destination
+    folder = Path(str(model).removeprefix("file://")).expanduser().absolute()
+    if not folder.is_dir():
+        raise BundleError(str(model), "no such folder", "give a bundle folder, its s3:// URI or models:/NAME@champion")
+    return folder
+
+
+@contextmanager
+def _whole_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its place in one rename; another process may do the same at the same time."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        yield temporary
+        shutil.rmtree(destination, ignore_errors=True)
+        try:
+            temporary.rename(destination)
+        except OSError:
+            if not destination.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _selector(reference: str, name: str) -> str:
+    """A version number or an alias, out of any form a user may write."""
+    if not reference.startswith("models:"):
+        return reference
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise RegistryError(reference, "is not a model reference", f"models:/{name}@champion or models:/{name}/3")
+    if match["name"] != name:
+        raise RegistryError(reference, f"no model {match['name']!r} here", f"the registered model is {name}")
+    return match["alias"] or match["version"]
+
+
+def _version(item: Any, aliases: dict[str, str]) -> Version:
+    tags = dict(item.tags or {})
+    evaluations = _evaluations(tags)
+    own = json.loads(tags["metrics"]) if "metrics" in tags else {}
+    created = datetime.fromtimestamp(item.creation_timestamp / 1000, UTC)
+    return Version(
+        name=item.name,
+        version=int(item.version),
+        aliases=sorted(alias for alias, version in aliases.items() if int(version) == int(item.version)),
+        parent=int(tags["parent"]) if tags.get("parent", "").isdigit() else None,
+        run=item.run_id or None,
+        sha256=tags.get("sha256", ""),
+        created=created.isoformat(timespec="seconds"),
+        metrics=own,
+        evaluations=([own] if own.get("tracks") else []) + evaluations,
+        tags={k: v for k, v in tags.items() if k != "metrics" and not k.startswith(_EVALUATION)},
+    )
+
+
+def _evaluations(tags: dict[str, str]) -> list[dict[str, Any]]:
+    return [json.loads(value) for key, value in sorted(tags.items()) if key.startswith(_EVALUATION)]
+
+
+def _evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
+    """Tags that carry an evaluation: `metrics` for the bundle's own, else one per data set."""
+    if not metrics:
+        return {}
+    text = json.dumps(metrics, sort_keys=True)
+    if own:
+        return {"metrics": text}
+    return {f"{_EVALUATION}{str(metrics.get('data_hash', ''))[:12]}.{metrics.get('split', 'val')}": text}

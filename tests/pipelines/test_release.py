@@ -1,0 +1,308 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from animediffusion.models.bundle import BundleConfig, save_bundle
+from animediffusion.models.unet import UNetConfig
+from animediffusion.pipelines import release
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.registry import Registry
+from animediffusion.platform.tracking import TRAINING, Run
+
+SIZES = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}
+NETWORK = UNetConfig(channel_multipliers=(1, 1), **SIZES)
+
+
+def evaluation(psnr=20.0, ciede2000=8.0, data_hash="a" * 64):
+    return {
+        "data": "data/real",
+        "data_hash": data_hash,
+        "split": "val",
+        "num_images": 20,
+        "image_size": 16,
+        "tracks": {"same": {"psnr": psnr, "ciede2000": 7.0}, "cross": {"psnr": psnr - 1, "ciede2000": ciede2000}},
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A function that writes an untrained bundle, another one for each seed, and returns its folder."""
+
+    def write(seed=0, metrics=None):
+        torch.manual_seed(seed)
+        config = BundleConfig(network=NETWORK, image_size=16)
+        folder = tmp_path / f"bundle-{seed}"
+        save_bundle(folder, config.build(), config, metrics=metrics)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real `mlflow server` on loopback with SQLite and proxied artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            if process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            raise TimeoutError((folder / "log").read_text())
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture
+def settings(embedded, monkeypatch):
+    """A model name of its own per test: the database is shared, as making one takes seconds."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Settings.from_environment(workspace=embedded, model_name=f"model-{uuid.uuid4().hex[:8]}")
+
+
+def test_a_release_goes_from_folder_to_champion_and_back_on_an_mlflow_server(server, bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    settings = Settings.from_environment(workspace=tmp_path)
+    first = release.register(settings, bundle(1, evaluation(20.0)))
+    second = release.register(settings, bundle(2, evaluation(21.0)), parent=1)
+    assert (first.version, second.version, second.parent) == (1, 2, 1)
+    release.promote(settings, 1, why="first")
+    release.promote(settings, 2, why="better")
+    fetched = Registry(settings).fetch("models:/animediffusion@champion")
+    assert release.check_bundle(fetched).sha256 == second.sha256
+    assert release.rollback(settings, why="regret") == {
+        "version": 1, "alias": "champion", "from": 2, "changed": True
+    }  # fmt: skip
+    events = [(e["action"], e["from"], e["to"], e["reason"]) for e in release.history(settings)]
+    assert events == [("promote", None, 1, "first"), ("promote", 1, 2, "better"), ("rollback", 2, 1, "regret")]
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_server_that_is_away_is_named_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match=r"MLflow at http://127.0.0.1:9: does not answer .*MLFLOW_TRACKING_URI"):
+        release.versions(Settings.from_environment(workspace=tmp_path))
+    assert time.monotonic() - started < 5
+
+
+def test_nothing_registered_is_an_empty_list(settings):
+    assert release.versions(settings) == []
+    assert release.history(settings) == []
+
+
+def test_a_version_knows_its_bundle_run_and_numbers(settings, bundle):
+    run = Run.start(settings, TRAINING, "r", {"seed": 1})
+    version = release.register(settings, bundle(1, evaluation(20.5)), run_id=run.run_id)
+    listed = release.versions(settings)
+    assert [set(v) for v in listed] == [{"version", "aliases", "parent", "run", "sha256", "created", "metrics"}]
+    assert (version.run, len(version.sha256), version.metrics["tracks"]["same"]["psnr"]) == (run.run_id, 64, 20.5)
+    shown = release.show(settings, 1)
+    assert shown["tags"]["sampler"] == "euler, 4 steps, guidance 1"
+    assert shown["evaluations"][0]["same.psnr"] == 20.5
+    assert Registry(settings).client.get_run(run.run_id).data.metrics["same.psnr"] == 20.5
+    json.dumps(shown)
+
+
+def test_the_run_is_found_beside_the_bundle(settings, bundle):
+    run = Run.start(settings, TRAINING, "r")
+    folder = bundle(1)
+    (folder.parent / "run.json").write_text(json.dumps({"mlflow_run_id": run.run_id}))
+    assert release.register(settings, folder).run == run.run_id
+
+
+def test_the_same_bundle_twice_is_one_version(settings, bundle):
+    assert [release.register(settings, bundle(1)).version for _ in range(2)] == [1, 1]
+
+
+def test_a_changed_byte_is_refused(settings, bundle):
+    folder = bundle(1)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BundleError, match=r"model.safetensors was changed"):
+        release.register(settings, folder)
+    assert release.versions(settings) == []
+
+
+def test_weights_that_are_not_finite_are_refused(settings, tmp_path):
+    config = BundleConfig(network=NETWORK, image_size=16)
+    denoiser = config.build()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.fill_(float("nan"))
+    save_bundle(tmp_path / "nan", denoiser, config)
+    with pytest.raises(BundleError, match="smoke sample is not a finite"):
+        release.register(settings, tmp_path / "nan")
+
+
+def test_a_missing_folder_is_named(settings, tmp_path):
+    with pytest.raises(BundleError, match="no such folder"):
+        release.register(settings, tmp_path / "nothing")
+
+
+def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
+    registry = Registry(settings)
+    with pytest.raises(RegistryError, match=r"no version of .* is registered; run `models register DIR`"):
+        registry.get("champion")
+    release.register(settings, bundle(1, evaluation()))
+    release.promote(settings, 1)
+    with pytest.raises(RegistryError, match=r"no such alias; versions: 1; aliases: champion \(version 1\)"):
+        registry.fetch(f"models:/{settings.model_name}@challenger")
+    with pytest.raises(RegistryError, match="no such version; versions: 1"):
+        registry.get(7)
+    with pytest.raises(RegistryError, match="no model 'other' here"):
+        registry.fetch("models:/other@champion")
+    with pytest.raises(RegistryError, match="is not a model reference"):
+        registry.fetch("models:/")
+
+
+def test_a_version_is_downloaded_once(settings, bundle):
+    release.register(settings, bundle(1, evaluation()))
+    registry = Registry(settings)
+    folder = registry.fetch(f"models:/{settings.model_name}/1")
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert registry.fetch(f"models:/{settings.model_name}/1") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["card.md", "checksums.json", "config.json", "metrics.json", "model.safetensors"]
+    )
+
+
+def test_a_folder_is_fetched_as_it_is(settings, bundle):
+    folder = bundle(1)
+    assert Registry(settings).fetch(folder) == folder
+    assert Registry(settings).fetch(folder.as_uri()) == folder
+
+
+def test_a_bundle_changed_in_the_store_is_not_promoted(settings, bundle):
+    release.register(settings, bundle(1, evaluation()))
+    location = Registry(settings).client.get_model_version_download_uri(settings.model_name, "1")
+    stored = Path(location.removeprefix("file://")) / "model.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(BundleError, match=r"version 1: .*model.safetensors was changed"):
+        release.promote(settings, 1, force=True)
+    assert release.versions(settings)[0]["aliases"] == []
+
+
+def test_an_unevaluated_version_is_refused_with_the_command_to_run(settings, bundle):
+    release.register(settings, bundle(1))
+    command = f"animediffusion evaluate models:/{settings.model_name}/1 DATA"
+    with pytest.raises(RegistryError, match=f"was not evaluated; run `{command}`"):
+        release.promote(settings, 1)
+    release.record_evaluation(settings, f"models:/{settings.model_name}/1", evaluation())
+    assert release.promote(settings, 1)["changed"]
+
+
+@pytest.mark.parametrize(
+    ("psnr", "ciede2000", "refusal"),
+    [
+        (19.8, 8.0, None),
+        (19.79, 8.0, "same-reference PSNR 19.79 against the champion's 20.00"),
+        (20.0, 8.5, None),
+        (20.0, 8.51, "cross-reference CIEDE2000 8.51 against the champion's 8.00"),
+        (float("nan"), 8.0, "PSNR nan"),
+    ],
+)
+def test_the_gate_compares_with_the_champion(settings, bundle, psnr, ciede2000, refusal):
+    release.register(settings, bundle(1, evaluation(20.0, 8.0)))
+    release.register(settings, bundle(2, evaluation(psnr, ciede2000)))
+    release.promote(settings, 1)
+    if refusal is None:
+        assert release.promote(settings, 2)["changed"]
+        return
+    with pytest.raises(RegistryError, match=refusal):
+        release.promote(settings, 2)
+    assert Registry(settings).alias("champion") == 1
+    release.promote(settings, 2, force=True, why="I know")
+    last = release.history(settings)[-1]
+    assert (last["forced"], last["reason"], last["to"]) == (True, "I know", 2)
+
+
+def test_other_data_is_refused_until_evaluated_on_the_champions(settings, bundle):
+    release.register(settings, bundle(1, evaluation(20.0)))
+    release.register(settings, bundle(2, evaluation(30.0, data_hash="b" * 64)))
+    release.promote(settings, 1)
+    with pytest.raises(RegistryError, match=f"evaluate models:/{settings.model_name}/2 data/real`"):
+        release.promote(settings, 2)
+    release.record_evaluation(settings, f"models:/{settings.model_name}/2", evaluation(20.1))
+    release.promote(settings, 2)
+
+
+def test_promoting_the_champion_again_changes_nothing(settings, bundle):
+    release.register(settings, bundle(1, evaluation()))
+    release.promote(settings, 1)
+    assert not release.promote(settings, 1)["changed"]
+    assert len(release.history(settings)) == 1
+
+
+def test_rollback_goes_back_through_all_champions(settings, bundle):
+    for seed in (1, 2, 3, 4):
+        release.register(settings, bundle(seed, evaluation()))
+    for version in (1, 2, 3):
+        release.promote(settings, version)
+    assert [release.rollback(settings)["version"] for _ in range(2)] == [2, 1]
+    with pytest.raises(RegistryError, match="alias champion: there is no version before 1"):
+        release.rollback(settings)
+    release.promote(settings, 4)
+    assert release.rollback(settings)["version"] == 1
+
+
+def test_rollback_after_a_move_by_hand_returns_to_the_last_promotion(settings, bundle):
+    for seed in (1, 2):
+        release.register(settings, bundle(seed, evaluation()))
+    release.promote(settings, 1)
+    Registry(settings).set_alias("champion", 2)
+    assert release.rollback(settings)["version"] == 1
+
+
+def test_aliases_are_two(settings):
+    with pytest.raises(ConfigError, match="champion or challenger"):
+        release.promote(settings, 1, alias="best")
+
+
+def test_artifacts_land_in_the_workspace_whatever_the_working_directory(settings, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = bundle(1, evaluation())
+    before = set(Path.cwd().iterdir())
+    release.register(settings, folder)
+    assert set(Path.cwd().iterdir()) == before
+    shutil.rmtree(folder)
+    assert release.check_bundle(Registry(settings).fetch(f"models:/{settings.model_name}/1"))
