@@ -1,0 +1,223 @@
+"""A dataset: a URI with `manifest.json`, Parquet shards, and rows streamed to the ranks of a training run.
+
+    rows = training_dataset(uri, seed=0, world_size=2, num_rows=1000)           # on the driver
+    for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=16, drop_last=True):
+        arrays = decode_rows(batch)                                             # on every rank
+
+To resume where every rank has taken n rows, build it again with start_rows=n: what follows is the same, row by row.
+Not here: which row comes when, see pipelines/order.py; making a dataset, see pipelines/ingest.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from animediffusion.pipelines.order import Stream, Visit, choose_visit_rows, visits
+from animediffusion.pipelines.shards import PICTURES, STREAMED, read_rows, to_parquet
+from animediffusion.platform import storage
+from animediffusion.platform.errors import DataError, StorageError
+from animediffusion.platform.images import decode_gray, decode_rgb
+
+FORMAT: Literal["animediffusion-dataset-1"] = "animediffusion-dataset-1"
+MANIFEST = "manifest.json"
+_PARALLEL_READS = 8
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class _Part(BaseModel):
+    # A newer version may add keys; what is there is still readable.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Shard(_Part):
+    """One Parquet file: path relative to the dataset, rows, sha256 of the file, size."""
+
+    path: str
+    rows: int
+    sha256: str
+    num_bytes: int
+
+
+class Split(_Part):
+    """The shards of one split."""
+
+    rows: int
+    shards: tuple[Shard, ...]
+
+
+class Manifest(_Part):
+    """What `manifest.json` says."""
+
+    format: Literal["animediffusion-dataset-1"] = FORMAT
+    image_size: int
+    """Pixels of a side; all pictures are square."""
+    splits: dict[str, Split]
+    num_files: int
+    """Files that were read: those in rows and the rejects."""
+    num_rejects: int
+    source: str
+    content_hash: str
+    """sha256 over ids, splits and pixels, whatever the order and the shards."""
+    fingerprint: str = ""
+    """sha256 over the source's listing and the settings: ingest knows by it that nothing changed."""
+
+    @classmethod
+    def load(cls, uri: str) -> Self:
+        """Read the manifest of the dataset at `uri`.
+
+        Raises:
+            DataError: if there is no dataset, or it is of another format.
+            StorageError: if the store cannot be reached.
+        """
+        place = storage.join(uri, MANIFEST)
+        if not storage.exists(place):
+            raise DataError(uri, f"no dataset (no {MANIFEST})", "make one with `animediffusion data ingest`")
+        try:
+            return cls.model_validate_json(storage.read_bytes(place))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"]) or "it"
+            found = f"is no dataset manifest ({key}: {first['msg'].lower()})"
+            raise DataError(place, found, "ingest the source again, into a new place") from error
+
+    def save(self, uri: str) -> None:
+        """Write it as the manifest of the dataset at `uri`."""
+        storage.write_bytes(storage.join(uri, MANIFEST), self.model_dump_json(indent=1).encode() + b"\n")
+
+    def split(self, name: str) -> Split:
+        """One split that has rows.
+
+        Raises:
+            DataError: naming the splits there are.
+        """
+        if name not in self.splits or not self.splits[name].rows:
+            there = ", ".join(repr(key) for key, value in self.splits.items() if value.rows)
+            raise DataError(f"split {name!r}", f"is not in the dataset from {self.source}", f"one of {there or 'none'}")
+        return self.splits[name]
+
+
+def write_shard(uri: str, split: str, number: int, rows: Sequence[Mapping[str, Any]]) -> Shard:
+    """Write rows (see pipelines/shards.py) as one shard of the dataset at `uri`, to be listed in its manifest."""
+    data = to_parquet(rows)
+    path = f"{split}/{number:05d}.parquet"
+    storage.write_bytes(storage.join(uri, path), data)
+    return Shard(path=path, rows=len(rows), sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a read task needs to know."""
+
+    uri: str
+    shards: tuple[Shard, ...]
+    stream: Stream
+
+
+def training_dataset(
+    uri: str, *, seed: int, world_size: int, num_rows: int, start_rows: int = 0, split: str = "train"
+) -> ray.data.Dataset:
+    """Encoded rows for all ranks of a training run: `position, id, target, sketch, reference, cross_reference`.
+
+    `streaming_split(world_size, equal=True)`, which Ray Train does, gives every rank the same number of rows, in an
+    order that depends on dataset, seed and world size only. `position` counts on through the epochs.
+
+    Args:
+        uri: the dataset.
+        seed: of the order.
+        world_size: ranks among which it will be split.
+        num_rows: rows that every rank still takes (it gets up to one visit more).
+        start_rows: rows that every rank has taken before; the same dataset, seed and world size continue there.
+        split: which rows.
+
+    Raises:
+        DataError: if the dataset or the split is missing.
+    """
+    uri = storage.absolute(uri)
+    shards = Manifest.load(uri).split(split).shards
+    counts = tuple(shard.rows for shard in shards)
+    visit_rows = choose_visit_rows(sum(counts), sum(shard.num_bytes for shard in shards), world_size)
+    table = [
+        {"number": visit.number, "skip": visit.skip} for visit in visits(visit_rows, world_size, num_rows, start_rows)
+    ]
+    source = _Source(uri, shards, Stream(counts, seed, visit_rows))
+    rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
+        _read_visit, batch_size=1, fn_kwargs={"source": source}
+    )
+    rows.context.execution_options.preserve_order = True
+    return rows
+
+
+def train_data_config() -> ray.train.DataConfig:
+    """What a TorchTrainer needs as `dataset_config` for training_dataset(): order kept."""
+    return ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+
+
+def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
+    """The pictures of encoded rows as uint8 arrays, zeros where there is none.
+
+    Returns:
+        target, reference, cross_reference [B, S, S, 3], sketch [B, S, S] (dark lines on white), and has_sketch,
+        has_reference, has_cross [B] bool.
+    """
+    targets = np.stack([decode_rgb(data) for data in batch["target"]])
+    arrays: Arrays = {"target": targets}
+    for name, flag, decode, shape in (
+        ("sketch", "has_sketch", decode_gray, targets.shape[:3]),
+        ("reference", "has_reference", decode_rgb, targets.shape),
+        ("cross_reference", "has_cross", decode_rgb, targets.shape),
+    ):
+        arrays[flag] = np.array([data is not None for data in batch[name]])
+        arrays[name] = np.zeros(shape, np.uint8)
+        for index in np.flatnonzero(arrays[flag]).tolist():
+            arrays[name][index] = decode(batch[name][index])
+    return arrays
+
+
+def read_split(uri: str, split: str, limit: int | None = None) -> Arrays:
+    """All rows of a split, or its first `limit`, decoded as by decode_rows(), with `id` [B]; without Ray.
+
+    Raises:
+        DataError: if the dataset or the split is missing.
+    """
+    shards = Manifest.load(uri).split(split).shards
+    total = sum(shard.rows for shard in shards)
+    table = _read(uri, shards, np.arange(total if limit is None else min(limit, total)))
+    arrays = decode_rows({name: table.column(name).to_pylist() for name in PICTURES})
+    arrays["id"] = np.array(table.column("id").to_pylist())
+    return arrays
+
+
+def _read_visit(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
+    visit = Visit(int(batch["number"][0]), int(batch["skip"][0]))
+    positions, rows = source.stream.rows(visit)
+    return _read(source.uri, source.shards, rows).add_column(0, "position", pa.array(positions))
+
+
+def _read(uri: str, shards: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
+    """The given rows of the dataset, in this order; each is fetched once, shards in parallel."""
+    ends = np.cumsum([shard.rows for shard in shards])
+    unique, places = np.unique(rows, return_inverse=True)
+    shard_of = np.searchsorted(ends, unique, side="right")
+
+    def fetch(index: int) -> pa.Table:
+        shard = shards[index]
+        within = unique[shard_of == index] - (ends[index] - shard.rows)
+        return read_rows(storage.join(uri, shard.path), shard.sha256, within.tolist())
+
+    needed = np.unique(shard_of).tolist()
+    if not needed:
+        raise StorageError(uri, "no rows asked for", "ask for at least one")
+    with ThreadPoolExecutor(min(_PARALLEL_READS, len(needed))) as pool:
+        tables = list(pool.map(fetch, needed))
+    return pa.concat_tables(tables).select(list(STREAMED)).take(pa.array(places))
