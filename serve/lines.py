@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from animediffusion.platform.images import Box, letterbox
+from animediffusion.platform.images import letterbox
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -53,16 +53,21 @@ def looks_inverted(pixels: Pixels) -> bool:
     return bool(np.median(pixels.max(axis=2)) < 64)
 
 
-def for_network(drawing: Drawing, size: int) -> tuple[Pixels, Box]:
-    """The sketch as the network knows sketches, [size, size] black on white, and where it lies in the square.
+def as_gray(drawing: Drawing) -> Pixels:
+    """The lines alone, [H, W], black on white: all that colouring needs of a drawing."""
+    return np.rint(255 * (1 - drawing.darkness)).astype(np.uint8)
+
+
+def for_network(gray: Pixels, size: int) -> Pixels:
+    """Lines [H, W] letterboxed to [size, size], as the network knows sketches.
 
     Thin lines fade when a large drawing is made small; they are made dark again.
     """
-    gray = np.rint(255 * (1 - drawing.darkness)).astype(np.uint8)
-    small, box = letterbox(gray, size)
-    if max(gray.shape) > 1.25 * size:
-        small = np.rint(255 * (1 - _stretch(1 - small.astype(np.float32) / 255))).astype(np.uint8)
-    return small, box
+    small = letterbox(gray, size)[0]
+    if max(gray.shape) <= 1.25 * size:
+        return small
+    darkness = 1 - small.astype(np.float32) / np.float32(255)
+    return np.rint(255 * (1 - _stretch(darkness))).astype(np.uint8)
 
 
 def _darkness(pixels: Pixels, paper: Floats) -> Floats:

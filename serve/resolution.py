@@ -23,14 +23,15 @@ MOSTLY_PAPER = 0.04
 """Share of line in a pixel of the network's picture beyond which its colour is not trusted."""
 
 
-def colour_layer(painted: Pixels, drawing: Drawing, box: Box) -> Floats:
+def colour_layer(painted: Pixels, drawing: Drawing) -> Floats:
     """The colours of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
 
     Args:
         painted: what the network made of the letterboxed sketch.
         drawing: the sketch at its own size.
-        box: where the sketch lies in the square.
     """
+    height, width = drawing.darkness.shape
+    box = place_in_square(height, width, len(painted))
     scale = max(box.source_width / box.width, box.source_height / box.height, 1.0)
     colour = unletterbox(painted, box).astype(np.float32) / np.float32(255)
     trust = _trust(drawing.darkness, scale)
@@ -39,6 +40,13 @@ def colour_layer(painted: Pixels, drawing: Drawing, box: Box) -> Floats:
     # Yellow paper would tint the picture a second time: lighten the layer by it, as far as white allows.
     lit: Floats = np.clip(layer / drawing.paper, 0, 1)
     return lit
+
+
+def place_in_square(height: int, width: int, size: int) -> Box:
+    """Where letterbox() puts a picture of that size."""
+    scale = size / max(height, width)
+    inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+    return Box((size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height, width, height)
 
 
 def to_picture(layer: Pixels, drawing: Drawing) -> Pixels:
@@ -65,7 +73,7 @@ def over_white(rgba: Pixels) -> Pixels:
 
 def _trust(darkness: Floats, scale: float) -> Floats:
     """1 where a pixel of the network saw no line, 0 where lines are: [H, W]."""
-    side = 2 * max(1, round(scale)) + 1
+    side = 2 * round(scale) - 1
     coverage = uniform_filter(uniform_filter(darkness, side, mode="nearest"), side, mode="nearest")
     trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
     return np.where(trust < 1e-3, 0, trust).astype(np.float32)

@@ -1,0 +1,177 @@
+"""Starts the application on Ray Serve and keeps it up: the command `serve`.
+
+with running(settings, ServeConfig(), port=8000) as url:
+    ...
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from ray import serve
+
+from animediffusion.models.bundle import verify
+from animediffusion.platform import cluster
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
+from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app
+from animediffusion.serve.versions import ModelSource
+
+READY_TIMEOUT_S = 120.0
+
+
+def serve_app(
+    settings: Settings,
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    announce: Callable[[str], None] = print,
+    **options: Any,
+) -> int:
+    """Serve until SIGINT or SIGTERM; returns 128 + the signal's number.
+
+    Args:
+        settings: workspace and registry.
+        model: None is the champion, followed when it changes.
+        host: loopback only.
+        port: of HTTP.
+        announce: is told, line by line, where the page is and that the server stops.
+        options: further fields of ServeConfig.
+
+    Raises:
+        AnimeDiffusionError: no such model, a damaged one, the port in use, or Ray cannot start.
+    """
+    received, wake = [], threading.Event()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        wake.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with running(settings, _config(settings, model, options), host=host, port=port) as url:
+            announce(f"serving at {url} (page /, API /docs); Ctrl-C stops it")
+            wake.wait()
+            announce("stopping")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0]
+
+
+@contextmanager
+def running(settings: Settings, config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+    """The URL of an application that is up and has its model; it and Serve end with the block."""
+    check_address(host, port)
+    check_model(settings, config.model)
+    cluster.connect(settings)
+    try:
+        yield start(config, host=host, port=port)
+    finally:
+        _quietly(serve.shutdown)
+        cluster.shutdown()
+
+
+def start(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> str:
+    """Deploy on the Ray that is connected, wait until a picture can be made, and return the URL.
+
+    Raises:
+        ClusterError: the application does not come up.
+        BundleError: the model does not work.
+    """
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+        serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
+    except Exception as error:
+        raise ClusterError("serve", f"does not start ({_last_line(error)})", "see `animediffusion doctor`") from error
+    url = f"http://{host}:{port}"
+    _wait_until_ready(url)
+    return url
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError if the server may not, or cannot, listen there."""
+    if not 1 <= port <= 65535:
+        raise ConfigError("--port", str(port), "1 to 65535")
+    if not _is_loopback(host):
+        raise ConfigError(
+            "--host", f"{host!r} would open the server to the network", "127.0.0.1, behind your own proxy"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port}", "already in use", "choose another with --port") from error
+
+
+def check_model(settings: Settings, model: str | None) -> None:
+    """Raise an AnimeDiffusionError if there is no such model here or it is damaged: better now than in a replica."""
+    source = ModelSource(settings, model)
+    folder: Path = source.fetch(source.wanted())
+    try:
+        verify(folder)
+    except ValueError as error:
+        raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
+
+
+def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
+    given = {"model": _absolute(model), "workspace": settings.workspace, "model_name": settings.model_name}
+    return ServeConfig.check({**given, **{key: value for key, value in options.items() if value is not None}})
+
+
+def _absolute(model: str | None) -> str | None:
+    """A folder by its full path: replicas have another working directory."""
+    return str(Path(model).expanduser().absolute()) if model is not None and ":" not in model else model
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _wait_until_ready(url: str) -> None:
+    end, problem = time.monotonic() + READY_TIMEOUT_S, ""
+    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+        while time.monotonic() < end:
+            try:
+                if client.get("/readyz").status_code == 200:
+                    return
+                replicas = client.get("/v1/models").json().get("replicas", [])
+                problem = next((one["error"] for one in replicas if one["error"]), problem)
+            except (httpx.HTTPError, ValueError) as error:
+                problem = str(error)
+            else:
+                if replicas and all(one["state"] == "failed" for one in replicas):
+                    raise BundleError("model", problem, "serve another version, or train it again")
+            time.sleep(0.2)
+    raise ClusterError("serve", f"not ready after {READY_TIMEOUT_S:.0f} s ({problem})", "see `animediffusion doctor`")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as error:  # Ray may be gone already; nothing is left to stop then
+        logging.getLogger(__name__).debug("while stopping: %s", error)
