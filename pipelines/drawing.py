@@ -24,20 +24,19 @@ from PIL import Image, ImageChops, ImageDraw
 from animediffusion.pipelines.palette import INK, Color
 
 Points = NDArray[np.float64]
-_QUARTER_TURN = np.array((1.0, -1.0))
 PointsLike = Points | Sequence[Sequence[float]]
 
 
 def curve(points: PointsLike, samples: int = 7) -> Points:
     """A smooth open curve through the points (Catmull-Rom), [N, 2]."""
     p = np.asarray(points, np.float64)
-    return _spline(np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]]), samples)
+    return _spline(len(p), samples, False) @ p
 
 
 def blob(points: PointsLike, samples: int = 7) -> Points:
     """A smooth closed curve through the points, [N, 2]; the last point equals the first."""
     p = np.asarray(points, np.float64)
-    return _spline(np.concatenate([p[-1:], p, p[:2]]), samples)
+    return _spline(len(p), samples, True) @ p
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, samples: int = 28) -> Points:
@@ -52,7 +51,8 @@ def mirror(points: PointsLike) -> Points:
 
 def shifted(points: PointsLike, dx: float, dy: float) -> Points:
     """The points moved by (dx, dy)."""
-    return np.asarray(points, np.float64) + np.array((dx, dy))
+    moved: Points = np.asarray(points, np.float64) + np.array((dx, dy))
+    return moved
 
 
 def join(*parts: PointsLike) -> Points:
@@ -67,11 +67,17 @@ def _circle(samples: int) -> Points:
 
 
 @functools.lru_cache
-def _catmull_rom(samples: int) -> Points:
-    """Weights [samples, 4] of four neighboring points along the span between the middle two."""
+def _spline(count: int, samples: int, closed: bool) -> Points:
+    """Weights [M, count] that turn `count` points into a Catmull-Rom curve: a curve is linear in its points."""
+    p = np.eye(count)
+    padded = (
+        np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+    )
     t = np.arange(samples)[:, None] / samples
     powers = np.concatenate([t**0, t, t**2, t**3], axis=1)
-    return powers @ (np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]) / 2)
+    basis = powers @ (np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]) / 2)
+    spans = np.stack([padded[:-3], padded[1:-2], padded[2:-1], padded[3:]], axis=1)
+    return np.concatenate([np.matmul(basis, spans).reshape(-1, count), padded[-2:-1]])
 
 
 @functools.lru_cache
@@ -91,12 +97,6 @@ def _bulge(count: int, start: float, end: float) -> Points:
     return np.minimum(1, np.minimum(start + 2.2 * along, end + 2.2 * (1 - along)))
 
 
-def _spline(p: Points, samples: int) -> Points:
-    spans = np.stack([p[:-3], p[1:-2], p[2:-1], p[3:]], axis=1)
-    inner = np.matmul(_catmull_rom(samples), spans).reshape(-1, 2)
-    return np.concatenate([inner, p[-2:-1]])
-
-
 @dataclass(frozen=True)
 class Frame:
     """Where a thing's own coordinates lie on the picture: turned by `angle`, scaled, moved to (x, y)."""
@@ -106,15 +106,22 @@ class Frame:
     y: float
     angle: float = 0.0
 
+    @functools.cached_property
+    def _turn(self) -> Points:
+        cos, sin = math.cos(self.angle) * self.scale, math.sin(self.angle) * self.scale
+        return np.array([[cos, sin], [-sin, cos]])
+
+    @functools.cached_property
+    def _origin(self) -> Points:
+        return np.array([self.x, self.y])
+
     def moved(self, dx: float, dy: float) -> Frame:
         """The frame shifted by (dx, dy) in its own units."""
         (x, y), *_ = self([(dx, dy)])
         return replace(self, x=float(x), y=float(y))
 
     def __call__(self, points: PointsLike) -> Points:
-        cos, sin = math.cos(self.angle) * self.scale, math.sin(self.angle) * self.scale
-        turned: Points = np.asarray(points, np.float64) @ np.array([[cos, sin], [-sin, cos]])
-        return shifted(turned, self.x, self.y)
+        return np.asarray(points, np.float64) @ self._turn + self._origin
 
 
 class Canvas:
@@ -195,19 +202,18 @@ class Pen:
             strength: 1 = black.
             taper: share of the width left at the start and at the end.
         """
-        outline = self._band(points, width, taper)
-        self.canvas.nib.polygon(outline.ravel().tolist(), fill=round(255 * strength))
+        self.canvas.nib.polygon(self._band(points, width, taper), fill=round(255 * strength))
 
     def rim(self, points: PointsLike, color: Color, width: float) -> None:
         """A thick band of a color along a curve, between two thin lines: wire, cord."""
-        flat = self._band(points, width, (1.0, 1.0)).ravel().tolist()
-        self.canvas.nib.polygon(self._band(points, width + 1.2, (1.0, 1.0)).ravel().tolist(), fill=255)
+        flat = self._band(points, width, (1.0, 1.0))
+        self.canvas.nib.polygon(self._band(points, width + 1.2, (1.0, 1.0)), fill=255)
         self.canvas.nib.polygon(flat, fill=0)
         self.canvas.brush.polygon(flat, fill=color)
 
     def stroke_within(self, points: PointsLike, region: Image.Image, width: float) -> None:
         """Ink along a curve, only inside a region."""
-        local = self._mask(self._band(points, width, (1.0, 1.0)).ravel().tolist(), region, 1.0)
+        local = self._mask(self._band(points, width, (1.0, 1.0)), region, 1.0)
         if local is not None:
             mask, box = local
             self.canvas.ink.paste(255, box, mask)
@@ -216,14 +222,14 @@ class Pen:
         """Remove the ink inside a shape; colors stay."""
         self.canvas.nib.polygon(self._pixels(points), fill=0)
 
-    def _band(self, points: PointsLike, width: float, taper: tuple[float, float]) -> Points:
+    def _band(self, points: PointsLike, width: float, taper: tuple[float, float]) -> list[float]:
         """The outline, in canvas pixels, of a stroke along a curve."""
-        path = self.frame(points) * self.canvas.side
-        reach = 0.5 * width * self.canvas.line * self.canvas.side
+        path = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
         steps = path[_following(len(path))] - path[_preceding(len(path))]
-        lengths = np.sqrt(steps[:, 0] ** 2 + steps[:, 1] ** 2) + 1e-9
-        half = steps[:, ::-1] * ((reach * _bulge(len(path), *taper) / lengths)[:, None] * _QUARTER_TURN)
-        return np.concatenate([path + half, (path - half)[::-1]])
+        reach = 0.5j * width * self.canvas.line * self.canvas.side
+        half = steps * (reach * _bulge(len(path), *taper) / (np.abs(steps) + 1e-9))
+        outline: list[float] = np.concatenate([path + half, (path - half)[::-1]]).view(np.float64).tolist()
+        return outline
 
     def _pixels(self, points: PointsLike) -> list[float]:
         pixels: list[float] = (self.frame(points) * self.canvas.side).ravel().tolist()

@@ -118,7 +118,8 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
     draw_backdrop(canvas, character.backdrop, palette, (g.x, g.y), g.jitter[-1])
     head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
     body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
-    back = "bob" if (g.back, character.accessory) == ("buns", "beret") else g.back
+    hidden = g.back == "buns" and character.accessory in ("beret", "cat ears")
+    back = "bob" if hidden else g.back  # what one drawing shows in the accent, the other must show too
     ahoge = g.ahoge and character.accessory not in ("beret", "headband", "headphones")
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
@@ -205,7 +206,7 @@ def _mouth(pen: Pen, g: Geometry) -> None:
 
 def _brows(pen: Pen, g: Geometry) -> None:
     for side in (-1, 1):
-        arch = [(side * 0.17, -0.21 + 0.05 * g.brow), (side * 0.32, -0.27), (side * 0.46, -0.21 - 0.03 * g.brow)]
+        arch = [(side * 0.17, -0.22 + 0.03 * g.brow), (side * 0.32, -0.265), (side * 0.46, -0.21 - 0.02 * g.brow)]
         pen.stroke(curve(arch), 1.5, taper=(0.8, 0.1))
 
 

@@ -37,7 +37,7 @@ VAL_EVERY = 10
 _RECORD = ".synthesize.json"
 _DRAWING = 1
 """Raised whenever the pictures of a seed change."""
-_ROWS_PER_TASK = 25
+_TASK_PIXELS = 25 * 64**2
 
 
 class Row(NamedTuple):
@@ -145,13 +145,21 @@ def _claim(folder: Path, record: dict[str, int]) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(str(folder), "is a file", "give a new folder")
     if path.exists():
-        _compare(folder, json.loads(path.read_text()), record)
+        _compare(folder, _read_record(path), record)
     elif folder.exists() and any(folder.iterdir()):
         raise DataError(str(folder), "is not empty", "give a new or an empty folder")
     for split in ("train", "val"):
         for column in COLUMNS:
             (folder / split / column).mkdir(parents=True, exist_ok=True)
     _replace(path, (json.dumps(record) + "\n").encode())
+
+
+def _read_record(path: Path) -> dict[str, int]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(str(path), "is damaged", "give a new folder") from error
+    return record if isinstance(record, dict) else {}
 
 
 def _compare(folder: Path, there: dict[str, int], wanted: dict[str, int]) -> None:
@@ -171,9 +179,12 @@ def _path(folder: Path, index: int, column: str) -> Path:
 
 def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: int | None) -> Iterator[int]:
     """Write the missing rows; yields how many each finished task wrote."""
-    tasks = [missing[start : start + _ROWS_PER_TASK] for start in range(0, len(missing), _ROWS_PER_TASK)]
-    workers = min(workers or _usable_cores(), len(tasks))
-    if workers <= 1 or len(missing) * size * size < 200 * 64 * 64:
+    step = max(1, _TASK_PIXELS // size**2)
+    tasks = [missing[start : start + step] for start in range(0, len(missing), step)]
+    if workers is None:  # below some seconds of work, starting processes costs more than it saves
+        workers = _usable_cores() if len(tasks) > 8 else 1
+    workers = min(workers, len(tasks))
+    if workers <= 1:
         yield from (_draw_rows(folder, rows, size, seed) for rows in tasks)
         return
     # spawn: a forked child of a process with threads (torch, Ray) may hang.

@@ -1,0 +1,56 @@
+"""How fast drawn faces are made: rows per second of one core, drawing and PNG encoding apart.
+
+    python benchmarks/synthesize.py [--rows 100] [--sizes 64 128 256]
+
+A row is two drawings, line art, a warped view and four PNG files' bytes. Time is the process's CPU time, so other
+work on the machine disturbs it little; nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+
+from animediffusion.pipelines.synthesize import Row, make_row
+from animediffusion.platform.images import encode_png
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    arguments.add_argument("--rows", type=int, default=100, help="rows at 64 px; fewer at larger sizes")
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
+    options = arguments.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+          f"Pillow {PIL.__version__}, NumPy {np.__version__}\n")  # fmt: skip
+    print("| size | draw, ms/row | encode, ms/row | rows/s per core |")
+    print("|-----:|-------------:|---------------:|----------------:|")
+    for size in options.sizes:
+        count = max(5, options.rows * 64 // size)
+        draw, encode = measure(size, count)
+        print(f"| {size} | {draw * 1e3:.1f} | {encode * 1e3:.1f} | {1 / (draw + encode):.1f} |")
+
+
+def measure(size: int, count: int) -> tuple[float, float]:
+    """CPU seconds per row for drawing and for encoding."""
+    make_row(1, 0, size)  # tables of curve weights are made once
+    rows: list[Row] = []
+    draw = _cpu_seconds(lambda: rows.extend(make_row(0, index, size) for index in range(count)))
+    encode = _cpu_seconds(lambda: [encode_png(array) for row in rows for array in row])
+    return draw / count, encode / count
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
