@@ -36,6 +36,10 @@ _QUERY_KEYS = ("endpoint_override", "region", "scheme")
 _SECRET_KEYS = ("access_key", "secret_key", "session_token", "password")
 
 
+class UnreachableError(StorageError):
+    """The store does not answer: no file can be blamed for it."""
+
+
 class _Location(NamedTuple):
     """A parsed URI; `bucket` is empty for a local path."""
 
@@ -158,11 +162,11 @@ def _parse(uri: str) -> _Location:
     if not uri:
         raise StorageError("storage", "the path is empty", "give a local path or s3://bucket/path")
     if scheme is None or scheme[1] == "file":
-        local = unquote(urlsplit(uri).path) if scheme else uri
+        local = unquote(urlsplit(uri, allow_fragments=False).path) if scheme else uri
         return _Location("", str(Path(local).expanduser().absolute()))
     if scheme[1] != "s3":
         raise StorageError(_without_secrets(uri), f"scheme {scheme[1]!r} is not known", "a local path or s3://")
-    parts = urlsplit(uri)
+    parts = urlsplit(uri, allow_fragments=False)
     query = parse_qs(parts.query)
     if "@" in parts.netloc or any(key in query for key in _SECRET_KEYS):
         raise StorageError(
@@ -185,7 +189,7 @@ def _endpoint_setting() -> str | None:
 
 
 def _without_secrets(uri: str) -> str:
-    parts = urlsplit(uri)
+    parts = urlsplit(uri, allow_fragments=False)
     host = parts.netloc.rpartition("@")[2]
     query = {key: values[0] for key, values in parse_qs(parts.query).items() if key not in _SECRET_KEYS}
     return parts._replace(netloc=host, query=urlencode(query)).geturl()
@@ -245,7 +249,7 @@ def _explain(uri: str, error: Exception) -> StorageError:
     if "NETWORK_CONNECTION" in message or "curlCode" in message or "REQUEST_TIMEOUT" in message:
         reason = message.rpartition("Details: ")[2] or message
         where = location.endpoint or "AWS S3"
-        return StorageError(uri, f"{where} does not answer ({reason})", "check AWS_ENDPOINT_URL_S3 and the network")
+        return UnreachableError(uri, f"{where} does not answer ({reason})", "check AWS_ENDPOINT_URL_S3 and the network")
     if re.search(r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|InvalidAccessKeyId|CREDENTIALS|HTTP 403", message):
         return StorageError(uri, "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the policy")
     if isinstance(error, FileNotFoundError):

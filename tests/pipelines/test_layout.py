@@ -1,0 +1,188 @@
+"""Layouts: which files become which rows, from their names alone."""
+
+import pytest
+
+from animediffusion.pipelines.layout import Plan, Sample, natural, plan_folder, plan_pairs
+from animediffusion.platform.errors import DataError
+
+
+def planned(*paths: str, val_fraction: float = 0.05) -> Plan:
+    return plan_folder("src", paths, val_fraction)
+
+
+def reasons(plan: Plan) -> dict[str, str]:
+    return {reject.path: reject.reason for reject in plan.rejects}
+
+
+def test_color_pictures_alone_are_targets() -> None:
+    plan = planned("train/2.jpg", "train/10.jpg", "val/1.jpg")
+
+    assert plan.samples == (
+        Sample("train/2", "train", "train/2.jpg"),
+        Sample("train/10", "train", "train/10.jpg"),
+        Sample("val/1", "val", "val/1.jpg"),
+    )
+    assert not plan.rejects
+
+
+def test_folders_name_the_roles() -> None:
+    plan = planned(*[f"val/{role}/000001.png" for role in ("target", "sketch", "reference", "cross_reference")])
+
+    assert plan.samples == (
+        Sample(
+            "val/000001",
+            "val",
+            "val/target/000001.png",
+            "val/sketch/000001.png",
+            "val/reference/000001.png",
+            "val/cross_reference/000001.png",
+        ),
+    )
+
+
+def test_in_the_papers_layout_reference_is_the_target() -> None:
+    plan = planned(
+        "Anime/train/reference/1.jpg",
+        "Anime/train/condition/1.jpg",
+        "Anime/test/reconstruction/reference/1.jpg",
+        "Anime/test/reconstruction/condition/1.png",
+    )
+
+    assert plan.samples == (
+        Sample(
+            "Anime/test/reconstruction/1",
+            "val",
+            "Anime/test/reconstruction/reference/1.jpg",
+            "Anime/test/reconstruction/condition/1.png",
+        ),
+        Sample("Anime/train/1", "train", "Anime/train/reference/1.jpg", "Anime/train/condition/1.jpg"),
+    )
+
+
+def test_ssimbads_shuffled_copies_are_set_aside() -> None:
+    folders = ("train_data", "test_data", "test_data_shuffled")
+    plan = planned(*[f"Anime/{folder}/{role}/1.jpg" for folder in folders for role in ("reference", "sketch")])
+
+    assert {(sample.id, sample.split) for sample in plan.samples} == {
+        ("Anime/train_data/1", "train"),
+        ("Anime/test_data/1", "val"),
+    }
+    assert set(reasons(plan).values()) == {"duplicate"}
+    assert len(plan.rejects) == 2
+
+
+def test_roles_may_be_in_the_names() -> None:
+    plan = planned(*[f"data/{split}/0001_{role}.png" for split in ("train", "val") for role in ("gt", "sketch", "ref")])
+
+    assert plan.samples[0] == Sample(
+        "data/train/0001", "train", "data/train/0001_gt.png", "data/train/0001_sketch.png", "data/train/0001_ref.png"
+    )
+
+
+def test_a_picture_named_color_is_not_a_role_without_line_art() -> None:
+    assert [sample.id for sample in planned("hair_color.png", "eye_color.png").samples] == ["eye_color", "hair_color"]
+
+
+def test_roles_above_the_splits_are_understood() -> None:
+    plan = planned("color/train/a.png", "line/train/a.webp", "color/test/b.png", "line/test/b.webp")
+
+    assert [(sample.split, sample.sketch) for sample in plan.samples] == [
+        ("val", "line/test/b.webp"),
+        ("train", "line/train/a.webp"),
+    ]
+
+
+def test_test_stays_test_where_there_is_a_val() -> None:
+    plan = planned("train/a.png", "valid/b.png", "test/c.png")
+
+    assert {sample.id: sample.split for sample in plan.samples} == {
+        "train/a": "train",
+        "valid/b": "val",
+        "test/c": "test",
+    }
+
+
+def test_everything_without_a_place_has_a_reason() -> None:
+    plan = planned(
+        "target/a.png", "sketch/a.png", "sketch/a.jpg", "sketch/b.png", "loose.png", "notes.txt", ".DS_Store",
+        "target/Thumbs.db", "__MACOSX/target/a.png",
+    )  # fmt: skip
+
+    assert len(plan.samples) == 1
+    assert reasons(plan) == {
+        "sketch/a.png": "duplicate",
+        "sketch/b.png": "orphan",
+        "loose.png": "orphan",
+        "notes.txt": "not_an_image",
+    }
+
+
+def test_same_stem_with_two_endings_are_two_pictures() -> None:
+    assert [sample.id for sample in planned("a.jpg", "a.png").samples] == ["a", "a.png"]
+
+
+def test_without_folders_a_hash_of_the_id_splits() -> None:
+    names = [f"{number}.png" for number in range(1000)]
+    more = [*names, "new.png"]
+
+    first = {sample.id: sample.split for sample in planned(*names, val_fraction=0.1).samples}
+    second = {sample.id: sample.split for sample in planned(*more, val_fraction=0.1).samples}
+
+    assert 70 < sum(split == "val" for split in first.values()) < 130
+    assert {key: second[key] for key in first} == first
+
+
+@pytest.mark.parametrize(("count", "val"), [(1, 0), (2, 1), (6, 1)])
+def test_a_small_folder_still_has_one_val_picture(count: int, val: int) -> None:
+    plan = planned(*[f"{number}.png" for number in range(count)], val_fraction=0.001)
+
+    assert sum(sample.split == "val" for sample in plan.samples) == val
+
+
+def test_an_empty_folder_names_the_layouts() -> None:
+    with pytest.raises(DataError, match=r"holds no files; expected color pictures alone, or folders target"):
+        planned(".DS_Store")
+
+
+def test_line_art_alone_is_refused() -> None:
+    with pytest.raises(DataError, match="none of its 2 files can be a target"):
+        planned("sketch/a.png", "sketch/b.png")
+
+
+def test_no_pair_is_refused() -> None:
+    with pytest.raises(DataError, match="no line art has the name of a target"):
+        planned("target/a.png", "sketch/b.png")
+
+
+def test_numbers_sort_by_value() -> None:
+    assert sorted(["10.jpg", "9.jpg", "A2.jpg", "a10.jpg", "a.jpg"], key=natural) == [
+        "9.jpg", "10.jpg", "A2.jpg", "a10.jpg", "a.jpg",
+    ]  # fmt: skip
+
+
+def test_a_pairs_csv_names_every_picture() -> None:
+    text = "target,sketch,cross_reference,split,artist\na.png,s/a.png,b.png,train,x\na.png,,c.png,test,y\n"
+    plan = plan_pairs("src", text, ["a.png", "b.png", "c.png", "s/a.png", "unused.png"], 0.1)
+
+    assert plan.samples == (
+        Sample("a", "train", "a.png", "s/a.png", None, "b.png"),
+        Sample("a#2", "val", "a.png", None, None, "c.png"),
+    )
+    assert not plan.rejects
+
+
+def test_missing_files_of_a_pairs_csv_are_rejected_by_line() -> None:
+    plan = plan_pairs("src", "target,sketch\na.png,no.png\ngone.png,s.png\n", ["a.png", "s.png"], 0)
+
+    assert reasons(plan) == {"no.png": "unreadable", "gone.png": "unreadable", "s.png": "orphan"}
+    assert "line 3" in plan.rejects[1].detail
+
+
+def test_a_pairs_csv_without_a_target_column_is_refused() -> None:
+    with pytest.raises(DataError, match=r"columns are image, line; target\[,sketch"):
+        plan_pairs("src", "image,line\na,b\n", ["a"], 0)
+
+
+def test_an_unknown_split_in_a_pairs_csv_names_the_line() -> None:
+    with pytest.raises(DataError, match="line 2: split 'holdout' is not known"):
+        plan_pairs("src", "target,split\na.png,holdout\n", ["a.png"], 0)
