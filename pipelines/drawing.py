@@ -49,6 +49,14 @@ def mirror(points: PointsLike) -> Points:
     return (np.asarray(points, np.float64) * (-1, 1))[::-1]
 
 
+def straight(corners: PointsLike, samples: int = 6) -> Points:
+    """A polyline with points added along its edges, so that a stroke keeps its width up to the corners."""
+    p = np.asarray(corners, np.float64)
+    t = np.arange(samples)[:, None] / samples
+    edges: Points = (p[:-1, None] * (1 - t) + p[1:, None] * t).reshape(-1, 2)
+    return np.concatenate([edges, p[-1:]])
+
+
 def shifted(points: PointsLike, dx: float, dy: float) -> Points:
     """The points moved by (dx, dy)."""
     moved: Points = np.asarray(points, np.float64) + np.array((dx, dy))

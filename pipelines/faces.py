@@ -124,13 +124,13 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
         wardrobe.draw_ears_of_a_cat(far, palette)
-    hair.draw_behind(far, back, palette.hair, g.jitter)
+    hair.draw_behind(far, back, palette.hair)
     _neck(body, head, g, palette)
     wardrobe.draw_clothes(body, character.clothes, palette)
     hair.draw_beside(far, back, palette.hair, palette.trim, g.jitter)
     _face(head, skull, features, g, palette)
     _eyes(features, g, palette)
-    hair.draw_front(skull, g.front, palette.hair, g.jitter, shine=character.shine, ahoge=ahoge)
+    hair.draw_front(skull, g.front, back, palette.hair, g.jitter, shine=character.shine, ahoge=ahoge)
     _brows(features, g)
     if character.accessory == "glasses":
         wardrobe.draw_glasses(features, palette, 0.31)

@@ -25,11 +25,8 @@ _HALVES: dict[str, list[tuple[float, float]]] = {
 _BACK_OF_NECK = {"bob": 0.62, "short": 0.4}
 
 
-def draw_behind(pen: Pen, back: str, tone: Tone, jitter: Sequence[float]) -> None:
+def draw_behind(pen: Pen, back: str, tone: Tone) -> None:
     """What lies behind the shoulders."""
-    if back == "spiky":
-        _spikes(pen, tone, jitter)
-        return
     half = _HALVES.get(back, _HALVES["short"])
     low = _BACK_OF_NECK.get(back, 2.0 if back in _HALVES else 0.4)
     outline = blob([(0, -1.08), *half, (0, low), *mirror(half)])
@@ -56,7 +53,9 @@ def draw_beside(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[flo
             _bun(pen, side, tone)
 
 
-def draw_front(pen: Pen, front: str, tone: Tone, jitter: Sequence[float], *, shine: bool, ahoge: bool) -> None:
+def draw_front(
+    pen: Pen, front: str, back: str, tone: Tone, jitter: Sequence[float], *, shine: bool, ahoge: bool
+) -> None:
     """The cap over the skull, locks beside the face and the fringe, shaded."""
     region = pen.region()
     cap = _cap(front)
@@ -64,6 +63,8 @@ def draw_front(pen: Pen, front: str, tone: Tone, jitter: Sequence[float], *, shi
     edge = curve([(0.34, -1.2), (0.62, -0.80), (0.75, -0.3), (0.74, 0.2)])
     pen.tint(join(edge, [(1.0, 0.2), (1.0, -1.2)]), tone.shade, within=region)
     pen.stroke(curve(_SKULL))
+    if back == "spiky":
+        _spikes(pen, tone, jitter, region)
     for side in (-1, 1):
         _side_lock(pen, side, front, tone, jitter[3 + (side > 0)], region)
     for root, tip, width, bend in fringe(front, jitter):
@@ -185,23 +186,22 @@ def _arc_of_light(start: float, end: float, thick: float) -> Points:
     return join(np.stack([x, middle - 0.4 * swell], 1), curve(np.stack([x, middle + swell * wave], 1), 3)[::-1])
 
 
-def _spikes(pen: Pen, tone: Tone, jitter: Sequence[float]) -> None:
+def _spikes(pen: Pen, tone: Tone, jitter: Sequence[float], region: Image.Image) -> None:
     """Broad tufts that stand out all around, the lower ones first."""
-    pen.fill(ellipse(0, -0.1, 0.80, 0.85), tone.shade)
-    pen.tint(ellipse(0, 0.5, 0.6, 0.5), tone.deep)
-    for step, wave in enumerate(jitter[:5]):
+    for step in range(5):
         for side in (-1, 1):
-            _tuft(pen, side, np.radians(24 - 26 * step), 1.20 + 0.07 * wave, tone)
+            wave = jitter[step if side < 0 else 9 - step]
+            _tuft(pen, side, np.radians(20 - 25 * step), 1.20 + 0.10 * wave, 0.12 + 0.14 * jitter[step], tone, region)
 
 
-def _tuft(pen: Pen, side: int, angle: float, reach: float, tone: Tone) -> None:
+def _tuft(pen: Pen, side: int, angle: float, reach: float, droop: float, tone: Tone, region: Image.Image) -> None:
     def at(turn: float, radius: float) -> tuple[float, float]:
         x, y = radius * np.cos(angle + turn), radius * np.sin(angle + turn)
         return float(side * x), float(1.06 * y - 0.18)
 
-    tip = at(0.05, reach)
+    tip = at(droop, reach)
     lower, upper = curve([at(0.44, 0.62), at(0.26, 0.90), tip], 5), curve([tip, at(-0.12, 0.98), at(-0.42, 0.66)], 5)
-    pen.fill(join(lower, upper), tone.base)
+    pen.fill(join(lower, upper), tone.base, region=region)
     pen.tint(join(lower, curve([tip, at(0.10, 0.95), at(0.20, 0.62)], 5)), tone.shade)
     pen.stroke(lower, taper=(0.0, 0.8))
     pen.stroke(upper, taper=(0.8, 0.0))

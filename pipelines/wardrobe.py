@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from animediffusion.pipelines.drawing import Pen, Points, PointsLike, blob, curve, ellipse, join, mirror, shifted
+from animediffusion.pipelines.drawing import (
+    Pen,
+    Points,
+    PointsLike,
+    blob,
+    curve,
+    ellipse,
+    join,
+    mirror,
+    shifted,
+    straight,
+)
 from animediffusion.pipelines.palette import Color, Palette, Tone
 
 CLOTHES = ("sailor", "hoodie", "blazer", "kimono", "straps", "turtleneck", "shirt", "cape")
@@ -84,7 +95,8 @@ def draw_glasses(pen: Pen, palette: Palette, spacing: float) -> None:
 def _piece(pen: Pen, outline: PointsLike, color: Color, width: float = 1.0) -> None:
     """A closed shape in one color with its line around."""
     pen.fill(outline, color)
-    pen.stroke(join(outline, outline[:2]), width)
+    closed = join(outline, outline[:1])
+    pen.stroke(straight(closed) if len(closed) < 9 else closed, width)
 
 
 def _sailor(pen: Pen, palette: Palette) -> None:
