@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from animediffusion.serve.form import ColorizeForm, Parameters, read_form
 from animediffusion.serve.limits import RequestLimits
@@ -22,6 +22,7 @@ from animediffusion.serve.lines import Drawing, as_gray
 from animediffusion.serve.messages import Backend, Job, LateError, NoModelError
 from animediffusion.serve.pictures import read_picture, read_sketch, render
 from animediffusion.serve.problems import MEDIA_TYPE, ProblemError, add_handlers
+from animediffusion.serve.stream import events
 
 T = TypeVar("T")
 
@@ -30,11 +31,16 @@ CLIENT_LEFT = 499
 """nginx's code for a client that closed the connection; nobody receives it."""
 
 FOLDER = Path(__file__).parent
-EXAMPLES = ("sketch_1.png", "reference_1.png", "sketch_2.png", "reference_2.png", "sketch_3.png", "reference_3.png")
+EXAMPLES = tuple(f"{kind}_{number}.png" for number in range(1, 5) for kind in ("sketch", "reference"))
 
 
 def create_app(
-    backend: Backend, *, max_body_bytes: int = MAX_BODY_BYTES, timeout_s: float = 60, num_threads: int = 2
+    backend: Backend,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    timeout_s: float = 60,
+    num_threads: int = 2,
+    names_requests: bool = True,
 ) -> FastAPI:
     """The application for one backend.
 
@@ -43,6 +49,7 @@ def create_app(
         max_body_bytes: of a request.
         timeout_s: for one picture, waiting included.
         num_threads: that decode uploads and finish pictures.
+        names_requests: add the header X-Request-Id; False where the server in front does.
     """
     app = FastAPI(
         title="AnimeDiffusion",
@@ -51,11 +58,11 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(RequestLimits, max_body_bytes=max_body_bytes)
+    app.add_middleware(RequestLimits, max_body_bytes=max_body_bytes, names_requests=names_requests)
     add_handlers(app)
     _add_pages(app)
-    _add_status(app, backend)
     _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s)
+    _add_status(app, backend)
     return app
 
 
@@ -72,6 +79,22 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         )
         headers = {"X-Model-Version": answer.model_version, "X-Seed": str(asked.seed), "Cache-Control": "no-store"}
         return Response(png, media_type="image/png", headers=headers)
+
+    @app.post("/v1/colorize/stream", response_class=StreamingResponse, openapi_extra=_FORM, responses=_EVENTS)
+    async def colorize_stream(request: Request) -> StreamingResponse:
+        """The same as server-sent events: `progress` with a preview after each step, then `result` or `error`."""
+        form = await read_form(request)
+        drawing, job = await asyncio.get_running_loop().run_in_executor(pool, _to_job, form, timeout_s)
+        items = backend.stream(job)
+        # Waiting for the first one keeps busy, late and unusable an ordinary answer with its status.
+        first = await _unless_client_leaves(request, _first(items), timeout_s)
+        body = events(first, items, drawing, form.parameters, request.state.request_id, pool)
+        headers = {"Cache-Control": "no-store", "X-Seed": str(form.parameters.seed)}
+        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+
+
+async def _first(items: AsyncIterator[T]) -> T:
+    return await anext(items)
 
 
 def _to_job(form: ColorizeForm, timeout_s: float) -> tuple[Drawing, Job]:
@@ -205,4 +228,8 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         code: {"description": why, "content": {MEDIA_TYPE: {"schema": _PROBLEM_SCHEMA}}}
         for code, why in _REASONS.items()
     },
+}
+_EVENTS = {
+    **_ANSWERS,
+    200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 
 from animediffusion.platform.config import Config, Settings
 from animediffusion.serve.api import MAX_BODY_BYTES, create_app
-from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, ServeError
+from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, ServeError
 from animediffusion.serve.replica import Replica
 from animediffusion.serve.versions import Follower, ModelSource
 
@@ -111,6 +112,11 @@ class EngineDeployment:
         """See Replica.colorize."""
         return await self.replica.colorize(job)
 
+    async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
+        """See Replica.stream."""
+        async for item in self.replica.stream(job):
+            yield item
+
     async def describe(self) -> dict[str, Any]:
         """See Follower.describe."""
         return self.follower.describe()
@@ -142,6 +148,17 @@ class _RayBackend:
         except Exception as error:
             raise _translated(error) from error
 
+    async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
+        response = self.engine.options(stream=True).stream.remote(job)
+        try:
+            async for item in response:
+                yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise
+        except Exception as error:
+            raise _translated(error) from error
+
     async def models(self) -> dict[str, Any]:
         found = await self._describe()
         replicas = [one["replica"] for one in found]
@@ -161,6 +178,7 @@ class _RayBackend:
             return []
 
 
+@serve.ingress()
 class IngressDeployment:
     """The HTTP side."""
 
@@ -171,7 +189,12 @@ class IngressDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve once this object is made."""
         backend = _RayBackend(self.engine)
-        return create_app(backend, max_body_bytes=self.args.max_body_bytes, timeout_s=self.args.timeout_s)
+        return create_app(
+            backend,
+            max_body_bytes=self.args.max_body_bytes,
+            timeout_s=self.args.timeout_s,
+            names_requests=False,  # Serve's proxy does
+        )
 
 
 def _translated(error: Exception) -> Exception:

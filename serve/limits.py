@@ -24,8 +24,9 @@ SECURITY = {
 class RequestLimits:
     """ASGI middleware; bytes are counted while they arrive, whatever Content-Length says."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, names_requests: bool) -> None:
         self.app = app
+        self.added = {**SECURITY, "X-Request-Id": ""} if names_requests else SECURITY
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +41,8 @@ class RequestLimits:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update({**SECURITY, "X-Request-Id": request_id})
+                answer = MutableHeaders(scope=message)
+                answer.update({name: value or request_id for name, value in self.added.items()})
             await send(message)
 
         announced = headers.get("content-length", "")

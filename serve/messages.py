@@ -9,6 +9,7 @@ ServeError
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +78,9 @@ class Backend(Protocol):
 
     async def colorize(self, job: Job) -> Answer:
         """The picture, or a ServeError. Cancelling the call frees the job's place."""
+
+    def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
+        """Previews, then the answer; errors and cancelling as for colorize."""
 
     async def models(self) -> dict[str, Any]:
         """The body of /v1/models."""

@@ -108,5 +108,4 @@ def add_handlers(app: FastAPI) -> None:
 def response(request: Request, problem: ProblemError) -> JSONResponse:
     """The answer for a problem."""
     request_id = getattr(request.state, "request_id", "")
-    headers = {**problem.headers, "X-Request-Id": request_id}
-    return JSONResponse(problem.body(request_id), problem.status, headers, media_type=MEDIA_TYPE)
+    return JSONResponse(problem.body(request_id), problem.status, problem.headers, media_type=MEDIA_TYPE)

@@ -80,7 +80,8 @@ def running(settings: Settings, config: ServeConfig, *, host: str = "127.0.0.1",
     try:
         yield start(config, host=host, port=port)
     finally:
-        _quietly(serve.shutdown)
+        if cluster.cluster_address() is not None:
+            _quietly(lambda: serve.delete(APP_NAME))
         cluster.shutdown()
 
 
