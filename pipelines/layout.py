@@ -101,7 +101,7 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Plan:
     Raises:
         DataError: if nothing can be a target, or line art and targets have no stem in common.
     """
-    seen = [path for path in sorted(paths, key=natural) if not _is_junk(path)]
+    seen = [path for path in sorted(paths, key=natural) if not is_junk(path)]
     rejects = [Reject(path, "not_an_image", "no picture by its name") for path in seen if not _is_picture(path)]
     named = _roles(_name(path) for path in seen if _is_picture(path))
     copies = [item for item in named if _is_shuffled_copy(item.path)]
@@ -163,7 +163,8 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
     return (*key, (2, 0, text))
 
 
-def _is_junk(path: str) -> bool:
+def is_junk(path: str) -> bool:
+    """Whether a path is hidden or one of the files that desktops leave behind."""
     return any(part.startswith(".") or part.lower() in _JUNK for part in PurePosixPath(path).parts)
 
 

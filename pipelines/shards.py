@@ -78,6 +78,12 @@ def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str
     return table.take(pa.array(np.asarray(rows) - starts[group_of] + begins[which]))
 
 
+def read_shard(uri: str) -> list[dict[str, Any]]:
+    """All rows of one shard, as to_parquet() took them."""
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
+    return rows
+
+
 @functools.lru_cache(maxsize=1024)
 def _footer(uri: str, version: str) -> pq.FileMetaData:  # noqa: ARG001
     files, path = storage.filesystem(uri)
