@@ -120,8 +120,9 @@ class Engine:
         self._device = next(bundle.denoiser.parameters()).device
         self._waiting: list[_Ticket] = []
         self._rows: list[_Row] = []
+        self._num_open = 0
         self._joined: tuple[list[_Row], Condition] | None = None
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())  # futures end, and call back, inside of it
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -133,26 +134,21 @@ class Engine:
             ValueError: for unusable settings or shapes.
             QueueFullError: if max_batch + max_queue requests are here already.
         """
-        settings = self.settings(request)
+        settings = settings_for(
+            self.bundle, sampler=request.sampler, steps=request.steps, guidance_scale=request.guidance_scale
+        )
         self._check_shapes(request)
         ticket = _Ticket(request, settings)
         with self._changed:
             if self._closing:
                 raise QueueFullError("this engine is closing")
-            if self.num_running + len(self._waiting) >= self.max_batch + self.max_queue:
+            if self._num_open >= self.max_batch + self.max_queue:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already")
+            self._num_open += 1
             self._waiting.append(ticket)
             self._changed.notify()
+        ticket.future.add_done_callback(self._count_down)
         return ticket.future
-
-    def settings(self, request: Request) -> SamplerDefaults:
-        """The sampler settings of a request: its own, and the bundle's where it leaves them open.
-
-        Raises:
-            ValueError: naming the one that is out of range.
-        """
-        asked = {"name": request.sampler, "steps": request.steps, "guidance_scale": request.guidance_scale}
-        return replace(self.bundle.config.sampler, **{k: v for k, v in asked.items() if v is not None})  # type: ignore[arg-type]
 
     @property
     def num_running(self) -> int:
@@ -178,6 +174,10 @@ class Engine:
                     ticket.fail(QueueFullError("this engine was closed"))
             self._changed.notify()
         self._thread.join(timeout_s)
+
+    def _count_down(self, _: Future[NDArray[np.uint8]]) -> None:
+        with self._changed:
+            self._num_open -= 1
 
     def _check_shapes(self, request: Request) -> None:
         size = self.bundle.config.image_size
@@ -256,6 +256,23 @@ class Engine:
             nulls = [row.null for row in guided if row.null is not None]
             self._joined = (list(rows), cat_conditions([*(row.condition for row in rows), *nulls]))
         return self._joined[1]
+
+
+def settings_for(
+    bundle: Bundle, *, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None
+) -> SamplerDefaults:
+    """The bundle's sampler defaults with what was asked for in their place.
+
+    Raises:
+        ValueError: naming the one that is out of range.
+    """
+    own = bundle.config.sampler
+    return replace(
+        own,
+        name=own.name if sampler is None else sampler,
+        steps=own.steps if steps is None else steps,
+        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+    )
 
 
 class _ConditionCache:

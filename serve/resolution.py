@@ -9,9 +9,10 @@ SIGGRAPH 2011), with the darkness of the lines as distance. The picture is that 
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 from scipy.ndimage import uniform_filter
 
-from animediffusion.platform.images import Box, unletterbox
+from animediffusion.platform.images import Box
 from animediffusion.serve.lines import Drawing, Floats, Pixels
 
 REACH_PX = 3.0
@@ -19,6 +20,8 @@ REACH_PX = 3.0
 WALL = 6.0
 """Crossing a black line one pixel wide costs as much as this many REACH."""
 NUM_PASSES = 2
+BLUR = 1.3
+"""How many of its own pixels beyond a line the network's picture is still blurred by it."""
 MOSTLY_PAPER = 0.04
 """Share of line in a pixel of the network's picture beyond which its colour is not trusted."""
 
@@ -33,7 +36,7 @@ def colour_layer(painted: Pixels, drawing: Drawing) -> Floats:
     height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(painted))
     scale = max(box.source_width / box.width, box.source_height / box.height, 1.0)
-    colour = unletterbox(painted, box).astype(np.float32) / np.float32(255)
+    colour = _enlarged(painted, box)
     trust = _trust(drawing.darkness, scale)
     flowed = _flow(colour, trust, drawing.darkness, REACH_PX * scale)
     layer = flowed + trust[..., None] * (colour - flowed)
@@ -71,9 +74,16 @@ def over_white(rgba: Pixels) -> Pixels:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
+def _enlarged(painted: Pixels, box: Box) -> Floats:
+    """The part of the square inside the margins, at the drawing's size; the margins play no part."""
+    inside = painted[box.top : box.top + box.height, box.left : box.left + box.width]
+    large = Image.fromarray(inside).resize((box.source_width, box.source_height), Image.Resampling.BICUBIC)
+    return np.asarray(large).astype(np.float32) / np.float32(255)
+
+
 def _trust(darkness: Floats, scale: float) -> Floats:
     """1 where a pixel of the network saw no line, 0 where lines are: [H, W]."""
-    side = 2 * round(scale) - 1
+    side = 2 * round(BLUR * (scale - 1)) + 1
     coverage = uniform_filter(uniform_filter(darkness, side, mode="nearest"), side, mode="nearest")
     trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
     return np.where(trust < 1e-3, 0, trust).astype(np.float32)
@@ -84,7 +94,7 @@ def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floa
 
     A pixel that nothing trusted reaches keeps its own colour.
     """
-    weight = trust + np.float32(1e-6)
+    weight = trust + np.float32(1e-6) * (darkness < 0.3)  # where nothing is trusted, the lightest places count
     planes = np.concatenate([colour * weight[..., None], weight[..., None]], axis=2)
     cost = 1 + (WALL * reach) * darkness
     for number in range(NUM_PASSES):
@@ -92,7 +102,8 @@ def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floa
         keep = np.exp(-np.sqrt(2) / sigma * cost).astype(np.float32)
         planes = _sweep(planes, keep)
         planes = _sweep(planes.transpose(1, 0, 2), keep.T).transpose(1, 0, 2)
-    carried: Floats = planes[..., :3] / np.maximum(planes[..., 3:], 1e-30)
+    arrived = planes[..., 3:]
+    carried: Floats = np.where(arrived > 1e-30, planes[..., :3] / np.maximum(arrived, 1e-30), colour)
     return carried
 
 

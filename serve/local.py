@@ -1,0 +1,62 @@
+"""Colours drawings with a bundle in this process."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError
+from animediffusion.platform.images import letterbox
+from animediffusion.serve.engine import settings_for
+from animediffusion.serve.lines import Pixels, as_gray, for_network
+from animediffusion.serve.painter import Options, Painting
+from animediffusion.serve.pictures import read_picture, read_sketch, render
+from animediffusion.serve.versions import ModelSource
+
+
+class LocalPainter:
+    """A painter.Painter.
+
+    Args:
+        settings: of the registry.
+        model: MODEL, None is the champion.
+        device: CUDA where there is some by default.
+
+    Raises:
+        AnimeDiffusionError: no such model, or a damaged one.
+    """
+
+    def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        source = ModelSource(settings, model)
+        self.version = source.wanted()
+        folder = source.fetch(self.version)
+        try:
+            self.bundle: Bundle = load_bundle(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except ValueError as error:
+            raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
+
+    def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
+        """See painter.Painter."""
+        drawing = read_sketch(sketch, thing=thing)
+        size = self.bundle.config.image_size
+        lines = _tensor(for_network(as_gray(drawing), size))
+        colours = _tensor(letterbox(read_picture(reference), size)[0])
+        try:
+            settings = settings_for(
+                self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
+            )
+        except ValueError as error:
+            raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
+        result = colorize(self.bundle, lines, colours, seeds=[options.seed], sampler=settings)
+        painted = to_uint8(result)[0].cpu().numpy()
+        picture = render(painted, drawing, size=options.size)
+        layer = render(painted, drawing, output="color_layer", size=options.size)
+        return Painting(picture, layer, self.version)
+
+
+def _tensor(pixels: Pixels) -> torch.Tensor:
+    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])
