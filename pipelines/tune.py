@@ -113,13 +113,13 @@ def tune_sampler(
         raise ConfigError("--prefer", repr(prefer), ", ".join(get_args(Prefer)))
     if trials < 1:
         raise ConfigError("--trials", str(trials), "at least 1")
+    batch = load_track(data, split, num_images)
     registry = Registry(settings)
     bundle = release.check_bundle(registry.fetch(model))
-    task = _Task(bundle, load_track(data, split, num_images))
     cluster.connect(settings)
     record = Run.start(settings, TUNING, f"sampler {bundle.sha256[:12]}", _params(model, data, trials, prefer))
     try:
-        points = search(settings, task.bundle, task.batch, trials=trials, minutes=minutes, progress=progress)
+        points = search(settings, bundle, batch, trials=trials, minutes=minutes, progress=progress)
         result = _choose(points, prefer)
         _record(record, points, result)
         if register:

@@ -1,7 +1,8 @@
-"""Ask whether something listens at an address, before a client library retries for a minute."""
+"""Addresses: is anybody there, before a client library retries for a minute; and how to show one."""
 
 from __future__ import annotations
 
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -26,3 +27,8 @@ def why_unreachable(address: str, timeout: float = 5.0) -> str | None:
     except OSError as error:
         return f"does not answer ({error.strerror or error})"
     return None
+
+
+def without_password(address: str) -> str:
+    """An address as it may be printed: `user:password@` becomes `***@`."""
+    return re.sub(r"//[^/@]*@", "//***@", address)

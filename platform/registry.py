@@ -254,7 +254,7 @@ class Registry:
         try:
             yield
         except MlflowException as error:
-            found = f"MLflow at {self.tracking_uri} refused ({tracking.first_line(error)})"
+            found = f"{tracking.place(self.tracking_uri)} refused ({tracking.first_line(error)})"
             raise RegistryError(thing, found, "see `animediffusion doctor`") from error
 
 

@@ -25,7 +25,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
-from animediffusion.platform.network import why_unreachable
+from animediffusion.platform.network import why_unreachable, without_password
 
 TRAINING = "animediffusion-training"
 TUNING = "animediffusion-tuning"
@@ -62,7 +62,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         if tracking_uri.startswith(("http://", "https://")):
             reason = why_unreachable(tracking_uri)
             if reason is not None:
-                raise RegistryError(f"MLflow at {tracking_uri}", reason, "check MLFLOW_TRACKING_URI, or unset it")
+                raise RegistryError(place(tracking_uri), reason, "check MLFLOW_TRACKING_URI, or unset it")
         with _one_creator(tracking_uri):
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
@@ -70,7 +70,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         raise
     except Exception as error:  # a database driver's own errors come through, too
         found = f"cannot be opened ({first_line(error)})"
-        raise RegistryError(f"MLflow at {tracking_uri}", found, "check MLFLOW_TRACKING_URI, workspace") from error
+        raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI, workspace") from error
     return client
 
 
@@ -229,7 +229,7 @@ class Run:
             action()
         except (MlflowException, OSError) as error:
             if not self._warned:
-                log.warning("MLflow at %s: %s not stored (%s)", self.tracking_uri, what, first_line(error))
+                log.warning("%s: %s not stored (%s)", place(self.tracking_uri), what, first_line(error))
             self._warned = True
             return False
         self._warned = False
@@ -245,6 +245,11 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
+
+
+def place(tracking_uri: str) -> str:
+    """How messages name a store."""
+    return f"MLflow at {without_password(tracking_uri)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from animediffusion.pipelines import release
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
 from animediffusion.platform.registry import Registry
+from animediffusion.platform.storage import upload_folder
 from animediffusion.platform.tracking import TRAINING, Run
 
 SIZES = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}
@@ -306,3 +307,12 @@ def test_artifacts_land_in_the_workspace_whatever_the_working_directory(settings
     assert set(Path.cwd().iterdir()) == before
     shutil.rmtree(folder)
     assert release.check_bundle(Registry(settings).fetch(f"models:/{settings.model_name}/1"))
+
+
+def test_a_bundle_may_lie_in_an_object_store(settings, bundle, moto_server):
+    folder = bundle(1, evaluation())
+    upload_folder(folder, "s3://bucket/models/one")
+    version = release.register(settings, "s3://bucket/models/one")
+    assert version.sha256 == release.check_bundle(folder).sha256
+    with pytest.raises(BundleError, match=r"is no bundle, it lacks|no such folder"):
+        release.register(settings, "s3://bucket/models/two")

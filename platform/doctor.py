@@ -1,0 +1,168 @@
+"""Say what is installed, reachable and allowed here, one line per check.
+
+    for check in checks(settings, [attention_probe]):
+        print("ok " if check.ok else "NO ", check.name, check.detail)
+
+Not here: anything that needs torch; the caller hands such checks over as functions.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import psutil
+
+import animediffusion
+from animediffusion.platform import cluster, jobs, tracking
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import AnimeDiffusionError
+from animediffusion.platform.network import why_unreachable, without_password
+
+PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "kornia", "safetensors", "optuna", "fastapi")
+OPTIONAL_PACKAGES = ("xformers", "torchvision")
+PYTHONS = ((3, 11), (3, 13))
+MIN_FREE_BYTES = 5 * 1024**3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+Probe = Callable[[], Check]
+
+
+def checks(settings: Settings, probes: Iterable[Probe] = ()) -> list[Check]:
+    """Every check, in the order to read them; none raises, and none takes longer than some seconds.
+
+    Args:
+        settings: workspace and addresses.
+        probes: further checks, for example which device and which attention torch will use.
+    """
+    named: list[tuple[str, Probe]] = [
+        ("python", _python),
+        ("machine", _machine),
+        ("packages", _packages),
+        *((getattr(probe, "__name__", "probe").strip("_"), probe) for probe in probes),
+        ("workspace", lambda: _workspace(settings)),
+        ("mlflow", lambda: _mlflow(settings)),
+        ("storage", _storage),
+        ("ray", _ray),
+        ("ray jobs", _jobs),
+    ]
+    return [_guarded(name, probe) for name, probe in named]
+
+
+def report(found: Sequence[Check]) -> dict[str, Any]:
+    """What `doctor --json` prints: `{ok, checks: [{name, ok, detail}]}`."""
+    return {"ok": all(check.ok for check in found), "checks": [asdict(check) for check in found]}
+
+
+def _guarded(name: str, probe: Probe) -> Check:
+    try:
+        return probe()
+    except AnimeDiffusionError as error:
+        return Check(name, False, str(error))
+    except Exception as error:  # a doctor that falls ill himself helps nobody
+        return Check(name, False, f"{type(error).__name__}: {tracking.first_line(error)}")
+
+
+def _python() -> Check:
+    low, high = PYTHONS
+    ok = low <= sys.version_info[:2] <= high
+    needed = "" if ok else f"; {low[0]}.{low[1]} to {high[0]}.{high[1]} is supported"
+    detail = f"{platform.python_version()} at {sys.executable}, animediffusion {animediffusion.__version__}{needed}"
+    return Check("python", ok, detail)
+
+
+def _machine() -> Check:
+    memory = psutil.virtual_memory()
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    detail = f"{platform.system()} {platform.machine()}, {cores} cores, "
+    detail += f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free"
+    return Check("machine", memory.available > 2 * 2**30, detail)
+
+
+def _packages() -> Check:
+    versions = {name: _version(name) for name in PACKAGES}
+    missing = [name for name, version in versions.items() if version is None]
+    found = [f"{name} {version}" for name, version in versions.items() if version]
+    extra = [f"{name} {_version(name) or 'absent'}" for name in OPTIONAL_PACKAGES]
+    detail = ", ".join(found) + f"; optional: {', '.join(extra)}"
+    return Check("packages", not missing, detail + (f"; missing: {', '.join(missing)}" if missing else ""))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _workspace(settings: Settings) -> Check:
+    folder = settings.workspace
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return Check("workspace", False, f"{folder} cannot be written ({error.strerror})")
+    free = psutil.disk_usage(str(existing)).free
+    detail = f"{folder}, {free / 2**30:.1f} GiB free" + ("" if existing == folder else ", made when first used")
+    return Check("workspace", free > MIN_FREE_BYTES, detail)
+
+
+def _mlflow(settings: Settings) -> Check:
+    uri = without_password(settings.tracking_uri)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (settings.workspace / "mlflow.db").exists():
+        return Check("mlflow", True, f"embedded, {uri}, made when first used")
+    started = time.monotonic()
+    client = tracking.setup(settings)
+    models = client.search_registered_models(max_results=100)
+    milliseconds = (time.monotonic() - started) * 1000
+    kind = "server" if uri.startswith("http") else "embedded"
+    names = ", ".join(model.name for model in models) or "no models yet"
+    return Check("mlflow", True, f"{kind}, {uri}, {names}, {milliseconds:.0f} ms")
+
+
+def _storage() -> Check:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given:
+        return Check("storage", True, "local files, and S3 at AWS (AWS_ENDPOINT_URL_S3 is not set)")
+    for name, url in given.items():
+        reason = why_unreachable(url)
+        if reason is not None:
+            return Check("storage", False, f"{name}={url} {reason}")
+    keys = "with keys" if os.environ.get("AWS_ACCESS_KEY_ID") else "without AWS_ACCESS_KEY_ID"
+    return Check("storage", True, f"S3 at {', '.join(given.values())} answers, {keys}")
+
+
+def _ray() -> Check:
+    address = cluster.cluster_address()
+    if address is None:
+        return Check("ray", True, "embedded: started when needed, on loopback, ends with the command")
+    reason = why_unreachable(address) if ":" in address else None
+    return Check("ray", reason is None, f"RAY_ADDRESS={address} {reason or 'answers'}")
+
+
+def _jobs() -> Check:
+    address = jobs.api_address()
+    reason = why_unreachable(address)
+    if reason is None:
+        return Check("ray jobs", True, f"{address} answers, {len(jobs.jobs())} jobs")
+    # Nobody asked for this address: a machine without a cluster is in good health.
+    asked = address != jobs.DEFAULT_ADDRESS
+    return Check("ray jobs", not asked, f"{address} {reason}" if asked else f"no cluster at {address}")

@@ -1,0 +1,151 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults, load_bundle, save_bundle
+from animediffusion.models.unet import UNetConfig
+from animediffusion.pipelines import release, tune
+from animediffusion.pipelines.dataset import Manifest, Split, write_shard
+from animediffusion.pipelines.tune import Point, choose, knee, pareto_front
+from animediffusion.platform import tracking
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.images import encode_lossless
+from animediffusion.platform.registry import Registry
+
+SIZE = 16
+
+
+def point(evaluations: int, psnr: float, sampler: str = "euler") -> Point:
+    return Point(
+        sampler=sampler,
+        steps=evaluations,
+        guidance_scale=1.0,
+        psnr=psnr,
+        sharpness=1.0,
+        evaluations=evaluations,
+        seconds_per_image=0.1,
+    )
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [point(4, 20.0), point(1, 18.0), point(2, 17.0), point(8, 20.5), point(16, 20.5), point(1, 17.5)]
+    assert [(p.evaluations, p.psnr) for p in pareto_front(points)] == [(1, 18.0), (4, 20.0), (8, 20.5)]
+
+
+def test_the_knee_is_where_more_work_stops_paying() -> None:
+    front = [point(1, 18.0), point(2, 20.0), point(4, 20.4), point(8, 20.5)]
+    assert knee(front).evaluations == 2
+    assert knee(front[:1]).evaluations == 1
+
+
+@pytest.mark.parametrize(("prefer", "evaluations"), [("best", 16), ("knee", 8), ("fast", 4)])
+def test_the_choice_is_never_worse_than_the_defaults(prefer: tune.Prefer, evaluations: int) -> None:
+    defaults = point(8, 20.5)
+    points = [defaults, point(1, 10.0), point(2, 20.2), point(4, 20.4), point(16, 20.52)]
+    assert choose(points, prefer).evaluations == evaluations
+
+
+def test_defaults_that_nothing_beats_stay() -> None:
+    points = [point(1, 21.0), point(4, 20.0), point(8, 20.9)]
+    assert all(choose(points, prefer) == points[0] for prefer in ("best", "knee", "fast"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Eight rows of flat pictures with everything that a row can have."""
+    rows = []
+    for number in range(8):
+        pictures = {
+            name: encode_lossless(np.full((SIZE, SIZE, 3), 20 * number + shift, np.uint8))
+            for shift, name in enumerate(("target", "reference", "cross_reference"))
+        }
+        sketch = encode_lossless(np.full((SIZE, SIZE), 255, np.uint8))
+        digest = hashlib.sha256(pictures["target"]).hexdigest()
+        shape = {"width": SIZE, "height": SIZE, "sha256": digest}
+        rows.append({"id": f"{number}", "split": "val", "sketch": sketch, **pictures, **shape})
+    uri = str(tmp_path / "data")
+    splits = {"val": Split(rows=8, shards=(write_shard(uri, "val", 0, rows),))}
+    Manifest(
+        image_size=SIZE, splits=splits, num_files=8, num_rejects=0, source="test", content_hash="0" * 64
+    ).save(uri)  # fmt: skip
+    return uri
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """An untrained bundle whose defaults are a waste of time."""
+    torch.manual_seed(0)
+    sizes = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}
+    network = UNetConfig(channel_multipliers=(1, 1), **sizes)
+    sampler = SamplerDefaults(name="heun", steps=12, guidance_scale=3.0, shift=1.5)
+    config = BundleConfig(network=network, image_size=SIZE, sampler=sampler)
+    folder = tmp_path / "bundle"
+    denoiser = config.build()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_bundle(folder, denoiser, config, metrics={"tracks": {"same": {"psnr": 1.0}}})
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Settings.from_environment(workspace=tmp_path / "workspace")
+
+
+@pytest.mark.ray
+def test_tuning_registers_a_version_with_better_defaults(
+    ray_cluster: None, settings: Settings, bundle: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = release.register(settings, bundle)
+    lines: list[str] = []
+    model = "models:/animediffusion/1"
+    result = tune.tune_sampler(
+        settings, model, data, trials=6, progress=lambda done, total, line: lines.append(f"{done}/{total} {line}")
+    )
+    assert result["trials"] == 6
+    assert [line.split()[0] for line in lines] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
+    assert capsys.readouterr().out.strip() == ""
+    own = result["defaults"]
+    assert (own["sampler"], own["steps"], own["guidance_scale"], own["evaluations"]) == ("heun", 12, 3.0, 46)
+    best = result["best"]
+    assert best in result["front"]
+    assert best["psnr"] >= own["psnr"]
+    version = Registry(settings).get(result["version"])
+    assert (version.version, version.parent, version.metrics) == (2, 1, {})
+    tuned = load_bundle(Registry(settings).fetch("models:/animediffusion/2"))
+    assert tuned.config.sampler == SamplerDefaults(
+        name=best["sampler"], steps=best["steps"], guidance_scale=best["guidance_scale"], shift=1.5
+    )
+    assert tuned.sha256 != first.sha256
+    run = tracking.setup(settings).get_run(version.run)
+    assert (run.info.status, run.data.params["trials"]) == ("FINISHED", "6")
+    assert list((settings.workspace / "tune").iterdir()) == []
+
+
+def test_a_measurement_depends_on_the_settings_alone(bundle: Path, data: str) -> None:
+    batch = tune.load_track(data, "val", 8)
+    loaded = load_bundle(bundle)
+    first, second = (tune.measure(loaded, batch, SamplerDefaults(steps=2)) for _ in range(2))
+    assert (first.psnr, first.sharpness, first.evaluations) == (second.psnr, second.sharpness, 2)
+
+
+def test_guidance_and_heun_cost_their_evaluations(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    assert tune.cost(loaded, SamplerDefaults(name="euler", steps=4)) == 4
+    assert tune.cost(loaded, SamplerDefaults(name="heun", steps=4)) == 7
+    assert tune.cost(loaded, SamplerDefaults(name="euler", steps=4, guidance_scale=1.5)) == 8
+
+
+def test_wrong_arguments_are_named(settings: Settings, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="knee, fast, best"):
+        tune.tune_sampler(settings, bundle, "x", prefer="cheap")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 1"):
+        tune.tune_sampler(settings, bundle, "x", trials=0)
+    with pytest.raises(DataError, match="no dataset"):
+        tune.tune_sampler(settings, bundle, str(tmp_path))
