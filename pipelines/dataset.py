@@ -11,6 +11,7 @@ Not here: which row comes when, see pipelines/order.py; making a dataset, see pi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def training_dataset(
     Raises:
         DataError: if the dataset or the split is missing.
     """
+    silence_ray_data()
     uri = storage.absolute(uri)
     shards = Manifest.load(uri).split(split).shards
     counts = tuple(shard.rows for shard in shards)
@@ -156,6 +158,12 @@ def training_dataset(
     )
     rows.context.execution_options.preserve_order = True
     return rows
+
+
+def silence_ray_data() -> None:
+    """Hide Ray Data's own progress bars and remarks; our verbs report progress themselves."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def train_data_config() -> ray.train.DataConfig:

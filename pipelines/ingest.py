@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ray
 
-from animediffusion.pipelines.dataset import MANIFEST, Manifest, Shard, Split, write_shard
+from animediffusion.pipelines.dataset import MANIFEST, Manifest, Shard, Split, silence_ray_data, write_shard
 from animediffusion.pipelines.layout import LAYOUTS, Plan, Reject, id_rank, is_junk, natural, plan_folder, plan_pairs
 from animediffusion.pipelines.parts import Part, Record, make_part, read_record, record_path
 from animediffusion.pipelines.shards import read_shard
@@ -186,6 +186,7 @@ def _make(job: Job, parts: list[Part]) -> Iterable[Record]:
     """Records of parts as Ray finishes them."""
     if not parts:
         return
+    silence_ray_data()
     table = [{"part": part.to_json()} for part in parts]
     where = {"source": job.source, "destination": job.destination, "state": STATE, "size": job.size}
     made = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 GROUP_ROWS = 16
 """Rows that are neighbours on disk and stay together: the smallest read, a Parquet row group."""
 MIN_VISIT_ROWS = 64
-MAX_VISIT_ROWS = 1024
-MAX_VISIT_BYTES = 16 * 2**20
+MAX_VISIT_ROWS = 4096
+MAX_VISIT_BYTES = 32 * 2**20
 
 Indices = NDArray[np.int64]
 

@@ -48,6 +48,5 @@ def moto_server() -> Iterator[str]:
 def ray_cluster(moto_server: str) -> Iterator[None]:
     """One Ray for all tests, with two CPUs; started after the S3 server, so that its workers know the address."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
