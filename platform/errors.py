@@ -1,0 +1,81 @@
+"""The errors a user can meet, all shown as one line: THING: FOUND; ALLOWED OR WHAT TO DO.
+
+AnimeDiffusionError
+    ConfigError     a setting or an argument is wrong
+    StorageError    an object cannot be read or written
+    DataError       a dataset or a source folder is not usable
+    ImageError      bytes are not a usable image
+    BundleError     a model bundle is damaged or does not fit
+    RegistryError   no such model version or alias, or a promotion is refused
+    ClusterError    Ray or a service on it cannot be reached or started
+
+    try:
+        ...
+    except AnimeDiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+class AnimeDiffusionError(Exception):
+    """Base class: what went wrong, in the words of the person who caused it.
+
+    Args:
+        thing: which input, file or setting.
+        found: what is wrong with it, values quoted.
+        allowed: what is allowed, or what to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, thing: str, found: str, allowed: str) -> None:
+        super().__init__(thing, found, allowed)
+        self.thing = thing
+        self.found = found
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        return f"{self.thing}: {self.found}; {self.allowed}"
+
+
+class ConfigError(AnimeDiffusionError):
+    """A setting or an argument is wrong."""
+
+
+class StorageError(AnimeDiffusionError):
+    """An object cannot be read or written; names the URI."""
+
+
+class DataError(AnimeDiffusionError):
+    """A dataset, or a folder to make one from, is not usable."""
+
+
+class ImageError(AnimeDiffusionError):
+    """Bytes are not a usable image.
+
+    Attributes:
+        reason: one of `truncated`, `not_an_image`, `empty`, `too_large`, `unreadable`.
+    """
+
+    def __init__(self, thing: str, found: str, allowed: str, *, reason: str = "unreadable") -> None:
+        super().__init__(thing, found, allowed)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _image_error, (self.thing, self.found, self.allowed, self.reason)
+
+
+def _image_error(thing: str, found: str, allowed: str, reason: str) -> ImageError:
+    return ImageError(thing, found, allowed, reason=reason)
+
+
+class BundleError(AnimeDiffusionError):
+    """A model bundle is damaged, incomplete or of another format."""
+
+
+class RegistryError(AnimeDiffusionError):
+    """The registry has no such model, version or alias, or refuses a promotion."""
+
+
+class ClusterError(AnimeDiffusionError):
+    """Ray, or a service on it, cannot be reached or started."""
