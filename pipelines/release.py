@@ -57,7 +57,7 @@ def register(
         settings: which registry.
         folder: bundle folder or its URI.
         run_id: the MLflow run that made it; found in run.json beside the folder if None.
-        parent: the version whose weights it started from.
+        parent: the version whose weights it started from; found by the bundle's provenance if None.
         tags: further tags.
     """
     path = fetch_folder(folder, settings.workspace / "cache")
@@ -72,7 +72,7 @@ def register(
         path,
         sha256=bundle.sha256,
         run_id=_known_run(registry, run_id or _run_beside(path)),
-        parent=parent,
+        parent=parent or _parent(registry, bundle),
         metrics=bundle.metrics,
         tags={**_describe(bundle), **(tags or {})},
     )
@@ -258,8 +258,19 @@ def _describe(bundle: Bundle) -> dict[str, str]:
         "prediction": bundle.config.prediction,
         "sampler": f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}",
         "num_parameters": str(sum(parameter.numel() for parameter in bundle.denoiser.parameters())),
-        **{key: str(value) for key, value in bundle.config.provenance.items()},
+        **{
+            "parent_sha256" if key == "parent" else key: str(value)
+            for key, value in bundle.config.provenance.items()
+            if value not in (None, "")
+        },
     }
+
+
+def _parent(registry: Registry, bundle: Bundle) -> int | None:
+    """The version of the bundle that this one's training started from, if it is registered."""
+    sha256 = bundle.config.provenance.get("parent")
+    found = registry.find(str(sha256)) if sha256 else None
+    return found.version if found is not None else None
 
 
 def _run_beside(folder: Path) -> str | None:

@@ -28,7 +28,7 @@ from ray.tune.search.optuna import OptunaSearch
 from torch import Tensor
 
 from animediffusion.models.augment import Batch, fixed_batch
-from animediffusion.models.bundle import Bundle, SamplerDefaults, with_sampler
+from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
 from animediffusion.models.colorize import colorize
 from animediffusion.models.images import to_uint8
 from animediffusion.models.sampler import SAMPLERS, build_sampler
@@ -88,6 +88,7 @@ def tune_sampler(
     num_images: int = 64,
     split: str = "val",
     progress: Progress | None = None,
+    evaluate: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Find sampler defaults for a model and register it with them.
 
@@ -102,9 +103,10 @@ def tune_sampler(
         num_images: rows of the split to measure on.
         split: which split.
         progress: called after every trial.
+        evaluate: measures the new bundle, so that the gate can compare the version at once.
 
     Returns:
-        `{trials, defaults, best, front, version, bundle}`; points as in `Point`, the front by rising cost.
+        `{trials, defaults, best, front, version, changed}`; points as in `Point`, the front by rising cost.
 
     Raises:
         ConfigError: an argument out of range. ClusterError: no trial could run.
@@ -123,7 +125,7 @@ def tune_sampler(
         result = _choose(points, prefer)
         _record(record, points, result)
         if register:
-            result |= _register(settings, registry, bundle, _defaults(bundle, result["best"]), record.run_id)
+            result |= _register(registry, bundle, _defaults(bundle, result["best"]), record.run_id, evaluate)
     except BaseException:
         record.finish("FAILED")
         raise
@@ -322,16 +324,23 @@ def _defaults(bundle: Bundle, best: dict[str, Any]) -> SamplerDefaults:
 
 
 def _register(
-    settings: Settings, registry: Registry, bundle: Bundle, sampler: SamplerDefaults, run_id: str
+    registry: Registry,
+    bundle: Bundle,
+    sampler: SamplerDefaults,
+    run_id: str,
+    evaluate: Callable[[Path], dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """The version with these defaults: the model's own where they are unchanged, else a new one."""
+    settings = registry.settings
     if sampler == bundle.config.sampler:
         return {"version": release.register(settings, bundle.folder).version, "changed": False}
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
-        # The old metrics were measured with the old defaults: the new version has to be evaluated itself.
+        # Never the old metrics: they were measured with the old defaults.
         with_sampler(bundle.folder, copy, sampler, metrics={})
+        if evaluate is not None:
+            with_metrics(copy, evaluate(copy))
         version = release.register(settings, copy, run_id=run_id, parent=known.version if known else None)
     return {"version": version.version, "changed": True}
 

@@ -66,6 +66,8 @@ def connect(
         reason = why_unreachable(address)
         if reason is not None:
             raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
+        # Inside a job that was submitted with variables of its own, Ray would refuse ours.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         _init(f"Ray at {address}", address=address, **common)
         return
     _private_token()

@@ -128,10 +128,13 @@ class Registry:
             RegistryError: listing the versions and aliases that exist.
         """
         wanted = _selector(str(reference), self.name)
-        for version in self.versions():
-            if wanted == str(version.version) or wanted in version.aliases:
-                return version
-        raise self._unknown(str(reference), wanted)
+        with self._reported(str(reference)):
+            aliases = self._aliases() or {}
+            number = wanted if wanted.isdigit() else aliases.get(wanted)
+            found = self._find_number(number) if number is not None else None
+        if found is None:
+            raise self._unknown(str(reference), wanted)
+        return _version(found, aliases)
 
     def find(self, sha256: str) -> Version | None:
         """The version of a bundle with this identity, or None."""
@@ -193,6 +196,14 @@ class Registry:
         """Alias -> version; None where the registered model does not exist."""
         try:
             return dict(self.client.get_registered_model(self.name).aliases)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _find_number(self, number: str) -> Any:
+        try:
+            return self.client.get_model_version(self.name, number)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

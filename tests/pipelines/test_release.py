@@ -17,7 +17,7 @@ from animediffusion.models.bundle import BundleConfig, save_bundle
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines import release
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.storage import upload_folder
 from animediffusion.platform.tracking import TRAINING, Run
@@ -41,9 +41,9 @@ def evaluation(psnr=20.0, ciede2000=8.0, data_hash="a" * 64):
 def bundle(tmp_path):
     """A function that writes an untrained bundle, another one for each seed, and returns its folder."""
 
-    def write(seed=0, metrics=None):
+    def write(seed=0, metrics=None, parent=None):
         torch.manual_seed(seed)
-        config = BundleConfig(network=NETWORK, image_size=16)
+        config = BundleConfig(network=NETWORK, image_size=16, provenance={"recipe": "demo", "parent": parent})
         folder = tmp_path / f"bundle-{seed}"
         save_bundle(folder, config.build(), config, metrics=metrics)
         return folder
@@ -140,6 +140,13 @@ def test_a_version_knows_its_bundle_run_and_numbers(settings, bundle):
     assert shown["evaluations"][0]["same.psnr"] == 20.5
     assert Registry(settings).client.get_run(run.run_id).data.metrics["same.psnr"] == 20.5
     json.dumps(shown)
+
+
+def test_the_parent_is_found_by_its_hash(settings, bundle):
+    first = release.register(settings, bundle(1))
+    assert release.register(settings, bundle(2, parent=first.sha256)).parent == 1
+    assert release.register(settings, bundle(3, parent="f" * 64)).parent is None
+    assert release.show(settings, 1)["tags"]["recipe"] == "demo"
 
 
 def test_the_run_is_found_beside_the_bundle(settings, bundle):
@@ -314,5 +321,5 @@ def test_a_bundle_may_lie_in_an_object_store(settings, bundle, moto_server):
     upload_folder(folder, "s3://bucket/models/one")
     version = release.register(settings, "s3://bucket/models/one")
     assert version.sha256 == release.check_bundle(folder).sha256
-    with pytest.raises(BundleError, match=r"is no bundle, it lacks|no such folder"):
+    with pytest.raises(StorageError, match="s3://bucket/models/two: does not exist"):
         release.register(settings, "s3://bucket/models/two")

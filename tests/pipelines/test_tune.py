@@ -105,8 +105,14 @@ def test_tuning_registers_a_version_with_better_defaults(
     first = release.register(settings, bundle)
     lines: list[str] = []
     model = "models:/animediffusion/1"
+    measured = {"data_hash": "0" * 64, "tracks": {"same": {"psnr": 9.0}}}
     result = tune.tune_sampler(
-        settings, model, data, trials=6, progress=lambda done, total, line: lines.append(f"{done}/{total} {line}")
+        settings,
+        model,
+        data,
+        trials=6,
+        progress=lambda done, total, line: lines.append(f"{done}/{total} {line}"),
+        evaluate=lambda folder: {**measured, "model": str(load_bundle(folder).config.sampler.shift)},
     )
     assert result["trials"] == 6
     assert [line.split()[0] for line in lines] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
@@ -117,7 +123,7 @@ def test_tuning_registers_a_version_with_better_defaults(
     assert best in result["front"]
     assert best["psnr"] >= own["psnr"]
     version = Registry(settings).get(result["version"])
-    assert (version.version, version.parent, version.metrics) == (2, 1, {})
+    assert (version.version, version.parent, version.metrics) == (2, 1, {**measured, "model": "1.5"})
     tuned = load_bundle(Registry(settings).fetch("models:/animediffusion/2"))
     assert tuned.config.sampler == SamplerDefaults(
         name=best["sampler"], steps=best["steps"], guidance_scale=best["guidance_scale"], shift=1.5
