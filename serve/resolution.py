@@ -20,6 +20,8 @@ REACH_PX = 3.0
 WALL = 6.0
 """Crossing a black line one pixel wide costs as much as this many REACH."""
 NUM_PASSES = 2
+LITTLE_TRUST = 0.005
+"""Weight of all other pixels: it decides in places too small for a trusted one, such as eyes."""
 BLUR = 1.3
 """How many of its own pixels beyond a line the network's picture is still blurred by it."""
 MOSTLY_PAPER = 0.04
@@ -94,7 +96,7 @@ def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floa
 
     A pixel that nothing trusted reaches keeps its own colour.
     """
-    weight = trust + np.float32(1e-6) * (darkness < 0.3)  # where nothing is trusted, the lightest places count
+    weight = trust + np.float32(LITTLE_TRUST) * (darkness < 0.3)
     planes = np.concatenate([colour * weight[..., None], weight[..., None]], axis=2)
     cost = 1 + (WALL * reach) * darkness
     for number in range(NUM_PASSES):

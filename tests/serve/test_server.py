@@ -1,0 +1,111 @@
+import concurrent.futures
+import io
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from ray import serve
+
+from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.images import encode_png
+from animediffusion.platform.registry import Registry
+from animediffusion.serve.deployments import ServeConfig
+from animediffusion.serve.server import check_address, check_model, start
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port}: already in use; choose another with --port"):
+            check_address("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_only_loopback_is_served(host: str):
+    with pytest.raises(ConfigError, match="--host"):
+        check_address(host, free_port())
+
+
+def test_a_free_port_is_fine():
+    check_address("127.0.0.1", free_port())
+
+
+def test_a_missing_or_damaged_model_is_found_before_anything_starts(tmp_path, bundle_folder):
+    settings = Settings(workspace=tmp_path / "workspace")
+    with pytest.raises(RegistryError, match="no version"):
+        check_model(settings, None)
+    with pytest.raises(BundleError, match="no such folder"):
+        check_model(settings, str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match="is no bundle"):
+        check_model(settings, str(tmp_path / "empty"))
+    check_model(settings, str(bundle_folder))
+
+
+@pytest.fixture
+def served(ray_cluster, tmp_path, bundle_folder):
+    """(URL, registry): version 1 is champion and served, version 2 waits."""
+    settings = Settings(workspace=tmp_path / "workspace")
+    other = tmp_path / "other"
+    with_sampler(bundle_folder, other, SamplerDefaults(name="euler", steps=2))
+    registry = Registry(settings)
+    for folder in (bundle_folder, other):
+        registry.register(folder, sha256=identity(folder))
+    registry.set_alias("champion", 1)
+    config = ServeConfig(workspace=settings.workspace, max_batch=4, poll_s=0.5)
+    yield start(config, port=free_port()), registry
+    serve.shutdown()
+
+
+@pytest.mark.ray
+def test_the_application_on_ray_answers_follows_a_promotion_and_says_when_it_is_full(served, sketch, reference):
+    url, registry = served
+    files = {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
+
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+
+        def colour(**data: str) -> httpx.Response:
+            return client.post("/v1/colorize", files=files, data={"seed": "1", **data})
+
+        first = colour()
+        assert first.status_code == 200, first.text
+        assert first.headers["x-model-version"] == "1"
+        assert "," not in first.headers["x-request-id"]
+        assert np.array(Image.open(io.BytesIO(first.content))).shape == sketch.shape
+
+        wrong = colour(sampler="magic")
+        assert (wrong.status_code, wrong.headers["content-type"]) == (422, "application/problem+json")
+        stream = client.post("/v1/colorize/stream", files=files, data={"num_inference_steps": "3"})
+        assert stream.text.count("event: progress") == 2
+        assert stream.text.count("event: result") == 1
+
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            crowd = list(pool.map(lambda _: colour(num_inference_steps="30"), range(40)))
+        assert {answer.status_code for answer in crowd} == {200, 429}
+        assert all(int(answer.headers["retry-after"]) for answer in crowd if answer.status_code == 429)
+
+        registry.set_alias("champion", 2)
+        end = time.monotonic() + 20
+        while (answer := colour()).headers.get("x-model-version") != "2" and time.monotonic() < end:
+            assert answer.status_code == 200, answer.text
+            time.sleep(0.1)
+        assert answer.headers["x-model-version"] == "2"
+
+        models = client.get("/v1/models").json()
+        assert models["desired"]["champion"] == "2"
+        assert models["traffic"] == {"2": 1.0}
+        assert [one["state"] for one in models["replicas"]] == ["ready"]
+        assert client.get("/readyz").status_code == 200
