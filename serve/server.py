@@ -124,11 +124,11 @@ def check_address(host: str, port: int) -> None:
 def check_model(settings: Settings, model: str | None) -> None:
     """Raise an AnimeDiffusionError if there is no such model here or it is damaged: better now than in a replica."""
     source = ModelSource(settings, model)
-    folder: Path = source.fetch(source.wanted())
+    folder = source.fetch(source.wanted())
     try:
         verify(folder)
     except ValueError as error:
-        raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
+        raise BundleError(source.model, str(error), "give a folder as training wrote it") from error
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:

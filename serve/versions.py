@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from animediffusion.models.bundle import identity
+from animediffusion.models.bundle import verify
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import AnimeDiffusionError
+from animediffusion.platform.errors import AnimeDiffusionError, BundleError
 from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
 from animediffusion.serve.replica import Replica
 
@@ -58,7 +58,10 @@ class ModelSource:
     def _given(self) -> tuple[str, Path]:
         if self._bundle is None:
             folder = fetch_folder(self.model, self.settings.workspace / "cache")
-            self._bundle = (f"sha256:{identity(folder)[:12]}", folder)
+            try:
+                self._bundle = (f"sha256:{verify(folder)[:12]}", folder)
+            except ValueError as error:
+                raise BundleError(self.model, str(error), "give a folder as training wrote it") from error
         return self._bundle
 
 
@@ -92,6 +95,8 @@ class Follower:
         try:
             wanted = self.source.wanted()
             self.desired = self.source.desired()
+            if wanted == self.replica.version:
+                self._failed = self.replica.error = None
             if wanted in (self._failed, self.replica.version):
                 return
             loaded = self.replica.load(wanted, self.source.fetch(wanted))

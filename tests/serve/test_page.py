@@ -61,7 +61,7 @@ def choose(page: Page, kind: str, path: Path) -> None:
     chooser.value.set_files(path)
 
 
-def test_examples_are_coloured_compared_and_saved(page: Page, tmp_path: Path):
+def test_examples_are_coloured_compared_and_saved(page: Page, url: str, tmp_path: Path):
     expect(page.locator("#status")).to_have_text("model 3")
     expect(page.locator("#go")).to_be_disabled()
     page.click("#sketch-examples button >> nth=0")
@@ -80,7 +80,7 @@ def test_examples_are_coloured_compared_and_saved(page: Page, tmp_path: Path):
 
     picture, layer = saved("#save"), saved("#save-layer")
     assert layer.shape == (*picture.shape[:2], 4)
-    sketch = np.array(Image.open(io.BytesIO(page.request.get("examples/sketch_1.png").body())).convert("RGB"))
+    sketch = np.array(Image.open(io.BytesIO(page.request.get(f"{url}/examples/sketch_1.png").body())).convert("RGB"))
     white = Image.new("RGBA", layer.shape[1::-1], "white")
     product = np.asarray(Image.alpha_composite(white, Image.fromarray(layer)).convert("RGB")) / 255 * sketch
     assert np.abs(product - picture).max() <= 2
