@@ -34,6 +34,7 @@ from animediffusion.models.images import to_uint8
 from animediffusion.models.sampler import SAMPLERS, build_sampler
 from animediffusion.pipelines import release
 from animediffusion.pipelines.dataset import read_split
+from animediffusion.pipelines.metrics import psnr
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError
@@ -41,8 +42,8 @@ from animediffusion.platform.registry import Registry
 from animediffusion.platform.tracking import TUNING, Run
 
 Prefer = Literal["knee", "fast", "best"]
-Progress = Callable[[int, int, str], None]
-"""(trials done, trials in all, one line about the last)."""
+Progress = Callable[[str], None]
+"""Takes one line: how many trials are done, and what the last one gave."""
 
 FAST_LOSS = 0.2
 """dB of PSNR below the defaults that `prefer=fast` may give away, the margin of the promotion gate."""
@@ -184,13 +185,12 @@ def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults) -> Point:
         seeds = range(start, min(start + _ROWS_PER_BATCH, len(batch.target)))
         images.append(colorize(bundle, batch.sketch[rows], batch.reference[rows], seeds=seeds, sampler=sampler).cpu())
     seconds = time.perf_counter() - started
-    result, truth = _eight_bits(torch.cat(images)), _eight_bits(batch.target)
-    error = (result - truth).square().mean((1, 2, 3)).clamp(min=1e-10)
+    result, truth = to_uint8(torch.cat(images)), to_uint8(batch.target)
     return Point(
         sampler=sampler.name,
         steps=sampler.steps,
         guidance_scale=sampler.guidance_scale,
-        psnr=float((-10 * error.log10()).mean()),
+        psnr=float(psnr(result.numpy(), truth.numpy()).mean()),
         sharpness=float(_detail(result) / _detail(truth).clamp(min=1e-12)),
         evaluations=cost(bundle, sampler),
         seconds_per_image=seconds / len(batch.target),
@@ -278,12 +278,12 @@ class _Report(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         self._done += 1
         if self._progress is not None and "psnr" in trial.last_result:
-            self._progress(self._done, self._total, describe(_point(trial.last_result)))
+            self._progress(f"trial {self._done}/{self._total}  {describe(_point(trial.last_result))}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         self._done += 1
         if self._progress is not None:
-            self._progress(self._done, self._total, f"{trial.config} failed")
+            self._progress(f"trial {self._done}/{self._total}  {trial.config} failed")
 
 
 def describe(point: Point) -> str:
@@ -338,9 +338,9 @@ def _register(
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
         # Never the old metrics: they were measured with the old defaults.
-        with_sampler(bundle.folder, copy, sampler, metrics={})
+        sha256 = with_sampler(bundle.folder, copy, sampler, metrics={})
         if evaluate is not None:
-            with_metrics(copy, evaluate(copy))
+            with_metrics(copy, {**evaluate(copy), "model": f"sha256:{sha256[:12]}"})
         version = release.register(settings, copy, run_id=run_id, parent=known.version if known else None)
     return {"version": version.version, "changed": True}
 
@@ -355,13 +355,9 @@ def _record(record: Run, points: list[Point], result: dict[str, Any]) -> None:
     record.set_tags({"best": json.dumps(result["best"]), "front": json.dumps(result["front"])})
 
 
-def _eight_bits(images: Tensor) -> Tensor:
-    """Images as they would be stored, [B, H, W, 3] in 0..1."""
-    return to_uint8(images).float() / 255
-
-
 def _detail(images: Tensor) -> Tensor:
-    """Mean energy of the differences between neighbouring pixels."""
+    """Mean energy of the differences between neighbouring pixels of uint8 [B, H, W, 3]."""
+    images = images.float()
     return images.diff(dim=1).square().mean() + images.diff(dim=2).square().mean()
 
 

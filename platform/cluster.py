@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
@@ -21,6 +22,8 @@ from animediffusion.platform.network import why_unreachable
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
+
+_WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
 
 # Ray's switch for "this node will never be part of a cluster": the one way to make all its servers bind to loopback.
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -58,6 +61,7 @@ def connect(
     """
     if ray.is_initialized():
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     common = {"log_to_driver": worker_logs, "logging_level": logging.ERROR, "runtime_env": _runtime_env(settings)}
@@ -68,6 +72,8 @@ def connect(
             raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
         # Inside a job that was submitted with variables of its own, Ray would refuse ours.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        # Ray itself uses a token at an address that it was given only where RAY_AUTH_MODE says so, too.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         _init(f"Ray at {address}", address=address, **common)
         return
     _private_token()
@@ -129,9 +135,11 @@ def _private_token() -> None:
 
 
 def _init(thing: str, **arguments: Any) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(**arguments)
     except Exception as error:
+        # Which of its errors Ray raises depends on how far it came; the cause stands in one of their texts.
+        if any(sign in f"{error} {error.__cause__} {error.__context__}" for sign in _WRONG_TOKEN):
+            raise ClusterError(thing, "refuses the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
         found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ClusterError(thing, f"cannot be used ({found.strip()})", "see `animediffusion doctor`") from error
