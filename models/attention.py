@@ -49,6 +49,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query: [B, M, H, K].
         key: [B, N, H, K].
         value: [B, N, H, K].
+
     Returns:
         [B, M, H, K].
     """

@@ -164,9 +164,7 @@ def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: _C
     saturation, gain = chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15)
     matrix = _color_matrix(hue, saturation, gain)
     chosen = chance(config.recolor)
-    changed = (
-        (torch.einsum("bij,bjhw->bihw", matrix, (x + 1) / 2) * 2 - 1).clamp(-1, 1) for x in (target, reference)
-    )
+    changed = ((torch.einsum("bij,bjhw->bihw", matrix, (x + 1) / 2) * 2 - 1).clamp(-1, 1) for x in (target, reference))
     new_target, new_reference = changed
     return torch.where(chosen, new_target, target), torch.where(chosen, new_reference, reference)
 

@@ -179,9 +179,7 @@ def sample(sampler: Sampler, denoise: Denoise, noise: Tensor, times: Tensor) -> 
 def cat_states(states: Sequence[State]) -> State:
     """Rows of several states of one sampler, one after the other; times are padded with 0."""
     longest = max(state.times.shape[1] for state in states)
-    padded = (
-        s._replace(times=torch.nn.functional.pad(s.times, (0, longest - s.times.shape[1]))) for s in states
-    )
+    padded = (s._replace(times=torch.nn.functional.pad(s.times, (0, longest - s.times.shape[1]))) for s in states)
     return State(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
 
 
@@ -202,6 +200,4 @@ def _next(state: State, done: Tensor, x: Tensor, x_0: Tensor) -> State:
 
 
 def _where(mask: Tensor, yes: State, no: State) -> State:
-    return State(
-        *(torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(yes, no, strict=True))
-    )
+    return State(*(torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(yes, no, strict=True)))

@@ -196,4 +196,3 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device | str =
     """All randomness of step `step` on rank `rank`."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     return torch.Generator(device).manual_seed(mixed)
-

@@ -81,7 +81,9 @@ class UNet(nn.Module):
         self.input = nn.Conv2d(3 * patch, base, kernel, padding=kernel // 2)
         self.condition_input = nn.Conv2d(4 * patch, base, kernel, padding=kernel // 2, bias=False)
         self.null_reference = nn.Parameter(torch.zeros(1, 3, 1, 1))
-        self.reference_encoder = ReferenceEncoder(config, self.embedding_channels) if config.reference_channels else None
+        self.reference_encoder = (
+            ReferenceEncoder(config, self.embedding_channels) if config.reference_channels else None
+        )
         self._build_levels(config)
         self.output_norm = nn.GroupNorm(GROUPS, base)
         out = config.detail_channels or 3
@@ -130,6 +132,7 @@ class UNet(nn.Module):
             sketch: [B, 1, H, W] in [-1, 1].
             reference: [B, 3, H, W] in [-1, 1].
             keep_reference: bool [B]; rows with False get the learned null in place of their reference.
+
         Raises:
             ValueError: if the sides are no multiple of `config.size_multiple`.
         """

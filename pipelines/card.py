@@ -24,6 +24,6 @@ Colors anime line art (1 channel, dark on white) from a color reference.
 
 Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FOLDER`.
 
-Made for faces and busts in the style of its training data; other drawings get plausible, not correct, colors. The rights
-in the training images decide what the model may be used for.
+Made for faces and busts in the style of its training data; other drawings get plausible, not correct, colors. The
+rights in the training images decide what the model may be used for.
 """

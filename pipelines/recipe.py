@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +27,8 @@ from animediffusion.platform.errors import ConfigError
 CONFIGS = Path(__file__).parent / "configs"
 
 NOT_IDENTITY = frozenset(
-    "name max_steps max_minutes num_workers use_gpu cpus_per_worker storage attention log_every checkpoint_every "
-    "keep_checkpoints num_samples max_failures".split()
+    {"name", "max_steps", "max_minutes", "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures"}
 )
 """Budget, workers, addresses and logging: changing them continues the same run."""
 
@@ -123,9 +122,7 @@ class TrainConfig(Config):
     def started_from(self, parent: BundleConfig) -> TrainConfig:
         """This run with the network, path and prediction of the model it starts from."""
         values = {"network": parent.network, "path": parent.path, "prediction": parent.prediction}
-        return self.model_copy(
-            update={**values, "clamp": parent.clamp, "sampler": self.sampler or parent.sampler}
-        )
+        return self.model_copy(update={**values, "clamp": parent.clamp, "sampler": self.sampler or parent.sampler})
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -164,8 +161,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
     """All settings as JSON values, for config.yaml and MLflow."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    return {**values, "network": asdict(config.network)}
+    return config.model_dump(mode="json")
 
 
 def _load(values: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:

@@ -16,12 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -102,6 +103,25 @@ def plan(settings: Settings, config: TrainConfig) -> Plan:
     return Plan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
 
 
+def describe(work: Plan) -> dict[str, Any]:
+    """What `train --dry-run` prints: the resolved config, and what can be said before training."""
+    config = work.config
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in config.bundle_config(work.image_size).build().parameters())
+    resolved = yaml.safe_dump(plain(config), sort_keys=False)
+    return {
+        "run": work.run,
+        "run_dir": str(work.folder),
+        "image_size": work.image_size,
+        "num_parameters": parameters,
+        "data_hash": work.data_hash,
+        "resume_step": work.start_step,
+        "finished": work.finished,
+        "yaml": f"# run {work.run}, {parameters / 1e6:.1f} M parameters, {work.image_size} px\n{resolved}".rstrip(),
+        "config": plain(config),
+    }
+
+
 def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
     """Train to the end of the budget and return what the contract's `train --json` prints.
 
@@ -143,7 +163,9 @@ def latest_step(place: str) -> int:
     return int(latest["checkpoint_dir_name"].removeprefix("step-")) if latest else 0
 
 
-def _fit(work: Plan, scaling: ray.train.ScalingConfig, run: Run, progress: Any, report: Report | None) -> dict[str, Any]:
+def _fit(
+    work: Plan, scaling: ray.train.ScalingConfig, run: Run, progress: Any, report: Report | None
+) -> dict[str, Any]:
     config = work.config
     weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
     samples = _samples(config)
@@ -222,7 +244,7 @@ class _signals:  # noqa: N801 - reads as a context manager
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, signum: int, frame: object) -> None:
+    def _hear(self, signum: int, _frame: object) -> None:
         if self.heard:
             raise KeyboardInterrupt
         self.heard.append(signum)
@@ -322,8 +344,6 @@ def _write_bundle(work: Plan, latest: dict[str, Any]) -> tuple[Path, int]:
         "data_hash": work.data_hash,
         "parent": None if work.parent_folder is None else load_bundle(work.parent_folder).sha256,
     }
-    from dataclasses import replace
-
     bundle_config = replace(bundle_config, provenance=provenance)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     folder_path = work.folder / "bundle"

@@ -207,8 +207,10 @@ class _Log:
             "learning_rate": step.learning_rate,
             "images_per_s": (step.step - steps) * self.config.batch_size / seconds,
             "data_wait": (self.rank.waited - waited) / seconds,
+            "seconds_per_step": seconds / max(1, step.step - steps),
         }
-        by_level = {f"loss_by_noise/{i}": float(b / c) for i, (b, c) in enumerate(zip(self.bins, self.counts)) if c}
+        means = enumerate(zip(self.bins.tolist(), self.counts.tolist(), strict=True))
+        by_level = {f"loss_by_noise/{i}": total / count for i, (total, count) in means if count}
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
         self.run.log({**self.values, **by_level}, step.step)
         self._tell()

@@ -1,0 +1,161 @@
+"""What verbs show: progress bars on a terminal, plain lines elsewhere, one JSON object at the end if asked for.
+
+Progress and notes go to stderr, results to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+PLAIN_EVERY_S = 5.0
+"""Seconds between two plain progress lines."""
+
+
+class Console:
+    """Where a verb writes.
+
+    Args:
+        as_json: results as JSON, the last line of stdout.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.terminal = sys.stderr.isatty()
+
+    def say(self, line: str) -> None:
+        """A line of the result."""
+        print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+    def note(self, line: str) -> None:
+        """A line on the way."""
+        print(line, file=sys.stderr, flush=True)
+
+    def result(self, value: Any, text: str) -> None:
+        """The end: JSON, or the text for people."""
+        print(json.dumps(value, default=str) if self.as_json else text, flush=True)
+
+    @contextmanager
+    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """A function (done, total) that moves a bar."""
+        started = time.monotonic()
+
+        def line(done: int, total: int) -> str:
+            rate = done / max(time.monotonic() - started, 1e-6)
+            return f"{what} {done}/{total} {unit}, {rate:.0f} {unit}/s"
+
+        with self._bar(what) as move:
+            yield lambda done, total: move(done, total, line(done, total))
+
+    @contextmanager
+    def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A function that shows a training report (pipelines/train.py)."""
+        with self._bar("training") as move:
+
+            def report(now: Mapping[str, Any]) -> None:
+                step = int(now.get("step", 0))
+                known = int(now.get("max_steps", 0)) < 1 << 40
+                move(step, int(now["max_steps"]) if known else 0, training_line(now))
+
+            yield report
+
+    @contextmanager
+    def _bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        if not self.terminal:
+            yield _plain()
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (BarColumn(bar_width=30), TextColumn("{task.description}"))
+        with Progress(*columns, console=RichConsole(stderr=True), transient=False) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total, line: bar.update(task, completed=done, total=total or None, description=line)
+
+    def facts(self, values: Mapping[str, Any]) -> str:
+        """name   value, one a line; nested values dotted."""
+        flat = dict(_flat(values))
+        width = max((len(key) for key in flat), default=0)
+        return "\n".join(f"{key:{width}}  {value}" for key, value in flat.items())
+
+    def table(self, rows: Sequence[Mapping[str, Any]], empty: str) -> str:
+        """Rows as aligned columns."""
+        if not rows:
+            return empty
+        names = list(rows[0])
+        cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        return "\n".join(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        )
+
+    def metrics(self, result: Mapping[str, Any]) -> str:
+        """The table of `evaluate`: model and baselines, both tracks."""
+        rows = [{"": "model", **_columns(result["tracks"])}]
+        rows += [{"": name, **_columns(tracks)} for name, tracks in result["baselines"].items()]
+        sampler = result["sampler"]
+        head = (
+            f"{result['num_images']} images of {result['data']} ({result['split']}, {result['image_size']} px), "
+            f"{sampler['name']} {sampler['steps']} steps, guidance {sampler['guidance_scale']:g}"
+        )
+        tail = f"\npicture: {result['grid']}" if result["grid"] else ""
+        return f"{head}\n{self.table(rows, '')}{tail}"
+
+
+def training_line(now: Mapping[str, Any]) -> str:
+    """step 40/200  loss 0.0812  75 images/s  data wait 1 %  ETA 1:20"""
+    step, last = int(now.get("step", 0)), int(now.get("max_steps", 0))
+    parts = [f"step {step}/{last}" if last < 1 << 40 else f"step {step}"]
+    if "loss" in now:
+        parts += [f"loss {now['loss']:.4f}", f"{now['images_per_s']:.0f} images/s", f"data wait {now['data_wait']:.0%}"]
+    if last < 1 << 40 and step:
+        per_step = now.get("seconds_per_step", 0.0)
+        left = int((last - step) * per_step)
+        parts.append(f"ETA {left // 60}:{left % 60:02d}")
+    return "  ".join(parts)
+
+
+def _plain() -> Callable[[int, int, str], None]:
+    shown = [float("-inf")]
+
+    def move(done: int, total: int, line: str) -> None:
+        now = time.monotonic()
+        if now - shown[0] >= PLAIN_EVERY_S or (total and done >= total):
+            shown[0] = now
+            print(line, file=sys.stderr, flush=True)
+
+    return move
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, item in enumerate(value):
+                yield f"{prefix}{key}[{number}]", ", ".join(f"{k} {v}" for k, v in _flat(item))
+        else:
+            yield f"{prefix}{key}", _cell(value)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in _flat(value))
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)
+
+
+def _columns(tracks: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    names = (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".3f"), ("ciede2000", "dE00", ".2f"))
+    return {
+        f"{title} {track}": f"{values[key]:{form}}" for track, values in tracks.items() for key, title, form in names
+    }
