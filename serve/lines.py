@@ -83,8 +83,8 @@ def _stretch(darkness: Floats) -> Floats:
     lines = darkness[darkness > FAINT_LINE]
     if lines.size < 8:
         return darkness
-    strongest = float(np.quantile(lines[:: max(1, lines.size // 100_000)], 0.9))
-    return darkness if strongest > 0.75 else np.minimum(darkness * np.float32(0.9 / max(strongest, 0.15)), 1)
+    strongest = float(np.quantile(lines[:: max(1, lines.size // 100_000)], 0.95))
+    return darkness if strongest > 0.75 else np.minimum(darkness * np.float32(0.85 / max(strongest, 0.15)), 1)
 
 
 def _paper_of(pixels: Pixels) -> Floats:

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 from animediffusion.platform.images import Box
-from animediffusion.serve.lines import Drawing, Floats, Pixels
+from animediffusion.serve.lines import Drawing, Floats, Pixels, as_gray, for_network
 
 REACH_PX = 3.0
 """How far colour flows, in pixels of the network's picture."""
@@ -22,6 +22,10 @@ WALL = 6.0
 NUM_PASSES = 2
 LITTLE_TRUST = 0.005
 """Weight of all other pixels: it decides in places too small for a trusted one, such as eyes."""
+BLACKEST = 0.3
+"""Lines count as this light at least when their darkness is taken out of a colour."""
+SMALL_SCALE = 1.5
+"""From here on the network's picture is too coarse to be taken as it is."""
 BLUR = 1.3
 """How many of its own pixels beyond a line the network's picture is still blurred by it."""
 MOSTLY_PAPER = 0.04
@@ -37,14 +41,15 @@ def colour_layer(painted: Pixels, drawing: Drawing) -> Floats:
     """
     height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(painted))
-    scale = max(box.source_width / box.width, box.source_height / box.height, 1.0)
+    scale = max(height / box.height, width / box.width, 1.0)
     colour = _enlarged(painted, box)
+    clear = _without_lines(colour, _enlarged(for_network(as_gray(drawing), len(painted)), box))
     trust = _trust(drawing.darkness, scale)
-    flowed = _flow(colour, trust, drawing.darkness, REACH_PX * scale)
-    layer = flowed + trust[..., None] * (colour - flowed)
+    flowed = _flow(clear, trust, drawing.darkness, REACH_PX * scale)
+    layer = flowed + trust[..., None] * (clear - flowed)
     # Yellow paper would tint the picture a second time: lighten the layer by it, as far as white allows.
-    lit: Floats = np.clip(layer / drawing.paper, 0, 1)
-    return lit
+    layer = np.clip(layer / drawing.paper, 0, 1)
+    return layer if scale >= SMALL_SCALE else _keep_detail(layer, colour, drawing, scale)
 
 
 def place_in_square(height: int, width: int, size: int) -> Box:
@@ -74,6 +79,28 @@ def over_white(rgba: Pixels) -> Pixels:
     alpha = rgba[..., 3:].astype(np.uint32)
     mixed = rgba[..., :3] * alpha + 255 * (255 - alpha)
     return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _without_lines(colour: Floats, seen: Floats) -> Floats:
+    """Colours [H, W, 3] lightened by as much as the lines that the network saw, `seen` [H, W], darkened them.
+
+    Rough, and used where lines are so dense that no pixel is free of them.
+    """
+    # The square root: networks draw lines softer than they see them, and too dark looks better than too light.
+    light: Floats = np.clip(colour / np.sqrt(np.maximum(seen, BLACKEST))[..., None], 0, 1)
+    return light
+
+
+def _keep_detail(layer: Floats, colour: Floats, drawing: Drawing, scale: float) -> Floats:
+    """The layer of a drawing not much larger than the network's picture, which then has every detail already.
+
+    Where no dark line is, the layer times the drawing becomes `colour`.
+    """
+    light = drawing.pixels.astype(np.float32) / np.float32(255)
+    exact = np.clip(colour / np.maximum(light, BLACKEST), 0, 1)
+    share = (SMALL_SCALE - scale) / (SMALL_SCALE - 1) * (drawing.darkness < 1 - BLACKEST)[..., None]
+    kept: Floats = (layer + share * (exact - layer)).astype(np.float32)
+    return kept
 
 
 def _enlarged(painted: Pixels, box: Box) -> Floats:
