@@ -53,7 +53,7 @@ class Version:
     created: str
     """ISO 8601, UTC."""
     metrics: dict[str, Any]
-    """metrics.json of the bundle, empty where it was not evaluated."""
+    """metrics.json of the bundle, else an evaluation made later; empty where there is none."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Every evaluation known of it, the bundle's own first: objects as `evaluate` prints them."""
     tags: dict[str, str] = field(default_factory=dict)
@@ -256,9 +256,10 @@ class Registry:
         if not versions:
             return RegistryError(reference, f"no version of {self.name} is registered", "run `models register DIR`")
         kind = "version" if wanted.isdigit() else "alias"
+        thing = f"{kind} {reference}" if reference == wanted else reference
         numbers = ", ".join(str(v.version) for v in reversed(versions[:20]))
         aliases = ", ".join(f"{alias} (version {v.version})" for v in versions for alias in v.aliases) or "none"
-        return RegistryError(reference, f"no such {kind}", f"versions: {numbers}; aliases: {aliases}")
+        return RegistryError(thing, f"no such {kind}", f"versions: {numbers}; aliases: {aliases}")
 
     @contextmanager
     def _reported(self, thing: str) -> Iterator[None]:
@@ -334,7 +335,7 @@ def _version(item: Any, aliases: dict[str, str]) -> Version:
         run=item.run_id or None,
         sha256=tags.get("sha256", ""),
         created=created.isoformat(timespec="seconds"),
-        metrics=own,
+        metrics=own if own.get("tracks") or not evaluations else evaluations[-1],
         evaluations=([own] if own.get("tracks") else []) + evaluations,
         tags={k: v for k, v in tags.items() if k != "metrics" and not k.startswith(_EVALUATION)},
     )

@@ -194,7 +194,7 @@ def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
     release.promote(settings, 1)
     with pytest.raises(RegistryError, match=r"no such alias; versions: 1; aliases: champion \(version 1\)"):
         registry.fetch(f"models:/{settings.model_name}@challenger")
-    with pytest.raises(RegistryError, match="no such version; versions: 1"):
+    with pytest.raises(RegistryError, match="^version 7: no such version; versions: 1"):
         registry.get(7)
     with pytest.raises(RegistryError, match="no model 'other' here"):
         registry.fetch("models:/other@champion")
@@ -237,6 +237,8 @@ def test_an_unevaluated_version_is_refused_with_the_command_to_run(settings, bun
         release.promote(settings, 1)
     release.record_evaluation(settings, f"models:/{settings.model_name}/1", evaluation())
     assert release.promote(settings, 1)["changed"]
+    assert release.versions(settings)[0]["metrics"] == evaluation()
+    assert release.history(settings)[0]["metrics"]["same.psnr"] == 20.0
 
 
 @pytest.mark.parametrize(
