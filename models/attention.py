@@ -60,8 +60,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             _used.add("xformers")
             return ops.memory_efficient_attention(query, key, value)  # type: ignore[no-any-return]
     _used.add("sdpa")
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _supported(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -186,7 +186,7 @@ def _read_config(folder: Path) -> BundleConfig:
         unknown = set(values) - {f.name for f in fields(BundleConfig)}
         if unknown:
             raise ValueError(f"unknown keys {', '.join(sorted(unknown))}")
-        network = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("network").items()}
+        network: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("network").items()}
         return BundleConfig(
             network=UNetConfig(**network),
             path=PathConfig(**values.pop("path")),

@@ -103,11 +103,12 @@ class TrainState:
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights, in eval mode; a copy."""
-        model = copy.deepcopy(self.denoiser)
+        model: Denoiser = copy.deepcopy(self.denoiser)
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), self.average, strict=True):
                 parameter.copy_(value)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        return model
 
     def save(self, folder: Path) -> None:
         """state.safetensors and state.json; readable with safetensors alone."""
@@ -185,7 +186,7 @@ def fit(
             loss: Loss = objective(batch, generator, state.step)
         if not math.isfinite(float(loss.total.detach())):
             raise FloatingPointError(f"step {state.step}: the loss is {float(loss.total):g}")
-        loss.total.backward()
+        torch.autograd.backward(loss.total)
         learning_rate = state.learning_rate()
         norm = state.apply_gradients()
         if on_step(Step(state.step, loss, norm, learning_rate)) or state.step >= until_step:

@@ -64,7 +64,7 @@ class UNetConfig:
     @property
     def size_multiple(self) -> int:
         """Image sides must be multiples of this."""
-        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+        return self.patch_size << (len(self.channel_multipliers) - 1)
 
 
 class UNet(nn.Module):
@@ -205,7 +205,8 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         if self.embedding is not None and embedding is not None:
             h = h + self.embedding(F.silu(embedding))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        skipped: Tensor = self.skip(x)
+        return skipped + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -262,7 +263,8 @@ class DetailLayers(nn.Module):
     def forward(self, h: Tensor, sketch: Tensor) -> Tensor:
         h = h + self.sketch(sketch)
         h = h + self.hidden(F.silu(h))
-        return self.output(F.silu(h))
+        image: Tensor = self.output(F.silu(h))
+        return image
 
 
 def sinusoidal(value: Tensor, channels: int, max_period: float = 1000.0) -> Tensor:

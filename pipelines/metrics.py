@@ -26,19 +26,30 @@ def score(result: Images, truth: Images) -> dict[str, float | None]:
     a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (result, truth))
     ms_ssim = None
     if result.shape[1] >= MS_SSIM_MIN_SIDE:
-        ms_ssim = round(float(multiscale_structural_similarity_index_measure(a, b, data_range=1.0)), 4)
+        ms_ssim = round(_mean(multiscale_structural_similarity_index_measure(a, b, data_range=1.0)), 4)
     return {
         "psnr": round(float(psnr(result, truth).mean()), 3),
-        "ssim": round(float(structural_similarity_index_measure(a, b, data_range=1.0)), 4),
+        "ssim": round(_mean(structural_similarity_index_measure(a, b, data_range=1.0)), 4),
         "ms_ssim": ms_ssim,
-        "ciede2000": round(float(np.mean(deltaE_ciede2000(rgb2lab(truth), rgb2lab(result)))), 3),
+        "ciede2000": round(ciede2000(result, truth), 3),
     }
+
+
+def ciede2000(result: Images, truth: Images) -> float:
+    """Mean color difference over all pixels (Sharma et al. 2005)."""
+    difference: Any = deltaE_ciede2000  # scikit-image has no types
+    return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
 
 
 def psnr(result: Images, truth: Images) -> NDArray[np.float64]:
     """Of each image, [B], dB at 255; equal images count as 100."""
     error = ((result.astype(np.float64) - truth) ** 2).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+    decibels: NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+    return decibels
+
+
+def _mean(value: Any) -> float:
+    return float(value)
 
 
 def trivial_results(sketch: Images, reference: Images) -> dict[str, Images]:

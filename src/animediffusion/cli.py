@@ -8,7 +8,6 @@ Exit codes: 0 done; 1 failed, or some items failed; 2 wrong usage, setting or in
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from animediffusion.console import Console
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
-_HELP = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
+_HELP: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
 app = typer.Typer(
     **_HELP,
     add_completion=False,
@@ -149,15 +148,12 @@ def _console() -> Console:
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="Training minutes, both phases together.")] = 6.0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up and serve the page at the end.")] = True,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; another if it is taken.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free one if taken.")] = 8000,
 ) -> int:
     """Every stage once, from drawn faces to pictures colored over HTTP."""
-    from animediffusion.pipelines.demo import run_stages
-    from animediffusion.serve.demo import color_and_stay
+    from animediffusion.demo import run_demo
 
-    console, settings = _console(), _settings()
-    result = run_stages(settings, minutes, console)
-    return color_and_stay(settings, result, console, port=port, stay=serve)
+    return run_demo(_settings(), minutes, _console(), port=port, stay=serve)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -542,8 +538,3 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-
-
-def to_json(value: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(value, default=str)

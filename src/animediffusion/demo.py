@@ -1,0 +1,171 @@
+"""Every stage once, on drawn faces: what `animediffusion demo` and `make demo` run.
+
+    synthesize -> ingest -> phase 1 -> tune the sampler -> phase 2 -> evaluate -> register -> promote -> serve -> color
+
+Each stage is the same call that its own verb makes, so a demo that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from animediffusion.console import Console
+from animediffusion.pipelines import release
+from animediffusion.pipelines.evaluate import evaluate, evaluate_and_record
+from animediffusion.pipelines.ingest import prepare
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.synthesize import Row, make_row, synthesize
+from animediffusion.pipelines.train import train
+from animediffusion.pipelines.tune import tune_sampler
+from animediffusion.platform import cluster
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.images import contact_sheet, decode_rgb, encode_png
+from animediffusion.serve.client import RemotePainter
+from animediffusion.serve.deployments import ServeConfig
+from animediffusion.serve.painter import Options
+from animediffusion.serve.server import check_address, running
+
+NUM_ROWS = 4000
+SIZE = 64
+PHASE_1_SHARE = 0.75
+"""Of the training minutes."""
+TUNE_TRIALS = 8
+NUM_DRAWINGS = 6
+DRAWING_SIZE = 256
+"""Larger than the model: the server brings its colors to the size of the drawing."""
+UNSEEN_SEED = 1
+"""The training rows have seed 0."""
+PORTS_TO_TRY = 20
+
+
+def run_demo(settings: Settings, minutes: float, console: Console, *, port: int, stay: bool) -> int:
+    """Run all stages, print where everything is; returns the exit code."""
+    started = time.monotonic()
+    folder = settings.workspace / "demo"
+    console.note(f"workspace {settings.workspace}")
+    data = _dataset(settings, console)
+    version, result = _model(settings, data, minutes, console)
+    config = ServeConfig(workspace=settings.workspace, model_name=settings.model_name)
+    console.note("--- serve")
+    with running(settings, config, port=_free(port)) as url:
+        with _stage("color over HTTP", console):
+            picture = _color(url, folder, console)
+        summary = {
+            "seconds": round(time.monotonic() - started, 1),
+            "version": version,
+            "psnr_same": result["tracks"]["same"]["psnr"],
+            "psnr_cross": result["tracks"]["cross"]["psnr"],
+            "baseline_psnr_same": max(tracks["same"]["psnr"] for tracks in result["baselines"].values()),
+            "picture": str(picture),
+            "url": url,
+            "mlflow": settings.tracking_uri,
+        }
+        console.result(summary, _goodbye(summary, result, console, stay=stay))
+        return _wait() if stay else 0
+
+
+def _dataset(settings: Settings, console: Console) -> str:
+    drawn, data = str(settings.workspace / "data" / "demo-faces"), str(settings.workspace / "data" / "demo")
+    with _stage("synthesize", console), console.progress("drawing", "rows") as progress:
+        synthesize(drawn, NUM_ROWS, SIZE, 0, progress)
+    with _stage("ingest", console), console.progress("ingesting", "files") as progress:
+        job = prepare(drawn, data, SIZE)
+        cluster.connect(settings)
+        job.run(lambda done, total, _: progress(done, total))
+    return data
+
+
+def _model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, dict[str, Any]]:
+    budget = [f"data={data}", f"max_minutes={minutes * PHASE_1_SHARE}"]
+    with _stage("phase 1: denoising", console), console.training() as report:
+        first = train(settings, load_recipe("demo", budget), report)
+    with _stage("tune the sampler", console):
+        tuned = tune_sampler(
+            settings,
+            first["bundle"],
+            data,
+            trials=TUNE_TRIALS,
+            num_images=32,
+            progress=console.note,
+            evaluate=lambda bundle: evaluate(settings, str(bundle), data, limit=64),
+        )
+    parent = f"models:/{settings.model_name}/{tuned['version']}"
+    budget = [f"data={data}", f"init_from={parent}", f"max_minutes={minutes * (1 - PHASE_1_SHARE)}"]
+    with _stage("phase 2: reconstruction through the sampler", console), console.training() as report:
+        second = train(settings, load_recipe("demo-phase2", budget), report)
+    with _stage("evaluate", console), console.progress("coloring", "images") as progress:
+        out = settings.workspace / "demo" / "evaluation"
+        result = evaluate_and_record(settings, second["bundle"], data, out=out, progress=progress)
+    with _stage("register and promote", console):
+        version = release.register(settings, second["bundle"], parent=tuned["version"]).version
+        # A demo that is run again may be a little worse than before; it is shown all the same, and it is on record.
+        release.promote(settings, version, why="demo", force=True)
+        console.note(f"version {version} is champion")
+    return version, result
+
+
+def _color(url: str, folder: Path, console: Console) -> Path:
+    """Color unseen drawings through the HTTP API and draw them beside their sketches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[list[NDArray[np.uint8]]] = []
+    with RemotePainter(url) as painter:
+        for number in range(NUM_DRAWINGS):
+            row: Row = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
+            sketch, reference = encode_png(row.sketch), encode_png(row.cross_reference)
+            painting = painter.paint(sketch, reference, Options(seed=number), thing=f"drawing {number + 1}")
+            (folder / f"drawing_{number + 1}.png").write_bytes(painting.picture)
+            lines.append([row.sketch, row.cross_reference, decode_rgb(painting.picture), row.target])
+            console.note(f"colored drawing {number + 1} of {NUM_DRAWINGS}")
+    picture = folder / "before_after.png"
+    labels = ["sketch", "reference", "colored", "truth"]
+    halves = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
+    picture.write_bytes(encode_png(contact_sheet(halves, labels * 2)))
+    return picture
+
+
+def _goodbye(summary: dict[str, Any], result: dict[str, Any], console: Console, *, stay: bool) -> str:
+    head = console.metrics(result)
+    page = f"page       {summary['url']}" if stay else "page       animediffusion serve"
+    return (
+        f"\n{head}\n\n{page}\nMLflow     {summary['mlflow']}   (mlflow ui --backend-store-uri {summary['mlflow']})\n"
+        f"picture    {summary['picture']}\ntime       {summary['seconds']:.0f} s"
+        + ("\nCtrl-C stops the server" if stay else "")
+    )
+
+
+@contextmanager
+def _stage(name: str, console: Console) -> Iterator[None]:
+    started = time.monotonic()
+    console.note(f"--- {name}")
+    yield
+    console.note(f"    {name}: {time.monotonic() - started:.0f} s")
+
+
+def _free(port: int) -> int:
+    """The port, or the next one that nobody uses."""
+    for candidate in range(port, port + PORTS_TO_TRY):
+        try:
+            check_address("127.0.0.1", candidate)
+        except ConfigError:
+            continue
+        return candidate
+    raise ConfigError("--port", f"{port} to {port + PORTS_TO_TRY - 1} are all in use", "choose another")
+
+
+def _wait() -> int:
+    """Until SIGINT or SIGTERM, which is how a demo ends well."""
+    wake = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: wake.set())
+    wake.wait()
+    return 0
