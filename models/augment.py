@@ -50,6 +50,13 @@ class AugmentConfig:
     """Largest hue turn; 0.5 is half the circle."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("cross_reference", "rewarp", "flip", "recolor", "warp", "hue"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if self.warp_points < 2:
+            raise ValueError(f"warp_points must be at least 2, got {self.warp_points}")
+
 
 def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: torch.Generator) -> Batch:
     """A training batch from decoded rows.

@@ -44,6 +44,8 @@ class SamplerDefaults:
             raise ValueError(f"sampler steps must be in 1..1000, got {self.steps}")
         if not 0 <= self.guidance_scale <= 20:
             raise ValueError(f"guidance_scale must be in 0..20, got {self.guidance_scale}")
+        if self.shift <= 0:
+            raise ValueError(f"sampler shift must be above 0, got {self.shift}")
 
 
 @dataclass(frozen=True, kw_only=True)

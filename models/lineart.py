@@ -26,6 +26,10 @@ class XDoGConfig:
     phi: float = 1e9
     """Steepness below it: this high is black or white."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma[0] <= self.sigma[1] or self.k <= 0:
+            raise ValueError(f"xdog blurs must be above 0 and sigma rising, got sigma {self.sigma}, k {self.k}")
+
 
 def xdog(images: Tensor, sigma: Tensor, config: XDoGConfig | None = None) -> Tensor:
     """Dark lines on white, [B, 1, H, W] in [-1, 1].

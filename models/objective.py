@@ -147,7 +147,7 @@ class ReconstructionObjective(nn.Module):
         times = sample_times(self.denoiser.path, self.settings.steps, shift=self.settings.shift)
         state = sampler.start(_normal(batch.target, generator), times.to(batch.target.device))
         num = sampler.num_evaluations(self.settings.steps)
-        first_with_gradient = num - gradient_steps * sampler.stages
+        first_with_gradient = num - sampler.num_evaluations(gradient_steps)
         for evaluation in range(num):
             x, t = sampler.query(state)
             if evaluation < first_with_gradient:

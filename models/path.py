@@ -32,6 +32,11 @@ class PathConfig:
             raise ValueError(f"path name must be linear, cosine or flow, got {self.name!r}")
         if self.shift <= 0:
             raise ValueError(f"path shift must be above 0, got {self.shift}")
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {self.num_train_timesteps}")
+        largest = self.beta_end * 1000 / self.num_train_timesteps
+        if not 0 < self.beta_start <= self.beta_end or largest >= 1:
+            raise ValueError(f"betas must rise within (0, 1), got {self.beta_start} to {self.beta_end}")
 
 
 class Path(ABC):

@@ -46,6 +46,14 @@ class OptimizerConfig:
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError(
+                f"learning_rate and max_grad_norm must be above 0, got {self.learning_rate} and {self.max_grad_norm}"
+            )
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_learning_rate <= 1:
+            raise ValueError("warmup_steps and weight_decay must not be negative, final_learning_rate in 0..1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
 
 
 class Step(NamedTuple):

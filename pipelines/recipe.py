@@ -26,8 +26,11 @@ from animediffusion.platform.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
 
+BUDGET = frozenset({"max_steps", "max_minutes"})
+"""One of them is set."""
+
 NOT_IDENTITY = frozenset(
-    {"name", "max_steps", "max_minutes", "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention"}
+    {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures"}
 )
 """Budget, workers, addresses and logging: changing them continues the same run."""
@@ -134,10 +137,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: unknown recipe or key, or a value out of range.
     """
     values = _with_base(read_yaml(_find(recipe)))
-    budget = {o.partition("=")[0] for o in overrides} & {"max_steps", "max_minutes"}
-    if budget:
+    if BUDGET & {o.partition("=")[0] for o in overrides}:
         # A budget on the command line replaces the recipe's, whichever unit that has.
-        values = {key: value for key, value in values.items() if key not in ("max_steps", "max_minutes")}
+        values = {key: value for key, value in values.items() if key not in BUDGET}
     values.setdefault("recipe", Path(recipe).stem)
     return _load(values, overrides)
 
@@ -183,7 +185,12 @@ def _find(recipe: str) -> Path:
 
 def _with_base(values: dict[str, Any]) -> dict[str, Any]:
     base = values.pop("base", None)
-    return values if base is None else _merge(_with_base(read_yaml(_find(str(base)))), values)
+    if base is None:
+        return values
+    inherited = _with_base(read_yaml(_find(str(base))))
+    # The file that was named names the run; its budget replaces the base's, whichever unit that has.
+    dropped = {"recipe", *(BUDGET if BUDGET & values.keys() else ())}
+    return _merge({key: value for key, value in inherited.items() if key not in dropped}, values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -96,7 +96,9 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> ConfigError:
         return ConfigError(path, "is not set", f"add {path}=...")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[:1].lower() + message[1:]
-    return ConfigError(path, f"{first['input']!r}", message)
+    # A rule about several keys has all of them as its input; its message says which matters.
+    found = "cannot be used" if isinstance(first["input"], dict) else repr(first["input"])
+    return ConfigError(path, found, message)
 
 
 def _names_beside(model: type[Any], location: Iterable[int | str]) -> list[str]:
@@ -114,7 +116,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: info.annotation for name, info in kind.model_fields.items()}
     if is_dataclass(kind):
-        return {field.name: field.type for field in fields(kind)}
+        return get_type_hints(kind)
     return {}
 
 
