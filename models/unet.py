@@ -48,6 +48,13 @@ class UNetConfig:
     """Width of the last layers, which see the sketch at full resolution; 0 is none."""
 
     def __post_init__(self) -> None:
+        for name in ("base_channels", "num_res_blocks", "patch_size", "head_channels", "reference_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.io_kernel_size < 1 or self.io_kernel_size % 2 == 0:
+            raise ValueError(f"io_kernel_size must be odd, got {self.io_kernel_size}")
+        if self.reference_channels < 0 or self.detail_channels < 0:
+            raise ValueError("reference_channels and detail_channels must not be negative")
         if self.base_channels % GROUPS:
             raise ValueError(f"base_channels must be a multiple of {GROUPS}, got {self.base_channels}")
         if self.reference_channels % GROUPS:
@@ -64,7 +71,8 @@ class UNetConfig:
     @property
     def size_multiple(self) -> int:
         """Image sides must be multiples of this."""
-        return self.patch_size << (len(self.channel_multipliers) - 1)
+        network = self.patch_size << (len(self.channel_multipliers) - 1)
+        return math.lcm(network, self.reference_stride) if self.reference_channels else network
 
 
 class UNet(nn.Module):
