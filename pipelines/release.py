@@ -15,7 +15,8 @@ from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
 from animediffusion.platform import ledger
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
-from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, Version, fetch_folder, headline
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
+from animediffusion.platform.version import Version, headline
 
 PSNR_MARGIN = 0.2
 """dB of same-reference PSNR that a new champion may lose: less than one sees, about the noise of 100 images."""

@@ -8,13 +8,11 @@ Not here: who promoted what and why, see `animediffusion.platform.ledger`; the g
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from animediffusion.platform import storage, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
+from animediffusion.platform.version import Version, evaluation_tags, headline, read_version
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
@@ -34,34 +33,7 @@ MODELS = "animediffusion-models"
 """Experiment of versions that no training run made, an imported bundle for example."""
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
-_EVALUATION = "evaluation."
 _READY_SECONDS = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """One registered bundle."""
-
-    name: str
-    version: int
-    aliases: list[str]
-    parent: int | None
-    """The version whose weights this one started from or shares."""
-    run: str | None
-    """MLflow run that made it, or that registered it where it came from elsewhere."""
-    sha256: str
-    created: str
-    """ISO 8601, UTC."""
-    metrics: dict[str, Any]
-    """metrics.json of the bundle, else an evaluation made later; empty where there is none."""
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Every evaluation known of it, the bundle's own first: objects as `evaluate` prints them."""
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """The fields that `models list --json` prints."""
-        keys = ("version", "aliases", "parent", "run", "sha256", "created", "metrics")
-        return {key: value for key, value in asdict(self).items() if key in keys}
 
 
 class Registry:
@@ -93,7 +65,7 @@ class Registry:
             metrics: its metrics.json.
             tags: further tags of the version.
         """
-        all_tags = {"sha256": sha256, **(tags or {}), **_evaluation_tags(metrics or {}, own=True)}
+        all_tags = {"sha256": sha256, **(tags or {}), **evaluation_tags(metrics or {}, own=True)}
         if parent is not None:
             all_tags["parent"] = str(parent)
         with self._reported(f"registering {folder}"):
@@ -119,7 +91,7 @@ class Registry:
             if aliases is None:
                 return []
             found = self._search()
-        return sorted((_version(item, aliases) for item in found), key=lambda v: -v.version)
+        return sorted((read_version(item, aliases) for item in found), key=lambda v: -v.version)
 
     def get(self, reference: str | int) -> Version:
         """The version that a number, an alias, `models:/NAME@alias` or `models:/NAME/3` means.
@@ -134,7 +106,7 @@ class Registry:
             found = self._find_number(number) if number is not None else None
         if found is None:
             raise self._unknown(str(reference), wanted)
-        return _version(found, aliases)
+        return read_version(found, aliases)
 
     def find(self, sha256: str) -> Version | None:
         """The version of a bundle with this identity, or None."""
@@ -173,7 +145,7 @@ class Registry:
     def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
         """Remember what `evaluate` found for a version, so that the promotion gate can compare it."""
         with self._reported(f"version {version}"):
-            for key, value in _evaluation_tags(result, own=False).items():
+            for key, value in evaluation_tags(result, own=False).items():
                 self.client.set_model_version_tag(self.name, str(version), key, value)
 
     def set_tag(self, version: int, key: str, value: str) -> None:
@@ -270,16 +242,6 @@ class Registry:
             raise RegistryError(thing, found, "see `animediffusion doctor`") from error
 
 
-def headline(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation as flat metrics, `same.psnr` and so on."""
-    return {
-        f"{track}.{name}": float(value)
-        for track, values in (metrics.get("tracks") or {}).items()
-        for name, value in (values or {}).items()
-        if isinstance(value, int | float)
-    }
-
-
 def fetch_folder(model: str | Path, cache: Path) -> Path:
     """The local folder of a bundle given by path or URI; a URI is downloaded anew each time, as it may have changed."""
     if "://" in str(model) and not str(model).startswith("file://"):
@@ -320,36 +282,3 @@ def _selector(reference: str, name: str) -> str:
     if match["name"] != name:
         raise RegistryError(reference, f"no model {match['name']!r} here", f"the registered model is {name}")
     return match["alias"] or match["version"]
-
-
-def _version(item: Any, aliases: dict[str, str]) -> Version:
-    tags = dict(item.tags or {})
-    evaluations = _evaluations(tags)
-    own = json.loads(tags["metrics"]) if "metrics" in tags else {}
-    created = datetime.fromtimestamp(item.creation_timestamp / 1000, UTC)
-    return Version(
-        name=item.name,
-        version=int(item.version),
-        aliases=sorted(alias for alias, version in aliases.items() if int(version) == int(item.version)),
-        parent=int(tags["parent"]) if tags.get("parent", "").isdigit() else None,
-        run=item.run_id or None,
-        sha256=tags.get("sha256", ""),
-        created=created.isoformat(timespec="seconds"),
-        metrics=own if own.get("tracks") or not evaluations else evaluations[-1],
-        evaluations=([own] if own.get("tracks") else []) + evaluations,
-        tags={k: v for k, v in tags.items() if k != "metrics" and not k.startswith(_EVALUATION)},
-    )
-
-
-def _evaluations(tags: dict[str, str]) -> list[dict[str, Any]]:
-    return [json.loads(value) for key, value in sorted(tags.items()) if key.startswith(_EVALUATION)]
-
-
-def _evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
-    """Tags that carry an evaluation: `metrics` for the bundle's own, else one per data set."""
-    if not metrics:
-        return {}
-    text = json.dumps(metrics, sort_keys=True)
-    if own:
-        return {"metrics": text}
-    return {f"{_EVALUATION}{str(metrics.get('data_hash', ''))[:12]}.{metrics.get('split', 'val')}": text}

@@ -194,7 +194,7 @@ def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
     release.promote(settings, 1)
     with pytest.raises(RegistryError, match=r"no such alias; versions: 1; aliases: champion \(version 1\)"):
         registry.fetch(f"models:/{settings.model_name}@challenger")
-    with pytest.raises(RegistryError, match="^version 7: no such version; versions: 1"):
+    with pytest.raises(RegistryError, match=r"^version 7: no such version; versions: 1"):
         registry.get(7)
     with pytest.raises(RegistryError, match="no model 'other' here"):
         registry.fetch("models:/other@champion")

@@ -9,7 +9,7 @@ from animediffusion.models.bundle import BundleConfig, SamplerDefaults, load_bun
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines import release, tune
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
-from animediffusion.pipelines.tune import Point, choose, knee, pareto_front
+from animediffusion.pipelines.pareto import Point, Prefer, choose, knee, pareto_front
 from animediffusion.platform import tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def test_the_knee_is_where_more_work_stops_paying() -> None:
 
 
 @pytest.mark.parametrize(("prefer", "evaluations"), [("best", 16), ("knee", 8), ("fast", 4)])
-def test_the_choice_is_never_worse_than_the_defaults(prefer: tune.Prefer, evaluations: int) -> None:
+def test_the_choice_is_never_worse_than_the_defaults(prefer: Prefer, evaluations: int) -> None:
     defaults = point(8, 20.5)
     points = [defaults, point(1, 10.0), point(2, 20.2), point(4, 20.4), point(16, 20.52)]
     assert choose(points, prefer).evaluations == evaluations

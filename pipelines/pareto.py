@@ -1,0 +1,74 @@
+"""The front of quality against cost, and which of its points to use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Prefer = Literal["knee", "fast", "best"]
+
+FAST_LOSS = 0.2
+"""dB of PSNR below the defaults that `prefer=fast` may give away, the margin of the promotion gate."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial: settings and what they gave."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    psnr: float
+    """dB, mean over images of the cross-reference track."""
+    sharpness: float
+    """High-frequency energy as a share of the truth's; 1 is as sharp as the truth."""
+    evaluations: int
+    """Network rows per image: guidance other than 1 costs two per evaluation."""
+    seconds_per_image: float
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both quality and cost, by rising cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.evaluations, -p.psnr)):
+        if not front or point.psnr > front[-1].psnr:
+            front.append(point)
+    return front
+
+
+def knee(front: Sequence[Point]) -> Point:
+    """The point of a front that lies farthest above the line from its cheapest to its best point.
+
+    Cost counts by its logarithm: from 1 to 2 evaluations is as far as from 4 to 8.
+    """
+    first, last = front[0], front[-1]
+    span_cost = math.log(last.evaluations / first.evaluations) or 1.0
+    span_psnr = (last.psnr - first.psnr) or 1.0
+
+    def height(point: Point) -> float:
+        return (point.psnr - first.psnr) / span_psnr - math.log(point.evaluations / first.evaluations) / span_cost
+
+    return max(front, key=height)
+
+
+def choose(points: Sequence[Point], prefer: Prefer) -> Point:
+    """The point to use, out of all trials; `points[0]` are the defaults.
+
+    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS.
+    """
+    front = pareto_front(points)
+    floor = points[0].psnr - (FAST_LOSS if prefer == "fast" else 0.0)
+    allowed = [point for point in front if point.psnr >= floor]
+    if prefer == "best":
+        return allowed[-1]
+    return allowed[0] if prefer == "fast" else knee(allowed)
+
+
+def describe(point: Point) -> str:
+    """One line about a point."""
+    return (
+        f"{point.sampler} {point.steps} steps, guidance {point.guidance_scale:g}: "
+        f"{point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, {point.evaluations} evaluations"
+    )
