@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
         if prediction not in get_args(Prediction):
             raise ValueError(f"prediction must be eps, x0 or v, got {prediction!r}")
         self.path = build_path(path)
-        alpha_at_noise = float(self.path.alpha(torch.tensor(self.path.t_max, dtype=torch.float64)))
+        alpha_at_noise = float(self.path.alpha(torch.tensor(self.path.t_max, dtype=torch.float64, device="cpu")))
         if prediction == "eps" and alpha_at_noise < MIN_ALPHA_FOR_EPS:
             raise ValueError(
                 f"prediction 'eps' cannot start on path {path.name!r}: alpha(t_max) is {alpha_at_noise:.3f}, "

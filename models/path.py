@@ -105,7 +105,9 @@ class LinearPath(Path):
     def __init__(self, config: PathConfig) -> None:
         num = config.num_train_timesteps
         scale = 1000 / num
-        betas = torch.linspace(config.beta_start * scale, config.beta_end * scale, num, dtype=torch.float64)
+        betas = torch.linspace(
+            config.beta_start * scale, config.beta_end * scale, num, dtype=torch.float64, device="cpu"
+        )
         self.table = torch.cumprod(1 - betas, 0).sqrt()
         self.t_max = (num - 1) / num
 
