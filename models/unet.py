@@ -158,8 +158,8 @@ class UNet(nn.Module):
         folded = F.pixel_unshuffle(torch.cat([sketch, reference], 1), self.config.patch_size)
         features = self.condition_input(folded)
         if self.reference_encoder is None:
-            empty = features.new_zeros(len(sketch), 0, 0)
-            return Condition(features, empty, empty[:, :, 0], sketch)
+            batch = len(sketch)
+            return Condition(features, features.new_zeros(batch, 0, 0), features.new_zeros(batch, 0), sketch)
         tokens, palette = self.reference_encoder(reference)
         return Condition(features, tokens, palette, sketch)
 

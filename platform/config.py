@@ -26,7 +26,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> Self:
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = (), /, **values: Any) -> Self:
         """Read YAML, then apply `values`, then `key.sub=value` overrides (values are YAML too).
 
         Raises:

@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
     global _common
     from animediffusion.platform.errors import AnimeDiffusionError
 
+    # Importing mlflow is enough for it to write to the user's home and to call its maker.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         arguments, _common = _split_common(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)
@@ -306,10 +308,12 @@ def tune_sampler(
 def models_list() -> None:
     """All versions, the newest first."""
     from animediffusion.pipelines import release
+    from animediffusion.platform.version import headline
 
     console = _console()
     found = release.versions(_settings())
-    console.result(found, console.table(found, "no versions yet; `animediffusion models register DIR` makes one"))
+    rows = [{**row, "sha256": row["sha256"][:12], "metrics": headline(row["metrics"])} for row in found]
+    console.result(found, console.table(rows, "no versions yet; `animediffusion models register DIR` makes one"))
 
 
 @models.command("show")
