@@ -7,7 +7,8 @@ All limits follow from one number, `max_batch`: an engine replica is asked to ru
 as many, and the rest waits in the ingress or is told to come back later.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Ray Serve checks a config file's `args` against the class that stands in
+# build_app's signature, and does not look up a name.
 
 import asyncio
 import os
