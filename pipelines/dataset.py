@@ -11,6 +11,7 @@ Not here: which row comes when, see pipelines/order.py; making a dataset, see pi
 from __future__ import annotations
 
 import hashlib
+import time
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from animediffusion.pipelines.order import Stream, Visit, choose_visit_rows, visits
 from animediffusion.pipelines.shards import PICTURES, STREAMED, read_rows, to_parquet
@@ -32,6 +34,7 @@ from animediffusion.platform.images import decode_gray, decode_rgb
 FORMAT: Literal["animediffusion-dataset-1"] = "animediffusion-dataset-1"
 MANIFEST = "manifest.json"
 _PARALLEL_READS = 8
+SCHEDULING_PAUSE_S = 0.02
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -116,6 +119,18 @@ def write_shard(uri: str, split: str, number: int, rows: Sequence[Mapping[str, A
     return Shard(path=path, rows=len(rows), sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
 
 
+class _Breath(ExecutionCallback):
+    """A pause in every step of Ray Data's scheduling loop.
+
+    While the trainer has all it can hold, that loop finds its read tasks ready at once, may not take their blocks, and
+    asks again without waiting: it burns half a core that the workers need. Each of its steps handles all blocks there are,
+    so a pause costs no throughput.
+    """
+
+    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002
+        time.sleep(SCHEDULING_PAUSE_S)
+
+
 @dataclass(frozen=True)
 class _Source:
     """What a read task needs to know."""
@@ -157,6 +172,7 @@ def training_dataset(
         _read_visit, batch_size=1, fn_kwargs={"source": source}
     )
     rows.context.execution_options.preserve_order = True
+    rows.context.custom_execution_callback_classes = [_Breath]
     return rows
 
 
