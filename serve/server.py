@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import queue
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,22 +53,29 @@ def serve_app(
     Raises:
         AnimeDiffusionError: no such model, a damaged one, the port in use, or Ray cannot start.
     """
-    received, wake = [], threading.Event()
-
-    def stop(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        wake.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with running(settings, _config(settings, model, options), host=host, port=port) as url:
+    with running(settings, _config(settings, model, options), host=host, port=port) as url:
+        # Only now: Ray puts handlers of its own into place when it starts, and they end the process at once.
+        with _signals() as received:
             announce(f"serving at {url} (page /, API /docs); Ctrl-C stops it")
-            wake.wait()
-            announce("stopping")
+            number = received.get()
+        announce("stopping")
+    return 128 + number
+
+
+@contextmanager
+def _signals() -> Iterator[queue.SimpleQueue[int]]:
+    """SIGINT and SIGTERM, as numbers in a queue."""
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def put(number: int, _: FrameType | None) -> None:
+        received.put(number)
+
+    before = {number: signal.signal(number, put) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + received[0]
 
 
 @contextmanager

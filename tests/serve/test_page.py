@@ -49,7 +49,11 @@ def page(browser, url):
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: request.url.startswith((url, "data:", "blob:")) or errors.append(request.url))
+    page.on(
+        "filechooser", lambda _: None
+    )  # keeps them intercepted: turning that on for each one comes too late at times
     page.goto(url)
+    expect(page.locator("#reference-examples img").nth(3)).to_be_visible()
     yield page
     context.close()
     assert errors == []
