@@ -1,0 +1,254 @@
+"""What holds the folders together: imports, packaging, command line, recipes, and what runs it elsewhere."""
+
+import ast
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import ray
+import typer
+import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+from ray.serve.schema import ServeDeploySchema
+
+from animediffusion import cli
+from animediffusion.pipelines.recipe import load_recipe, recipe_names
+from animediffusion.serve.deployments import build_app
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("platform", "models", "pipelines", "serve")
+PACKAGE = ROOT / "src" / "animediffusion"
+SOURCES = sorted([*PACKAGE.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
+
+MAY_IMPORT = {
+    "animediffusion": {"animediffusion", "pipelines", "serve", "models", "platform"},
+    "pipelines": {"pipelines", "models", "platform"},
+    "serve": {"serve", "models", "platform"},
+    "models": {"models"},
+    "platform": {"platform"},
+}
+MODELS_NEED = {"torch", "numpy", "safetensors"}
+MODELS_NEED_BESIDES = {"augment.py": {"kornia"}, "attention.py": {"xformers"}}
+
+VERBS = {"demo", "data", "train", "evaluate", "tune", "models", "colorize", "serve", "jobs", "doctor"}
+
+
+def imports_of(path):
+    """Every (module, name or None) that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def own_folder(module, name):
+    """The folder that an import reaches into, "animediffusion" for cli and console, None for nobody's code."""
+    parts = [*module.split("."), *([name] if name else [])]
+    if parts[0] != "animediffusion" or parts[1:] in ([], ["__version__"]):
+        return None
+    return parts[1] if parts[1] in FOLDERS else "animediffusion"
+
+
+def tracked_files():
+    """Files of the working tree that git knows or would take."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in names if os.path.lexists(ROOT / name)]
+
+
+def python(*arguments, cwd, path):
+    """Output of a fresh interpreter that sees `path` first."""
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def leaf_commands(group, names=()):
+    """Every command of the command line, as its words."""
+    if not hasattr(group, "commands"):
+        yield names
+        return
+    for name, command in group.commands.items():
+        yield from leaf_commands(command, (*names, name))
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_run_one_way(folder):
+    home = PACKAGE if folder == "animediffusion" else ROOT / folder
+    files = [path for path in SOURCES if home in path.parents]
+    assert files
+    for path in files:
+        found = {own_folder(*pair) for pair in imports_of(path)} - {None}
+        assert found <= MAY_IMPORT[folder], f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_models_need_only_torch_numpy_and_safetensors():
+    for path in (ROOT / "models").glob("*.py"):
+        tops = {module.partition(".")[0] for module, _ in imports_of(path)} - set(sys.stdlib_module_names)
+        allowed = MODELS_NEED | MODELS_NEED_BESIDES.get(path.name, set()) | {"animediffusion"}
+        assert tops <= allowed, f"models/{path.name} imports {tops - allowed}"
+
+
+def test_platform_does_not_need_torch():
+    tops = {module.partition(".")[0] for path in (ROOT / "platform").glob("*.py") for module, _ in imports_of(path)}
+    assert "torch" not in tops
+
+
+def test_no_folder_is_a_regular_package():
+    assert [path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("__init__.py")] == []
+
+
+def test_a_checkout_on_the_path_does_not_hide_the_standard_librarys_platform():
+    code = "import platform; print(platform.__file__); platform.system()"
+    assert python("-c", code, cwd=ROOT, path=ROOT).strip() == platform.__file__
+
+
+@pytest.mark.ray
+def test_a_ray_worker_finds_the_standard_librarys_platform_too(ray_cluster):
+    root = str(ROOT)
+
+    @ray.remote
+    def where():
+        sys.path.insert(0, root)
+        sys.modules.pop("platform", None)
+        import platform as found
+
+        return found.__file__
+
+    assert ray.get(where.remote()) == platform.__file__
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_package_reaches_a_folder_through_a_committed_relative_link(folder):
+    link = PACKAGE / folder
+    assert link.readlink() == Path("../..", folder)
+    listed = subprocess.run(["git", "ls-files", "-s", str(link)], cwd=ROOT, capture_output=True, text=True).stdout
+    assert listed.startswith("120000 ")
+
+
+def test_help_lists_the_verbs_and_imports_nothing_heavy():
+    code = "import sys; from animediffusion.cli import run; run(['--help']); print('loaded', *sys.modules)"
+    shown, _, loaded = python("-c", code, cwd=ROOT, path="").partition("loaded ")
+    listed = re.findall(r"^  (\w+)  ", shown.partition("Commands:")[2], flags=re.MULTILINE)
+    assert set(listed) == VERBS
+    assert {"torch", "ray", "mlflow", "numpy", "pydantic", "yaml"} & set(loaded.split()) == set()
+
+
+@pytest.mark.parametrize("words", list(leaf_commands(typer.main.get_command(cli.app))), ids=" ".join)
+def test_every_command_has_a_help_text(words, capsys):
+    assert cli.run([*words, "--help"]) == 0
+    assert f"Usage: animediffusion {' '.join(words)}" in capsys.readouterr().out
+
+
+def test_every_function_that_a_verb_calls_exists():
+    for module, name in imports_of(PACKAGE / "cli.py"):
+        if module.startswith("animediffusion"):
+            found = importlib.import_module(module)
+            assert name is None or hasattr(found, name) or importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_loads(recipe):
+    assert load_recipe(recipe, ["max_steps=1"]).recipe == recipe
+
+
+def test_compose_names_its_services_and_publishes_on_loopback_only():
+    services = yaml.safe_load((ROOT / "infra/compose.yaml").read_text())["services"]
+    assert set(services) == {"minio", "buckets", "postgres", "mlflow", "ray", "serve"}
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    depended = {name for service in services.values() for name in service.get("depends_on", {})}
+    needs_health = depended - {"buckets"}
+    assert all("healthcheck" in services[name] for name in needs_health)
+
+
+def test_every_secret_of_compose_comes_from_the_env_file_whose_example_has_none():
+    asked = set(re.findall(r"\$\{(\w+)", (ROOT / "infra/compose.yaml").read_text()))
+    example = dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "infra/.env.example").read_text(), flags=re.MULTILINE))
+    assert set(example) == asked
+    assert set(example.values()) == {""}
+    assert "infra/.env" not in tracked_files()
+
+
+def test_the_serve_config_file_fits_ray_and_the_application():
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "infra/serve.yaml").read_text()))
+    [application] = config.applications
+    assert application.import_path == f"{build_app.__module__}:{build_app.__name__}"
+    assert build(build_app, application.args)
+    with pytest.raises(ValueError, match="max_btch"):
+        build(build_app, {**application.args, "max_btch": 4})
+
+
+def test_every_dependency_has_one_pinned_version():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", pin) for pin in pins)
+    names = [pin.partition("==")[0].lower() for pin in pins]
+    assert len(set(names)) == len(names)
+    assert {"torch", "ray", "mlflow", "setuptools", "build"} <= set(names)
+
+
+def test_links_of_the_texts_lead_to_files_of_the_repository():
+    for text in [name for name in tracked_files() if name.endswith(".md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / text).read_text()):
+            assert (ROOT / text).parent.joinpath(target).exists(), f"{text} links to {target}"
+
+
+def test_the_readme_has_a_line_on_every_file_and_none_on_others():
+    tree = (ROOT / "README.md").read_text().partition("## What is where")[2].split("```")[1]
+    told, folder = set(), ""
+    for top, inner in re.findall(r"^(\S+)/ .*$|^  (\S+\.py) ", tree, flags=re.MULTILINE):
+        folder = top or folder
+        told |= {f"{folder}/{inner}"} if inner else set()
+    there = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
+    assert told == there
+
+
+def test_the_readme_names_every_verb():
+    named = re.findall(r"^\| `([a-z]+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert set(named) == VERBS
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the working tree, built in a copy: a build leaves folders behind."""
+    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in tracked_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=copy, path="")
+    [path] = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_has_every_module_and_every_data_file(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"animediffusion/{path.name}" for path in PACKAGE.glob("*.py")} | {"animediffusion/py.typed"}
+    for name in tracked_files():
+        if name.split("/")[0] in FOLDERS and Path(name).suffix in (".py", ".yaml", ".html", ".png", ".svg"):
+            wanted.add(f"animediffusion/{name}")
+    assert len(wanted) > len(FOLDERS)
+    assert wanted - held == set()
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
+    installed = tmp_path / "installed"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
+    python(*install, cwd=tmp_path, path="")
+    assert "Usage: animediffusion" in python("-m", "animediffusion", "--help", cwd=tmp_path, path=installed)
+    code = "import animediffusion.models.unet as one; print(one.__file__)"
+    found = python("-c", code, cwd=tmp_path, path=installed).strip()
+    assert Path(found) == installed / "animediffusion/models/unet.py"
