@@ -11,8 +11,8 @@ Not here: which row comes when, see pipelines/order.py; making a dataset, see pi
 from __future__ import annotations
 
 import hashlib
-import time
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,8 +123,8 @@ class _Breath(ExecutionCallback):
     """A pause in every step of Ray Data's scheduling loop.
 
     While the trainer has all it can hold, that loop finds its read tasks ready at once, may not take their blocks, and
-    asks again without waiting: it burns half a core that the workers need. Each of its steps handles all blocks there are,
-    so a pause costs no throughput.
+    asks again without waiting: it burns half a core that the workers need. Each of its steps handles all blocks there
+    are, so a pause costs no throughput.
     """
 
     def on_execution_step(self, executor: object) -> None:  # noqa: ARG002

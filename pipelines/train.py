@@ -355,10 +355,9 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old = read_yaml(path)
-    new = plain(config)
-    identity = config.identity()
-    changed = changed_keys({key: old.get(key) for key in identity}, {key: new[key] for key in identity})
+    # Through the class: a setting that came later has its default there.
+    old = TrainConfig.check(read_yaml(path)).identity()
+    changed = changed_keys(old, config.identity())
     if changed:
         raise ConfigError(
             f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"

@@ -65,8 +65,9 @@ def run(arguments: list[str]) -> int:
         return int(code or 0)
     except AnimeDiffusionError as error:
         return _fail(f"error: {error}", error, error.exit_code)
-    except KeyboardInterrupt as error:
-        return _interrupted(error)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        # typer turns the first into the second.
+        return _interrupted(error.__cause__ or error)
     except typer.Exit as error:
         return int(error.exit_code)
     except BrokenPipeError:
@@ -99,7 +100,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def _interrupted(error: KeyboardInterrupt) -> int:
+def _interrupted(error: BaseException) -> int:
     number = int(getattr(error, "signum", 2))
     if hasattr(error, "run"):
         print(f"stopped {error.run} at step {error.step}; the same command goes on there", file=sys.stderr)  # type: ignore[attr-defined]
