@@ -209,7 +209,8 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(GROUPS, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, width_out) if embedding_channels else None
-        self.norm2 = nn.GroupNorm(GROUPS, width_out)
+        # A group of one channel would take the embedding, one number per channel, out again.
+        self.norm2 = nn.GroupNorm(min(GROUPS, width_out // 2), width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
