@@ -1,4 +1,4 @@
-"""From decoded rows to training batches, on the device: line art, references by warping, shared recolouring.
+"""From decoded rows to training batches, on the device: line art, references by warping, shared recoloring.
 
 Every random number comes from the generator of the step, so a step can be repeated exactly.
 Not here: decoding (pipelines/dataset.py). B rows, S pixels a side.
@@ -80,7 +80,7 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
 def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generator) -> Batch:
     """The batch of an evaluation track: `same` (the target warped) or `cross` (exact truth, other picture).
 
-    Rows without a cross reference are recoloured instead: target and warped reference together.
+    Rows without a cross reference are recolored instead: target and warped reference together.
     """
     target = to_tensor(rows["target"])
     config = AugmentConfig(flip=0.0, recolor=1.0)
@@ -179,7 +179,7 @@ def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: _C
 def _color_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
     """[B, 3, 3] on RGB: a turn about the gray axis, then away from or toward gray, then a gain.
 
-    Linear in RGB and the same for both images, so the recoloured pair stays exactly consistent.
+    Linear in RGB and the same for both images, so the recolored pair stays exactly consistent.
     """
     cos, sin = hue.cos(), hue.sin()
     third = torch.full_like(hue, 1 / 3)

@@ -1,4 +1,4 @@
-"""A bundle: the folder that colours images. It is what is trained into, registered, served and exported.
+"""A bundle: the folder that colors images. It is what is trained into, registered, served and exported.
 
 config.json model.safetensors metrics.json card.md checksums.json; no pickle anywhere. Its identity is
 the sha256 of config.json and model.safetensors.
@@ -163,7 +163,7 @@ def identity(folder: Path) -> str:
 
 @torch.no_grad()
 def smoke_sample(bundle: Bundle) -> None:
-    """Colour noise once with the bundle's own defaults, two steps at most.
+    """Color noise once with the bundle's own defaults, two steps at most.
 
     Raises:
         ValueError: if the result has another shape or is not finite.

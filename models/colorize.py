@@ -1,4 +1,4 @@
-"""The product: a sketch and a reference in, a coloured image out."""
+"""The product: a sketch and a reference in, a colored image out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def colorize(
     seeds: Sequence[int],
     sampler: SamplerDefaults | None = None,
 ) -> Tensor:
-    """Coloured images [B, 3, S, S] in [-1, 1], on the bundle's device.
+    """Colored images [B, 3, S, S] in [-1, 1], on the bundle's device.
 
     Args:
         bundle: the model.

@@ -1,4 +1,4 @@
-"""Line art from colour images, in batches on the device: XDoG (Winnemoeller et al. 2012)."""
+"""Line art from color images, in batches on the device: XDoG (Winnemoeller et al. 2012)."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def evaluate_and_record(
 def run_tracks(
     bundle: Bundle, rows: dict[str, Any], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Track]:
-    """Colour all rows on both tracks with fixed references and noise."""
+    """Color all rows on both tracks with fixed references and noise."""
     total = len(TRACKS) * len(rows["target"])
     tracks, done = {}, 0
     for number, name in enumerate(TRACKS):

@@ -21,11 +21,11 @@ from animediffusion.platform.version import Version, headline
 PSNR_MARGIN = 0.2
 """dB of same-reference PSNR that a new champion may lose: less than one sees, about the noise of 100 images."""
 CIEDE2000_MARGIN = 0.5
-"""Colour difference that it may gain on cross references; 1 is just noticeable."""
+"""Color difference that it may gain on cross references; 1 is just noticeable."""
 
 
 def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
-    """Load a bundle and colour once with it.
+    """Load a bundle and color once with it.
 
     Args:
         folder: bundle folder.

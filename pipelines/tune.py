@@ -157,7 +157,7 @@ def search(
 
 @torch.no_grad()
 def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults) -> Point:
-    """Colour the rows with these settings and compare with the truth; row i has noise i."""
+    """Color the rows with these settings and compare with the truth; row i has noise i."""
     started = time.perf_counter()
     images = []
     for start in range(0, len(batch.target), _ROWS_PER_BATCH):

@@ -54,7 +54,7 @@ def create_app(
     app = FastAPI(
         title="AnimeDiffusion",
         version=version("animediffusion"),
-        description="Colours anime line art from a reference image.",
+        description="Colors anime line art from a reference image.",
         docs_url=None,
         redoc_url=None,
     )
@@ -69,7 +69,7 @@ def create_app(
 def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
     @app.post("/v1/colorize", response_class=Response, openapi_extra=_FORM, responses=_ANSWERS)
     async def colorize(request: Request) -> Response:
-        """Colour a sketch with the colours of a reference; answers with a PNG."""
+        """Color a sketch with the colors of a reference; answers with a PNG."""
         form = await read_form(request)
         asked, loop = form.parameters, asyncio.get_running_loop()
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s)
@@ -177,7 +177,7 @@ def _form_schema() -> dict[str, Any]:
             "format": "binary",
             "description": "Line art: PNG, JPEG or WebP, up to 25 Mpixel.",
         },
-        "reference": {"type": "string", "format": "binary", "description": "A picture with the wanted colours."},
+        "reference": {"type": "string", "format": "binary", "description": "A picture with the wanted colors."},
     }
     return {"type": "object", "required": ["sketch", "reference"], "properties": {**files, **schema["properties"]}}
 

@@ -1,4 +1,4 @@
-"""Colours drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
+"""Colors drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application on Ray Serve: an ingress that speaks HTTP and an engine that colours.
+"""The application on Ray Serve: an ingress that speaks HTTP and an engine that colors.
 
     app = build_app(ServeConfig(max_batch=8))       # also `import_path` of a Serve config file
     serve.run(app)

@@ -102,7 +102,7 @@ class _Row:
 
 
 class Engine:
-    """Colours pictures with one bundle on one thread of its own.
+    """Colors pictures with one bundle on one thread of its own.
 
     Args:
         bundle: the model, already on its device.

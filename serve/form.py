@@ -1,4 +1,4 @@
-"""Reads the multipart form of a colouring request, and says in one line what is wrong with it."""
+"""Reads the multipart form of a coloring request, and says in one line what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Reads a drawing: which part of each pixel is line and which is paper.
 
-Scans have gray or yellow paper, photographs uneven light, and lines come in any colour; the network knows
+Scans have gray or yellow paper, photographs uneven light, and lines come in any color; the network knows
 black lines on white only.
 """
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 CLEAN_PAPER = 250
 """A drawing whose median pixel is at least this bright in every channel is taken as it is."""
 PAPER_GRID_PX = 64
-"""The colour of uneven paper is estimated on a grid this fine."""
+"""The color of uneven paper is estimated on a grid this fine."""
 FAINT_LINE = 0.08
 """Less darkness than this is grain of the paper."""
 
@@ -33,11 +33,11 @@ class Drawing(NamedTuple):
     darkness: Floats
     """[H, W]: 0 on paper, 1 in a black line."""
     paper: Floats
-    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the colour of the paper and the light on it."""
+    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the color of the paper and the light on it."""
 
 
 def read_drawing(pixels: Pixels) -> Drawing:
-    """The lines and the paper of a sketch [H, W, 3]; lines may have any colour that is darker than the paper."""
+    """The lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper."""
     brightness = np.median(pixels.reshape(-1, 3), axis=0)
     if brightness.min() >= CLEAN_PAPER:
         paper = np.ones((1, 1, 3), np.float32)
@@ -54,7 +54,7 @@ def looks_inverted(pixels: Pixels) -> bool:
 
 
 def as_gray(drawing: Drawing) -> Pixels:
-    """The lines alone, [H, W], black on white: all that colouring needs of a drawing."""
+    """The lines alone, [H, W], black on white: all that coloring needs of a drawing."""
     return np.rint(255 * (1 - drawing.darkness)).astype(np.uint8)
 
 
@@ -88,7 +88,7 @@ def _stretch(darkness: Floats) -> Floats:
 
 
 def _paper_of(pixels: Pixels) -> Floats:
-    """Colour of the paper [H, W, 3], from the brightest pixels around each place."""
+    """Color of the paper [H, W, 3], from the brightest pixels around each place."""
     height, width = pixels.shape[:2]
     scale = PAPER_GRID_PX / max(height, width)
     grid = (max(1, round(width * scale)), max(1, round(height * scale)))

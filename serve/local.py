@@ -1,4 +1,4 @@
-"""Colours drawings with a bundle in this process."""
+"""Colors drawings with a bundle in this process."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class LocalPainter:
         drawing = read_sketch(sketch, thing=thing)
         size = self.bundle.config.image_size
         lines = _tensor(for_network(as_gray(drawing), size))
-        colours = _tensor(letterbox(read_picture(reference), size)[0])
+        colors = _tensor(letterbox(read_picture(reference), size)[0])
         try:
             settings = settings_for(
                 self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
             )
         except ValueError as error:
             raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
-        result = colorize(self.bundle, lines, colours, seeds=[options.seed], sampler=settings)
+        result = colorize(self.bundle, lines, colors, seeds=[options.seed], sampler=settings)
         painted = to_uint8(result)[0].cpu().numpy()
         picture = render(painted, drawing, size=options.size)
         layer = render(painted, drawing, output="color_layer", size=options.size)

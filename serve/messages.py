@@ -48,7 +48,7 @@ class Answer:
     """What the network made of a job."""
 
     picture: Pixels
-    """[S, S, 3], the letterboxed sketch coloured."""
+    """[S, S, 3], the letterboxed sketch colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
 

@@ -1,4 +1,4 @@
-"""Colours drawings from files: the command `colorize`, with a bundle in this process or a server elsewhere.
+"""Colors drawings from files: the command `colorize`, with a bundle in this process or a server elsewhere.
 
     painter = RemotePainter(url) if url else LocalPainter(settings, model)
     for done in colorize_files(painter, [Path("drawings")], Path("reference.png"), Path("out"), Options(seed=7)):
@@ -23,7 +23,7 @@ LAYER_SUFFIX = ".color.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to colour; what is None is the model's own default."""
+    """How to color; what is None is the model's own default."""
 
     seed: int = 0
     steps: int | None = None
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Painting:
-    """One coloured drawing, as PNGs."""
+    """One colored drawing, as PNGs."""
 
     picture: bytes
     color_layer: bytes
@@ -42,10 +42,10 @@ class Painting:
 
 
 class Painter(Protocol):
-    """Where colouring happens."""
+    """Where coloring happens."""
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """Colour one drawing; raises an AnimeDiffusionError that names `thing`."""
+        """Color one drawing; raises an AnimeDiffusionError that names `thing`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,26 +74,26 @@ def colorize_files(
 ) -> Iterator[Done]:
     """Write OUT/STEM.png and OUT/STEM.color.png for every drawing, one after the other.
 
-    A drawing that cannot be coloured becomes a Done with its error, and the next one follows.
+    A drawing that cannot be colored becomes a Done with its error, and the next one follows.
 
     Args:
         painter: local or remote.
         sketches: files, and folders of files.
-        reference: image file with the colours.
+        reference: image file with the colors.
         out: folder, made if need be.
         options: for all of them.
 
     Raises:
-        AnimeDiffusionError: nothing to colour, an unusable reference, or names that clash.
+        AnimeDiffusionError: nothing to color, an unusable reference, or names that clash.
     """
     files = list_sketches(sketches)
     targets = _targets(files, out)
-    colours = _read(reference)
-    read_picture(colours, thing=str(reference))
+    colors = _read(reference)
+    read_picture(colors, thing=str(reference))
     out.mkdir(parents=True, exist_ok=True)
     for sketch, target in zip(files, targets, strict=True):
         try:
-            painting = painter.paint(_read(sketch), colours, options, thing=str(sketch))
+            painting = painter.paint(_read(sketch), colors, options, thing=str(sketch))
         except (ImageError, DataError) as error:
             yield Done(sketch=sketch, seed=options.seed, error=error)
             continue
@@ -131,7 +131,7 @@ def _targets(files: Sequence[Path], out: Path) -> list[Path]:
         if target.resolve() == file.resolve():
             raise ConfigError("--out", f"{out} would overwrite {file}", "choose another folder")
         if target in seen:
-            raise ConfigError(str(file), f"has the same name as {seen[target]}", "colour them into different folders")
+            raise ConfigError(str(file), f"has the same name as {seen[target]}", "color them into different folders")
         seen[target] = file
     return targets
 

@@ -7,7 +7,7 @@ from typing import Literal
 from animediffusion.platform.errors import ImageError
 from animediffusion.platform.images import decode_rgb, encode_png, letterbox
 from animediffusion.serve.lines import Drawing, Pixels, looks_inverted, read_drawing
-from animediffusion.serve.resolution import colour_layer, to_picture, to_rgba
+from animediffusion.serve.resolution import color_layer, to_picture, to_rgba
 
 Output = Literal["image", "color_layer"]
 Size = Literal["native", "model"]
@@ -41,7 +41,7 @@ def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
 
 
 def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size: Size = "native") -> bytes:
-    """PNG of the finished picture, or of its colour layer.
+    """PNG of the finished picture, or of its color layer.
 
     Args:
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
@@ -53,11 +53,11 @@ def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size:
         if output == "image":
             return encode_png(painted)
         drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
-    layer = to_rgba(colour_layer(painted, drawing))
+    layer = to_rgba(color_layer(painted, drawing))
     return encode_png(layer if output == "color_layer" else to_picture(layer, drawing))
 
 
 def render_both(painted: Pixels, drawing: Drawing) -> tuple[bytes, bytes]:
-    """PNGs of picture and colour layer at the drawing's own size."""
-    layer = to_rgba(colour_layer(painted, drawing))
+    """PNGs of picture and color layer at the drawing's own size."""
+    layer = to_rgba(color_layer(painted, drawing))
     return encode_png(to_picture(layer, drawing)), encode_png(layer)

@@ -1,9 +1,9 @@
-"""Brings colours from the network's size back to the drawing's own, without crossing its lines.
+"""Brings colors from the network's size back to the drawing's own, without crossing its lines.
 
 The network paints a small square. Its pixels near lines mix both sides and the line itself, so only pixels away from
-lines are trusted; from there colour flows over the full-size drawing, and a line is a wall. The flow is the recursive
+lines are trusted; from there color flows over the full-size drawing, and a line is a wall. The flow is the recursive
 filter of the domain transform (Gastal and Oliveira, "Domain Transform for Edge-Aware Image and Video Processing",
-SIGGRAPH 2011), with the darkness of the lines as distance. The picture is that colour layer times the drawing.
+SIGGRAPH 2011), with the darkness of the lines as distance. The picture is that color layer times the drawing.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from animediffusion.platform.images import Box
 from animediffusion.serve.lines import Drawing, Floats, Pixels, as_gray, for_network
 
 REACH_PX = 3.0
-"""How far colour flows, in pixels of the network's picture."""
+"""How far color flows, in pixels of the network's picture."""
 WALL = 6.0
 """Crossing a black line one pixel wide costs as much as this many REACH."""
 NUM_PASSES = 2
 LITTLE_TRUST = 0.005
 """Weight of all other pixels: it decides in places too small for a trusted one, such as eyes."""
 BLACKEST = 0.3
-"""Lines count as this light at least when their darkness is taken out of a colour."""
+"""Lines count as this light at least when their darkness is taken out of a color."""
 SMALL_SCALE = 1.5
 """From here on the network's picture is too coarse to be taken as it is."""
 BLUR = 1.3
 """How many of its own pixels beyond a line the network's picture is still blurred by it."""
 MOSTLY_PAPER = 0.04
-"""Share of line in a pixel of the network's picture beyond which its colour is not trusted."""
+"""Share of line in a pixel of the network's picture beyond which its color is not trusted."""
 
 
-def colour_layer(painted: Pixels, drawing: Drawing) -> Floats:
-    """The colours of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
+def color_layer(painted: Pixels, drawing: Drawing) -> Floats:
+    """The colors of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
 
     Args:
         painted: what the network made of the letterboxed sketch.
@@ -42,14 +42,14 @@ def colour_layer(painted: Pixels, drawing: Drawing) -> Floats:
     height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(painted))
     scale = max(height / box.height, width / box.width, 1.0)
-    colour = _enlarged(painted, box)
-    clear = _without_lines(colour, _enlarged(for_network(as_gray(drawing), len(painted)), box))
+    color = _enlarged(painted, box)
+    clear = _without_lines(color, _enlarged(for_network(as_gray(drawing), len(painted)), box))
     trust = _trust(drawing.darkness, scale)
     flowed = _flow(clear, trust, drawing.darkness, REACH_PX * scale)
     layer = flowed + trust[..., None] * (clear - flowed)
     # Yellow paper would tint the picture a second time: lighten the layer by it, as far as white allows.
     layer = np.clip(layer / drawing.paper, 0, 1)
-    return layer if scale >= SMALL_SCALE else _keep_detail(layer, colour, drawing, scale)
+    return layer if scale >= SMALL_SCALE else _keep_detail(layer, color, drawing, scale)
 
 
 def place_in_square(height: int, width: int, size: int) -> Box:
@@ -81,23 +81,23 @@ def over_white(rgba: Pixels) -> Pixels:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _without_lines(colour: Floats, seen: Floats) -> Floats:
-    """Colours [H, W, 3] lightened by as much as the lines that the network saw, `seen` [H, W], darkened them.
+def _without_lines(color: Floats, seen: Floats) -> Floats:
+    """Colors [H, W, 3] lightened by as much as the lines that the network saw, `seen` [H, W], darkened them.
 
     Rough, and used where lines are so dense that no pixel is free of them.
     """
     # The square root: networks draw lines softer than they see them, and too dark looks better than too light.
-    light: Floats = np.clip(colour / np.sqrt(np.maximum(seen, BLACKEST))[..., None], 0, 1)
+    light: Floats = np.clip(color / np.sqrt(np.maximum(seen, BLACKEST))[..., None], 0, 1)
     return light
 
 
-def _keep_detail(layer: Floats, colour: Floats, drawing: Drawing, scale: float) -> Floats:
+def _keep_detail(layer: Floats, color: Floats, drawing: Drawing, scale: float) -> Floats:
     """The layer of a drawing not much larger than the network's picture, which then has every detail already.
 
-    Where no dark line is, the layer times the drawing becomes `colour`.
+    Where no dark line is, the layer times the drawing becomes `color`.
     """
     light = drawing.pixels.astype(np.float32) / np.float32(255)
-    exact = np.clip(colour / np.maximum(light, BLACKEST), 0, 1)
+    exact = np.clip(color / np.maximum(light, BLACKEST), 0, 1)
     share = (SMALL_SCALE - scale) / (SMALL_SCALE - 1) * (drawing.darkness < 1 - BLACKEST)[..., None]
     kept: Floats = (layer + share * (exact - layer)).astype(np.float32)
     return kept
@@ -118,13 +118,13 @@ def _trust(darkness: Floats, scale: float) -> Floats:
     return np.where(trust < 1e-3, 0, trust).astype(np.float32)
 
 
-def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floats:
-    """Trusted colours carried everywhere that no line cuts off: [H, W, 3].
+def _flow(color: Floats, trust: Floats, darkness: Floats, reach: float) -> Floats:
+    """Trusted colors carried everywhere that no line cuts off: [H, W, 3].
 
-    A pixel that nothing trusted reaches keeps its own colour.
+    A pixel that nothing trusted reaches keeps its own color.
     """
     weight = trust + np.float32(LITTLE_TRUST) * (darkness < 0.3)
-    planes = np.concatenate([colour * weight[..., None], weight[..., None]], axis=2)
+    planes = np.concatenate([color * weight[..., None], weight[..., None]], axis=2)
     cost = 1 + (WALL * reach) * darkness
     for number in range(NUM_PASSES):
         sigma = reach * np.sqrt(3) * 2.0 ** (NUM_PASSES - number - 1) / np.sqrt(4.0**NUM_PASSES - 1)
@@ -132,7 +132,7 @@ def _flow(colour: Floats, trust: Floats, darkness: Floats, reach: float) -> Floa
         planes = _sweep(planes, keep)
         planes = _sweep(planes.transpose(1, 0, 2), keep.T).transpose(1, 0, 2)
     arrived = planes[..., 3:]
-    carried: Floats = np.where(arrived > 1e-30, planes[..., :3] / np.maximum(arrived, 1e-30), colour)
+    carried: Floats = np.where(arrived > 1e-30, planes[..., :3] / np.maximum(arrived, 1e-30), color)
     return carried
 
 

@@ -54,6 +54,6 @@ def sketch() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def reference() -> np.ndarray:
-    """Four areas of strong colour, [64, 64, 3]."""
-    colours = np.array([[[220, 40, 60], [250, 210, 180]], [[40, 90, 200], [240, 240, 90]]], np.uint8)
-    return colours.repeat(32, 0).repeat(32, 1)
+    """Four areas of strong color, [64, 64, 3]."""
+    colors = np.array([[[220, 40, 60], [250, 210, 180]], [[40, 90, 200], [240, 240, 90]]], np.uint8)
+    return colors.repeat(32, 0).repeat(32, 1)

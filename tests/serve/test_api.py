@@ -89,7 +89,7 @@ def test_without_a_seed_the_answer_tells_the_one_it_drew(client, files):
     assert again.content == response.content
 
 
-def test_the_colour_layer_times_the_sketch_is_the_picture(client, files, sketch):
+def test_the_color_layer_times_the_sketch_is_the_picture(client, files, sketch):
     picture = decoded(client.post("/v1/colorize", files=files, data={"seed": "1"}).content)
     data = {"seed": "1", "output": "color_layer"}
     layer = Image.fromarray(decoded(client.post("/v1/colorize", files=files, data=data).content))

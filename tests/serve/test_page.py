@@ -65,7 +65,7 @@ def choose(page: Page, kind: str, path: Path) -> None:
     chooser.value.set_files(path)
 
 
-def test_examples_are_coloured_compared_and_saved(page: Page, url: str, tmp_path: Path):
+def test_examples_are_colored_compared_and_saved(page: Page, url: str, tmp_path: Path):
     expect(page.locator("#status")).to_have_text("model 3")
     expect(page.locator("#go")).to_be_disabled()
     page.click("#sketch-examples button >> nth=0")
@@ -129,7 +129,7 @@ def test_a_long_request_can_be_stopped(page: Page):
     expect(page.locator("#go")).to_have_text("Stop")
     page.click("#go")
     expect(page.locator("#note")).to_have_text("Stopped.")
-    expect(page.locator("#go")).to_have_text("Colour it")
+    expect(page.locator("#go")).to_have_text("Color it")
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])

@@ -46,12 +46,12 @@ def drawings(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
     return folder
 
 
-def colour(painter, sketches: list[Path], folder: Path, **options) -> list:
+def color(painter, sketches: list[Path], folder: Path, **options) -> list:
     return list(colorize_files(painter, sketches, folder / "reference.png", folder / "out", Options(**options)))
 
 
-def test_a_folder_becomes_pictures_and_colour_layers(painter, drawings, tmp_path, sketch):
-    done = colour(painter, [drawings], tmp_path, seed=7)
+def test_a_folder_becomes_pictures_and_color_layers(painter, drawings, tmp_path, sketch):
+    done = color(painter, [drawings], tmp_path, seed=7)
     assert [one.summary()["output"] for one in done] == [str(tmp_path / "out" / f"{stem}.png") for stem in "ab"]
     assert done[0].model_version.startswith("sha256:")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
@@ -62,17 +62,17 @@ def test_a_folder_becomes_pictures_and_colour_layers(painter, drawings, tmp_path
 
 def test_the_seed_decides(painter, drawings, tmp_path):
     def picture(seed: int) -> bytes:
-        (done,) = colour(painter, [drawings / "a.png"], tmp_path, seed=seed)
+        (done,) = color(painter, [drawings / "a.png"], tmp_path, seed=seed)
         return done.output.read_bytes()
 
     assert picture(1) == picture(1) != picture(2)
 
 
 def test_a_server_makes_the_same_picture(painter, drawings, tmp_path, url):
-    (here,) = colour(painter, [drawings / "a.png"], tmp_path, seed=3, steps=2)
+    (here,) = color(painter, [drawings / "a.png"], tmp_path, seed=3, steps=2)
     pictures = [here.output.read_bytes()]
     with RemotePainter(url) as remote:
-        (there,) = colour(remote, [drawings / "a.png"], tmp_path, seed=3, steps=2)
+        (there,) = color(remote, [drawings / "a.png"], tmp_path, seed=3, steps=2)
     pictures.append(there.output.read_bytes())
     ours, theirs = (decode_rgb(data).astype(int) for data in pictures)
     assert there.model_version == "3"
@@ -83,7 +83,7 @@ def test_one_bad_drawing_does_not_stop_the_others(painter, drawings, tmp_path, u
     (drawings / "a.png").write_text("no picture")
     with RemotePainter(url) as remote:
         for where, kind in ((painter, ImageError), (remote, DataError)):
-            bad, good = colour(where, [drawings], tmp_path)
+            bad, good = color(where, [drawings], tmp_path)
             assert isinstance(bad.error, kind)
             assert str(drawings / "a.png") in str(bad.error)
             assert good.output.exists()
@@ -91,7 +91,7 @@ def test_one_bad_drawing_does_not_stop_the_others(painter, drawings, tmp_path, u
 
 def test_a_server_that_is_not_there_is_one_line(drawings, tmp_path):
     with RemotePainter("http://127.0.0.1:9") as remote, pytest.raises(ClusterError, match="does not answer"):
-        colour(remote, [drawings], tmp_path)
+        color(remote, [drawings], tmp_path)
     with pytest.raises(ConfigError):
         RemotePainter("127.0.0.1:8000")
 
@@ -99,22 +99,22 @@ def test_a_server_that_is_not_there_is_one_line(drawings, tmp_path):
 def test_names_that_clash_are_refused_before_anything_is_written(painter, drawings, tmp_path, reference):
     (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
     with pytest.raises(ConfigError, match="same name"):
-        colour(painter, [drawings], tmp_path)
+        color(painter, [drawings], tmp_path)
     with pytest.raises(ConfigError, match="overwrite"):
         list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings, Options()))
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_colour_is_an_error(painter, tmp_path, drawings):
+def test_nothing_to_color_is_an_error(painter, tmp_path, drawings):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
-        colour(painter, [tmp_path / "empty"], tmp_path)
+        color(painter, [tmp_path / "empty"], tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        colour(painter, [tmp_path / "nothing.png"], tmp_path)
+        color(painter, [tmp_path / "nothing.png"], tmp_path)
     with pytest.raises(DataError):
         list(colorize_files(painter, [drawings], tmp_path / "nothing.png", tmp_path / "out", Options()))
 
 
 def test_settings_out_of_range_are_one_line(painter, drawings, tmp_path):
     with pytest.raises(ConfigError, match="steps"):
-        colour(painter, [drawings / "a.png"], tmp_path, steps=0)
+        color(painter, [drawings / "a.png"], tmp_path, steps=0)

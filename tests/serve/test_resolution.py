@@ -5,23 +5,23 @@ import pytest
 
 from animediffusion.platform.images import letterbox
 from animediffusion.serve.lines import as_gray, for_network, looks_inverted, read_drawing
-from animediffusion.serve.resolution import colour_layer, over_white, place_in_square, to_picture, to_rgba
+from animediffusion.serve.resolution import color_layer, over_white, place_in_square, to_picture, to_rgba
 
 RED, BLUE = (210, 60, 50), (60, 90, 220)
 
 
 def two_halves(height: int, width: int, line: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """A drawing of one vertical line, and the colours that belong left and right of it."""
+    """A drawing of one vertical line, and the colors that belong left and right of it."""
     sketch = np.full((height, width, 3), 255, np.uint8)
     sketch[:, width // 2 - line // 2 : width // 2 + line - line // 2] = 0
-    colours = np.empty_like(sketch)
-    colours[:, : width // 2], colours[:, width // 2 :] = RED, BLUE
-    return sketch, colours
+    colors = np.empty_like(sketch)
+    colors[:, : width // 2], colors[:, width // 2 :] = RED, BLUE
+    return sketch, colors
 
 
-def paint(sketch: np.ndarray, colours: np.ndarray, size: int) -> np.ndarray:
+def paint(sketch: np.ndarray, colors: np.ndarray, size: int) -> np.ndarray:
     """What a perfect network of that size would make."""
-    product = (sketch.astype(int) * colours // 255).astype(np.uint8)
+    product = (sketch.astype(int) * colors // 255).astype(np.uint8)
     return letterbox(product, size)[0]
 
 
@@ -31,25 +31,25 @@ def test_the_place_in_the_square_is_that_of_the_letterbox(height: int, width: in
 
 
 @pytest.mark.parametrize(("height", "width"), [(400, 400), (300, 500), (600, 320), (64, 64)])
-def test_no_colour_crosses_a_line(height: int, width: int):
-    sketch, colours = two_halves(height, width)
-    layer = colour_layer(paint(sketch, colours, 64), read_drawing(sketch)) * 255
+def test_no_color_crosses_a_line(height: int, width: int):
+    sketch, colors = two_halves(height, width)
+    layer = color_layer(paint(sketch, colors, 64), read_drawing(sketch)) * 255
     away = np.abs(np.arange(width) - width // 2) > 2
-    assert np.abs(layer[:, away] - colours[:, away]).max() < 6  # the halo that a small picture has around lines
+    assert np.abs(layer[:, away] - colors[:, away]).max() < 6  # the halo that a small picture has around lines
 
 
 def test_the_layer_has_no_lines():
-    sketch, colours = two_halves(320, 320, line=5)
-    layer = colour_layer(paint(sketch, colours, 64), read_drawing(sketch)) * 255
+    sketch, colors = two_halves(320, 320, line=5)
+    layer = color_layer(paint(sketch, colors, 64), read_drawing(sketch)) * 255
     under_the_line = layer[:, 157:163]
     assert (under_the_line > np.minimum(RED, BLUE) - 12).all()
     assert (under_the_line < np.maximum(RED, BLUE) + 12).all()
 
 
 def test_lines_are_kept_exactly():
-    sketch, colours = two_halves(300, 300)
+    sketch, colors = two_halves(300, 300)
     drawing = read_drawing(sketch)
-    picture = to_picture(to_rgba(colour_layer(paint(sketch, colours, 64), drawing)), drawing)
+    picture = to_picture(to_rgba(color_layer(paint(sketch, colors, 64), drawing)), drawing)
     assert (picture[sketch == 0] == 0).all()
 
 
@@ -64,12 +64,12 @@ def test_the_layer_survives_transparency():
 
 
 def test_half_a_megapixel_takes_a_quarter_of_a_second_or_so():
-    sketch, colours = two_halves(720, 720)
-    painted, drawing = paint(sketch, colours, 64), read_drawing(sketch)
+    sketch, colors = two_halves(720, 720)
+    painted, drawing = paint(sketch, colors, 64), read_drawing(sketch)
     times = []
     for _ in range(3):
         start = time.process_time()
-        to_picture(to_rgba(colour_layer(painted, drawing)), drawing)
+        to_picture(to_rgba(color_layer(painted, drawing)), drawing)
         times.append(time.process_time() - start)
     assert min(times) / 0.5184 < 1.0  # seconds a megapixel; 0.3 on a machine that does nothing else
 
@@ -84,7 +84,7 @@ def test_a_clean_drawing_of_the_networks_size_reaches_it_unchanged():
 
 @pytest.mark.parametrize("ink", [(255, 150, 200), (60, 60, 200), (150, 150, 150)])
 @pytest.mark.parametrize("ground", [(255, 255, 255), (240, 255, 245), (235, 225, 190)])
-def test_lines_of_any_colour_on_any_paper_are_found(ink: tuple, ground: tuple):
+def test_lines_of_any_color_on_any_paper_are_found(ink: tuple, ground: tuple):
     pixels = np.empty((200, 200, 3), np.uint8)
     pixels[:] = ground
     pixels[50:52, 20:180] = np.minimum(ink, ground)

@@ -77,29 +77,29 @@ def test_the_application_on_ray_answers_follows_a_promotion_and_says_when_it_is_
 
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
 
-        def colour(**data: str) -> httpx.Response:
+        def color(**data: str) -> httpx.Response:
             return client.post("/v1/colorize", files=files, data={"seed": "1", **data})
 
-        first = colour()
+        first = color()
         assert first.status_code == 200, first.text
         assert first.headers["x-model-version"] == "1"
         assert "," not in first.headers["x-request-id"]
         assert np.array(Image.open(io.BytesIO(first.content))).shape == sketch.shape
 
-        wrong = colour(sampler="magic")
+        wrong = color(sampler="magic")
         assert (wrong.status_code, wrong.headers["content-type"]) == (422, "application/problem+json")
         stream = client.post("/v1/colorize/stream", files=files, data={"num_inference_steps": "3"})
         assert stream.text.count("event: progress") == 2
         assert stream.text.count("event: result") == 1
 
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            crowd = list(pool.map(lambda _: colour(num_inference_steps="30"), range(40)))
+            crowd = list(pool.map(lambda _: color(num_inference_steps="30"), range(40)))
         assert {answer.status_code for answer in crowd} == {200, 429}
         assert all(int(answer.headers["retry-after"]) for answer in crowd if answer.status_code == 429)
 
         registry.set_alias("champion", 2)
         end = time.monotonic() + 20
-        while (answer := colour()).headers.get("x-model-version") != "2" and time.monotonic() < end:
+        while (answer := color()).headers.get("x-model-version") != "2" and time.monotonic() < end:
             assert answer.status_code == 200, answer.text
             time.sleep(0.1)
         assert answer.headers["x-model-version"] == "2"

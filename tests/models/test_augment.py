@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from animediffusion.models.augment import AugmentConfig, _Chance, fixed_batch, make_batch, recolor, warp
+from animediffusion.models.images import to_tensor
+
+NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def chance(rows=4, seed=0):
+    return _Chance(rows, torch.device("cpu"), seeded(seed))
+
+
+def smooth(rows=4, size=32):
+    line = torch.linspace(-0.8, 0.8, size)
+    image = torch.stack([line.expand(size, -1), line[:, None].expand(-1, size), line * line[:, None]])
+    return image.expand(rows, -1, -1, -1).clone()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_batch_follows_from_the_generator(new_rows, complete):
+    rows, config = new_rows(complete=complete), AugmentConfig()
+    first, again, other = (make_batch(rows, config, seeded(seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.reference, other.reference)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_batch_has_three_images_per_row_in_range(new_rows, complete):
+    batch = make_batch(new_rows(complete=complete), AugmentConfig(), seeded())
+    assert [tuple(image.shape) for image in batch] == [(4, 3, 16, 16), (4, 1, 16, 16), (4, 3, 16, 16)]
+    assert all(image.dtype == torch.float32 and image.abs().max() <= 1 for image in batch)
+
+
+def test_without_augmentation_the_datasets_own_images_are_taken(new_rows):
+    rows = new_rows()
+    batch = make_batch(rows, NOTHING, seeded())
+    assert torch.equal(batch.target, to_tensor(rows["target"]))
+    assert torch.equal(batch.sketch, to_tensor(rows["sketch"]))
+    assert torch.equal(batch.reference, to_tensor(rows["reference"]))
+
+
+def test_a_cross_reference_is_taken_where_there_is_one(new_rows):
+    rows = new_rows()
+    rows["has_cross"] = torch.tensor([True, False, True, False])
+    batch = make_batch(rows, replace(NOTHING, cross_reference=1.0), seeded())
+    for row, name in enumerate(["cross_reference", "reference"] * 2):
+        assert torch.equal(batch.reference[row], to_tensor(rows[name])[row])
+
+
+def test_a_target_alone_gets_line_art_and_a_bent_copy(new_rows):
+    rows = new_rows(complete=False)
+    batch = make_batch(rows, NOTHING, seeded())
+    assert torch.equal(batch.target, to_tensor(rows["target"]))
+    assert set(batch.sketch.unique().tolist()) == {-1.0, 1.0}
+    assert not torch.allclose(batch.reference, batch.target, atol=0.1)
+
+
+def test_target_and_sketch_are_mirrored_together(new_rows):
+    rows = new_rows()
+    batch = make_batch(rows, replace(NOTHING, flip=1.0), seeded())
+    for image, name in zip(batch, ("target", "sketch", "reference"), strict=True):
+        assert torch.equal(image, to_tensor(rows[name]).flip(-1))
+
+
+def test_a_warp_of_size_zero_changes_nothing():
+    images = smooth()
+    torch.testing.assert_close(warp(images, AugmentConfig(warp=0.0), chance()), images, rtol=0, atol=1e-3)
+
+
+def test_a_warp_bends_each_row_its_own_way_and_keeps_the_range():
+    images = smooth()
+    bent = warp(images, AugmentConfig(), chance())
+    assert (bent - images).abs().mean() > 0.02
+    assert not torch.allclose(bent[0], bent[1], atol=0.02)
+    assert bent.abs().max() <= images.abs().max() + 1e-5
+
+
+def test_recoloring_is_one_map_for_target_and_reference():
+    images = torch.rand(6, 3, 8, 8, generator=seeded()) * 2 - 1
+    target, reference = recolor(images, images.flip(-1), AugmentConfig(recolor=1.0), chance(6))
+    assert torch.equal(target, reference.flip(-1))
+    assert not torch.allclose(target, images, atol=0.05)
+
+
+def test_recoloring_turns_colors_and_leaves_gray_gray():
+    gray = torch.linspace(-1, 1, 16).expand(5, 3, 4, 16).clone()
+    changed, _ = recolor(gray, gray, AugmentConfig(recolor=1.0), chance(5))
+    torch.testing.assert_close(changed[:, 0], changed[:, 1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(changed[:, 1], changed[:, 2], rtol=0, atol=1e-5)
+
+
+def test_recoloring_with_probability_zero_keeps_every_pixel():
+    images = torch.rand(3, 3, 4, 4) * 2 - 1
+    target, reference = recolor(images, images, AugmentConfig(recolor=0.0), chance(3))
+    assert torch.equal(target, images)
+    assert torch.equal(reference, images)
+
+
+def test_the_same_track_takes_the_datasets_reference_or_a_bent_target(new_rows):
+    rows = new_rows()
+    rows["has_reference"] = torch.tensor([True, True, False, False])
+    batch = fixed_batch(rows, "same", seeded())
+    assert torch.equal(batch.target, to_tensor(rows["target"]))
+    assert torch.equal(batch.reference[:2], to_tensor(rows["reference"])[:2])
+    assert not torch.equal(batch.reference[2:], to_tensor(rows["reference"])[2:])
+
+
+def test_the_cross_track_takes_the_second_view_or_recolors_both(new_rows):
+    rows = new_rows()
+    rows["has_cross"] = torch.tensor([True, True, False, False])
+    batch = fixed_batch(rows, "cross", seeded())
+    assert torch.equal(batch.target[:2], to_tensor(rows["target"])[:2])
+    assert torch.equal(batch.reference[:2], to_tensor(rows["cross_reference"])[:2])
+    assert not torch.allclose(batch.target[2:], to_tensor(rows["target"])[2:], atol=0.02)
+
+
+@pytest.mark.parametrize("track", ["same", "cross"])
+def test_an_evaluation_track_is_the_same_for_everybody(new_rows, track):
+    rows = new_rows(complete=False)
+    first, again = (fixed_batch(rows, track, seeded(7)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("values", [{"flip": 1.5}, {"recolor": -0.1}, {"warp_points": 1}])
+def test_impossible_augmentation_is_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        AugmentConfig(**values)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.path import PathConfig
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"),
+    [(path, prediction) for path in ("linear", "cosine", "flow") for prediction in ("x0", "v", "eps")][:-1],
+)
+def test_what_the_network_should_return_gives_back_the_image(network, path, prediction):
+    if (path, prediction) == ("cosine", "eps"):
+        pytest.raises(ValueError, Denoiser, network, PathConfig(name=path), prediction)
+        return
+    denoiser = Denoiser(network, PathConfig(name=path), prediction)
+    generator = torch.Generator().manual_seed(0)
+    image, noise = (torch.randn(5, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0.05, 0.2, 0.5, 0.8, 0.95], dtype=torch.float64)
+    x_t = denoiser.path.add_noise(image, noise, t)
+    output = denoiser.training_target(image, noise, t)
+    torch.testing.assert_close(denoiser.to_x0(output, x_t, t), image, rtol=0, atol=1e-7)
+
+
+def test_the_velocity_of_the_flow_path_is_noise_minus_image(network):
+    denoiser = Denoiser(network, PathConfig(name="flow"), "v")
+    image, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    target = denoiser.training_target(image, noise, torch.tensor([0.3, 0.9]))
+    torch.testing.assert_close(target, noise - image)
+
+
+def test_predicting_noise_on_a_path_that_ends_in_pure_noise_is_refused_with_the_way_out(network):
+    with pytest.raises(ValueError, match=r"'eps' cannot start on path 'flow': alpha\(t_max\) is 0.000.*use x0 or v"):
+        Denoiser(network, PathConfig(name="flow"), "eps")
+
+
+def test_an_unknown_prediction_is_refused(network):
+    with pytest.raises(ValueError, match="eps, x0 or v"):
+        Denoiser(network, PathConfig(), "score")
+
+
+def test_a_clamping_denoiser_stays_in_the_range_of_images(network):
+    denoiser = Denoiser(network, PathConfig(name="linear"), "eps", clamp=True)
+    x_0 = denoiser.to_x0(torch.full((1, 3, 4, 4), 9.0), torch.zeros(1, 3, 4, 4), torch.tensor([0.9]))
+    assert (x_0 == -1).all()
+
+
+def test_the_estimate_is_float32_under_autocast(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        x_0 = denoiser(batch.target, torch.tensor([0.2, 0.7]), denoiser.encode(batch.sketch, batch.reference))
+    assert x_0.dtype == torch.float32
+    assert x_0.shape == batch.target.shape

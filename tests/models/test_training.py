@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+
+from animediffusion.models.augment import AugmentConfig
+from animediffusion.models.objective import DenoisingConfig, DenoisingObjective, Loss
+from animediffusion.models.training import OptimizerConfig, TrainState, fit, step_generator
+
+AUGMENT = AugmentConfig()
+
+
+def new_state(new_denoiser, max_steps=6, **values):
+    return TrainState(new_denoiser(), OptimizerConfig(**{"warmup_steps": 2, **values}), max_steps)
+
+
+def train(state, new_rows, until, on_step=lambda step: None):
+    """fit() on the rows that belong to the state's steps."""
+    objective = DenoisingObjective(state.denoiser, DenoisingConfig())
+    batches = (new_rows(2, seed=step) for step in range(state.step, 100))
+    fit(state, objective, batches, until, on_step, augment=AUGMENT, seed=3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restored_run_ends_with_the_bits_of_one_that_was_not_interrupted(
+    new_denoiser, new_rows, tmp_path, precision
+):
+    whole = new_state(new_denoiser, precision=precision)
+    train(whole, new_rows, 6)
+    killed = new_state(new_denoiser, precision=precision)
+    train(killed, new_rows, 3)
+    killed.save(tmp_path)
+    restored = TrainState(new_denoiser(seed=9), OptimizerConfig(warmup_steps=2, precision=precision), 1)
+    restored.restore(tmp_path)
+    assert (restored.step, restored.max_steps) == (3, 6)
+    train(restored, new_rows, 6)
+    for one, other in ((whole.parameters, restored.parameters), (whole.average, restored.average)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for a, b in zip(whole.parameters, restored.parameters, strict=True):
+        assert torch.equal(whole.optimizer.state[a]["exp_avg_sq"], restored.optimizer.state[b]["exp_avg_sq"])
+
+
+def test_a_checkpoint_is_safetensors_and_json(new_denoiser, tmp_path):
+    new_state(new_denoiser).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
+    assert json.loads((tmp_path / "state.json").read_text()) == {"step": 0, "max_steps": 6}
+
+
+def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
+    state = new_state(new_denoiser)
+    state.save(tmp_path)
+    state.denoiser.network.detail.output = torch.nn.Conv2d(4, 3, 1)
+    with pytest.raises(ValueError, match="another network, network.detail.output.weight does not fit"):
+        TrainState(state.denoiser, state.config, 6).restore(tmp_path)
+
+
+def test_training_lowers_the_loss_of_a_fixed_batch(new_denoiser, new_rows):
+    state = new_state(new_denoiser, max_steps=30, learning_rate=3e-3)
+    losses = []
+    objective = DenoisingObjective(state.denoiser, DenoisingConfig(time_mean=4.0, drop_reference=0.0))
+    rows = new_rows(2)
+    rows["reference"][:] = rows["target"]
+    fit(
+        state,
+        objective,
+        [rows] * 30,
+        30,
+        lambda step: losses.append(float(step.loss.total)),
+        augment=AugmentConfig(cross_reference=0, rewarp=0, flip=0, recolor=0),
+        seed=0,
+    )
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_a_young_average_follows_quickly_and_an_old_one_slowly(new_denoiser):
+    state = new_state(new_denoiser, ema_decay=0.9)
+    before = state.average[0].clone()
+    for step, decay in ((0, 2 / 11), (500, 0.9)):
+        state.step = step
+        before = state.average[0].clone()
+        for parameter in state.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        state.apply_gradients()
+        expected = decay * before + (1 - decay) * state.parameters[0].detach()
+        torch.testing.assert_close(state.average[0], expected)
+
+
+def test_the_averaged_model_is_a_copy_with_the_average(new_denoiser, new_rows):
+    state = new_state(new_denoiser)
+    train(state, new_rows, 2)
+    model = state.averaged()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), state.average, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), state.parameters, strict=True))
+    assert not model.training
+
+
+def test_the_learning_rate_rises_then_falls_and_depends_on_the_step_alone(new_denoiser):
+    state = new_state(
+        new_denoiser, max_steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1
+    )
+    rates = []
+    for step in range(101):
+        state.step = step
+        rates.append(state.learning_rate())
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(rates[9], rel=0.03)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[50] == pytest.approx(0.55)
+    state.step = 9
+    assert state.learning_rate() == rates[9]
+
+
+def test_gradients_are_clipped_and_their_norm_before_that_is_reported(new_denoiser):
+    state = new_state(new_denoiser, max_grad_norm=0.5)
+    for parameter in state.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(parameter.numel() for parameter in state.parameters)
+    assert float(state.apply_gradients()) == pytest.approx(count**0.5, rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(new_denoiser, new_rows):
+    state = new_state(new_denoiser)
+    train(state, new_rows, 2)
+    before = [parameter.clone() for parameter in state.parameters]
+
+    class Broken(torch.nn.Module):
+        def forward(self, batch, generator, step):
+            return Loss(torch.tensor(float("nan")), torch.zeros(8), torch.zeros(8))
+
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        fit(state, Broken(), [new_rows(2)], 6, lambda step: None, augment=AUGMENT, seed=0)
+    assert state.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+
+
+def test_a_run_stops_at_the_step_it_is_told_or_when_the_caller_says_so_or_without_rows(new_denoiser, new_rows):
+    state, seen = new_state(new_denoiser), []
+    train(state, new_rows, 2, lambda step: seen.append(step.step))
+    assert (state.step, seen) == (2, [1, 2])
+    train(state, new_rows, 6, lambda step: step.step == 3)
+    assert state.step == 3
+    objective = DenoisingObjective(state.denoiser, DenoisingConfig())
+    fit(state, objective, [new_rows(2)], 6, lambda step: None, augment=AUGMENT, seed=3)
+    assert state.step == 4
+    train(state, new_rows, 4)
+    assert state.step == 4
+
+
+def test_random_numbers_differ_by_seed_step_and_rank_and_repeat():
+    def draw(*key):
+        return torch.rand(4, generator=step_generator(*key)).tolist()
+
+    keys = [(seed, step, rank) for seed in range(4) for step in range(4) for rank in range(4)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "fp16"}, "bf16 or fp32"),
+        ({"ema_decay": 1.0}, r"\[0, 1\)"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"warmup_steps": -1}, "not be negative"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+    ],
+)
+def test_impossible_optimizer_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**values)
