@@ -163,16 +163,17 @@ def identity(folder: Path) -> str:
 
 @torch.no_grad()
 def smoke_sample(bundle: Bundle) -> None:
-    """Color noise once with the bundle's own defaults, two steps at most.
+    """Color noise once with the bundle's own sampler, two steps at most, with and without a reference.
 
     Raises:
         ValueError: if the result has another shape or is not finite.
     """
     device = next(bundle.denoiser.parameters()).device
     size, defaults = bundle.config.image_size, bundle.config.sampler
-    sketch, reference = torch.ones(1, 1, size, size, device=device), torch.zeros(1, 3, size, size, device=device)
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    condition = bundle.denoiser.encode(sketch, reference)
+    sketch, reference = torch.ones(2, 1, size, size, device=device), torch.zeros(2, 3, size, size, device=device)
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    # Guidance would use the null reference: see it, whatever the defaults are.
+    condition = bundle.denoiser.encode(sketch, reference, torch.tensor([True, False], device=device))
     times = sample_times(bundle.denoiser.path, min(defaults.steps, 2), shift=defaults.shift).to(device)
     sampler = build_sampler(defaults.name, bundle.denoiser.path)
     image = sample(sampler, lambda x, t: bundle.denoiser(x, t, condition), noise, times)
