@@ -43,7 +43,7 @@ def test_line_art_is_the_papers_formula(phi):
     ours = xdog(torch.from_numpy(image)[None], torch.tensor([sigma], dtype=torch.float64), config)
     clear = np.abs(response - config.epsilon) > 1e-6
     np.testing.assert_allclose(ours[0, 0].numpy()[clear], (2 * expected - 1)[clear], atol=1e-6)
-    assert {-1.0, 1.0} <= {round(float(ours.min()), 2), float(ours.max())}
+    assert float(ours.min()) < 0 < float(ours.max()) == 1
 
 
 def test_a_flat_picture_has_no_lines_and_an_edge_has_one():

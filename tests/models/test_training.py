@@ -10,11 +10,15 @@ from animediffusion.models.training import OptimizerConfig, TrainState, fit, ste
 AUGMENT = AugmentConfig()
 
 
+def go_on(_step):
+    """No reason to stop."""
+
+
 def new_state(new_denoiser, max_steps=6, **values):
     return TrainState(new_denoiser(), OptimizerConfig(**{"warmup_steps": 2, **values}), max_steps)
 
 
-def train(state, new_rows, until, on_step=lambda step: None):
+def train(state, new_rows, until, on_step=go_on):
     """fit() on the rows that belong to the state's steps."""
     objective = DenoisingObjective(state.denoiser, DenoisingConfig())
     batches = (new_rows(2, seed=step) for step in range(state.step, 100))
@@ -22,9 +26,7 @@ def train(state, new_rows, until, on_step=lambda step: None):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_restored_run_ends_with_the_bits_of_one_that_was_not_interrupted(
-    new_denoiser, new_rows, tmp_path, precision
-):
+def test_a_restored_run_ends_with_the_bits_of_one_that_was_not_interrupted(new_denoiser, new_rows, tmp_path, precision):
     whole = new_state(new_denoiser, precision=precision)
     train(whole, new_rows, 6)
     killed = new_state(new_denoiser, precision=precision)
@@ -50,7 +52,7 @@ def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
     state = new_state(new_denoiser)
     state.save(tmp_path)
     state.denoiser.network.detail.output = torch.nn.Conv2d(4, 3, 1)
-    with pytest.raises(ValueError, match="another network, network.detail.output.weight does not fit"):
+    with pytest.raises(ValueError, match=r"another network, network\.detail\.output\.weight does not fit"):
         TrainState(state.denoiser, state.config, 6).restore(tmp_path)
 
 
@@ -65,7 +67,7 @@ def test_training_lowers_the_loss_of_a_fixed_batch(new_denoiser, new_rows):
         objective,
         [rows] * 30,
         30,
-        lambda step: losses.append(float(step.loss.total)),
+        lambda step: losses.append(step.loss.total.item()),
         augment=AugmentConfig(cross_reference=0, rewarp=0, flip=0, recolor=0),
         seed=0,
     )
@@ -95,9 +97,7 @@ def test_the_averaged_model_is_a_copy_with_the_average(new_denoiser, new_rows):
 
 
 def test_the_learning_rate_rises_then_falls_and_depends_on_the_step_alone(new_denoiser):
-    state = new_state(
-        new_denoiser, max_steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1
-    )
+    state = new_state(new_denoiser, max_steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
     rates = []
     for step in range(101):
         state.step = step
@@ -124,11 +124,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(new_denoiser,
     before = [parameter.clone() for parameter in state.parameters]
 
     class Broken(torch.nn.Module):
-        def forward(self, batch, generator, step):
+        def forward(self, *_inputs):
             return Loss(torch.tensor(float("nan")), torch.zeros(8), torch.zeros(8))
 
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
-        fit(state, Broken(), [new_rows(2)], 6, lambda step: None, augment=AUGMENT, seed=0)
+        fit(state, Broken(), [new_rows(2)], 6, go_on, augment=AUGMENT, seed=0)
     assert state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
 
@@ -140,7 +140,7 @@ def test_a_run_stops_at_the_step_it_is_told_or_when_the_caller_says_so_or_withou
     train(state, new_rows, 6, lambda step: step.step == 3)
     assert state.step == 3
     objective = DenoisingObjective(state.denoiser, DenoisingConfig())
-    fit(state, objective, [new_rows(2)], 6, lambda step: None, augment=AUGMENT, seed=3)
+    fit(state, objective, [new_rows(2)], 6, go_on, augment=AUGMENT, seed=3)
     assert state.step == 4
     train(state, new_rows, 4)
     assert state.step == 4
