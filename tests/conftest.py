@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import boto3
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
+
+from animediffusion.pipelines.dataset import Manifest, Split, write_shard
+from animediffusion.pipelines.shards import PICTURES
+from animediffusion.pipelines.synthesize import make_row
+from animediffusion.platform.images import encode_lossless
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,3 +56,24 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def faces_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 48 + 8 drawn faces at 32 px, with all four pictures."""
+    folder = str(tmp_path_factory.mktemp("faces"))
+    splits = {}
+    for split, indices in (("train", range(48)), ("val", range(100, 108))):
+        rows = []
+        for index in indices:
+            row = make_row(0, index, 32)
+            pictures = {name: encode_lossless(getattr(row, name)) for name in PICTURES}
+            sha256 = hashlib.sha256(pictures["target"]).hexdigest()
+            rows.append(
+                {"id": f"{split}/{index}", "split": split, "width": 32, "height": 32, "sha256": sha256, **pictures}
+            )
+        splits[split] = Split(rows=len(rows), shards=(write_shard(folder, split, 0, rows),))
+    Manifest(image_size=32, splits=splits, num_files=224, num_rejects=0, source="drawn", content_hash="0" * 64).save(
+        folder
+    )
+    return folder

@@ -1,3 +1,4 @@
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from animediffusion.cli import run
+from animediffusion.models.bundle import load_bundle
 from animediffusion.platform import jobs
 from animediffusion.platform.errors import ClusterError, ConfigError
 
@@ -46,11 +49,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
         yield address, token
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=15)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -87,6 +89,16 @@ def test_a_job_hands_over_its_log_and_its_exit_code(job: str) -> None:
     )  # fmt: skip
     assert job in [item["id"] for item in jobs.jobs()]
     assert not jobs.stop(job)
+
+
+def test_a_training_job_is_followed_to_its_bundle(
+    cluster: None, faces_dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "demo", f"data={faces_dataset}", "max_steps=20", "batch_size=4", "name=job", "num_samples=0"]
+    assert run(["jobs", "submit", "--wait", "--", *train, "--workspace", str(tmp_path), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-2])
+    assert result["steps"] == 20
+    assert load_bundle(result["bundle"]).config.image_size == 32
 
 
 def test_a_job_with_wrong_usage_ends_with_2_even_with_the_code_sent_along(cluster: None) -> None:
