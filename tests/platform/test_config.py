@@ -1,0 +1,144 @@
+from dataclasses import dataclass, field
+
+import pytest
+from pydantic import Field, model_validator
+
+from animediffusion.platform.config import Config, Settings, read_yaml
+from animediffusion.platform.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    power: int = 5
+
+    def __post_init__(self):
+        if self.power < 0:
+            raise ValueError(f"power must be positive, got {self.power}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Car:
+    engine: Engine = field(default_factory=Engine)
+    color: str = "red"
+
+
+class Trip(Config):
+    kilometers: int = Field(gt=0)
+    car: Car = Car()
+    spare: Engine | None = None
+    stops: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.kilometers > 100 and not self.stops:
+            raise ValueError("a trip above 100 km needs stops")
+        return self
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        (tmp_path / "trip.yaml").write_text(text)
+        return tmp_path / "trip.yaml"
+
+    return write
+
+
+def failure(*overrides, **values):
+    with pytest.raises(ConfigError) as caught:
+        Trip.load(None, overrides, **values)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_overrides_win_over_values_which_win_over_the_file(yaml_file):
+    path = yaml_file("kilometers: 1\ncar: {color: blue}\nstops: [a]\n")
+    trip = Trip.load(path, ["car.engine.power=7", "stops=[x, y]"], kilometers=3)
+    assert (trip.kilometers, trip.car, trip.stops) == (3, Car(engine=Engine(power=7), color="blue"), ("x", "y"))
+
+
+def test_an_override_is_read_as_yaml():
+    trip = Trip.load(None, ["kilometers=12", "car.color=no way = here", "spare=null"])
+    assert (trip.kilometers, trip.car.color, trip.spare) == (12, "no way = here", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("kilometrs=1", "kilometrs: unknown key; did you mean 'kilometers'?"),
+        ("car.colour=red", "car.colour: unknown key; did you mean 'color'?"),
+        ("car.engine.powr=1", "car.engine.powr: unknown key; did you mean 'power'?"),
+        ("spare.powr=1", "spare.powr: unknown key; did you mean 'power'?"),
+        ("car.engine.zzz=1", "car.engine.zzz: unknown key; one of power"),
+        ("kilometers=-3", "kilometers: -3; input should be greater than 0"),
+        ("kilometers=far", "kilometers: 'far'; input should be a valid integer"),
+        ("car.engine.power=-1", "car.engine: cannot be used; power must be positive, got -1"),
+        ("kilometers=200", "Trip: cannot be used; a trip above 100 km needs stops"),
+        ("kilometers.unit=km", "kilometers.unit: kilometers is 1, not a group of keys; set kilometers itself"),
+        ("kilometers", "kilometers: is not of the form key=value"),
+        ("=3", "=3: is not of the form key=value"),
+        ("stops=[a", "stops: '[a' is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override, line):
+    assert failure(override, kilometers=1).startswith(line)
+
+
+def test_a_required_value_that_is_missing_is_named():
+    assert failure() == "kilometers: is not set; add kilometers=..."
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a: [1", "is not YAML"), ("- 1\n- 2\n", "holds a list"), ("", "holds a NoneType"), ("\tx", "is not YAML")],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_name(yaml_file, text, found):
+    with pytest.raises(ConfigError, match=found) as caught:
+        read_yaml(yaml_file(text))
+    assert str(caught.value).startswith(str(yaml_file(text)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="No such file or directory; give an existing YAML file"):
+        read_yaml(tmp_path / "nothing.yaml")
+
+
+def test_bytes_that_are_no_text_are_not_yaml(tmp_path):
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read_yaml(tmp_path / "image.yaml")
+
+
+def test_a_config_cannot_be_changed_after_it_was_made():
+    trip = Trip(kilometers=1)
+    with pytest.raises(ValueError, match="frozen"):
+        trip.kilometers = 2
+
+
+def test_settings_come_from_the_environment_and_arguments_win(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("ANIMEDIFFUSION_WORKSPACE", str(tmp_path / "from-environment"))
+    monkeypatch.setenv("ANIMEDIFFUSION_MODEL_NAME", "studio")
+    settings = Settings.from_environment()
+    assert (settings.workspace, settings.model_name) == (tmp_path / "from-environment", "studio")
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/from-environment/mlflow.db"
+    assert Settings.from_environment(workspace=str(tmp_path / "argument")).workspace == tmp_path / "argument"
+
+
+def test_a_relative_workspace_stays_where_the_command_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANIMEDIFFUSION_WORKSPACE", raising=False)
+    assert Settings.from_environment().workspace == tmp_path / "workspace"
+
+
+def test_a_tracking_server_replaces_the_embedded_database(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert Settings.from_environment().tracking_uri == "http://127.0.0.1:5000"
+
+
+def test_an_unknown_attention_names_its_variable(monkeypatch):
+    monkeypatch.setenv("ANIMEDIFFUSION_ATTENTION", "flash")
+    with pytest.raises(ConfigError, match="ANIMEDIFFUSION_ATTENTION: 'flash'; auto, xformers or sdpa"):
+        Settings.from_environment()
