@@ -84,7 +84,8 @@ def plan(settings: Settings, config: TrainConfig) -> Plan:
     size = config.image_size or manifest.image_size
     if size != manifest.image_size:
         raise ConfigError("image_size", str(size), f"the data in {config.data} is {manifest.image_size} px")
-    config = config.model_copy(update={"data": storage.absolute(config.data)})
+    attention = settings.attention if config.attention == "auto" else config.attention
+    config = config.model_copy(update={"data": storage.absolute(config.data), "attention": attention})
     parent = parent_folder = None
     if config.init_from is not None:
         parent_folder = Registry(settings).fetch(config.init_from)

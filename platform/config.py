@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -130,7 +130,7 @@ class Settings(Config):
     """Folder for data, runs, the embedded MLflow database and artifacts."""
     model_name: str = "animediffusion"
     """Registered model name."""
-    attention: str = "auto"
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """auto, xformers or sdpa."""
 
     @classmethod
@@ -143,8 +143,6 @@ class Settings(Config):
         }
         values.update({key: value for key, value in overrides.items() if value is not None})
         settings = cls.check(values)
-        if settings.attention not in ("auto", "xformers", "sdpa"):
-            raise ConfigError(ENV_PREFIX + "ATTENTION", repr(settings.attention), "auto, xformers or sdpa")
         return settings.model_copy(update={"workspace": settings.workspace.expanduser().absolute()})
 
     @property

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from animediffusion.models.attention import use_attention
 from animediffusion.platform.config import Config, Settings
 from animediffusion.serve.api import MAX_BODY_BYTES, create_app
 from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, ServeError
@@ -105,6 +106,7 @@ class EngineDeployment:
         torch.set_num_threads(args.num_threads or max(1, cores // max(1, args.max_replicas)))
         name = serve.get_replica_context().replica_id.unique_id
         # Serve admits 2 max_batch at most, so the engine's own queue never refuses anybody.
+        use_attention(args.settings().attention)
         self.replica = Replica(max_batch=args.max_batch, max_queue=2 * args.max_batch, name=name)
         self.follower = Follower(self.replica, ModelSource(args.settings(), args.model), args.poll_s)
         self.follower.start()

@@ -134,6 +134,17 @@ def _settings() -> Settings:
     return Settings.from_environment(workspace=_common.workspace)
 
 
+def _use_attention(settings: Settings) -> None:
+    """ANIMEDIFFUSION_ATTENTION, for the models of this process."""
+    from animediffusion.models.attention import use_attention
+    from animediffusion.platform.errors import ConfigError
+
+    try:
+        use_attention(settings.attention)
+    except ValueError as error:
+        raise ConfigError("ANIMEDIFFUSION_ATTENTION", str(error), "unset it") from error
+
+
 def _connect(settings: Settings) -> None:
     from animediffusion.platform import cluster
 
@@ -235,6 +246,7 @@ def train(
     from animediffusion.pipelines.train import train as run_training
 
     console, settings = _console(), _settings()
+    _use_attention(settings)
     config = load_recipe(recipe, overrides or [])
     work = plan(settings, config)
     if dry_run:
@@ -266,6 +278,7 @@ def evaluate(
     from animediffusion.pipelines.evaluate import evaluate_and_record
 
     console, settings = _console(), _settings()
+    _use_attention(settings)
     with console.progress("coloring", "images") as progress:
         result = evaluate_and_record(settings, model, data, split, limit, out, progress)
     console.result(result, console.metrics(result))
@@ -288,6 +301,7 @@ def tune_sampler(
     from animediffusion.pipelines.tune import tune_sampler as search
 
     console, settings = _console(), _settings()
+    _use_attention(settings)
     result = search(
         settings,
         model,
@@ -417,6 +431,7 @@ def _painter(settings: Settings, model: str | None, url: str | None) -> Any:
         return RemotePainter(url)
     from animediffusion.serve.local import LocalPainter
 
+    _use_attention(settings)
     return LocalPainter(settings, model)
 
 
@@ -429,7 +444,9 @@ def serve(
     """Serve the HTTP API and the page until Ctrl-C."""
     from animediffusion.serve.server import serve_app
 
-    return serve_app(_settings(), model, host, port, announce=_console().say)
+    settings = _settings()
+    _use_attention(settings)
+    return serve_app(settings, model, host, port, announce=_console().say)
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------
@@ -513,7 +530,9 @@ def doctor() -> int:
     from animediffusion.platform import doctor as checkup
 
     console = _console()
-    found = checkup.checks(_settings(), [_torch_probe])
+    settings = _settings()
+    _use_attention(settings)
+    found = checkup.checks(settings, [_torch_probe])
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
     report = checkup.report(found)
     console.result(report, "\n".join(lines))
