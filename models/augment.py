@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animediffusion.models.images import to_tensor
-from animediffusion.models.lineart import XDoGConfig, xdog
+from animediffusion.models.lineart import XDoGConfig, blur, xdog
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ class AugmentConfig:
     """Take the dataset's cross reference where a row has one."""
     rewarp: float = 0.5
     """Warp a reference that the dataset gives once more; rows without one are always warped."""
-    warp: float = 0.25
+    warp: float = 0.12
     """Largest shift of a warp's control point, as a share of the side."""
     warp_points: int = 4
     """Control points per side of the thin-plate spline."""
@@ -48,6 +48,8 @@ class AugmentConfig:
     """Change hue, saturation and brightness of target and reference together."""
     hue: float = 0.5
     """Largest hue turn; 0.5 is half the circle."""
+    soften: float = 0.5
+    """Blur the sketch a little: scans and drawings made smaller have gray lines, XDoG has black ones."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
     """
     target = to_tensor(rows["target"])
     chance = _Chance(len(target), target.device, generator)
-    sketch = _sketches(rows, target, config, chance)
+    sketch = _soften(_sketches(rows, target, config, chance), config, chance)
     reference = _references(rows, target, config, chance)
     target, reference = recolor(target, reference, config, chance)
     mirrored = chance(config.flip)
@@ -130,6 +132,10 @@ def _sketches(
     return torch.where(given, to_tensor(rows["sketch"]), xdog(target, sigma, config.xdog))
 
 
+def _soften(sketch: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
+    return torch.where(chance(config.soften), blur(sketch, chance.uniform(0.3, 0.9)), sketch)
+
+
 def _references(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
     given, cross = _mask(rows["has_reference"]), _mask(rows["has_cross"])
     reference = torch.where(given, to_tensor(rows["reference"]), target)
@@ -149,9 +155,10 @@ def warp(images: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
     line = torch.linspace(-1, 1, side, device=images.device)
     points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(1, -1, 2).expand(len(images), -1, -1)
     moved = points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
-    # The transform is solved from destination to source: where each output pixel is read.
+    # The transform is solved from destination to source: where each output pixel is read. kornia puts the kernels
+    # at the second argument's points.
     kernel, affine = kornia.geometry.transform.get_tps_transform(moved, points)
-    grid = _coarse_grid(images, moved, kernel, affine)
+    grid = _coarse_grid(images, points, kernel, affine)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
 
 
