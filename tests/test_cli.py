@@ -1,0 +1,175 @@
+"""The command line in this process: exit codes, the one line of an error, JSON."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from animediffusion import cli
+from animediffusion.models.bundle import BundleConfig, save_bundle
+from animediffusion.models.unet import UNetConfig
+from animediffusion.pipelines.recipe import load_recipe, plain
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """One for all: the embedded MLflow needs seconds to make its database."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path, workspace):
+    """A function that runs a command in an empty folder and returns its exit code, stdout and stderr as lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANIMEDIFFUSION_WORKSPACE", str(workspace))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def run(*words):
+        code = cli.run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    torch.manual_seed(0)
+    network = UNetConfig(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, patch_size=4, head_channels=32)
+    config = BundleConfig(network=network, image_size=32)
+    save_bundle(tmp_path / "bundle", config.build(), config)
+    return tmp_path / "bundle"
+
+
+WRONG_USAGE = [
+    (["paint"], "no such command 'paint'"),
+    (["models", "promot", "3"], "no such command 'promot'"),
+    (["train"], "missing argument 'recipe'"),
+    (["evaluate", "m", "d", "--limt", "3"], "no such option: --limt"),
+    (["evaluate", "m", "d", "--limit", "0"], "--limit"),
+    (["data", "synthesize", "d", "--count", "many"], "invalid value for '--count'"),
+    (["serve", "--port", "70000"], "--port"),
+    (["train", "demo", "--workspace"], "--workspace: no folder given; write --workspace DIR"),
+    (["train", "dmeo"], "recipe 'dmeo': unknown; did you mean 'demo'?"),
+    (["train", "nothing.yaml"], "nothing.yaml: No such file or directory"),
+    (["train", "demo", "network.base_chanels=96"], "network.base_chanels: unknown key; did you mean 'base_channels'?"),
+    (["train", "demo", "batch_size=-4"], "batch_size: -4; input should be greater than 0"),
+    (["train", "demo", "fast"], "fast: is not of the form key=value"),
+    (["train", "demo", "data=/nowhere"], "/nowhere: no dataset (no manifest.json)"),
+    (["evaluate", "/nowhere", "d"], "/nowhere: no such folder"),
+    (["data", "show", "/nowhere"], "/nowhere"),
+    (["data", "ingest", "/nowhere", "out"], "/nowhere"),
+    (["models", "promote", "models:/animediffusion@nobody"], "nobody"),
+    (["models", "register", "/nowhere"], "/nowhere"),
+    (["colorize", "a.png", "--reference", "b.png", "--out", "o", "--size", "huge"], "--size: 'huge'; native or model"),
+    (
+        ["colorize", "a.png", "--reference", "b.png", "--out", "o", "--model", "m", "--url", "http://127.0.0.1:1"],
+        "--model and --url: both given",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), WRONG_USAGE, ids=[" ".join(words) for words, _ in WRONG_USAGE])
+def test_wrong_usage_ends_with_2_and_one_line(command, words, expected):
+    code, out, err = command(*words)
+    assert (code, out) == (2, [])
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert expected in err[0]
+
+
+def test_debug_shows_where_an_error_comes_from(command):
+    code, _, err = command("train", "demo", "data=/nowhere", "--debug")
+    assert code == 2
+    assert err[0].startswith("Traceback")
+    assert err[-1].startswith("error: /nowhere: no dataset")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["data", "synthesize", "--help"]])
+def test_asking_is_no_error(command, words):
+    code, out, err = command(*words)
+    assert (code, err) == (0, [])
+    assert out
+
+
+def test_the_workspace_may_stand_before_or_after_the_verb(command, faces_dataset, tmp_path, monkeypatch):
+    monkeypatch.delenv("ANIMEDIFFUSION_WORKSPACE")
+    words = ("train", "demo", f"data={faces_dataset}", "name=x", "--dry-run", "--json")
+    places = []
+    for line in (
+        ("--workspace", tmp_path / "w", *words),
+        (*words, "--workspace", tmp_path / "w"),
+        (*words, f"--workspace={tmp_path / 'w'}"),
+        words,
+    ):
+        code, out, _ = command(*line)
+        assert code == 0
+        places.append(json.loads(out[-1])["run_dir"])
+    assert places == [str(tmp_path / "w" / "runs" / "x")] * 3 + [str(tmp_path / "workspace" / "runs" / "x")]
+
+
+def test_options_behind_two_dashes_belong_to_the_job():
+    rest, common = cli._split_common(["jobs", "submit", "--json", "--", "train", "demo", "--json", "--workspace", "w"])
+    assert rest == ["jobs", "submit", "--", "train", "demo", "--json", "--workspace", "w"]
+    assert (common.json, common.workspace) == (True, None)
+
+
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(command, faces_dataset, tmp_path):
+    code, out, _ = command("train", "demo", f"data={faces_dataset}", "seed=5", "--dry-run")
+    assert code == 0
+    assert "M parameters, 32 px" in out[0]
+    resolved = yaml.safe_load("\n".join(out))
+    assert (resolved["seed"], resolved["batch_size"]) == (5, 32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_the_same_name_with_other_settings_is_refused_with_their_names(command, faces_dataset, workspace):
+    old = load_recipe("demo", [f"data={faces_dataset}", "name=x", "augment.flip=0.25"])
+    folder = workspace / "runs" / "x"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(old)))
+    code, _, err = command("train", "demo", f"data={faces_dataset}", "name=x", "seed=1", "log_every=3")
+    assert code == 2
+    assert err == ["error: run x: exists with another augment.flip, seed; choose another name=, or the old values"]
+
+
+def test_json_is_the_last_line_and_the_only_one_on_stdout(command, bundle, faces_dataset):
+    code, out, err = command("evaluate", bundle, faces_dataset, "--limit", "2", "--json")
+    assert code == 0
+    assert len(out) == 1
+    assert json.loads(out[0])["num_images"] == 2
+    assert err  # progress
+
+
+def test_without_json_people_get_a_table(command, bundle, faces_dataset):
+    code, out, _ = command("evaluate", bundle, faces_dataset, "--limit", "2", "--out", "o")
+    assert code == 0
+    assert "2 images" in out[0]
+    assert [line.split()[0] for line in out[2:6]] == ["model", "copy_reference", "mean_color", "sketch"]
+    assert out[-1] == "picture: o/grid.png"
+
+
+def test_drawing_ends_with_what_was_drawn(command, tmp_path):
+    code, out, _ = command("data", "synthesize", "faces", "--count", "4", "--size", "32", "--json")
+    assert code == 0
+    assert json.loads(out[-1])["rows"] == 4
+    code, out, _ = command("data", "show", "faces", "--out", "sheet.png", "--json")
+    assert code == 0
+    assert json.loads(out[-1])
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_an_empty_registry_says_how_to_begin(command):
+    assert command("models", "list")[:2] == (0, ["no versions yet; `animediffusion models register DIR` makes one"])
+    code, out, _ = command("models", "history", "--json")
+    assert (code, json.loads(out[-1])) == (0, [])
+
+
+def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, faces_dataset):
+    def broken(*_):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("animediffusion.pipelines.train.plan", broken)
+    code, _, err = command("train", "demo", f"data={faces_dataset}")
+    assert (code, err) == (1, ["error: RuntimeError: first line; run again with --debug"])
