@@ -37,10 +37,10 @@ def bundle(tmp_path_factory):
 def test_an_evaluation_has_the_keys_of_the_contract(settings, bundle, faces_dataset, tmp_path):
     seen = []
     result = evaluate(
-        settings, str(bundle), faces_dataset, out=tmp_path / "out", progress=lambda done, total: seen.append(done)
+        settings, str(bundle), faces_dataset, out=tmp_path / "out", progress=lambda done, _total: seen.append(done)
     )
-    contract = "model data data_hash split num_images image_size sampler tracks baselines grid".split()
-    assert set(contract) <= set(result)
+    contract = {"model", "data", "data_hash", "split", "num_images", "image_size", "sampler", "tracks", "baselines"}
+    assert contract | {"grid"} <= set(result)
     assert result["sampler"] == {"name": "dpmpp_2m", "steps": 2, "guidance_scale": 1.0}
     assert (result["num_images"], result["image_size"], result["split"]) == (8, 32, "val")
     assert result["data_hash"] == Manifest.load(faces_dataset).content_hash
@@ -102,7 +102,7 @@ def test_data_of_another_size_is_refused(settings, tmp_path, faces_dataset):
 def test_a_missing_model_and_a_missing_split_are_named(settings, bundle, faces_dataset, tmp_path):
     with pytest.raises(BundleError, match="nowhere: no such folder"):
         evaluate(settings, str(tmp_path / "nowhere"), faces_dataset)
-    with pytest.raises(DataError, match="split 'test'.*one of 'train', 'val'"):
+    with pytest.raises(DataError, match=r"split 'test'.*one of 'train', 'val'"):
         evaluate(settings, str(bundle), faces_dataset, split="test")
     with pytest.raises(DataError, match="no dataset"):
         evaluate(settings, str(bundle), str(tmp_path))
