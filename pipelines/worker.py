@@ -250,7 +250,7 @@ class _Log:
     def close(self) -> None:
         self._tell()
         ray.get(self.answer)
-        self.run.finish("RUNNING" if self.rank.stopping else "FINISHED")
+        self.run.finish("KILLED" if self.rank.stopping else "FINISHED")
 
 
 def sample_grid(state: TrainState, shared: dict[str, Any]) -> Any:

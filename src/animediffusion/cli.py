@@ -161,13 +161,14 @@ def _console() -> Console:
 @app.command()
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="Training minutes, both phases together.")] = 6.0,
+    rows: Annotated[int, typer.Option(min=100, help="Faces to draw and learn from.")] = 4000,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up and serve the page at the end.")] = True,
     port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free one if taken.")] = 8000,
 ) -> int:
     """Every stage once, from drawn faces to pictures colored over HTTP."""
     from animediffusion.demo import run_demo
 
-    return run_demo(_settings(), minutes, _console(), port=port, stay=serve)
+    return run_demo(_settings(), minutes, _console(), rows=rows, port=port, stay=serve)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.painter import Options
 from animediffusion.serve.server import check_address, running
 
-NUM_ROWS = 4000
 SIZE = 64
 PHASE_1_SHARE = 0.75
 """Of the training minutes."""
@@ -48,12 +47,12 @@ UNSEEN_SEED = 1
 PORTS_TO_TRY = 20
 
 
-def run_demo(settings: Settings, minutes: float, console: Console, *, port: int, stay: bool) -> int:
+def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int, port: int, stay: bool) -> int:
     """Run all stages, print where everything is; returns the exit code."""
     started = time.monotonic()
     folder = settings.workspace / "demo"
     console.note(f"workspace {settings.workspace}")
-    data = _dataset(settings, console)
+    data = _dataset(settings, rows, console)
     version, result = _model(settings, data, minutes, console)
     config = ServeConfig(workspace=settings.workspace, model_name=settings.model_name)
     console.note("--- serve")
@@ -74,10 +73,10 @@ def run_demo(settings: Settings, minutes: float, console: Console, *, port: int,
         return _wait() if stay else 0
 
 
-def _dataset(settings: Settings, console: Console) -> str:
+def _dataset(settings: Settings, rows: int, console: Console) -> str:
     drawn, data = str(settings.workspace / "data" / "demo-faces"), str(settings.workspace / "data" / "demo")
     with _stage("synthesize", console), console.progress("drawing", "rows") as progress:
-        synthesize(drawn, NUM_ROWS, SIZE, 0, progress)
+        synthesize(drawn, rows, SIZE, 0, progress)
     with _stage("ingest", console), console.progress("ingesting", "files") as progress:
         job = prepare(drawn, data, SIZE)
         cluster.connect(settings)
