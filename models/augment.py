@@ -53,7 +53,7 @@ class AugmentConfig:
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
-        for name in ("cross_reference", "rewarp", "flip", "recolor", "warp", "hue"):
+        for name in ("cross_reference", "rewarp", "flip", "recolor", "soften", "warp", "hue"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.warp_points < 2:
