@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from animediffusion.models.augment import AugmentConfig, _Chance, fixed_batch, make_batch, recolor, warp
 from animediffusion.models.images import to_tensor
 
-NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0)
+NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0, soften=0.0)
 
 
 def seeded(seed=0):
@@ -46,6 +47,15 @@ def test_without_augmentation_the_datasets_own_images_are_taken(new_rows):
     assert torch.equal(batch.reference, to_tensor(rows["reference"]))
 
 
+def test_softened_lines_are_gray_and_the_paper_stays_white(new_rows):
+    rows = new_rows(complete=False)
+    rows["target"][:, :, :8], rows["target"][:, :, 8:] = 120, 250
+    sharp, soft = (make_batch(rows, replace(NOTHING, soften=share), seeded()).sketch for share in (0.0, 1.0))
+    assert set(sharp.unique().tolist()) == {-1.0, 1.0}
+    assert ((soft > -0.9) & (soft < 0.9)).any()
+    torch.testing.assert_close(soft[..., :2], sharp[..., :2])
+
+
 def test_a_cross_reference_is_taken_where_there_is_one(new_rows):
     rows = new_rows()
     rows["has_cross"] = torch.tensor([True, False, True, False])
@@ -72,6 +82,20 @@ def test_target_and_sketch_are_mirrored_together(new_rows):
 def test_a_warp_of_size_zero_changes_nothing():
     images = smooth()
     torch.testing.assert_close(warp(images, AugmentConfig(warp=0.0), chance()), images, rtol=0, atol=1e-3)
+
+
+def test_a_warp_carries_each_control_point_to_where_it_was_moved():
+    size, config = 65, AugmentConfig()
+    line = torch.linspace(-1, 1, size)
+    coordinates = torch.stack([line.expand(size, -1), line[:, None].expand(-1, size), torch.zeros(size, size)])
+    bent = warp(coordinates[None], config, chance(1))
+    shift = chance(1).uniform(-config.warp, config.warp, 16, 2).reshape(4, 4, 2)
+    third = torch.tensor([-1, -1 / 3, 1 / 3, 1])
+    points = torch.stack(torch.meshgrid(third, third, indexing="xy"), -1)
+    found = F.grid_sample(bent, (points + shift)[None], align_corners=True)[0, :2].permute(1, 2, 0)
+    # The inner four: those of the border may have left the image.
+    torch.testing.assert_close(found[1:3, 1:3], points[1:3, 1:3], rtol=0, atol=0.01)
+    assert shift[1:3, 1:3].abs().max() > 0.05
 
 
 def test_a_warp_bends_each_row_its_own_way_and_keeps_the_range():

@@ -64,7 +64,7 @@ def test_huber_gives_far_off_pixels_less_weight(new_denoiser, new_batch):
     denoiser, batch = new_denoiser(), new_batch()
     far = batch._replace(target=batch.target + 100)
     losses = [
-        float(DenoisingObjective(denoiser, DenoisingConfig(loss=name))(far, seeded()).total)
+        DenoisingObjective(denoiser, DenoisingConfig(loss=name))(far, seeded()).total.item()
         for name in ("mse", "huber")
     ]
     # The output is near 0 and the target near 100: squared, and linear.

@@ -138,7 +138,7 @@ def test_a_tracking_server_replaces_the_embedded_database(monkeypatch):
     assert Settings.from_environment().tracking_uri == "http://127.0.0.1:5000"
 
 
-def test_an_unknown_attention_names_its_variable(monkeypatch):
+def test_an_unknown_attention_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("ANIMEDIFFUSION_ATTENTION", "flash")
-    with pytest.raises(ConfigError, match="ANIMEDIFFUSION_ATTENTION: 'flash'; auto, xformers or sdpa"):
+    with pytest.raises(ConfigError, match="attention: 'flash'; input should be 'auto', 'xformers' or 'sdpa'"):
         Settings.from_environment()
