@@ -39,7 +39,7 @@ class AugmentConfig:
     rewarp: float = 0.5
     """Warp a reference that the dataset gives once more; rows without one are always warped."""
     warp: float = 0.12
-    """Largest shift of a warp's control point, as a share of the side."""
+    """Largest shift of a warp's control point, in half sides."""
     warp_points: int = 4
     """Control points per side of the thin-plate spline."""
     flip: float = 0.5
@@ -85,7 +85,7 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
     Rows without a cross reference are recolored instead: target and warped reference together.
     """
     target = to_tensor(rows["target"])
-    config = AugmentConfig(flip=0.0, recolor=1.0)
+    config = EVALUATION
     chance = _Chance(len(target), target.device, generator)
     sketch = _sketches(rows, target, config, chance, fixed=True)
     warped = warp(target, config, chance)
@@ -99,6 +99,12 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
         sketch,
         torch.where(given, to_tensor(rows["cross_reference"]), recolored),
     )
+
+
+EVALUATION = AugmentConfig(
+    warp=0.12, warp_points=4, flip=0.0, recolor=1.0, hue=0.5, soften=0.0, xdog=XDoGConfig(sigma=(0.3, 0.5))
+)
+"""Written out, so that a change of the training defaults leaves measurements comparable."""
 
 
 class _Chance:

@@ -58,9 +58,3 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     groups = flat.shape[1]
     flat = F.conv2d(flat, kernel[:, :, None], groups=groups)
     return F.conv2d(flat, kernel[:, :, :, None], groups=groups).reshape(images.shape)
-
-
-def unify_lines(sketch: Tensor) -> Tensor:
-    """Scale each sketch [B, 1, H, W] so that its paper is white (+1): scans and thin lines come in all grays."""
-    paper = sketch.flatten(1).quantile(0.9, dim=1).reshape(-1, 1, 1, 1)
-    return (2 * (sketch + 1) / (paper + 1).clamp(min=0.5) - 1).clamp(-1, 1)

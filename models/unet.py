@@ -36,6 +36,9 @@ class UNetConfig:
     """Side of the pixel blocks that are folded into channels before the first convolution."""
     io_kernel_size: int = 1
     """Side of the first and the last convolution."""
+    scale_shift: bool = False
+    """The embedding scales and shifts after the second normalization; added before it, as the authors do, a
+    normalization over few channels takes much of it out again."""
     attention_levels: tuple[int, ...] = ()
     """Levels with an attention after each residual block; the bottleneck always has one."""
     head_channels: int = 128
@@ -122,7 +125,7 @@ class UNet(nn.Module):
                 self.decoder.append(Stage([self._residual(width + skips.pop(), level_width)], upsample))
 
     def _residual(self, width_in: int, width_out: int) -> ResidualBlock:
-        return ResidualBlock(width_in, width_out, self.embedding_channels)
+        return ResidualBlock(width_in, width_out, self.embedding_channels, self.config.scale_shift)
 
     def _attention(self, width: int) -> AttentionBlock:
         config = self.config
@@ -202,13 +205,15 @@ class Stage(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the embedding added between them."""
+    """Two convolutions; between them the embedding is added, or scales and shifts (Dhariwal & Nichol 2021)."""
 
-    def __init__(self, width_in: int, width_out: int, embedding_channels: int) -> None:
+    def __init__(self, width_in: int, width_out: int, embedding_channels: int, scale_shift: bool = False) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(GROUPS, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.embedding = nn.Linear(embedding_channels, width_out) if embedding_channels else None
+        embedding_width = 2 * width_out if scale_shift else width_out
+        self.embedding = nn.Linear(embedding_channels, embedding_width) if embedding_channels else None
         # A group of one channel would take the embedding, one number per channel, out again.
         self.norm2 = nn.GroupNorm(min(GROUPS, width_out // 2), width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
@@ -216,9 +221,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.embedding is not None and embedding is not None:
-            h = h + self.embedding(F.silu(embedding))[:, :, None, None]
-        result: Tensor = self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        if self.embedding is None or embedding is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = self.embedding(F.silu(embedding))[:, :, None, None].chunk(2, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + self.embedding(F.silu(embedding))[:, :, None, None])
+        result: Tensor = self.skip(x) + self.conv2(F.silu(h))
         return result
 
 

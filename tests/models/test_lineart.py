@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from animediffusion.models.lineart import XDoGConfig, blur, unify_lines, xdog
+from animediffusion.models.lineart import XDoGConfig, blur, xdog
 
 
 def smooth_image(seed=0, size=40):
@@ -54,14 +54,6 @@ def test_a_flat_picture_has_no_lines_and_an_edge_has_one():
     assert (xdog(flat, sigma) == 1).all()
     assert (xdog(edge, sigma)[0, 0, :, 7] == -1).all()
     assert (xdog(edge, sigma)[0, 0, :, :4] == 1).all()
-
-
-def test_gray_paper_becomes_white_and_black_lines_stay_black():
-    scan = torch.full((1, 1, 10, 10), 0.4)
-    scan[..., 3, :] = -1
-    unified = unify_lines(scan)
-    assert unified.max() == 1
-    assert (unified[..., 3, :] == -1).all()
 
 
 def test_blurs_without_width_are_refused():
