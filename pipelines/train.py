@@ -35,7 +35,7 @@ from animediffusion.pipelines.recipe import TrainConfig, changed_keys, plain
 from animediffusion.pipelines.worker import Progress, train_worker
 from animediffusion.platform import storage
 from animediffusion.platform.config import Settings, read_yaml
-from animediffusion.platform.errors import ClusterError, ConfigError, DataError
+from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.tracking import TRAINING, Run
 
@@ -130,7 +130,8 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the checkpoint is saved.
-        ClusterError: the cluster cannot hold the run, or workers failed more often than max_failures.
+        ClusterError: the cluster cannot hold the run.
+        TrainingError: workers failed more often than max_failures, or the loss is not finite.
     """
     work = plan(settings, config)
     if work.finished:
@@ -375,7 +376,7 @@ def _explain(error: BaseException, work: Plan) -> BaseException:
     cause = next(iter(failures.values()), error)
     line = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
     step = latest_step(work.storage)
-    return ClusterError(f"run {work.run}", line, f"the last checkpoint is step {step}; the same command goes on there")
+    return TrainingError(f"run {work.run}", line, f"the last checkpoint is step {step}; the same command goes on there")
 
 
 def _load(folder: Path) -> Any:

@@ -8,6 +8,7 @@ AnimeDiffusionError
     BundleError     a model bundle is damaged or does not fit
     RegistryError   no such model version or alias, or a promotion is refused
     ClusterError    Ray or a service on it cannot be reached or started
+    TrainingError   a training run failed; its last checkpoint is kept
 
     try:
         ...
@@ -79,3 +80,9 @@ class RegistryError(AnimeDiffusionError):
 
 class ClusterError(AnimeDiffusionError):
     """Ray, or a service on it, cannot be reached or started."""
+
+
+class TrainingError(AnimeDiffusionError):
+    """A training run failed; its last checkpoint is kept."""
+
+    exit_code = 1
