@@ -3,12 +3,12 @@
     result = train(settings, load_recipe("demo", ["data=workspace/data/faces"]))
 
 A run lives in WORKSPACE/runs/NAME. Its name follows from what decides the result, so the same command finds its own
-checkpoints and goes on. Not here: one worker (pipelines/worker.py), one step (models/training.py).
+checkpoints and goes on. Not here: what is to be done (pipelines/plan.py), one worker (pipelines/worker.py), one step
+(models/training.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,27 +16,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from animediffusion.models.attention import attention_used
-from animediffusion.models.bundle import BundleConfig, load_bundle, save_bundle
+from animediffusion.models.bundle import load_bundle, save_bundle
 from animediffusion.models.training import TrainState
 from animediffusion.pipelines.card import model_card
-from animediffusion.pipelines.dataset import Manifest, read_split, train_data_config, training_dataset
-from animediffusion.pipelines.recipe import TrainConfig, changed_keys, plain
+from animediffusion.pipelines.dataset import read_split, train_data_config, training_dataset
+from animediffusion.pipelines.plan import Plan, latest_step, plan, read_json, write_json
+from animediffusion.pipelines.recipe import TrainConfig, plain
 from animediffusion.pipelines.worker import Progress, train_worker
 from animediffusion.platform import storage
-from animediffusion.platform.config import Settings, read_yaml
-from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
-from animediffusion.platform.registry import Registry
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ClusterError, DataError, TrainingError
 from animediffusion.platform.tracking import TRAINING, Run
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
@@ -55,74 +54,6 @@ class Interrupted(KeyboardInterrupt):
         self.signum, self.run, self.step = signum, run, step
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that is known before training begins."""
-
-    config: TrainConfig
-    run: str
-    folder: Path
-    storage: str
-    """URI of the folder that holds `checkpoints`."""
-    image_size: int
-    data_hash: str
-    start_step: int
-    finished: bool
-    parent: BundleConfig | None
-    parent_folder: Path | None
-
-
-def plan(settings: Settings, config: TrainConfig) -> Plan:
-    """Resolve a run against its data, its parent and what is already there. Writes nothing.
-
-    Raises:
-        ConfigError: a run of that name has another config, or image_size differs from the data's.
-        DataError, RegistryError, StorageError: data or parent cannot be found.
-    """
-    manifest = Manifest.load(config.data)
-    manifest.split("train")
-    size = config.image_size or manifest.image_size
-    if size != manifest.image_size:
-        raise ConfigError("image_size", str(size), f"the data in {config.data} is {manifest.image_size} px")
-    attention = settings.attention if config.attention == "auto" else config.attention
-    config = config.model_copy(update={"data": storage.absolute(config.data), "attention": attention})
-    parent = parent_folder = None
-    if config.init_from is not None:
-        parent_folder = Registry(settings).fetch(config.init_from)
-        parent = _load(parent_folder).config
-        config = config.started_from(parent)
-    multiple = config.network.size_multiple
-    if size % multiple:
-        raise ConfigError("image_size", str(size), f"this network needs a multiple of {multiple}")
-    name = config.run_name
-    folder = settings.workspace / "runs" / name
-    place = storage.join(config.storage, name) if config.storage else str(folder)
-    _refuse_another(folder, config)
-    record = _read_json(folder / "run.json")
-    finished = bool(record.get("finished")) and _budget_spent(record, config)
-    start = latest_step(place)
-    return Plan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
-
-
-def describe(work: Plan) -> dict[str, Any]:
-    """What `train --dry-run` prints: the resolved config, and what can be said before training."""
-    config = work.config
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in config.bundle_config(work.image_size).build().parameters())
-    resolved = yaml.safe_dump(plain(config), sort_keys=False)
-    return {
-        "run": work.run,
-        "run_dir": str(work.folder),
-        "image_size": work.image_size,
-        "num_parameters": parameters,
-        "data_hash": work.data_hash,
-        "resume_step": work.start_step,
-        "finished": work.finished,
-        "yaml": f"# run {work.run}, {parameters / 1e6:.1f} M parameters, {work.image_size} px\n{resolved}".rstrip(),
-        "config": plain(config),
-    }
-
-
 def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
     """Train to the end of the budget and return what the contract's `train --json` prints.
 
@@ -135,15 +66,15 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     """
     work = plan(settings, config)
     if work.finished:
-        summary: dict[str, Any] = _read_json(work.folder / "run.json")["result"]
+        summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
         return summary
     scaling = _scaling(work.config)
     work.folder.mkdir(parents=True, exist_ok=True)
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
-    previous = _read_json(work.folder / "run.json").get("mlflow_run_id")
+    previous = read_json(work.folder / "run.json").get("mlflow_run_id")
     params = {**plain(work.config), "data_hash": work.data_hash, "image_size": work.image_size}
     run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags={"data_hash": work.data_hash})
-    _write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
+    write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
     progress = Progress.remote()  # type: ignore[attr-defined]
     begun = time.monotonic()
     try:
@@ -154,15 +85,6 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     finally:
         ray.kill(progress)
     return _finish(work, run, latest, time.monotonic() - begun)
-
-
-def latest_step(place: str) -> int:
-    """The step of the newest checkpoint of the run stored at `place`, 0 if there is none."""
-    snapshot = storage.join(place, "checkpoints", "checkpoint_manager_snapshot.json")
-    if not storage.exists(snapshot):
-        return 0
-    latest = json.loads(storage.read_bytes(snapshot)).get("latest_checkpoint_result")
-    return int(latest["checkpoint_dir_name"].removeprefix("step-")) if latest else 0
 
 
 def _fit(
@@ -323,7 +245,7 @@ def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dic
     run.finish()
     record = {"run": work.run, "mlflow_run_id": run.run_id, "finished": True, "result": summary}
     budget = {"max_steps": config.max_steps, "max_minutes": config.max_minutes}
-    _write_json(work.folder / "run.json", {**record, "budget": budget})
+    write_json(work.folder / "run.json", {**record, "budget": budget})
     return summary
 
 
@@ -353,47 +275,12 @@ def _write_bundle(work: Plan, latest: dict[str, Any]) -> tuple[Path, int]:
     return folder_path, parameters
 
 
-def _refuse_another(folder: Path, config: TrainConfig) -> None:
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    # Through the class: a setting that came later has its default there.
-    old = TrainConfig.check(read_yaml(path)).identity()
-    changed = changed_keys(old, config.identity())
-    if changed:
-        raise ConfigError(
-            f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"
-        )
-
-
-def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
-    """A finished run goes on only when it is given more steps."""
-    return config.max_steps is None or int(record["result"]["steps"]) >= config.max_steps
-
-
 def _explain(error: BaseException, work: Plan) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
     line = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
     step = latest_step(work.storage)
     return TrainingError(f"run {work.run}", line, f"the last checkpoint is step {step}; the same command goes on there")
-
-
-def _load(folder: Path) -> Any:
-    try:
-        return load_bundle(folder)
-    except ValueError as error:
-        raise ConfigError("init_from", str(error), "give a bundle as training wrote it") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.rename(path)
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -242,8 +242,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")] = False,
 ) -> None:
     """Train on Ray; the same command continues a run that was stopped."""
+    from animediffusion.pipelines.plan import describe, plan
     from animediffusion.pipelines.recipe import load_recipe
-    from animediffusion.pipelines.train import describe, plan
     from animediffusion.pipelines.train import train as run_training
 
     console, settings = _console(), _settings()

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from animediffusion import cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
+from animediffusion.pipelines.plan import latest_step, plan
 from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.train import Interrupted, latest_step, plan, train
+from animediffusion.pipelines.train import Interrupted, train
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError
 
