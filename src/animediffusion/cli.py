@@ -336,10 +336,11 @@ def models_list() -> None:
 def models_show(version: Annotated[str, typer.Argument(help="A number, an alias or models:/...")]) -> None:
     """One version: aliases, parent, metrics, events."""
     from animediffusion.pipelines import release
+    from animediffusion.platform.version import headline
 
     console = _console()
     found = release.show(_settings(), version)
-    console.result(found, console.facts(found))
+    console.result(found, console.facts({**found, "metrics": headline(found["metrics"])}))
 
 
 @models.command("register")

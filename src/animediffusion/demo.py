@@ -28,7 +28,7 @@ from animediffusion.pipelines.train import train
 from animediffusion.pipelines.tune import tune_sampler
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images import contact_sheet, decode_rgb, encode_png
 from animediffusion.serve.client import RemotePainter
 from animediffusion.serve.deployments import ServeConfig
@@ -107,8 +107,12 @@ def _model(settings: Settings, data: str, minutes: float, console: Console) -> t
         result = evaluate_and_record(settings, second["bundle"], data, out=out, progress=progress)
     with _stage("register and promote", console):
         version = release.register(settings, second["bundle"], parent=tuned["version"]).version
-        # A demo that is run again may be a little worse than before; it is shown all the same, and it is on record.
-        release.promote(settings, version, why="demo", force=True)
+        try:
+            release.promote(settings, version, why="demo")
+        except RegistryError as error:
+            # A demo that is run again may be worse than before; it is shown all the same, and that is on record.
+            console.note(str(error))
+            release.promote(settings, version, why="demo, run again", force=True)
         console.note(f"version {version} is champion")
     return version, result
 
