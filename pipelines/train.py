@@ -35,7 +35,7 @@ from animediffusion.pipelines.recipe import TrainConfig, plain
 from animediffusion.pipelines.worker import Progress, train_worker
 from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, DataError, TrainingError
+from animediffusion.platform.errors import ClusterError, DataError, Interrupted, TrainingError
 from animediffusion.platform.tracking import TRAINING, Run
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
@@ -44,14 +44,6 @@ POLL_S = 0.5
 
 Report = Callable[[dict[str, Any]], None]
 """Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, ..."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and its checkpoint is saved."""
-
-    def __init__(self, signum: int, run: str, step: int) -> None:
-        super().__init__()
-        self.signum, self.run, self.step = signum, run, step
 
 
 def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
@@ -80,7 +72,7 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     try:
         latest = _fit(work, scaling, run, progress, report)
     except BaseException as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     finally:
         ray.kill(progress)

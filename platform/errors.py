@@ -9,6 +9,7 @@ AnimeDiffusionError
     RegistryError   no such model version or alias, or a promotion is refused
     ClusterError    Ray or a service on it cannot be reached or started
     TrainingError   a training run failed; its last checkpoint is kept
+    Interrupted     a signal stopped a run; its checkpoint is saved
 
     try:
         ...
@@ -86,3 +87,18 @@ class TrainingError(AnimeDiffusionError):
     """A training run failed; its last checkpoint is kept."""
 
     exit_code = 1
+
+
+class Interrupted(AnimeDiffusionError):  # noqa: N818 - it is no error
+    """A signal stopped a run; its checkpoint is saved.
+
+    Args:
+        signum: which signal.
+        run: name of the run.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, signum: int, run: str, step: int) -> None:
+        super().__init__(f"run {run}", f"stopped at step {step}", "the same command goes on there")
+        self.signum, self.run, self.step = signum, run, step
+        self.exit_code = 128 + signum

@@ -10,6 +10,7 @@ from animediffusion import cli
 from animediffusion.models.bundle import BundleConfig, save_bundle
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines.recipe import load_recipe, plain
+from animediffusion.platform.errors import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,12 @@ def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, f
     monkeypatch.setattr("animediffusion.pipelines.train.plan", broken)
     code, _, err = command("train", "demo", f"data={faces_dataset}")
     assert (code, err) == (1, ["error: RuntimeError: first line; run again with --debug"])
+
+
+def test_a_run_stopped_by_a_signal_ends_with_its_number(capsys, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted(15, "demo-1", 40)
+
+    monkeypatch.setattr(cli, "app", stop)
+    assert cli.run(["train", "demo"]) == 143
+    assert capsys.readouterr().err == "run demo-1: stopped at step 40; the same command goes on there\n"

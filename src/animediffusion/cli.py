@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     global _common
-    from animediffusion.platform.errors import AnimeDiffusionError
+    from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
 
     # Importing mlflow is enough for it to write to the user's home and to call its maker.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -63,13 +63,14 @@ def run(arguments: list[str]) -> int:
         arguments, _common = _split_common(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)
         return int(code or 0)
+    except Interrupted as stopped:
+        return _fail(str(stopped), stopped, stopped.exit_code)
     except AnimeDiffusionError as error:
         return _fail(f"error: {error}", error, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        # typer turns the first into the second.
-        return _interrupted(error.__cause__ or error)
     except typer.Exit as error:
         return int(error.exit_code)
+    except typer.Abort:
+        return 130
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -98,13 +99,6 @@ def _usage(error: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def _interrupted(error: BaseException) -> int:
-    number = int(getattr(error, "signum", 2))
-    if hasattr(error, "run"):
-        print(f"stopped {error.run} at step {error.step}; the same command goes on there", file=sys.stderr)  # type: ignore[attr-defined]
-    return 128 + number
 
 
 def _split_common(arguments: list[str]) -> tuple[list[str], _Common]:
