@@ -171,7 +171,7 @@ def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, f
     def broken(*_):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("animediffusion.pipelines.train.plan", broken)
+    monkeypatch.setattr("animediffusion.pipelines.plan.plan", broken)
     code, _, err = command("train", "demo", f"data={faces_dataset}")
     assert (code, err) == (1, ["error: RuntimeError: first line; run again with --debug"])
 
