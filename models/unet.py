@@ -47,8 +47,6 @@ class UNetConfig:
     """Width of the reference encoder, whose tokens every attention sees; 0 is none."""
     reference_stride: int = 4
     """Pixels per side of a reference token."""
-    attention_positions: bool = False
-    """Tell every attention where its positions are, in the coordinates of the reference tokens."""
     detail_channels: int = 0
     """Width of the last layers, which see the sketch at full resolution; 0 is none."""
 
@@ -130,9 +128,7 @@ class UNet(nn.Module):
     def _attention(self, width: int) -> AttentionBlock:
         config = self.config
         # The authors' attention has no output projection; with reference tokens it needs one.
-        return AttentionBlock(
-            width, width // config.head_channels, config.reference_channels, config.attention_positions
-        )
+        return AttentionBlock(width, width // config.head_channels, config.reference_channels)
 
     def _block(self, level: int, width_in: int, width_out: int) -> Stage:
         layers: list[nn.Module] = [self._residual(width_in, width_out)]
@@ -235,9 +231,8 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every position looks at all positions and, where there are some, at all reference tokens."""
 
-    def __init__(self, width: int, num_heads: int, token_channels: int = 0, positions: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int, token_channels: int = 0) -> None:
         super().__init__()
-        self.positions = positions
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(GROUPS, width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -246,10 +241,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         batch, width, height, _ = x.shape
-        flat = self.norm(x)
-        if self.positions:
-            flat = flat + positions(x)
-        flat = flat.flatten(2).transpose(1, 2)
+        flat = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = self.qkv(flat).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.token_kv is not None:
             token_key, token_value = self.token_kv(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)

@@ -141,7 +141,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
         # A budget on the command line replaces the recipe's, whichever unit that has.
         values = {key: value for key, value in values.items() if key not in BUDGET}
     values.setdefault("recipe", Path(recipe).stem)
-    return _load(values, overrides)
+    return TrainConfig.load(None, overrides, **values)
 
 
 def recipe_names() -> list[str]:
@@ -164,11 +164,6 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def plain(config: TrainConfig) -> dict[str, Any]:
     """All settings as JSON values, for config.yaml and MLflow."""
     return config.model_dump(mode="json")
-
-
-def _load(values: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    # Config.load reads a file; the base was merged here, so values go in as keywords.
-    return TrainConfig.load(None, overrides, **values)
 
 
 def _find(recipe: str) -> Path:

@@ -26,7 +26,7 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from animediffusion.models.attention import attention_used
-from animediffusion.models.bundle import load_bundle, save_bundle
+from animediffusion.models.bundle import identity, load_bundle, save_bundle
 from animediffusion.models.training import TrainState
 from animediffusion.pipelines.card import model_card
 from animediffusion.pipelines.dataset import read_split, train_data_config, training_dataset
@@ -258,7 +258,7 @@ def _write_bundle(work: Plan, latest: dict[str, Any]) -> tuple[Path, int]:
         "attention": latest.get("attention", ""),
         "data": config.data,
         "data_hash": work.data_hash,
-        "parent": None if work.parent_folder is None else load_bundle(work.parent_folder).sha256,
+        "parent": None if work.parent_folder is None else identity(work.parent_folder),
     }
     bundle_config = replace(bundle_config, provenance=provenance)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())

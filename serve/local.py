@@ -14,7 +14,7 @@ from animediffusion.platform.images import letterbox
 from animediffusion.serve.engine import settings_for
 from animediffusion.serve.lines import Pixels, as_gray, for_network
 from animediffusion.serve.painter import Options, Painting
-from animediffusion.serve.pictures import read_picture, read_sketch, render
+from animediffusion.serve.pictures import read_picture, read_sketch, render_both
 from animediffusion.serve.versions import ModelSource
 
 
@@ -53,8 +53,7 @@ class LocalPainter:
             raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
         result = colorize(self.bundle, lines, colors, seeds=[options.seed], sampler=settings)
         painted = to_uint8(result)[0].cpu().numpy()
-        picture = render(painted, drawing, size=options.size)
-        layer = render(painted, drawing, output="color_layer", size=options.size)
+        picture, layer = render_both(painted, drawing, size=options.size)
         return Painting(picture, layer, self.version)
 
 

@@ -57,7 +57,9 @@ def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size:
     return encode_png(layer if output == "color_layer" else to_picture(layer, drawing))
 
 
-def render_both(painted: Pixels, drawing: Drawing) -> tuple[bytes, bytes]:
-    """PNGs of picture and color layer at the drawing's own size."""
+def render_both(painted: Pixels, drawing: Drawing, *, size: Size = "native") -> tuple[bytes, bytes]:
+    """What `render` gives as picture and as color layer, the layer made once."""
+    if size == "model":
+        return encode_png(painted), render(painted, drawing, output="color_layer", size=size)
     layer = to_rgba(color_layer(painted, drawing))
     return encode_png(to_picture(layer, drawing)), encode_png(layer)

@@ -1,13 +1,17 @@
 """A small network with random weights: every condition, seed and setting shows in its pictures."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import uvicorn
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
 from animediffusion.models.unet import UNetConfig
+from animediffusion.serve.api import create_app
+from animediffusion.serve.replica import Replica
 
 SIZE = 32
 
@@ -57,3 +61,19 @@ def reference() -> np.ndarray:
     """Four areas of strong color, [64, 64, 3]."""
     colors = np.array([[[220, 40, 60], [250, 210, 180]], [[40, 90, 200], [240, 240, 90]]], np.uint8)
     return colors.repeat(32, 0).repeat(32, 1)
+
+
+@pytest.fixture(scope="module")
+def url(bundle_folder):
+    """Address of the API over a real replica, without Ray."""
+    replica = Replica()
+    replica.load("3", bundle_folder)
+    server = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    replica.close()

@@ -2,35 +2,16 @@
 
 import io
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from animediffusion.platform.images import encode_png
-from animediffusion.serve.api import create_app
-from animediffusion.serve.replica import Replica
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def url(bundle_folder):
-    replica = Replica()
-    replica.load("3", bundle_folder)
-    server = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    replica.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,38 +1,19 @@
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError
 from animediffusion.platform.images import decode_rgb, encode_png
-from animediffusion.serve.api import create_app
 from animediffusion.serve.client import RemotePainter
 from animediffusion.serve.local import LocalPainter
 from animediffusion.serve.painter import Options, colorize_files
-from animediffusion.serve.replica import Replica
 
 
 @pytest.fixture(scope="module")
 def painter(bundle_folder, tmp_path_factory) -> LocalPainter:
     return LocalPainter(Settings(workspace=tmp_path_factory.mktemp("workspace")), str(bundle_folder))
-
-
-@pytest.fixture(scope="module")
-def url(bundle_folder):
-    replica = Replica()
-    replica.load("3", bundle_folder)
-    server = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    replica.close()
 
 
 @pytest.fixture
