@@ -162,17 +162,19 @@ class UNet(nn.Module):
         tokens, palette = self.reference_encoder(reference)
         return Condition(features, tokens, palette, sketch)
 
-    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor | None, condition: Condition) -> Tensor:
         """The network's output, whose meaning is the prediction type's.
 
         Args:
             x_t: [B, 3, H, W].
-            t: [B] in [0, t_max].
+            t: [B] in [0, t_max]; None leaves the time out, as the authors' code does once (models/authors.py).
             condition: from `encode`, B rows.
         """
-        embedding = self.time_embedding(sinusoidal(1000 * t, self.config.base_channels).to(x_t.dtype))
-        if condition.palette.shape[1]:
-            embedding = embedding + condition.palette
+        embedding = None
+        if t is not None:
+            embedding = self.time_embedding(sinusoidal(1000 * t, self.config.base_channels).to(x_t.dtype))
+            if condition.palette.shape[1]:
+                embedding = embedding + condition.palette
         h = self.input(F.pixel_unshuffle(x_t, self.config.patch_size)) + condition.features
         skips = [h]
         for stage in self.encoder:
@@ -194,7 +196,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.resample = resample
 
-    def forward(self, h: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor | None, tokens: Tensor) -> Tensor:
         for layer in self.layers:
             h = layer(h, tokens if isinstance(layer, AttentionBlock) else embedding)
         return h if self.resample is None else self.resample(h)
