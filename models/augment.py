@@ -1,14 +1,15 @@
 """From decoded rows to training batches, on the device: line art, references by warping, shared recoloring.
 
-Every random number comes from the generator of the step, so a step can be repeated exactly.
-Not here: decoding (pipelines/dataset.py). B rows, S pixels a side.
+Every random number comes from the generator of the step, so a step can be repeated exactly. What is switched off draws
+none, so a new option leaves the numbers of runs without it alone.
+Not here: decoding (pipelines/dataset.py), the maps of color (models/recolor.py). B rows, S pixels a side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import kornia
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from animediffusion.models.images import to_tensor
 from animediffusion.models.lineart import XDoGConfig, blur, xdog
+from animediffusion.models.recolor import NUM_ORDERS, apply_gamma, apply_matrix, order_matrix, turn_matrix
+
+SHUFFLE_SIDES = (2, 4, 8)
+"""Patches per side that a shuffled reference is cut into."""
 
 
 class Batch(NamedTuple):
@@ -28,6 +33,9 @@ class Batch(NamedTuple):
     """[B, 1, S, S]"""
     reference: Tensor
     """[B, 3, S, S]"""
+
+
+_SHARES = ("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +50,40 @@ class AugmentConfig:
     """Largest shift of a warp's control point, in half sides."""
     warp_points: int = 4
     """Control points per side of the thin-plate spline."""
+    warp_kind: Literal["grid", "diagonal"] = "grid"
+    """grid: all points move freely by `warp`. diagonal: the authors' two points, see _diagonal_points()."""
+    rotate: float = 0.0
+    """Largest turn within a warp, degrees."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """A warp enlarges by a factor between these."""
+    translate: float = 0.0
+    """Largest shift within a warp, in sides."""
+    shuffle: float = 0.0
+    """Cut the reference into 2 x 2, 4 x 4 or 8 x 8 patches and mix them: colors without places (Liu et al. 2025)."""
     flip: float = 0.5
     """Mirror target and sketch, and the reference independently."""
     recolor: float = 0.5
     """Change hue, saturation and brightness of target and reference together."""
     hue: float = 0.5
     """Largest hue turn; 0.5 is half the circle."""
+    permute: float = 0.0
+    """Of the rows recolored, put the channels of this share into another order."""
+    gamma: float = 0.0
+    """Of the rows recolored, raise each channel to a power between 2**-gamma and 2**gamma."""
     soften: float = 0.5
     """Blur the sketch a little: scans and drawings made smaller have gray lines, XDoG has black ones."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
-        for name in ("cross_reference", "rewarp", "flip", "recolor", "soften", "warp", "hue"):
+        for name in (*_SHARES, "warp", "hue", "translate", "gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.warp_points < 2:
             raise ValueError(f"warp_points must be at least 2, got {self.warp_points}")
+        if not 0 <= self.rotate <= 180:
+            raise ValueError(f"rotate must be in 0..180 degrees, got {self.rotate}")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be above 0 and rising, got {self.scale}")
 
 
 def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: torch.Generator) -> Batch:
@@ -70,7 +96,7 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
         generator: on the rows' device.
     """
     target = to_tensor(rows["target"])
-    chance = _Chance(len(target), target.device, generator)
+    chance = Chance(len(target), target.device, generator)
     sketch = _soften(_sketches(rows, target, config, chance), config, chance)
     reference = _references(rows, target, config, chance)
     target, reference = recolor(target, reference, config, chance)
@@ -86,8 +112,10 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
     """
     target = to_tensor(rows["target"])
     config = EVALUATION
-    chance = _Chance(len(target), target.device, generator)
-    sketch = _sketches(rows, target, config, chance, fixed=True)
+    chance = Chance(len(target), target.device, generator)
+    if not bool(rows["has_sketch"].all()):
+        chance.uniform(0, 1)  # once drawn for the line art: the numbers after it must stay
+    sketch = fixed_sketch(rows, target, config)
     warped = warp(target, config, chance)
     if track == "same":
         given = _mask(rows["has_reference"])
@@ -107,7 +135,7 @@ EVALUATION = AugmentConfig(
 """Written out, so that a change of the training defaults leaves measurements comparable."""
 
 
-class _Chance:
+class Chance:
     """Random numbers for B rows from one generator."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator) -> None:
@@ -127,80 +155,133 @@ def _mask(flags: Tensor) -> Tensor:
     return flags.reshape(-1, 1, 1, 1)
 
 
-def _sketches(
-    rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: _Chance, *, fixed: bool = False
-) -> Tensor:
-    given = _mask(rows["has_sketch"])
-    if bool(given.all()):
+def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
+    if bool(rows["has_sketch"].all()):
         return to_tensor(rows["sketch"])
-    low, high = config.xdog.sigma
-    sigma = torch.full_like(chance.uniform(0, 1), (low + high) / 2) if fixed else chance.uniform(low, high)
-    return torch.where(given, to_tensor(rows["sketch"]), xdog(target, sigma, config.xdog))
+    drawn = xdog(target, chance.uniform(*config.xdog.sigma), config.xdog)
+    return torch.where(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
 
 
-def _soften(sketch: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
-    return torch.where(chance(config.soften), blur(sketch, chance.uniform(0.3, 0.9)), sketch)
+def fixed_sketch(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig) -> Tensor:
+    """[B, 1, S, S]: the rows' own line art, or XDoG of the target with the middle blur where there is none."""
+    drawn = xdog(target, torch.full((len(target),), sum(config.xdog.sigma) / 2, device=target.device), config.xdog)
+    return torch.where(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
 
 
-def _references(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
+def _soften(sketch: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
+    chosen, sigma = chance(config.soften), chance.uniform(0.3, 0.9)
+    return torch.where(chosen, blur(sketch, sigma), sketch) if config.soften else sketch
+
+
+def _references(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
     given, cross = _mask(rows["has_reference"]), _mask(rows["has_cross"])
     reference = torch.where(given, to_tensor(rows["reference"]), target)
     take_cross = cross & chance(config.cross_reference)
     reference = torch.where(take_cross, to_tensor(rows["cross_reference"]), reference)
     again = chance(config.rewarp) | (~given & ~take_cross)
-    return torch.where(again, warp(reference, config, chance), reference)
+    reference = torch.where(again, warp(reference, config, chance), reference)
+    if not config.shuffle:
+        return reference
+    return torch.where(chance(config.shuffle), shuffle(reference, chance), reference)
 
 
-def warp(images: Tensor, config: AugmentConfig, chance: _Chance) -> Tensor:
-    """Each image [3, S, S] bent by its own thin-plate spline over a grid of points (Bookstein 1989).
-
-    The authors' spline moves two points along one diagonal; here all points move freely, so that a
-    model cannot copy pixels from where they are.
-    """
-    side = config.warp_points
-    line = torch.linspace(-1, 1, side, device=images.device)
-    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(1, -1, 2).expand(len(images), -1, -1)
-    moved = points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
+def warp(images: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
+    """Each image [3, S, S] bent by its own thin-plate spline (Bookstein 1989), then turned, enlarged and shifted."""
+    points, moved = (_diagonal_points if config.warp_kind == "diagonal" else _grid_points)(config, chance)
     # The transform is solved from destination to source: where each output pixel is read. kornia puts the kernels
     # at the second argument's points.
     kernel, affine = kornia.geometry.transform.get_tps_transform(moved, points)
-    grid = _coarse_grid(images, points, kernel, affine)
+    # On every fourth pixel, then bilinear between: the spline is smooth, and costs a logarithm a point.
+    height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
+    places = _lattice(height, width, chance).expand(len(images), -1, -1)
+    read = kornia.geometry.transform.warp_points_tps(places, points, kernel, affine)
+    if config.rotate or config.translate or config.scale != (1.0, 1.0):
+        read = _move(read, config, chance)
+    coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2)
+    grid = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
 
 
-def _coarse_grid(images: Tensor, centers: Tensor, kernel: Tensor, affine: Tensor) -> Tensor:
-    """The spline on every fourth pixel, then bilinear between: it is smooth, and costs a logarithm a point."""
-    height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
-    ys, xs = (torch.linspace(-1, 1, n, device=images.device) for n in (height, width))
-    points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, -1, 2).expand(len(images), -1, -1)
-    warped = kornia.geometry.transform.warp_points_tps(points, centers, kernel, affine)
-    coarse = warped.reshape(len(images), height, width, 2).permute(0, 3, 1, 2)
-    return F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+def _grid_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
+    """Control points [B, N, 2] in [-1, 1] and where they go: all move freely, so that copying places never works."""
+    side = config.warp_points
+    points = _lattice(side, side, chance).expand(chance.rows, -1, -1)
+    return points, points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
 
 
-def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: _Chance) -> tuple[Tensor, Tensor]:
-    """Target and reference with one random change of hue, saturation and brightness per row."""
-    hue = chance.uniform(-config.hue, config.hue) * (2 * torch.pi)
-    saturation, gain = chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15)
-    matrix = _color_matrix(hue, saturation, gain)
-    chosen = chance(config.recolor)
-    changed = ((torch.einsum("bij,bjhw->bihw", matrix, (x + 1) / 2) * 2 - 1).clamp(-1, 1) for x in (target, reference))
-    new_target, new_reference = changed
-    return torch.where(chosen, new_target, target), torch.where(chosen, new_reference, reference)
+def _diagonal_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """The authors' control points (utils/image/wrap.py of their code) and where they go.
 
-
-def _color_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
-    """[B, 3, 3] on RGB: a turn about the gray axis, then away from or toward gray, then a gain.
-
-    Linear in RGB and the same for both images, so the recolored pair stays exactly consistent.
+    The corners stay; two points in the middle of the main diagonal move along it, by up to a quarter of the side.
     """
-    cos, sin = hue.cos(), hue.sin()
-    third = torch.full_like(hue, 1 / 3)
-    diagonal = third + cos * 2 / 3
-    plus = third * (1 - cos) + sin / 3**0.5
-    minus = third * (1 - cos) - sin / 3**0.5
-    rows = [diagonal, minus, plus, plus, diagonal, minus, minus, plus, diagonal]
-    turn = torch.stack(rows, -1).reshape(-1, 3, 3)
-    gray = torch.full_like(turn, 1 / 3)
-    toward = gray + saturation[:, None, None] * (torch.eye(3, device=hue.device) - gray)
-    return gain[:, None, None] * toward @ turn
+    corners = _lattice(2, 2, chance).expand(chance.rows, -1, -1)
+    along, shift = chance.uniform(-0.4, 0.4, 2, 1), chance.uniform(-0.5, 0.5, 2, 1)
+    inner, moved = (x.expand(-1, -1, 2) for x in (along, along + shift))
+    return torch.cat([corners, inner], 1), torch.cat([corners, moved], 1)
+
+
+def _lattice(height: int, width: int, chance: Chance) -> Tensor:
+    """[1, height * width, 2]: evenly spaced points (x, y) in [-1, 1]."""
+    ys, xs = (torch.linspace(-1, 1, n, device=chance.device) for n in (height, width))
+    return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, -1, 2)
+
+
+def _move(read: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
+    """Where pixels are read, [B, N, 2], if the picture is then turned, enlarged and shifted: the inverse of that."""
+    angle = chance.uniform(-config.rotate, config.rotate) * (torch.pi / 180)
+    low, high = config.scale
+    zoom = low * (high / low) ** chance.uniform(0, 1)
+    shift = chance.uniform(-2 * config.translate, 2 * config.translate, 1, 2)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    back = torch.stack([cos, -sin, sin, cos], -1).reshape(-1, 2, 2)
+    return (read - shift) @ back
+
+
+def shuffle(images: Tensor, chance: Chance) -> Tensor:
+    """Each image [C, S, S] cut into patches, which change places; S a multiple of 8.
+
+    All rows are cut into the smallest patches; larger ones are runs of these that stay together.
+    """
+    rows, channels, size, _ = images.shape
+    cells = SHUFFLE_SIDES[-1]
+    if size % cells:
+        raise ValueError(f"images to shuffle must be a multiple of {cells} pixels a side, got {size}")
+    order = _patch_order(chance)
+    tiles = images.reshape(rows, channels, cells, size // cells, cells, size // cells).permute(0, 2, 4, 1, 3, 5)
+    tiles = tiles.reshape(rows, cells**2, -1)
+    mixed = tiles.gather(1, order[..., None].expand_as(tiles))
+    mixed = mixed.reshape(rows, cells, cells, channels, size // cells, size // cells)
+    return mixed.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+
+def _patch_order(chance: Chance) -> Tensor:
+    """int64 [B, 64]: which smallest patch goes to each place, for patches of a random size."""
+    cells = SHUFFLE_SIDES[-1]
+    choice = (chance.uniform(0, len(SHUFFLE_SIDES))).long().clamp_max(len(SHUFFLE_SIDES) - 1)
+    side = torch.tensor(SHUFFLE_SIDES, device=chance.device)[choice][:, None]
+    keys = chance.uniform(0, 1, cells**2)
+    number = torch.arange(cells**2, device=chance.device)[None]
+    # Of a row with n patches, the first n keys are in play: the others sort behind them.
+    order = torch.where(number < side**2, keys, 2.0).argsort(1)
+    y, x, run = number // cells, number % cells, cells // side
+    source = order.gather(1, y // run * side + x // run)
+    return (source // side * run + y % run) * cells + source % side * run + x % run
+
+
+def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
+    """Target and reference with one random map of color per row: hue, saturation, brightness, channels."""
+    hue = chance.uniform(-config.hue, config.hue) * (2 * torch.pi)
+    matrix = turn_matrix(hue, chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15))
+    chosen = chance(config.recolor)
+    if config.permute:
+        order = chance.uniform(0, NUM_ORDERS).long().clamp_max(NUM_ORDERS - 1)
+        matrix = matrix @ order_matrix(torch.where(chance(config.permute).flatten(), order, 0))
+    gamma = 2 ** chance.uniform(-config.gamma, config.gamma, 3) if config.gamma else None
+    if not config.recolor:
+        return target, reference
+
+    def changed(images: Tensor) -> Tensor:
+        curved = images if gamma is None else apply_gamma(images, gamma)
+        return torch.where(chosen, apply_matrix(curved, matrix), images)
+
+    return changed(target), changed(reference)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from animediffusion.models.augment import AugmentConfig, _Chance, fixed_batch, make_batch, recolor, warp
+from animediffusion.models.augment import AugmentConfig, Chance, fixed_batch, make_batch, recolor, warp
 from animediffusion.models.images import to_tensor
 
 NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0, soften=0.0)
@@ -15,7 +15,7 @@ def seeded(seed=0):
 
 
 def chance(rows=4, seed=0):
-    return _Chance(rows, torch.device("cpu"), seeded(seed))
+    return Chance(rows, torch.device("cpu"), seeded(seed))
 
 
 def smooth(rows=4, size=32):
