@@ -103,6 +103,7 @@ class LinearPath(Path):
     """
 
     def __init__(self, config: PathConfig) -> None:
+        self.config = config
         num = config.num_train_timesteps
         scale = 1000 / num
         betas = torch.linspace(
