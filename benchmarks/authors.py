@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from animediffusion.models import authors
 from animediffusion.models.authors_weights import from_authors
 from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.path import LinearPath
 
 LIMIT = 1e-4
 TIMES = (0, 1, 101, 500, 901, 999)
@@ -79,7 +78,6 @@ def compare(clone: str, size: int, rows: int) -> list[Check]:
     target, sketch, reference = (torch.rand(rows, c, size, size, generator=generator) * 2 - 1 for c in (3, 1, 3))
     noises = [torch.randn(rows, 3, size, size, generator=generator) for _ in range(1 + authors.NUM_STEPS)]
     together = torch.cat([sketch, reference], 1)
-    assert isinstance(ours.path, LinearPath)
     gamma = authors.gammas(ours.path)
     predict = authors.noise_predictor(ours, ours.encode(sketch, reference))
 

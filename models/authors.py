@@ -1,7 +1,7 @@
 """What the authors' released code computes, number for number, so that it can be compared with and trained.
 
-Source: models/diffusion.py and process/ft_animediffusion.py of their repository (Cao et al. 2024), bugs included: this is
-the strict mode. Here time is their integer n in 0..999, not t = n / 1000. Not here: what replaces these bugs
+Source: models/diffusion.py and process/ft_animediffusion.py of their repository (Cao et al. 2024), bugs included: the
+strict mode. Here time is their integer n in 0..999, not t = n / 1000. Not here: what replaces these bugs
 (objective.py, sampler.py), their weights (authors_weights.py), their warp (authors_warp.py).
 
 B rows, H/W pixels.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.path import LinearPath, spread
+from animediffusion.models.path import LinearPath, Path, spread
 
 NUM_STEPS = 10
 """Network evaluations of their sampler, in phase 2 as at test."""
@@ -30,11 +30,10 @@ def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
     """The network as they call it.
 
     Raises:
-        ValueError: if it was not made for the noise on a linear path of 1000 entries.
+        ValueError: if it does not predict the noise.
     """
-    path = denoiser.path
-    if denoiser.prediction != "eps" or not isinstance(path, LinearPath) or len(path.table) != 1000:
-        raise ValueError("strict mode needs prediction 'eps' on path 'linear' with 1000 timesteps")
+    if denoiser.prediction != "eps":
+        raise ValueError(f"strict mode needs prediction 'eps', got {denoiser.prediction!r}")
 
     def predict(x: Tensor, n: Tensor | None) -> Tensor:
         # In float32 1000 (n / 1000) is not always n, and the time embedding sees the difference.
@@ -43,11 +42,16 @@ def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
     return predict
 
 
-def gammas(path: LinearPath) -> Tensor:
+def gammas(path: Path) -> Tensor:
     """Their cumulated products of 1 - beta, [1000]: alpha^2, made in float32 from the start.
 
-    The first entries are so near to 1 that float32 is a hundredth off there; LinearPath has them in float64.
+    In the first entries float32 is some hundredths off 1 - alpha^2; LinearPath has them in float64.
+
+    Raises:
+        ValueError: for a path that they do not have.
     """
+    if not isinstance(path, LinearPath) or len(path.table) != 1000:
+        raise ValueError("strict mode needs path 'linear' with 1000 timesteps")
     config = path.config
     betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float32)
     return torch.cumprod(1 - betas, 0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from animediffusion.models import authors
 from animediffusion.models.augment import Batch
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.denoiser import Denoiser
@@ -161,6 +162,33 @@ class ReconstructionObjective(nn.Module):
         return state.x
 
 
+class StrictObjective(nn.Module):
+    """Either phase as the authors' released code has it, bugs included (models/authors.py).
+
+    Phase 1 is a sum over rows and pixels, without dropped references; phase 2 starts from the ground truth and
+    differentiates 10 steps.
+    """
+
+    def __init__(self, denoiser: Denoiser, *, reconstruction: bool) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.reconstruction = reconstruction
+        self.gammas = authors.gammas(denoiser.path)
+
+    def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
+        """Loss of one batch; `step` is not used here."""
+        condition = self.denoiser.encode(batch.sketch, batch.reference)
+        predict = authors.noise_predictor(self.denoiser, condition)
+        noise = _normal(batch.target, generator)
+        if self.reconstruction:
+            injected = [_normal(batch.target, generator) for _ in range(authors.NUM_STEPS)]
+            per_row = authors.strict_reconstruction(predict, self.gammas, batch.target, noise, injected)
+            return _loss(per_row.mean(), per_row, torch.ones_like(per_row))
+        n = torch.randint(len(self.gammas), (len(noise),), device=noise.device, generator=generator)
+        per_row = authors.strict_loss(predict, self.gammas, batch.target, noise, n)
+        return _loss(per_row.sum(), per_row, n / len(self.gammas))
+
+
 def structure_loss(image: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring-pixel differences, per row [B]."""
     across = ((image.diff(dim=-1) - target.diff(dim=-1)).abs()).mean((1, 2, 3))
@@ -185,15 +213,21 @@ class ObjectiveConfig:
 
     name: str = "denoising"
     """denoising (phase 1) or reconstruction (phase 2)."""
+    strict: bool = False
+    """The phase as the authors' released code has it, bugs included; it has no other settings."""
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
 
     def __post_init__(self) -> None:
         if self.name not in ("denoising", "reconstruction"):
             raise ValueError(f"objective name must be denoising or reconstruction, got {self.name!r}")
+        if self.strict and (self.denoising, self.reconstruction) != (DenoisingConfig(), ReconstructionConfig()):
+            raise ValueError("a strict objective has no settings, but denoising or reconstruction has some")
 
     def build(self, denoiser: Denoiser, sampler: SamplerDefaults, seed: int) -> nn.Module:
         """The objective module."""
+        if self.strict:
+            return StrictObjective(denoiser, reconstruction=self.name == "reconstruction")
         if self.name == "denoising":
             return DenoisingObjective(denoiser, self.denoising)
         return ReconstructionObjective(denoiser, self.reconstruction, sampler, self.denoising, seed)

@@ -34,10 +34,15 @@ class OptimizerConfig:
     final_learning_rate: float = 0.02
     """At the last step, as a share of learning_rate."""
     warmup_steps: int = 50
+    cosine_after_warmup: bool = False
+    """Warm-up from the final rate, then the cosine over the steps that are left, as the authors do
+    (base/optimizer_handler.py of their code); else both at once."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
+    """None is no clipping."""
     ema_decay: float = 0.995
+    """0 is no average: the last weights."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
 
@@ -46,7 +51,7 @@ class OptimizerConfig:
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+        if self.learning_rate <= 0 or (self.max_grad_norm is not None and self.max_grad_norm <= 0):
             raise ValueError(
                 f"learning_rate and max_grad_norm must be above 0, got {self.learning_rate} and {self.max_grad_norm}"
             )
@@ -92,13 +97,24 @@ class TrainState:
     def learning_rate(self) -> float:
         """Of the next step; depends on the step alone."""
         c = self.config
+        if c.cosine_after_warmup:
+            return c.learning_rate * (c.final_learning_rate + (1 - c.final_learning_rate) * self._share())
         warm = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / max(1, self.max_steps))))
         return c.learning_rate * warm * (c.final_learning_rate + (1 - c.final_learning_rate) * cosine)
 
+    def _share(self) -> float:
+        """0 to 1 in the warm-up, then down to 0."""
+        warmup = self.config.warmup_steps
+        if self.step < warmup:
+            return self.step / warmup
+        done = min(1.0, (self.step - warmup) / max(1, self.max_steps - warmup))
+        return 0.5 * (1 + math.cos(math.pi * done))
+
     def apply_gradients(self) -> Tensor:
         """Clip, step the optimizer, move the average; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        limit = self.config.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()

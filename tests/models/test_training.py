@@ -110,6 +110,31 @@ def test_the_learning_rate_rises_then_falls_and_depends_on_the_step_alone(new_de
     assert state.learning_rate() == rates[9]
 
 
+def test_the_cosine_may_begin_after_a_warm_up_from_the_final_rate(new_denoiser):
+    state = new_state(
+        new_denoiser,
+        max_steps=110,
+        learning_rate=1.0,
+        warmup_steps=10,
+        final_learning_rate=0.1,
+        cosine_after_warmup=True,
+    )
+    rates = []
+    for step in (0, 5, 10, 60, 110):
+        state.step = step
+        rates.append(state.learning_rate())
+    assert rates == pytest.approx([0.1, 0.55, 1.0, 0.55, 0.1])
+
+
+def test_without_a_limit_gradients_stay_as_they_are(new_denoiser):
+    state = new_state(new_denoiser, max_grad_norm=None)
+    for parameter in state.parameters:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    kept = [parameter.grad for parameter in state.parameters]
+    state.apply_gradients()
+    assert all((gradient == 7).all() for gradient in kept)
+
+
 def test_gradients_are_clipped_and_their_norm_before_that_is_reported(new_denoiser):
     state = new_state(new_denoiser, max_grad_norm=0.5)
     for parameter in state.parameters:
