@@ -57,7 +57,7 @@ def from_authors(checkpoint: object) -> tuple[BundleConfig, dict[str, Tensor]]:
 def _state_dict(checkpoint: object) -> dict[str, Tensor]:
     """Tensors by their names from `denoise_fn.` or a buffer on, wrappers taken off."""
     if isinstance(checkpoint, Mapping) and "optim_dict" in checkpoint:
-        raise ValueError("holds an optimizer's state, not a model; give the file ep_N.model.pth beside it")
+        raise ValueError("holds an optimizer's state, not a model: that is in ep_N.model.pth")
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]
@@ -66,7 +66,7 @@ def _state_dict(checkpoint: object) -> dict[str, Tensor]:
     named = {str(key): value for key, value in checkpoint.items()}
     inside = [key for key in named if NETWORK in key]
     if not inside:
-        raise ValueError(f"has no weights named {NETWORK}*, so it is not of the authors' model; {_some(named)}")
+        raise ValueError(f"has no weights named {NETWORK}*, but {_some(named)}: another model")
     prefix = inside[0].partition(NETWORK)[0]
     return {key.removeprefix(prefix): value for key, value in named.items()}
 

@@ -1,13 +1,15 @@
-"""Real parts that many tests share: an S3 server, a Ray cluster with two CPUs."""
+"""Real parts that many tests share: an S3 server, a Ray cluster with two CPUs, a checkpoint of the authors' code."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 import boto3
 import pytest
 import ray
+import torch
 from moto.server import ThreadedMotoServer
 
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
@@ -77,3 +79,66 @@ def faces_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         folder
     )
     return folder
+
+
+BASE = 64
+
+
+def _residual_shapes(width_in: int, width_out: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "time_emb.1": (width_out, 4 * BASE),
+        "conv1.0": (width_in,),
+        "conv1.2": (width_out, width_in, 3, 3),
+        "conv2.0": (width_out,),
+        "conv2.3": (width_out, width_out, 3, 3),
+    }
+    return shapes if width_in == width_out else {**shapes, "skip_connection": (width_out, width_in, 1, 1)}
+
+
+def _layer_shapes() -> dict[str, tuple[int, ...]]:
+    """Weight shapes of a two-level network by their names."""
+    wide = 2 * BASE
+    residuals = {
+        "encoder_block.0": (BASE, BASE),
+        "encoder_block.1": (BASE, BASE),
+        "encoder_block.3": (BASE, wide),
+        "encoder_block.4": (wide, wide),
+        "bottom_block.0": (wide, wide),
+        "bottom_block.2": (wide, wide),
+        "decoder_block.0": (2 * wide, wide),
+        "decoder_block.1": (2 * wide, wide),
+        "decoder_block.2.0": (wide + BASE, wide),
+        "decoder_block.3": (wide + BASE, BASE),
+        "decoder_block.4": (2 * BASE, BASE),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "time_embedding.0": (4 * BASE, BASE),
+        "time_embedding.2": (4 * BASE, 4 * BASE),
+        "input.0": (BASE, 7, 1, 1),
+        "bottom_block.1.attention.0": (wide,),
+        "bottom_block.1.attention.1": (3 * wide, wide, 1),
+        "output.0": (BASE,),
+        "output.2": (3, BASE, 1, 1),
+    }
+    for place, widths in residuals.items():
+        shapes |= {f"{place}.{layer}": shape for layer, shape in _residual_shapes(*widths).items()}
+    return shapes
+
+
+@pytest.fixture
+def authors_checkpoint() -> dict[str, torch.Tensor]:
+    """Random weights in the authors' naming: 64 and 128 channels, two blocks a level."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...], spread: float) -> torch.Tensor:
+        return spread * torch.randn(shape, generator=generator)
+
+    buffers = ("sqrt_reciprocal_gammas", "sqrt_reciprocal_gammas_m1", "posterior_variance", "posterior_log_variance")
+    state = {"gammas": torch.cumprod(1 - torch.linspace(1e-6, 1e-2, 1000), 0)}
+    state |= {name: torch.zeros(1000) for name in buffers}
+    for layer, shape in _layer_shapes().items():
+        fan_in = max(1, math.prod(shape[1:]))
+        is_norm = len(shape) == 1
+        state[f"denoise_fn.{layer}.weight"] = is_norm + draw(shape, 0.2 if is_norm else fan_in**-0.5)
+        state[f"denoise_fn.{layer}.bias"] = draw(shape[:1], 0.2)
+    return state

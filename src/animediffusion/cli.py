@@ -386,6 +386,19 @@ def models_history() -> None:
     console.result(found, console.table(found, "nothing was ever promoted"))
 
 
+@models.command("import")
+def models_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="A model checkpoint of the authors' code.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle to make.")],
+) -> None:
+    """Turn weights of the authors' AnimeDiffusion into a bundle."""
+    from animediffusion.pipelines.importer import import_weights
+
+    console = _console()
+    found = import_weights(file, folder)
+    console.result(found, f"imported {found['num_parameters'] / 1e6:.1f} M parameters: {folder}")
+
+
 # --- colorize, serve ------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The strict mode against the authors' equations, written here once more in NumPy and with their own index arithmetic."""
+"""The strict mode against the authors' equations, written once more in NumPy with index arithmetic of their own."""
 
 import numpy as np
 import pytest
