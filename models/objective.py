@@ -6,7 +6,7 @@ B rows, S pixels a side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ class ReconstructionObjective(nn.Module):
 
     The last K steps are differentiated (DRaFT-K, Clark et al. 2024), with checkpointing. Unlike the
     authors' code the start never sees the ground truth, and gradients pass through this forward, so
-    DDP averages them.
+    DDP averages them. At no time is more than one pass through the network kept for its gradient.
     """
 
     def __init__(
@@ -133,8 +133,11 @@ class ReconstructionObjective(nn.Module):
         pixel = F.mse_loss(image, batch.target, reduction="none").mean((1, 2, 3))
         structure = structure_loss(image, batch.target)
         own = self.config.pixel_weight * pixel + self.config.structure_weight * structure
+        # Without its graph, which would be as large as that of phase 1's share, and be there at the same time.
+        sampled = _differentiated(own.mean(), list(self.denoiser.parameters()))
+        del image, pixel, structure, own
         phase1: Loss = self.denoising(batch, generator, step)
-        total = own.mean() + self.config.denoising_weight * phase1.total
+        total = sampled + self.config.denoising_weight * phase1.total
         return phase1._replace(total=total)
 
     def num_gradient_steps(self, step: int) -> int:
@@ -160,6 +163,34 @@ class ReconstructionObjective(nn.Module):
                 x_0 = self.denoiser(x, t, condition)
             state = sampler.advance(state, x_0)
         return state.x
+
+
+class _Differentiated(torch.autograd.Function):
+    """A number whose gradients are known: backward hands them on, once."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *_parameters: nn.Parameter) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_([g for g in gradients if g is not None], gradient)
+        return None, None, *gradients
+
+
+def _differentiated(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """`loss`, its gradients taken now and its graph freed; in place of its memory stands that of the gradients.
+
+    They still arrive by the backward of what is made from it, so DDP sees them as any others.
+    """
+    if not loss.requires_grad:
+        return loss
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    value: Tensor = _Differentiated.apply(loss.detach(), list(gradients), *parameters)  # type: ignore[no-untyped-call]
+    return value
 
 
 class StrictObjective(nn.Module):

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -82,6 +84,35 @@ def test_the_loss_of_phase_2_compares_what_deployment_would_sample_with_the_targ
     own = 2.0 * (image - batch.target).square().mean() + 0.5 * structure_loss(image, batch.target).mean()
     phase1 = objective.denoising(batch, generator).total
     torch.testing.assert_close(total, own + 0.25 * phase1)
+
+
+def test_the_gradients_of_phase_2_are_those_of_its_two_parts(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch()
+    objective = reconstruction(denoiser, steps=2, gradient_steps=1, pixel_weight=2.0, denoising_weight=0.25)
+    found = gradients(denoiser, 3 * objective(batch, seeded(), 0).total)
+    generator = seeded()
+    image = objective._sample(batch, generator, 1)
+    own = 2.0 * (image - batch.target).square().mean() + 0.2 * structure_loss(image, batch.target).mean()
+    expected = gradients(denoiser, 3 * (own + 0.25 * objective.denoising(batch, generator).total))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_phase_2_keeps_one_pass_through_the_network_at_a_time(new_denoiser, new_batch):
+    denoiser, kept, alive = new_denoiser(), [], []
+    denoiser.network.bottom.register_forward_hook(lambda _module, _inputs, h: kept.append(weakref.ref(h)))
+    objective = reconstruction(denoiser, steps=3, gradient_steps=1)
+    objective.denoising.register_forward_pre_hook(lambda *_: alive.append(sum(h() is not None for h in kept)))
+    total = objective(new_batch(1), seeded(), 0).total
+    assert (len(kept), alive) == (4, [0])
+    total.backward()
+
+
+def test_without_gradients_phase_2_is_a_number(new_denoiser, new_batch):
+    with torch.no_grad():
+        total = reconstruction(new_denoiser())(new_batch(1), seeded(), 0).total
+    assert torch.isfinite(total)
+    assert not total.requires_grad
 
 
 def test_structure_is_blind_to_a_constant_and_sees_an_edge():
