@@ -2,12 +2,13 @@
 
 Every random number comes from the generator of the step, so a step can be repeated exactly. What is switched off draws
 none, so a new option leaves the numbers of runs without it alone.
-Not here: decoding (pipelines/dataset.py), the maps of color (models/recolor.py). B rows, S pixels a side.
+Not here: decoding (pipelines/dataset.py); what only changes pixels, see models/lineart.py, recolor.py, shuffle.py.
+B rows, S pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animediffusion.models.images import to_tensor
-from animediffusion.models.lineart import XDoGConfig, blur, xdog
+from animediffusion.models.lineart import PEN_RANGES, STYLES, Pens, XDoGConfig, blur, line_art, xdog
 from animediffusion.models.recolor import NUM_ORDERS, apply_gamma, apply_matrix, order_matrix, turn_matrix
-
-SHUFFLE_SIDES = (2, 4, 8)
-"""Patches per side that a shuffled reference is cut into."""
+from animediffusion.models.shuffle import CELLS, SIDES, patch_order, shuffle
 
 
 class Batch(NamedTuple):
@@ -35,7 +34,7 @@ class Batch(NamedTuple):
     """[B, 3, S, S]"""
 
 
-_SHARES = ("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften")
+_SHARES = ("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften", "line_styles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +71,8 @@ class AugmentConfig:
     """Of the rows recolored, raise each channel to a power between 2**-gamma and 2**gamma."""
     soften: float = 0.5
     """Blur the sketch a little: scans and drawings made smaller have gray lines, XDoG has black ones."""
+    line_styles: float = 0.0
+    """Of the rows whose line art is extracted, draw this share in a random style of models/lineart.py, not in XDoG."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
     if not bool(rows["has_sketch"].all()):
         chance.uniform(0, 1)  # once drawn for the line art: the numbers after it must stay
     sketch = fixed_sketch(rows, target, config)
-    warped = warp(target, config, chance)
+    warped = bend(target, *draw_warp(config, chance))
     if track == "same":
         given = _mask(rows["has_reference"])
         return Batch(target, sketch, torch.where(given, to_tensor(rows["reference"]), warped))
@@ -136,7 +137,7 @@ EVALUATION = AugmentConfig(
 
 
 class Chance:
-    """Random numbers for B rows from one generator."""
+    """Random numbers for B rows from one generator; a subclass may take them from elsewhere."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator) -> None:
         self.rows, self.device, self.generator = rows, device, generator
@@ -150,6 +151,10 @@ class Chance:
         unit = torch.rand(self.rows, *shape, generator=self.generator, device=self.device)
         return low + (high - low) * unit
 
+    def below(self, count: int) -> Tensor:
+        """int64 [B] in 0..count - 1."""
+        return self.uniform(0, count).long().clamp_max(count - 1)
+
 
 def _mask(flags: Tensor) -> Tensor:
     return flags.reshape(-1, 1, 1, 1)
@@ -158,8 +163,21 @@ def _mask(flags: Tensor) -> Tensor:
 def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
     if bool(rows["has_sketch"].all()):
         return to_tensor(rows["sketch"])
-    drawn = xdog(target, chance.uniform(*config.xdog.sigma), config.xdog)
+    sigma = chance.uniform(*config.xdog.sigma)
+    if config.line_styles:
+        drawn = line_art(target, _pens(sigma, config, chance), config.xdog)
+    else:
+        drawn = xdog(target, sigma, config.xdog)
     return torch.where(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
+
+
+def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:
+    """Any style with any constants for some rows, plain XDoG with this sigma for the others."""
+    styled = chance(config.line_styles).flatten()
+    free = Pens(chance.below(len(STYLES)), *(chance.uniform(*PEN_RANGES[name]) for name in Pens._fields[1:]))
+    k, p = (torch.full_like(sigma, value) for value in (config.xdog.k, config.xdog.p))
+    plain = Pens(torch.full_like(free.style, STYLES.index("xdog")), sigma, k, p, free.width)
+    return Pens(*(torch.where(styled, one, other) for one, other in zip(free, plain, strict=True)))
 
 
 def fixed_sketch(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig) -> Tensor:
@@ -179,24 +197,61 @@ def _references(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfi
     take_cross = cross & chance(config.cross_reference)
     reference = torch.where(take_cross, to_tensor(rows["cross_reference"]), reference)
     again = chance(config.rewarp) | (~given & ~take_cross)
-    reference = torch.where(again, warp(reference, config, chance), reference)
+    reference = _changed(reference, again, bend, draw_warp(config, chance))
     if not config.shuffle:
         return reference
-    return torch.where(chance(config.shuffle), shuffle(reference, chance), reference)
+    return _changed(reference, chance(config.shuffle), shuffle, (draw_order(chance),))
 
 
-def warp(images: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
-    """Each image [3, S, S] bent by its own thin-plate spline (Bookstein 1989), then turned, enlarged and shifted."""
+def draw_order(chance: Chance) -> Tensor:
+    """An order of patches for shuffle(), of a random size."""
+    sides = torch.tensor(SIDES, device=chance.device)[chance.below(len(SIDES))]
+    return patch_order(sides, chance.uniform(0, 1, CELLS**2))
+
+
+def _changed(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], drawn: tuple[Tensor, ...]) -> Tensor:
+    """The images, those of the chosen rows changed with their rows of what was drawn; the others cost nothing."""
+    index = chosen.flatten().nonzero().flatten()
+    return images.index_copy(0, index, change(images[index], *(part[index] for part in drawn)))
+
+
+class Warp(NamedTuple):
+    """One warp for each of B rows."""
+
+    points: Tensor
+    """[B, N, 2]: control points (x, y) in [-1, 1]."""
+    moved: Tensor
+    """[B, N, 2]: where the spline takes them."""
+    back: Tensor
+    """[B, 2, 2]: undoes turning and enlarging, (x, y) from the left."""
+    shift: Tensor
+    """[B, 1, 2]: of the picture, after that."""
+
+
+def draw_warp(config: AugmentConfig, chance: Chance) -> Warp:
+    """Warps as the config says."""
     points, moved = (_diagonal_points if config.warp_kind == "diagonal" else _grid_points)(config, chance)
+    if not (config.rotate or config.translate or config.scale != (1.0, 1.0)):
+        still = torch.zeros(chance.rows, 1, 2, device=chance.device)
+        return Warp(points, moved, torch.eye(2, device=chance.device).expand(chance.rows, -1, -1), still)
+    angle = chance.uniform(-config.rotate, config.rotate) * (torch.pi / 180)
+    low, high = config.scale
+    zoom = low * (high / low) ** chance.uniform(0, 1)
+    shift = chance.uniform(-2 * config.translate, 2 * config.translate, 1, 2)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    return Warp(points, moved, torch.stack([cos, -sin, sin, cos], -1).reshape(-1, 2, 2), shift)
+
+
+def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Tensor) -> Tensor:
+    """Each image [3, S, S] turned, enlarged, shifted, and bent by a thin-plate spline (Bookstein 1989), read once."""
     # The transform is solved from destination to source: where each output pixel is read. kornia puts the kernels
     # at the second argument's points.
     kernel, affine = kornia.geometry.transform.get_tps_transform(moved, points)
     # On every fourth pixel, then bilinear between: the spline is smooth, and costs a logarithm a point.
     height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
-    places = _lattice(height, width, chance).expand(len(images), -1, -1)
+    places = _lattice(height, width, images.device).expand(len(images), -1, -1)
     read = kornia.geometry.transform.warp_points_tps(places, points, kernel, affine)
-    if config.rotate or config.translate or config.scale != (1.0, 1.0):
-        read = _move(read, config, chance)
+    read = ((read - shift)[..., None] * back[:, None]).sum(-2)
     coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2)
     grid = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
@@ -205,7 +260,7 @@ def warp(images: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
 def _grid_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
     """Control points [B, N, 2] in [-1, 1] and where they go: all move freely, so that copying places never works."""
     side = config.warp_points
-    points = _lattice(side, side, chance).expand(chance.rows, -1, -1)
+    points = _lattice(side, side, chance.device).expand(chance.rows, -1, -1)
     return points, points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
 
 
@@ -214,58 +269,16 @@ def _diagonal_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Ten
 
     The corners stay; two points in the middle of the main diagonal move along it, by up to a quarter of the side.
     """
-    corners = _lattice(2, 2, chance).expand(chance.rows, -1, -1)
+    corners = _lattice(2, 2, chance.device).expand(chance.rows, -1, -1)
     along, shift = chance.uniform(-0.4, 0.4, 2, 1), chance.uniform(-0.5, 0.5, 2, 1)
     inner, moved = (x.expand(-1, -1, 2) for x in (along, along + shift))
     return torch.cat([corners, inner], 1), torch.cat([corners, moved], 1)
 
 
-def _lattice(height: int, width: int, chance: Chance) -> Tensor:
+def _lattice(height: int, width: int, device: torch.device) -> Tensor:
     """[1, height * width, 2]: evenly spaced points (x, y) in [-1, 1]."""
-    ys, xs = (torch.linspace(-1, 1, n, device=chance.device) for n in (height, width))
+    ys, xs = (torch.linspace(-1, 1, n, device=device) for n in (height, width))
     return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, -1, 2)
-
-
-def _move(read: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
-    """Where pixels are read, [B, N, 2], if the picture is then turned, enlarged and shifted: the inverse of that."""
-    angle = chance.uniform(-config.rotate, config.rotate) * (torch.pi / 180)
-    low, high = config.scale
-    zoom = low * (high / low) ** chance.uniform(0, 1)
-    shift = chance.uniform(-2 * config.translate, 2 * config.translate, 1, 2)
-    cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    back = torch.stack([cos, -sin, sin, cos], -1).reshape(-1, 2, 2)
-    return (read - shift) @ back
-
-
-def shuffle(images: Tensor, chance: Chance) -> Tensor:
-    """Each image [C, S, S] cut into patches, which change places; S a multiple of 8.
-
-    All rows are cut into the smallest patches; larger ones are runs of these that stay together.
-    """
-    rows, channels, size, _ = images.shape
-    cells = SHUFFLE_SIDES[-1]
-    if size % cells:
-        raise ValueError(f"images to shuffle must be a multiple of {cells} pixels a side, got {size}")
-    order = _patch_order(chance)
-    tiles = images.reshape(rows, channels, cells, size // cells, cells, size // cells).permute(0, 2, 4, 1, 3, 5)
-    tiles = tiles.reshape(rows, cells**2, -1)
-    mixed = tiles.gather(1, order[..., None].expand_as(tiles))
-    mixed = mixed.reshape(rows, cells, cells, channels, size // cells, size // cells)
-    return mixed.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-
-
-def _patch_order(chance: Chance) -> Tensor:
-    """int64 [B, 64]: which smallest patch goes to each place, for patches of a random size."""
-    cells = SHUFFLE_SIDES[-1]
-    choice = (chance.uniform(0, len(SHUFFLE_SIDES))).long().clamp_max(len(SHUFFLE_SIDES) - 1)
-    side = torch.tensor(SHUFFLE_SIDES, device=chance.device)[choice][:, None]
-    keys = chance.uniform(0, 1, cells**2)
-    number = torch.arange(cells**2, device=chance.device)[None]
-    # Of a row with n patches, the first n keys are in play: the others sort behind them.
-    order = torch.where(number < side**2, keys, 2.0).argsort(1)
-    y, x, run = number // cells, number % cells, cells // side
-    source = order.gather(1, y // run * side + x // run)
-    return (source // side * run + y % run) * cells + source % side * run + x % run
 
 
 def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
@@ -274,8 +287,7 @@ def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Ch
     matrix = turn_matrix(hue, chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15))
     chosen = chance(config.recolor)
     if config.permute:
-        order = chance.uniform(0, NUM_ORDERS).long().clamp_max(NUM_ORDERS - 1)
-        matrix = matrix @ order_matrix(torch.where(chance(config.permute).flatten(), order, 0))
+        matrix = matrix @ order_matrix(chance.below(NUM_ORDERS) * chance(config.permute).flatten())
     gamma = 2 ** chance.uniform(-config.gamma, config.gamma, 3) if config.gamma else None
     if not config.recolor:
         return target, reference

@@ -1,14 +1,29 @@
-"""Line art from color images, in batches on the device: XDoG (Winnemoeller et al. 2012)."""
+"""Line art from color images, in batches on the device: XDoG (Winnemoeller et al. 2012), and other hands than its.
+
+XDoG fills what is dark, and its lines are black and sharp. People leave black hair empty, draw thin or thick, in
+pencil, and scan; a network that shall color their drawings should have seen such lines.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
+
+STYLES = ("xdog", "thin", "thick", "blurred", "binarized", "pencil")
+"""xdog: lines, and dark areas filled. blurred: the same, soft. The others have no filled areas: binarized: black where
+it is darker than around. thin: one pixel of that. thick: broadened. pencil: the darker than around, the darker."""
+PEN_RANGES = {"sigma": (0.3, 0.6), "k": (2.5, 4.0), "p": (8.0, 20.0), "width": (0.5, 0.8)}
+"""Between what the constants of Pens are drawn in training: there are lines at 64 px as well as at 256."""
+_DARK = 0.1
+"""Added to a brightness that a difference is compared with: noise in black areas is no line."""
+_PENCIL = 0.4
+"""How dark a pencil is, in units of p."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,91 @@ class XDoGConfig:
             raise ValueError(f"xdog blurs must be above 0 and sigma rising, got sigma {self.sigma}, k {self.k}")
 
 
+class Pens(NamedTuple):
+    """How each of B rows is drawn; all [B]."""
+
+    style: Tensor
+    """int64, an index into STYLES."""
+    sigma: Tensor
+    """Small blur in pixels."""
+    k: Tensor
+    """Large blur / small blur."""
+    p: Tensor
+    """Strength of the difference: with more, weaker edges become lines."""
+    width: Tensor
+    """Blur of the line in pixels, for `blurred`."""
+
+
+def line_art(images: Tensor, pens: Pens, config: XDoGConfig | None = None) -> Tensor:
+    """Dark lines on white, [B, 1, H, W] in [-1, 1], each row in its own style.
+
+    Args:
+        images: [B, 3, H, W] in [-1, 1].
+        pens: the rows' styles and constants; with style `xdog` and a config's constants, it is what xdog() makes.
+        config: XDoG's threshold and steepness.
+    """
+    gray = _gray(images)
+    small, large = blur(gray, pens.sigma), blur(gray, pens.k * pens.sigma)
+    drawn = torch.empty_like(gray)
+    for number, draw in enumerate((_filled, _thin, _thick, _blurred, _binarized, _pencil)):
+        rows = (pens.style == number).nonzero().flatten()
+        if len(rows):
+            p, width = pens.p[rows, None, None, None], pens.width[rows]
+            drawn[rows] = draw(_Tones(gray[rows], small[rows], large[rows], p, width, config or XDoGConfig()))
+    return 2 * drawn - 1
+
+
+class _Tones(NamedTuple):
+    """What the styles draw from: a few rows, brightness in 0..1 before and after both blurs."""
+
+    gray: Tensor
+    small: Tensor
+    large: Tensor
+    p: Tensor
+    width: Tensor
+    config: XDoGConfig
+
+    def relief(self) -> Tensor:
+        """How much darker than around, times p."""
+        return self.p * (self.large - self.small)
+
+    def black(self) -> Tensor:
+        """Where it is darker than around, in relation to how bright it is: 1, else 0."""
+        return (self.relief() > self.small + _DARK).to(self.gray.dtype)
+
+
+def _filled(tones: _Tones) -> Tensor:
+    return _threshold(tones.gray * ((1 + tones.p) * tones.small - tones.p * tones.large), tones.config)
+
+
+def _blurred(tones: _Tones) -> Tensor:
+    return blur(_filled(tones), tones.width)
+
+
+def _binarized(tones: _Tones) -> Tensor:
+    return 1 - tones.black()
+
+
+def _thin(tones: _Tones) -> Tensor:
+    """Of what is black, where the relief is highest across or up and down: the middle of a line."""
+    height = tones.relief()
+    around = F.pad(height, [1] * 4)
+    left, right = around[..., 1:-1, :-2], around[..., 1:-1, 2:]
+    above, below = around[..., :-2, 1:-1], around[..., 2:, 1:-1]
+    ridge = ((height > left) & (height >= right)) | ((height > above) & (height >= below))
+    return 1 - tones.black() * ridge
+
+
+def _thick(tones: _Tones) -> Tensor:
+    """What is black, and one pixel to the right and below; at 256 px, one to all sides."""
+    more = max(1, tones.gray.shape[-1] // 128)
+    return 1 - F.max_pool2d(F.pad(tones.black(), (more - more // 2, more // 2) * 2), more + 1, 1)
+
+
+def _pencil(tones: _Tones) -> Tensor:
+    return 1 - (_PENCIL * tones.relief() / (tones.large + _DARK)).clamp(0, 1)
+
+
 def xdog(images: Tensor, sigma: Tensor, config: XDoGConfig | None = None) -> Tensor:
     """Dark lines on white, [B, 1, H, W] in [-1, 1].
 
@@ -40,12 +140,19 @@ def xdog(images: Tensor, sigma: Tensor, config: XDoGConfig | None = None) -> Ten
         config: the other constants.
     """
     config = config or XDoGConfig()
-    luma = torch.tensor(LUMA, device=images.device, dtype=images.dtype).reshape(1, 3, 1, 1)
-    gray = ((images + 1) / 2 * luma).sum(1, keepdim=True)
+    gray = _gray(images)
     sharp = (1 + config.p) * blur(gray, sigma) - config.p * blur(gray, config.k * sigma)
-    response = gray * sharp
-    dark = 1 + torch.tanh(config.phi * (response - config.epsilon))
-    return 2 * torch.where(response >= config.epsilon, torch.ones_like(dark), dark) - 1
+    return 2 * _threshold(gray * sharp, config) - 1
+
+
+def _gray(images: Tensor) -> Tensor:
+    luma = torch.tensor(LUMA, device=images.device, dtype=images.dtype).reshape(1, 3, 1, 1)
+    return ((images + 1) / 2 * luma).sum(1, keepdim=True)
+
+
+def _threshold(response: Tensor, config: XDoGConfig) -> Tensor:
+    """1 is paper, 0 is ink."""
+    return 1 + torch.tanh(config.phi * (response - config.epsilon).clamp_max(0))
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

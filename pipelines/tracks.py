@@ -24,9 +24,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from animediffusion.models.augment import EVALUATION, AugmentConfig, Batch, Chance, fixed_sketch, shuffle, warp
+from animediffusion.models.augment import (
+    EVALUATION,
+    AugmentConfig,
+    Batch,
+    Chance,
+    bend,
+    draw_order,
+    draw_warp,
+    fixed_sketch,
+)
 from animediffusion.models.images import to_tensor
-from animediffusion.models.lineart import LUMA
+from animediffusion.models.lineart import LUMA, STYLES, Pens, line_art
 from animediffusion.models.recolor import (
     NUM_ORDERS,
     apply_gamma,
@@ -36,11 +45,16 @@ from animediffusion.models.recolor import (
     order_matrix,
     turn_matrix,
 )
+from animediffusion.models.shuffle import shuffle
 from animediffusion.platform.errors import ConfigError, DataError
 
 SEED = 20240
 WARP = AugmentConfig(warp=0.15, warp_points=4, rotate=15.0, scale=(0.85, 1.2), translate=0.08)
 """Written out, so that a change of the training defaults leaves measurements comparable."""
+PEN = {"sigma": 0.4, "k": 3.5, "p": 10.0, "width": 0.65}
+"""Constants of the styles with filled areas, and of the pencil."""
+LINE_P = 16.0
+"""p of the others: with 10 they lose the lines of light hair."""
 KINDS = ("hue", "permutation", "gamma", "regions")
 """How a row of `recolored` is recolored; its place in the split chooses, in turn."""
 NUM_REGIONS = 5
@@ -89,6 +103,17 @@ def _same(rows: Rows, places: Sequence[int]) -> Batch:
     return Batch(target, fixed_sketch(some, target, EVALUATION), _bent(target, places))
 
 
+def _drawn(style: str) -> Callable[[Rows, Sequence[int]], Batch]:
+    def track(rows: Rows, places: Sequence[int]) -> Batch:
+        target = to_tensor(_take(rows, places)["target"])
+        values = {**PEN, "p": LINE_P} if style in ("thin", "thick", "binarized") else PEN
+        constants = {key: torch.full((len(target),), value) for key, value in values.items()}
+        pens = Pens(torch.full((len(target),), STYLES.index(style)), **constants)
+        return Batch(target, line_art(target, pens), _bent(target, places))
+
+    return track
+
+
 def _cross(rows: Rows, places: Sequence[int]) -> Batch:
     some = _take(rows, places)
     missing = int((~some["has_cross"]).sum())
@@ -106,14 +131,14 @@ def _recolored(rows: Rows, places: Sequence[int]) -> Batch:
 
 
 def _bent(images: Tensor, places: Sequence[int]) -> Tensor:
-    return warp(images, WARP, _RowChance(places, 0))
+    return bend(images, *draw_warp(WARP, _RowChance(places, 0)))
 
 
 def recolored(images: Tensor, places: Sequence[int]) -> Tensor:
     """The images in the fixed other colors of their places: a map of color alone, the same for all pixels of a row."""
     chance = _RowChance(places, 1)
     turns = turn_matrix(_far_turn(chance), chance.uniform(0.8, 1.2), chance.uniform(0.85, 1.1))
-    orders = order_matrix((1 + chance.uniform(0, NUM_ORDERS - 1)).long().clamp_max(NUM_ORDERS - 1))
+    orders = order_matrix(1 + chance.below(NUM_ORDERS - 1))
     gamma = 2 ** chance.uniform(-1, 1, 3)
     changed = {
         "hue": apply_matrix(images, turns),
@@ -179,8 +204,13 @@ def _half(reference: Tensor, chance: Chance) -> Tensor:
     first = torch.arange(side) < side // 2
     halves = torch.stack([first.expand(side, -1), ~first.expand(side, -1), first[:, None].expand(-1, side)])
     halves = torch.cat([halves, ~halves[2:]])
-    kept = halves[chance.uniform(0, 4).long().clamp_max(3)][:, None]
+    kept = halves[chance.below(4)][:, None]
     return torch.where(kept, reference, 0.0)
+
+
+def _shuffled(reference: Tensor, chance: Chance) -> Tensor:
+    """Its patches in another order."""
+    return shuffle(reference, draw_order(chance))
 
 
 def _flipped(reference: Tensor, chance: Chance) -> Tensor:  # noqa: ARG001
@@ -192,11 +222,12 @@ TRACKS: dict[str, Callable[[Rows, Sequence[int]], Batch]] = {
     "same": _same,
     "cross": _cross,
     "recolored": _recolored,
+    **{f"lines/{style}": _drawn(style) for style in STYLES},
     "damage/none": _damaged(_none),
     "damage/gray": _damaged(_gray),
     "damage/cropped": _damaged(_cropped),
     "damage/half": _damaged(_half),
-    "damage/shuffled": _damaged(shuffle),
+    "damage/shuffled": _damaged(_shuffled),
     "damage/flipped": _damaged(_flipped),
     "damage/unrelated": _unrelated,
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from animediffusion.models.augment import AugmentConfig, Chance, fixed_batch, make_batch, recolor, warp
+from animediffusion.models.augment import AugmentConfig, Chance, bend, draw_warp, fixed_batch, make_batch, recolor
 from animediffusion.models.images import to_tensor
 
 NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0, soften=0.0)
@@ -81,14 +81,14 @@ def test_target_and_sketch_are_mirrored_together(new_rows):
 
 def test_a_warp_of_size_zero_changes_nothing():
     images = smooth()
-    torch.testing.assert_close(warp(images, AugmentConfig(warp=0.0), chance()), images, rtol=0, atol=1e-3)
+    torch.testing.assert_close(bend(images, *draw_warp(AugmentConfig(warp=0.0), chance())), images, rtol=0, atol=1e-3)
 
 
 def test_a_warp_carries_each_control_point_to_where_it_was_moved():
     size, config = 65, AugmentConfig()
     line = torch.linspace(-1, 1, size)
     coordinates = torch.stack([line.expand(size, -1), line[:, None].expand(-1, size), torch.zeros(size, size)])
-    bent = warp(coordinates[None], config, chance(1))
+    bent = bend(coordinates[None], *draw_warp(config, chance(1)))
     shift = chance(1).uniform(-config.warp, config.warp, 16, 2).reshape(4, 4, 2)
     third = torch.tensor([-1, -1 / 3, 1 / 3, 1])
     points = torch.stack(torch.meshgrid(third, third, indexing="xy"), -1)
@@ -100,7 +100,7 @@ def test_a_warp_carries_each_control_point_to_where_it_was_moved():
 
 def test_a_warp_bends_each_row_its_own_way_and_keeps_the_range():
     images = smooth()
-    bent = warp(images, AugmentConfig(), chance())
+    bent = bend(images, *draw_warp(AugmentConfig(), chance()))
     assert (bent - images).abs().mean() > 0.02
     assert not torch.allclose(bent[0], bent[1], atol=0.02)
     assert bent.abs().max() <= images.abs().max() + 1e-5
