@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from animediffusion.models.authors_warp import draw_points, warp_diagonal
 from animediffusion.models.images import to_tensor
 from animediffusion.models.lineart import PEN_RANGES, STYLES, Pens, XDoGConfig, blur, line_art, xdog
 from animediffusion.models.recolor import NUM_ORDERS, apply_gamma, apply_matrix, order_matrix, turn_matrix
@@ -50,7 +51,7 @@ class AugmentConfig:
     warp_points: int = 4
     """Control points per side of the thin-plate spline."""
     warp_kind: Literal["grid", "diagonal"] = "grid"
-    """grid: all points move freely by `warp`. diagonal: the authors' two points, see _diagonal_points()."""
+    """grid: the points move freely, and the picture is turned, enlarged and shifted. diagonal: as the authors warp."""
     rotate: float = 0.0
     """Largest turn within a warp, degrees."""
     scale: tuple[float, float] = (1.0, 1.0)
@@ -85,6 +86,15 @@ class AugmentConfig:
             raise ValueError(f"rotate must be in 0..180 degrees, got {self.rotate}")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be above 0 and rising, got {self.scale}")
+        if self.warp_kind == "diagonal" and self.moves:
+            raise ValueError(
+                "warp_kind diagonal does not turn, enlarge or shift: leave out rotate, scale and translate"
+            )
+
+    @property
+    def moves(self) -> bool:
+        """Whether a warp does more than bend."""
+        return self.rotate > 0 or self.translate > 0 or tuple(self.scale) != (1.0, 1.0)
 
 
 def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: torch.Generator) -> Batch:
@@ -197,7 +207,11 @@ def _references(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfi
     take_cross = cross & chance(config.cross_reference)
     reference = torch.where(take_cross, to_tensor(rows["cross_reference"]), reference)
     again = chance(config.rewarp) | (~given & ~take_cross)
-    reference = _changed(reference, again, bend, draw_warp(config, chance))
+    if config.warp_kind == "diagonal":
+        drawn = draw_points(len(target), chance.generator, chance.device)
+        reference = _changed(reference, again, warp_diagonal, drawn)
+    else:
+        reference = _changed(reference, again, bend, draw_warp(config, chance))
     if not config.shuffle:
         return reference
     return _changed(reference, chance(config.shuffle), shuffle, (draw_order(chance),))
@@ -212,6 +226,8 @@ def draw_order(chance: Chance) -> Tensor:
 def _changed(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], drawn: tuple[Tensor, ...]) -> Tensor:
     """The images, those of the chosen rows changed with their rows of what was drawn; the others cost nothing."""
     index = chosen.flatten().nonzero().flatten()
+    if not len(index):
+        return images
     return images.index_copy(0, index, change(images[index], *(part[index] for part in drawn)))
 
 
@@ -229,9 +245,11 @@ class Warp(NamedTuple):
 
 
 def draw_warp(config: AugmentConfig, chance: Chance) -> Warp:
-    """Warps as the config says."""
-    points, moved = (_diagonal_points if config.warp_kind == "diagonal" else _grid_points)(config, chance)
-    if not (config.rotate or config.translate or config.scale != (1.0, 1.0)):
+    """Random warps as the config says: all points move freely, so that copying from the same place never works."""
+    side = config.warp_points
+    points = _lattice(side, side, chance.device).expand(chance.rows, -1, -1)
+    moved = points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
+    if not config.moves:
         still = torch.zeros(chance.rows, 1, 2, device=chance.device)
         return Warp(points, moved, torch.eye(2, device=chance.device).expand(chance.rows, -1, -1), still)
     angle = chance.uniform(-config.rotate, config.rotate) * (torch.pi / 180)
@@ -255,24 +273,6 @@ def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Ten
     coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2)
     grid = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
-
-
-def _grid_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
-    """Control points [B, N, 2] in [-1, 1] and where they go: all move freely, so that copying places never works."""
-    side = config.warp_points
-    points = _lattice(side, side, chance.device).expand(chance.rows, -1, -1)
-    return points, points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
-
-
-def _diagonal_points(config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """The authors' control points (utils/image/wrap.py of their code) and where they go.
-
-    The corners stay; two points in the middle of the main diagonal move along it, by up to a quarter of the side.
-    """
-    corners = _lattice(2, 2, chance.device).expand(chance.rows, -1, -1)
-    along, shift = chance.uniform(-0.4, 0.4, 2, 1), chance.uniform(-0.5, 0.5, 2, 1)
-    inner, moved = (x.expand(-1, -1, 2) for x in (along, along + shift))
-    return torch.cat([corners, inner], 1), torch.cat([corners, moved], 1)
 
 
 def _lattice(height: int, width: int, device: torch.device) -> Tensor:
