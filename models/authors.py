@@ -50,8 +50,8 @@ def gammas(path: Path) -> Tensor:
     Raises:
         ValueError: for a path that they do not have.
     """
-    if not isinstance(path, LinearPath) or len(path.table) != 1000:
-        raise ValueError("strict mode needs path 'linear' with 1000 timesteps")
+    if not isinstance(path, LinearPath) or len(path.table) != 1000 or path.config.zero_terminal:
+        raise ValueError("strict mode needs path 'linear' with 1000 timesteps, not stretched by zero_terminal")
     config = path.config
     betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float32)
     return torch.cumprod(1 - betas, 0)

@@ -42,6 +42,8 @@ class DenoisingConfig:
     time_mean: float = 1.5
     """t = t_max * sigmoid(mean + std * n), n standard normal (Esser et al. 2024, Eq. 19)."""
     time_std: float = 1.2
+    time_min: float = 0.0
+    """Smallest time; the others are pressed together between it and t_max."""
     drop_reference: float = 0.1
     """Share of rows that see the learned null in place of the reference, for classifier-free guidance."""
     loss: str = "mse"
@@ -50,6 +52,8 @@ class DenoisingConfig:
     def __post_init__(self) -> None:
         if self.time_distribution not in ("logit_normal", "uniform"):
             raise ValueError(f"time_distribution must be logit_normal or uniform, got {self.time_distribution!r}")
+        if not 0 <= self.time_min < 0.5:
+            raise ValueError(f"time_min must be in [0, 0.5), got {self.time_min}")
         if self.loss not in ("mse", "huber"):
             raise ValueError(f"loss must be mse or huber, got {self.loss!r}")
         if not 0 <= self.drop_reference < 1:
@@ -66,19 +70,18 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
         """Loss of one batch; `step` is not used here."""
-        t = self.denoiser.path.t_max * self._times(len(batch.target), batch.target.device, generator)
+        t_min, t_max = self.config.time_min, self.denoiser.path.t_max
+        t = t_min + (t_max - t_min) * self._times(len(batch.target), batch.target.device, generator)
         noise = _normal(batch.target, generator)
-        x_t = self.denoiser.path.add_noise(batch.target, noise, t)
         drawn = torch.rand(len(t), device=t.device, generator=generator)
         condition = self.denoiser.encode(batch.sketch, batch.reference, drawn >= self.config.drop_reference)
-        output = self.denoiser.network.denoise(x_t, t, condition).float()
-        target = self.denoiser.training_target(batch.target, noise, t)
+        output, target = self.denoiser.loss_pair(batch.target, noise, t, condition)
         if self.config.loss == "huber":
             each = F.huber_loss(output, target, reduction="none", delta=0.3) / 0.3
         else:
             each = F.mse_loss(output, target, reduction="none")
         per_row = each.mean((1, 2, 3))
-        return _loss(per_row.mean(), per_row, t / self.denoiser.path.t_max)
+        return _loss(per_row.mean(), per_row, t / t_max)
 
     def _times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
         if self.config.time_distribution == "uniform":

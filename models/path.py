@@ -22,16 +22,24 @@ class PathConfig:
     """linear, cosine or flow."""
     shift: float = 1.0
     """flow only: t' = s t / (1 + (s - 1) t); above 1 is toward noise (Esser et al. 2024, Eq. 23)."""
+    sigma_max: float | None = None
+    """flow only: the path ends where noise / image is this (EDM's sigma_max); None is pure noise."""
     num_train_timesteps: int = 1000
     """linear only: length of the table."""
     beta_start: float = 1e-6
     beta_end: float = 1e-2
+    zero_terminal: bool = False
+    """linear only: stretch the table so that it ends in pure noise (Lin et al. 2024, Algorithm 1)."""
 
     def __post_init__(self) -> None:
         if self.name not in ("linear", "cosine", "flow"):
             raise ValueError(f"path name must be linear, cosine or flow, got {self.name!r}")
         if self.shift <= 0:
             raise ValueError(f"path shift must be above 0, got {self.shift}")
+        if self.sigma_max is not None and (self.name != "flow" or self.sigma_max <= 0):
+            raise ValueError(f"sigma_max must be above 0 and on path flow, got {self.sigma_max} on {self.name!r}")
+        if self.zero_terminal and self.name != "linear":
+            raise ValueError(f"zero_terminal is for path linear, got {self.name!r}")
         if self.num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {self.num_train_timesteps}")
         largest = self.beta_end * 1000 / self.num_train_timesteps
@@ -61,16 +69,27 @@ class Path(ABC):
         t = spread(t)
         return self.alpha(t) * x_0 + self.sigma(t) * noise
 
+    def start(self, noise: Tensor) -> Tensor:
+        """Where sampling begins: x at t_max without an image in it, from standard normal noise."""
+        return noise
+
 
 class FlowPath(Path):
     """alpha = 1 - t', sigma = t' (Liu et al. 2023), with a shift of the time.
 
     A uniform t with shift s visits sigma / alpha = s t / (1 - t): with s = 0.3 that is SSIMBaD's
-    phi(sigma) = sigma / (sigma + 0.3).
+    phi(sigma) = sigma / (sigma + 0.3). This path is EDM's x_0 + sigma eps, divided by 1 + sigma.
     """
 
-    def __init__(self, shift: float = 1.0) -> None:
+    def __init__(self, shift: float = 1.0, sigma_max: float | None = None) -> None:
         self.shift = shift
+        self.sigma_max = sigma_max
+        if sigma_max is not None:
+            self.t_max = sigma_max / (sigma_max + shift)
+
+    def start(self, noise: Tensor) -> Tensor:
+        # EDM starts at sigma_max eps; the other paths keep the variance at 1.
+        return noise if self.sigma_max is None else noise * (self.sigma_max / (1 + self.sigma_max))
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
@@ -99,7 +118,8 @@ class CosinePath(Path):
 class LinearPath(Path):
     """The paper's table: beta linear in the timestep n, alpha^2(n) = prod(1 - beta), t = n / N.
 
-    Between two entries alpha is interpolated linearly. As published, alpha(t_max) = 0.08 is not 0.
+    Between two entries alpha is interpolated linearly. As published, alpha(t_max) = 0.08 is not 0: a network
+    trained on that expects some image in what sampling starts from; zero_terminal ends this.
     """
 
     def __init__(self, config: PathConfig) -> None:
@@ -110,6 +130,9 @@ class LinearPath(Path):
             config.beta_start * scale, config.beta_end * scale, num, dtype=torch.float64, device="cpu"
         )
         self.table = torch.cumprod(1 - betas, 0).sqrt()
+        if config.zero_terminal:
+            first, last = self.table[0], self.table[-1]
+            self.table = (self.table - last) * first / (first - last)
         self.t_max = (num - 1) / num
 
     def _neighbours(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +160,7 @@ def build_path(config: PathConfig) -> Path:
     """The path that a config names."""
     if config.name == "linear":
         return LinearPath(config)
-    return CosinePath() if config.name == "cosine" else FlowPath(config.shift)
+    return CosinePath() if config.name == "cosine" else FlowPath(config.shift, config.sigma_max)
 
 
 def spread(t: Tensor) -> Tensor:

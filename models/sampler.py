@@ -56,7 +56,7 @@ class Sampler(ABC):
         return steps
 
     def start(self, noise: Tensor, times: Tensor) -> State:
-        """Rows at their first time, which is pure noise (or the nearest the path has to it).
+        """Rows at their first time, t_max: pure noise (or the nearest the path has to it).
 
         Args:
             noise: standard normal, [B, 3, H, W].
@@ -64,7 +64,8 @@ class Sampler(ABC):
         """
         times = times.expand(len(noise), -1) if times.ndim == 1 else times
         zeros = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
-        return State(noise, times, zeros, zeros, torch.zeros_like(noise), noise)
+        x = self.path.start(noise)
+        return State(x, times, zeros, zeros, torch.zeros_like(x), x)
 
     def query(self, state: State) -> tuple[Tensor, Tensor]:
         """Where the network is to be evaluated next: (x [B, 3, H, W], t [B])."""

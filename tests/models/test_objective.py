@@ -62,6 +62,13 @@ def test_uniform_times_reach_the_end_of_the_path_and_no_further(new_denoiser, ne
     assert torch.isfinite(objective(new_batch(), seeded()).total)
 
 
+def test_the_smallest_time_can_be_set(new_denoiser, new_batch):
+    objective = DenoisingObjective(new_denoiser(), DenoisingConfig(time_distribution="uniform", time_min=0.4))
+    loss = objective(new_batch(64), seeded())
+    assert loss.counts.tolist()[:3] == [0, 0, 0]
+    assert (loss.counts[3:] > 0).all()
+
+
 def test_huber_gives_far_off_pixels_less_weight(new_denoiser, new_batch):
     denoiser, batch = new_denoiser(), new_batch()
     far = batch._replace(target=batch.target + 100)
@@ -196,6 +203,7 @@ def test_a_step_without_dropped_references_still_gives_the_null_a_gradient(new_d
     ("make", "message"),
     [
         (lambda: DenoisingConfig(time_distribution="beta"), "logit_normal or uniform"),
+        (lambda: DenoisingConfig(time_min=0.7), r"\[0, 0\.5\)"),
         (lambda: DenoisingConfig(loss="l1"), "mse or huber"),
         (lambda: DenoisingConfig(drop_reference=1.0), r"\[0, 1\)"),
         (lambda: ReconstructionConfig(gradient_steps=0), "at least 1"),

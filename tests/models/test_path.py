@@ -68,6 +68,33 @@ def test_a_shift_of_0_3_visits_the_noise_levels_of_ssimbads_phi():
     np.testing.assert_allclose((sigma / (sigma + 0.3)).numpy(), t.numpy(), atol=1e-12)
 
 
+def test_a_path_up_to_sigma_80_ends_there_and_starts_as_edm_does():
+    path = build_path(PathConfig(name="flow", shift=0.3, sigma_max=80.0))
+    end = torch.tensor(path.t_max, dtype=torch.float64)
+    assert float(path.sigma(end) / path.alpha(end)) == pytest.approx(80)
+    assert path.t_max == pytest.approx(80 / 80.3)
+    # EDM's x = 80 eps is this path's x times 1 + sigma.
+    assert float(81 * path.start(torch.tensor(1.0, dtype=torch.float64))) == pytest.approx(80)
+
+
+def test_the_other_paths_start_in_noise_as_it_is():
+    noise = torch.randn(2, 3, 4, 4)
+    for name in NAMES:
+        assert torch.equal(build_path(PathConfig(name=name)).start(noise), noise)
+
+
+def test_a_stretched_table_ends_in_pure_noise_and_begins_as_before():
+    plain, stretched = (build_path(PathConfig(name="linear", zero_terminal=value)) for value in (False, True))
+    t = torch.arange(1000, dtype=torch.float64) / 1000
+    before, after = plain.alpha(t), stretched.alpha(t)
+    assert float(after[-1]) == 0
+    assert float(after[0]) == pytest.approx(float(before[0]), abs=1e-12)
+    # Lin et al. 2024: one straight line maps the old shares to the new.
+    slope = (after[0] - after[-1]) / (before[0] - before[-1])
+    np.testing.assert_allclose(after.numpy(), (slope * (before - before[-1])).numpy(), atol=1e-12)
+    assert all(torch.isfinite(part).all() for part in stretched.velocity(t))
+
+
 def test_noise_is_added_with_each_rows_own_time():
     path = build_path(PathConfig(name="flow"))
     image, noise = torch.full((3, 3, 2, 2), 1.0), torch.full((3, 3, 2, 2), -1.0)
@@ -83,6 +110,9 @@ def test_noise_is_added_with_each_rows_own_time():
         ({"num_train_timesteps": 1}, "at least 2"),
         ({"num_train_timesteps": 5}, "within"),
         ({"beta_start": 0.02}, "within"),
+        ({"sigma_max": 0.0}, "sigma_max must be above 0"),
+        ({"name": "cosine", "sigma_max": 80.0}, "on path flow, got 80.0 on 'cosine'"),
+        ({"zero_terminal": True}, "zero_terminal is for path linear, got 'flow'"),
     ],
 )
 def test_an_impossible_path_is_refused(values, message):

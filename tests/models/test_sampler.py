@@ -284,3 +284,36 @@ def test_an_unknown_sampler_and_zero_steps_are_refused():
         build_sampler("ddpm", path)
     with pytest.raises(ValueError, match="at least 1"):
         sample_times(path, 0)
+
+
+def edm_denoise(y, sigma):
+    """D(y; sigma) of a model that knows the images to be normal with mean 0.2 and spread 0.5."""
+    return (0.25 * y + sigma**2 * 0.2) / (sigma**2 + 0.25)
+
+
+def sample_as_edm(name, steps):
+    """The sampler on SSIMBaD's path, with that model: x is EDM's y / (1 + sigma)."""
+    path = build_path(PathConfig(name="flow", shift=0.3, sigma_max=80.0))
+
+    def denoise(x, t):
+        sigma = (path.sigma(t) / path.alpha(t)).reshape(-1, 1, 1, 1)
+        return edm_denoise(x * (1 + sigma), sigma)
+
+    return sample(build_sampler(name, path), denoise, seeded_noise(), sample_times(path, steps).double())
+
+
+def test_euler_on_ssimbads_path_takes_edms_euler_steps_evenly_in_phi():
+    phi = np.linspace(80 / 80.3, 0, 6)
+    sigmas = 0.3 * phi / (1 - phi)
+    y = 80 * seeded_noise().numpy()
+    for now, after in itertools.pairwise(sigmas):
+        y = y + (after - now) * (y - edm_denoise(y, now)) / now  # Karras et al. 2022, Algorithm 1
+    np.testing.assert_allclose(sample_as_edm("euler", 5).numpy(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_at_sigma_80_and_finds_the_solution(name):
+    # The exact flow maps y at sigma to the image: both are normal, so places in units of their spread stay.
+    noise = seeded_noise()
+    place = (80 * noise - 0.2) / (80**2 + 0.25) ** 0.5
+    torch.testing.assert_close(sample_as_edm(name, 200), 0.2 + 0.5 * place, rtol=0, atol=0.02)

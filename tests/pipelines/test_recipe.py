@@ -1,7 +1,7 @@
 import pytest
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults
-from animediffusion.models.path import PathConfig
+from animediffusion.models.path import PathConfig, build_path
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines.recipe import TrainConfig, changed_keys, load_recipe, recipe_names
 from animediffusion.platform.errors import ConfigError
@@ -27,7 +27,30 @@ def test_every_recipe_of_the_package_is_valid_and_named_after_its_file(name):
 def test_the_package_brings_the_papers_recipe_with_the_papers_network():
     config = load_recipe("animediffusion")
     assert config.network == UNetConfig()
-    assert (config.path.name, config.prediction, config.clamp) == ("linear", "eps", True)
+    assert (config.path, config.prediction, config.clamp) == (
+        PathConfig(name="linear", zero_terminal=True),
+        "v",
+        False,
+    )
+
+
+def test_the_strict_recipes_are_the_authors_own_down_to_the_bugs():
+    for name in ("animediffusion-strict", "animediffusion-strict-phase2"):
+        config = load_recipe(name)
+        assert config.network == UNetConfig()
+        assert (config.path, config.prediction) == (PathConfig(name="linear"), "eps")
+        assert config.objective.strict
+        assert (config.optimizer.max_grad_norm, config.optimizer.ema_decay) == (None, 0)
+        assert (config.optimizer.precision, config.augment.warp_kind) == ("fp32", "diagonal")
+    assert config.objective.name == "reconstruction"
+
+
+def test_ssimbads_recipe_ends_at_its_largest_noise():
+    config = load_recipe("ssimbad")
+    assert (config.prediction, config.sampler.name) == ("edm", "heun")
+    path = build_path(config.path)
+    assert path.t_max == pytest.approx(80 / 80.3)
+    assert config.objective.denoising.time_min == pytest.approx(0.002 / 0.302, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +63,7 @@ def test_the_package_brings_the_papers_recipe_with_the_papers_network():
         ("sampler.step=3", "sampler.step: unknown key; did you mean 'steps'?"),
         ("batch_size=0", "batch_size: 0; input should be greater than 0"),
         ("seed=-1", "seed: -1; input should be greater than or equal to 0"),
-        ("prediction=score", "prediction: 'score'; input should be 'eps', 'x0' or 'v'"),
+        ("prediction=score", "prediction: 'score'; input should be 'eps', 'x0', 'v' or 'edm'"),
         ("attention=flash", "attention: 'flash'; input should be 'auto', 'xformers' or 'sdpa'"),
         ("network.base_channels=33", "network: cannot be used; base_channels must be a multiple of 32, got 33"),
         ("network.head_channels=0", "network: cannot be used; head_channels must be at least 1, got 0"),
