@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from animediffusion.models.augment import AugmentConfig, Chance, bend, draw_warp, fixed_batch, make_batch, recolor
-from animediffusion.models.images import to_tensor
+from animediffusion.models.images import to_tensor, to_uint8
 
 NOTHING = AugmentConfig(cross_reference=0.0, rewarp=0.0, flip=0.0, recolor=0.0, soften=0.0)
 
@@ -106,6 +106,82 @@ def test_a_warp_bends_each_row_its_own_way_and_keeps_the_range():
     assert bent.abs().max() <= images.abs().max() + 1e-5
 
 
+def coordinates(size=65):
+    """[1, 3, S, S]: x, y and 0 of each pixel."""
+    line = torch.linspace(-1, 1, size)
+    return torch.stack([line.expand(size, -1), line[:, None].expand(-1, size), torch.zeros(size, size)])[None]
+
+
+def test_a_warp_turns_enlarges_and_shifts_too():
+    config = AugmentConfig(warp=0.0, rotate=30.0, scale=(0.7, 1.4), translate=0.1)
+    moved = bend(coordinates().expand(8, -1, -1, -1), *draw_warp(config, chance(8)))
+    again = chance(8)
+    again.uniform(0, 1, 16, 2)  # of the spline
+    angle, unit, shift = again.uniform(-30, 30).deg2rad(), again.uniform(0, 1), again.uniform(-0.2, 0.2, 1, 2)
+    zoom = 0.7 * 2**unit
+    place = torch.rand(8, 5, 2, generator=seeded(5)) * 0.6 - 0.3
+    x, y = place.unbind(-1)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    there = zoom[:, None, None] * torch.stack([cos * x - sin * y, sin * x + cos * y], -1) + shift
+    found = F.grid_sample(moved, there[:, None], align_corners=True)[:, :2, 0].transpose(1, 2)
+    torch.testing.assert_close(found, place, rtol=0, atol=2e-3)
+    assert angle.abs().max() > 0.2
+    assert 0.7 < zoom.min() < 1 < zoom.max() < 1.4
+
+
+def test_switching_an_option_on_leaves_what_is_drawn_before_it_alone():
+    config = AugmentConfig()
+    plain, moved = (draw_warp(value, chance()) for value in (config, replace(config, rotate=10.0)))
+    assert torch.equal(plain.moved, moved.moved)
+    assert not torch.equal(plain.back, moved.back)
+
+
+def test_the_diagonal_warp_is_symmetric_about_it(new_rows):
+    rows = new_rows(complete=False)
+    rows["target"] = to_uint8(smooth(4, 16))
+    symmetric = (rows["target"].float() + rows["target"].float().transpose(1, 2)) / 2
+    rows["target"] = symmetric.to(torch.uint8)
+    bent = make_batch(rows, replace(NOTHING, warp_kind="diagonal"), seeded()).reference
+    torch.testing.assert_close(bent, bent.transpose(2, 3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(bent[:, :, 0, 0], to_tensor(rows["target"])[:, :, 0, 0], rtol=0, atol=0.05)
+    assert (bent - to_tensor(rows["target"])).abs().max() > 0.05
+
+
+def test_a_shuffled_reference_has_the_same_pixels_in_other_places(new_rows):
+    rows = new_rows()
+    batch = make_batch(rows, replace(NOTHING, shuffle=1.0), seeded())
+    before = to_tensor(rows["reference"])
+    assert torch.equal(batch.target, to_tensor(rows["target"]))
+    for row in range(4):
+        assert not torch.equal(batch.reference[row], before[row])
+        assert torch.equal(batch.reference[row].flatten(1).sort(1).values, before[row].flatten(1).sort(1).values)
+
+
+def test_a_share_of_the_extracted_line_art_is_drawn_in_other_styles(new_rows):
+    rows = {key: value.repeat(10, *[1] * (value.ndim - 1)) for key, value in new_rows(complete=False).items()}
+    rows["target"] = to_uint8(smooth(40, 16))
+    plain, half = (make_batch(rows, replace(NOTHING, line_styles=share), seeded()).sketch for share in (0.0, 0.5))
+    changed = sum(not torch.equal(a, b) for a, b in zip(plain, half, strict=True))
+    assert 5 < changed < 30
+
+
+def test_given_line_art_keeps_its_style(new_rows):
+    rows = new_rows()
+    batch = make_batch(rows, replace(NOTHING, line_styles=1.0), seeded())
+    assert torch.equal(batch.sketch, to_tensor(rows["sketch"]))
+
+
+@pytest.mark.parametrize("values", [{"permute": 1.0}, {"gamma": 1.0}, {"permute": 0.5, "gamma": 0.5}])
+def test_richer_recoloring_is_one_map_too(values):
+    images = torch.rand(6, 3, 8, 8, generator=seeded()) * 2 - 1
+    config = AugmentConfig(recolor=1.0, **values)
+    target, reference = recolor(images, images.flip(-1), config, chance(6))
+    plain, _ = recolor(images, images, AugmentConfig(recolor=1.0), chance(6))
+    assert torch.equal(target, reference.flip(-1))
+    assert not torch.allclose(target, plain, atol=0.05)
+    assert target.abs().max() <= 1
+
+
 def test_recoloring_is_one_map_for_target_and_reference():
     images = torch.rand(6, 3, 8, 8, generator=seeded()) * 2 - 1
     target, reference = recolor(images, images.flip(-1), AugmentConfig(recolor=1.0), chance(6))
@@ -152,7 +228,17 @@ def test_an_evaluation_track_is_the_same_for_everybody(new_rows, track):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("values", [{"flip": 1.5}, {"recolor": -0.1}, {"warp_points": 1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"flip": 1.5},
+        {"recolor": -0.1},
+        {"warp_points": 1},
+        {"rotate": 200.0},
+        {"scale": (0, 1)},
+        {"warp_kind": "diagonal", "translate": 0.1},
+    ],
+)
 def test_impossible_augmentation_is_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         AugmentConfig(**values)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from animediffusion.models.lineart import XDoGConfig, blur, xdog
+from animediffusion.models.lineart import STYLES, Pens, XDoGConfig, blur, line_art, xdog
 
 
 def smooth_image(seed=0, size=40):
@@ -11,6 +11,26 @@ def smooth_image(seed=0, size=40):
     noise = np.random.default_rng(seed).standard_normal((3, size, size))
     areas = np.stack([gaussian_filter(channel, 3) for channel in noise])
     return np.clip(areas / np.abs(areas).max() * 1.3, -1, 1)
+
+
+def pens(*styles, sigma=0.4, k=3.5, p=10.0, width=0.65):
+    """One row per style, all with the same constants."""
+    constants = [torch.full((len(styles),), value) for value in (sigma, k, p, width)]
+    return Pens(torch.tensor([STYLES.index(style) for style in styles]), *constants)
+
+
+def drawn(style, image, **constants):
+    """[H, W] in 0..1, 1 is paper."""
+    return (line_art(image[None], pens(style, **constants))[0, 0] + 1) / 2
+
+
+def areas(size=64):
+    """[3, S, S]: a bright disk with a dark ring in it, on gray, as after a resize."""
+    line = torch.linspace(-1, 1, size)
+    radius = (line[:, None] ** 2 + line**2).sqrt()
+    image = torch.where(radius < 0.7, 0.6, -0.1)
+    image = torch.where((radius - 0.4).abs() < 0.05, -0.8, image)
+    return blur(image.expand(1, 3, -1, -1).contiguous(), torch.tensor([0.6]))[0]
 
 
 def scipy_blur(image, sigma, radius):
@@ -59,3 +79,62 @@ def test_a_flat_picture_has_no_lines_and_an_edge_has_one():
 def test_blurs_without_width_are_refused():
     with pytest.raises(ValueError, match="above 0"):
         XDoGConfig(sigma=(0.0, 0.5))
+
+
+def test_the_plain_style_is_xdog():
+    images = torch.from_numpy(np.stack([smooth_image(i) for i in range(3)])).float()
+    sigma, config = torch.tensor([0.3, 0.4, 0.5]), XDoGConfig(k=3.0, p=12.0, epsilon=0.2)
+    plain = pens("xdog", "xdog", "xdog", k=3.0, p=12.0)._replace(sigma=sigma)
+    assert torch.equal(line_art(images, plain, config), xdog(images, sigma, config))
+
+
+def test_each_row_is_drawn_in_its_own_style():
+    together = line_art(areas().expand(len(STYLES), -1, -1, -1), pens(*STYLES))
+    for row, style in enumerate(STYLES):
+        torch.testing.assert_close((together[row, 0] + 1) / 2, drawn(style, areas()))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_leaves_paper_white_and_draws_an_edge(style):
+    flat = torch.zeros(3, 32, 32)
+    edge = flat.clone()
+    edge[..., 16:] = 1
+    assert (drawn(style, flat) > 0.999).all()
+    lines = drawn(style, edge)
+    assert lines[:, 13:19].amin(1).max() < 0.7
+    assert (lines[:, :8] > 0.999).all()
+    assert 0 <= lines.min() <= lines.max() <= 1
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_thin_lines_lie_within_the_black_ones_and_those_within_the_thick_ones(size):
+    thin, black, thick = (drawn(style, areas(size)) < 0.5 for style in ("thin", "binarized", "thick"))
+    assert (thin <= black).all()
+    assert (black <= thick).all()
+    assert thin.sum() < 0.8 * black.sum() < 0.8 * thick.sum()
+
+
+def test_a_line_of_two_pixels_has_one_when_thin_and_three_when_thick():
+    stripe = torch.full((3, 64, 64), 0.8)
+    stripe[..., 30:32] = -0.6
+    widths = [int((drawn(style, stripe)[32] < 0.5).sum()) for style in ("thin", "binarized", "thick")]
+    assert widths == [1, 2, 3]
+
+
+def test_dark_areas_are_filled_by_xdog_and_left_empty_by_black_lines():
+    dark = torch.full((3, 64, 64), 0.8)
+    dark[:, 16:48, 16:48] = -0.995
+    assert drawn("xdog", dark)[32, 32] == 0
+    assert drawn("binarized", dark)[32, 32] == 1
+
+
+def test_blurred_lines_are_scipys_blur_of_xdog():
+    expected = gaussian_filter(drawn("xdog", areas()).numpy(), 0.65, mode="mirror", radius=2)
+    np.testing.assert_allclose(drawn("blurred", areas(), width=0.65).numpy(), expected, atol=1e-5)
+
+
+def test_a_pencil_draws_a_strong_edge_darker_than_a_weak_one():
+    weak, strong = torch.full((3, 32, 32), 0.5), torch.full((3, 32, 32), 0.5)
+    weak[..., 16:], strong[..., 16:] = 0.4, 0.0
+    darkest = [float(drawn("pencil", image).min()) for image in (weak, strong)]
+    assert 1 > darkest[0] > darkest[1] > 0
