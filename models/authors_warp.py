@@ -65,10 +65,11 @@ def _spline(centers: Tensor, values: Tensor, points: Tensor) -> Tensor:
     right = torch.cat([values, values.new_zeros(len(values), 3, 2)], 1)
     solved = torch.linalg.solve(system, right)
     basis = torch.cat([_kernel(points, centers), torch.ones_like(points[..., :1]), points], -1)
-    return basis @ solved
+    spline: Tensor = basis @ solved
+    return spline
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     """r^2 log r, with their 1e-6 at r = 0; [B, N, P]."""
-    distance = torch.cdist(a, b)
+    distance: Tensor = torch.cdist(a, b)
     return distance.square() * (distance + 1e-6).log()
