@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ Rows = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, cosine decay, clipping and an exponential moving average of the weights."""
+    """AdamW, or AdamW and Muon, with warm-up, cosine decay, clipping and a moving average of the weights."""
 
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.02
@@ -37,6 +37,9 @@ class OptimizerConfig:
     cosine_after_warmup: bool = False
     """Warm-up from the final rate, then the cosine over the steps that are left, as the authors do
     (base/optimizer_handler.py of their code); else both at once."""
+    muon_learning_rate: float | None = None
+    """Of Muon (Jordan et al. 2024: momentum, orthogonalized) for the hidden layers' matrices and kernels, which it
+    trains in fewer steps; AdamW has the rest, or everything if None. Same warm-up and decay."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = 1.0
@@ -55,6 +58,8 @@ class OptimizerConfig:
             raise ValueError(
                 f"learning_rate and max_grad_norm must be above 0, got {self.learning_rate} and {self.max_grad_norm}"
             )
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(f"muon_learning_rate must be above 0, got {self.muon_learning_rate}")
         if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_learning_rate <= 1:
             raise ValueError("warmup_steps and weight_decay must not be negative, final_learning_rate in 0..1")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -90,18 +95,27 @@ class TrainState:
         self.step = 0
         self.parameters = list(denoiser.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
+        hidden = denoiser.network.hidden_weights() if config.muon_learning_rate else []
+        # torch's Muon takes matrices: a kernel [out, in, k, k] is one of out rows, by a view that shares its memory.
+        self.matrices = {parameter: parameter.detach().flatten(1) for parameter in hidden}
+        rest = [parameter for parameter in self.parameters if parameter not in self.matrices]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+        self.muon = torch.optim.Muon(self.matrices.values(), weight_decay=config.weight_decay) if hidden else None
 
     def learning_rate(self) -> float:
-        """Of the next step; depends on the step alone."""
+        """AdamW's, of the next step."""
+        return self.config.learning_rate * self._decay()
+
+    def _decay(self) -> float:
+        """The share of the highest rate; depends on the step alone."""
         c = self.config
         if c.cosine_after_warmup:
-            return c.learning_rate * (c.final_learning_rate + (1 - c.final_learning_rate) * self._share())
+            return c.final_learning_rate + (1 - c.final_learning_rate) * self._share()
         warm = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / max(1, self.max_steps))))
-        return c.learning_rate * warm * (c.final_learning_rate + (1 - c.final_learning_rate) * cosine)
+        return warm * (c.final_learning_rate + (1 - c.final_learning_rate) * cosine)
 
     def _share(self) -> float:
         """0 to 1 in the warm-up, then down to 0."""
@@ -118,12 +132,32 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._step_muon()
+        for parameter in self.parameters:
+            parameter.grad = None
         self.step += 1
         # A young run has a short memory, else its first weights would stay in the average.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return norm
+
+    def _step_muon(self) -> None:
+        if self.muon is None:
+            return
+        for parameter, matrix in self.matrices.items():
+            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for group in self.muon.param_groups:
+            group["lr"] = (self.config.muon_learning_rate or 0.0) * self._decay()
+        self.muon.step()  # type: ignore[no-untyped-call]
+        self.muon.zero_grad(set_to_none=True)
+
+    def _slots(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What its optimizer remembers of a parameter."""
+        if self.muon is not None and parameter in self.matrices:
+            slot: dict[str, Any] = self.muon.state[self.matrices[parameter]]
+        else:
+            slot = self.optimizer.state[parameter]
+        return slot
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights, in eval mode; a copy."""
@@ -140,8 +174,8 @@ class TrainState:
         for (name, parameter), average in zip(self.denoiser.named_parameters(), self.average, strict=True):
             tensors[f"model.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{key}.{name}"] = torch.as_tensor(value)
+            for key, value in self._slots(parameter).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         folder.mkdir(parents=True, exist_ok=True)
         # Contiguous, since safetensors stores no strides; restore() copies back into channels_last.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "state.safetensors")
@@ -162,16 +196,17 @@ class TrainState:
                     raise ValueError(f"{folder}: the checkpoint is of another network, {name} does not fit")
                 parameter.copy_(tensors[f"model.{name}"])
                 average.copy_(tensors[f"average.{name}"])
-                self._restore_adam(name, parameter, tensors)
+                self._restore_optimizer(name, parameter, tensors)
 
-    def _restore_adam(self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        slot = self.optimizer.state[parameter]
-        for key in ("exp_avg", "exp_avg_sq"):
-            if f"adam.{key}.{name}" in tensors:
-                slot[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                slot[key].copy_(tensors[f"adam.{key}.{name}"])
-        if f"adam.step.{name}" in tensors:
-            slot["step"] = tensors[f"adam.step.{name}"].to(parameter.device)
+    def _restore_optimizer(self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        slot = self._slots(parameter)
+        like = self.matrices.get(parameter, parameter)
+        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if f"optimizer.{key}.{name}" in tensors:
+                slot[key] = torch.zeros_like(like, memory_format=torch.preserve_format)
+                slot[key].copy_(tensors[f"optimizer.{key}.{name}"])
+        if f"optimizer.step.{name}" in tensors:
+            slot["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
 
 
 def fit(

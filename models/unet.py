@@ -47,6 +47,9 @@ class UNetConfig:
     """Width of the reference encoder, whose tokens every attention sees; 0 is none."""
     reference_stride: int = 4
     """Pixels per side of a reference token."""
+    match_channels: int = 0
+    """Width of the matcher, which looks for each place of the sketch in the reference before the first step; 0 is
+    none. Needs reference_channels."""
     detail_channels: int = 0
     """Width of the last layers, which see the sketch at full resolution; 0 is none."""
 
@@ -56,8 +59,13 @@ class UNetConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.io_kernel_size < 1 or self.io_kernel_size % 2 == 0:
             raise ValueError(f"io_kernel_size must be odd, got {self.io_kernel_size}")
-        if self.reference_channels < 0 or self.detail_channels < 0:
-            raise ValueError("reference_channels and detail_channels must not be negative")
+        if min(self.reference_channels, self.match_channels, self.detail_channels) < 0:
+            raise ValueError("reference_channels, match_channels and detail_channels must not be negative")
+        if self.match_channels and (not self.reference_channels or self.match_channels % self.head_channels):
+            raise ValueError(
+                "match_channels needs reference_channels, and must be a multiple of head_channels "
+                f"{self.head_channels}, got {self.match_channels}"
+            )
         if self.base_channels % GROUPS:
             raise ValueError(f"base_channels must be a multiple of {GROUPS}, got {self.base_channels}")
         if self.reference_channels % GROUPS:
@@ -95,6 +103,7 @@ class UNet(nn.Module):
         self.reference_encoder = (
             ReferenceEncoder(config, self.embedding_channels) if config.reference_channels else None
         )
+        self.matcher = Matcher(config) if config.match_channels else None
         self._build_levels(config)
         self.output_norm = nn.GroupNorm(GROUPS, base)
         out = config.detail_channels or 3
@@ -121,6 +130,12 @@ class UNet(nn.Module):
             if level:
                 upsample = nn.Upsample(scale_factor=2, mode="nearest")
                 self.decoder.append(Stage([self._residual(width + skips.pop(), level_width)], upsample))
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """Matrices and kernels between the first layers and the last: what Muon is for."""
+        found = [self.encoder, self.bottom, self.decoder, self.reference_encoder, self.matcher]
+        named = (pair for module in found if module is not None for pair in module.named_parameters())
+        return [weight for name, weight in named if weight.ndim > 1 and not name.startswith("input.")]
 
     def _residual(self, width_in: int, width_out: int) -> ResidualBlock:
         return ResidualBlock(width_in, width_out, self.embedding_channels, self.config.scale_shift)
@@ -160,6 +175,8 @@ class UNet(nn.Module):
             batch = len(sketch)
             return Condition(features, features.new_zeros(batch, 0, 0), features.new_zeros(batch, 0), sketch)
         tokens, palette = self.reference_encoder(reference)
+        if self.matcher is not None:
+            features = features + self.matcher(sketch, tokens)
         return Condition(features, tokens, palette, sketch)
 
     def denoise(self, x_t: Tensor, t: Tensor | None, condition: Condition) -> Tensor:
@@ -270,6 +287,33 @@ class ReferenceEncoder(nn.Module):
         h = self.blocks(self.input(F.pixel_unshuffle(reference, self.stride)))
         tokens = self.norm((h + positions(h)).flatten(2).transpose(1, 2))
         return tokens, self.palette(tokens.mean(1))
+
+
+class Matcher(nn.Module):
+    """Each place of the sketch, found in the reference: cross-attention from line features to reference tokens.
+
+    Semantic correspondence as in SCFT (Lee et al. 2020). It does not depend on t, so a request pays for it once.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.match_channels
+        self.stride, self.num_heads = config.patch_size, width // config.head_channels
+        self.input = nn.Conv2d(self.stride**2, width, 3, padding=1)
+        self.blocks = nn.Sequential(ResidualBlock(width, width, 0), ResidualBlock(width, width, 0))
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(config.reference_channels, 2 * width)
+        self.output = nn.Linear(2 * width, config.base_channels)
+
+    def forward(self, sketch: Tensor, tokens: Tensor) -> Tensor:
+        h = self.blocks(self.input(F.pixel_unshuffle(sketch, self.stride)))
+        flat = self.norm((h + positions(h)).flatten(2).transpose(1, 2))
+        query = self.query(flat).unflatten(-1, (self.num_heads, -1))
+        key, value = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        found = attention(query, key, value).flatten(2)
+        result: Tensor = self.output(torch.cat([flat, found], -1)).transpose(1, 2)
+        return result.reshape(len(h), -1, *h.shape[-2:])
 
 
 class DetailLayers(nn.Module):

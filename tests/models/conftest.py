@@ -25,6 +25,7 @@ def network():
         attention_levels=(0,),
         head_channels=32,
         reference_channels=32,
+        match_channels=32,
         detail_channels=4,
     )
 

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from animediffusion.models.attention import attention, attention_used, expected_attention, use_attention
+from animediffusion.models.attention import PLAIN_LIMIT, attention, attention_used, expected_attention, use_attention
 
 
-def test_attention_is_the_plain_softmax_formula():
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (500, PLAIN_LIMIT // 400)])
+def test_attention_is_the_plain_softmax_formula(queries, keys):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64)
-    key, value = (torch.randn(2, 7, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(2, queries, 3, 8, generator=generator, dtype=torch.float64)
+    key, value = (torch.randn(2, keys, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     weights = torch.einsum("bmhk,bnhk->bhmn", query, key).div(8**0.5).softmax(-1)
     plain = torch.einsum("bhmn,bnhk->bmhk", weights, value)
     torch.testing.assert_close(attention(query, key, value), plain)
