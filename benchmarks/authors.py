@@ -78,7 +78,7 @@ def compare(clone: str, size: int, rows: int) -> list[Check]:
     target, sketch, reference = (torch.rand(rows, c, size, size, generator=generator) * 2 - 1 for c in (3, 1, 3))
     noises = [torch.randn(rows, 3, size, size, generator=generator) for _ in range(1 + authors.NUM_STEPS)]
     together = torch.cat([sketch, reference], 1)
-    gamma = authors.gammas(ours.path)
+    gamma = authors.gammas(authors.require_fit(ours))
     predict = authors.noise_predictor(ours, ours.encode(sketch, reference))
 
     checks = [Check("table of gammas", _error(gamma, theirs.gammas))]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.path import LinearPath, Path, spread
+from animediffusion.models.path import LinearPath, PathConfig, spread
 
 NUM_STEPS = 10
 """Network evaluations of their sampler, in phase 2 as at test."""
@@ -26,14 +26,22 @@ PredictNoise = Callable[[Tensor, Tensor | None], Tensor]
 """(x_n [B, 3, H, W], n int64 [B], or None for "no time") -> the noise in x_n."""
 
 
-def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
-    """The network as they call it.
+def require_fit(denoiser: Denoiser) -> PathConfig:
+    """The path of a model that strict mode is for.
 
     Raises:
-        ValueError: if it does not predict the noise.
+        ValueError: if it predicts something else than noise, or on another path.
     """
     if denoiser.prediction != "eps":
         raise ValueError(f"strict mode needs prediction 'eps', got {denoiser.prediction!r}")
+    path = denoiser.path
+    if not isinstance(path, LinearPath) or len(path.table) != 1000 or path.config.zero_terminal:
+        raise ValueError("strict mode needs path 'linear' with 1000 timesteps, not stretched by zero_terminal")
+    return path.config
+
+
+def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
+    """The network as they call it."""
 
     def predict(x: Tensor, n: Tensor | None) -> Tensor:
         # In float32 1000 (n / 1000) is not always n, and the time embedding sees the difference.
@@ -42,18 +50,13 @@ def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
     return predict
 
 
-def gammas(path: Path) -> Tensor:
+def gammas(config: PathConfig) -> Tensor:
     """Their cumulated products of 1 - beta, [1000]: alpha^2, made in float32 from the start.
 
     In the first entries float32 is some hundredths off 1 - alpha^2; LinearPath has them in float64.
-
-    Raises:
-        ValueError: for a path that they do not have.
     """
-    if not isinstance(path, LinearPath) or len(path.table) != 1000 or path.config.zero_terminal:
-        raise ValueError("strict mode needs path 'linear' with 1000 timesteps, not stretched by zero_terminal")
-    config = path.config
-    betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float32)
+    num = config.num_train_timesteps
+    betas = torch.linspace(config.beta_start, config.beta_end, num, dtype=torch.float32, device="cpu")
     return torch.cumprod(1 - betas, 0)
 
 

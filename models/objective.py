@@ -207,7 +207,7 @@ class StrictObjective(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.reconstruction = reconstruction
-        self.gammas = authors.gammas(denoiser.path)
+        self.gammas = authors.gammas(authors.require_fit(denoiser))
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
         """Loss of one batch; `step` is not used here."""

@@ -46,7 +46,8 @@ def plan(settings: Settings, config: TrainConfig) -> Plan:
     """Resolve a run against its data, its parent and what is already there. Writes nothing.
 
     Raises:
-        ConfigError: a run of that name has another config, or image_size differs from the data's.
+        ConfigError: a run of that name has another config, image_size differs from the data's, or the parts of the
+            config do not fit each other.
         DataError, RegistryError, StorageError: data or parent cannot be found.
     """
     manifest = Manifest.load(config.data)
@@ -64,6 +65,7 @@ def plan(settings: Settings, config: TrainConfig) -> Plan:
     multiple = config.network.size_multiple
     if size % multiple:
         raise ConfigError("image_size", str(size), f"this network needs a multiple of {multiple}")
+    _require_fit(config, size)
     name = config.run_name
     folder = settings.workspace / "runs" / name
     place = storage.join(config.storage, name) if config.storage else str(folder)
@@ -100,6 +102,16 @@ def latest_step(place: str) -> int:
         return 0
     latest = json.loads(storage.read_bytes(snapshot)).get("latest_checkpoint_result")
     return int(latest["checkpoint_dir_name"].removeprefix("step-")) if latest else 0
+
+
+def _require_fit(config: TrainConfig, size: int) -> None:
+    """Prediction, path and objective are made for each other; tried here, where it costs one line and no cluster."""
+    try:
+        with torch.device("meta"):
+            bundle = config.bundle_config(size)
+            config.objective.build(bundle.build(), bundle.sampler, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"recipe {config.recipe!r}", str(error), "change path, prediction or objective") from error
 
 
 def _refuse_another(folder: Path, config: TrainConfig) -> None:

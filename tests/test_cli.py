@@ -125,6 +125,26 @@ def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(command, faces_dat
     assert list(tmp_path.iterdir()) == []
 
 
+MISFITS = [
+    (["demo", "prediction=eps"], "recipe 'demo': prediction 'eps' cannot start on path 'flow'"),
+    (
+        ["animediffusion-strict", "prediction=x0"],
+        "strict mode needs prediction 'eps', got 'x0'; change path, prediction",
+    ),
+    (
+        ["animediffusion-strict", "path.zero_terminal=true"],
+        "recipe 'animediffusion-strict': prediction 'eps' cannot start",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISFITS, ids=[" ".join(words) for words, _ in MISFITS])
+def test_parts_of_a_recipe_that_do_not_fit_are_refused_before_anything_starts(command, faces_dataset, words, expected):
+    code, _, err = command("train", *words, f"data={faces_dataset}", "--dry-run")
+    assert (code, len(err)) == (2, 1)
+    assert expected in err[0]
+
+
 def test_a_run_of_the_same_name_with_other_settings_is_refused_with_their_names(command, faces_dataset, workspace):
     old = load_recipe("demo", [f"data={faces_dataset}", "name=x", "augment.flip=0.25"])
     folder = workspace / "runs" / "x"

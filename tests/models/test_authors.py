@@ -10,7 +10,7 @@ from animediffusion.models.authors import fix_forward, gammas, noise_predictor, 
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.objective import DenoisingConfig, ObjectiveConfig, StrictObjective
-from animediffusion.models.path import PathConfig, build_path
+from animediffusion.models.path import PathConfig
 from animediffusion.models.training import OptimizerConfig, TrainState, fit
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-6, 1e-2, 1000))
@@ -43,7 +43,7 @@ def table():
 
 
 def test_the_table_is_the_papers_in_float32():
-    found = gammas(build_path(PathConfig(name="linear")))
+    found = gammas(PathConfig(name="linear"))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), ALPHA_BAR, rtol=1e-4)
 
@@ -116,7 +116,7 @@ def test_phase_1_sums_what_the_loss_gives_each_row(strict_denoiser, new_batch):
     eps = torch.randn(batch.target.shape, generator=generator)
     n = torch.randint(1000, (3,), generator=generator)
     ask = noise_predictor(strict_denoiser, strict_denoiser.encode(*batch[1:]))
-    each = strict_loss(ask, gammas(strict_denoiser.path), batch.target, eps, n)
+    each = strict_loss(ask, gammas(PathConfig(name="linear")), batch.target, eps, n)
     torch.testing.assert_close(loss.total, each.sum())
     assert float(loss.counts.sum()) == 3
 
@@ -147,17 +147,22 @@ def test_the_strict_phases_train_in_the_one_loop(strict_denoiser, new_rows):
 
 @pytest.mark.parametrize(
     ("path", "prediction", "message"),
-    [("flow", "x0", "path 'linear' with 1000"), ("linear", "x0", "prediction 'eps', got 'x0'")],
+    [
+        ({"name": "flow"}, "x0", "prediction 'eps', got 'x0'"),
+        (
+            {
+                "name": "cosine",
+            },
+            "v",
+            "prediction 'eps', got 'v'",
+        ),
+        ({"name": "flow", "sigma_max": 10.0}, "eps", "path 'linear' with 1000"),
+        ({"name": "linear", "num_train_timesteps": 100}, "eps", "path 'linear' with 1000"),
+    ],
 )
-def test_strict_mode_is_for_the_authors_path_and_prediction(new_denoiser, new_batch, path, prediction, message):
+def test_strict_mode_is_for_the_authors_path_and_prediction(network, path, prediction, message):
     with pytest.raises(ValueError, match=message):
-        StrictObjective(new_denoiser(path=path, prediction=prediction), reconstruction=False)(new_batch(1), seeded())
-
-
-def test_a_short_table_has_no_strict_mode(network):
-    denoiser = Denoiser(network, PathConfig(name="linear", num_train_timesteps=100), "eps")
-    with pytest.raises(ValueError, match="1000 timesteps"):
-        StrictObjective(denoiser, reconstruction=False)
+        ObjectiveConfig(strict=True).build(Denoiser(network, PathConfig(**path), prediction), SamplerDefaults(), 0)
 
 
 def test_settings_that_strict_mode_would_ignore_are_refused():
