@@ -288,12 +288,11 @@ def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Ch
     chosen = chance(config.recolor)
     if config.permute:
         matrix = matrix @ order_matrix(chance.below(NUM_ORDERS) * chance(config.permute).flatten())
-    gamma = 2 ** chance.uniform(-config.gamma, config.gamma, 3) if config.gamma else None
+    drawn = (matrix, 2 ** chance.uniform(-config.gamma, config.gamma, 3)) if config.gamma else (matrix,)
     if not config.recolor:
         return target, reference
+    return _changed(target, chosen, _recolored, drawn), _changed(reference, chosen, _recolored, drawn)
 
-    def changed(images: Tensor) -> Tensor:
-        curved = images if gamma is None else apply_gamma(images, gamma)
-        return torch.where(chosen, apply_matrix(curved, matrix), images)
 
-    return changed(target), changed(reference)
+def _recolored(images: Tensor, matrix: Tensor, gamma: Tensor | None = None) -> Tensor:
+    return apply_matrix(images if gamma is None else apply_gamma(images, gamma), matrix)
