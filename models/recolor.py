@@ -63,8 +63,10 @@ def apply_regions(images: Tensor, centers: Tensor, matrices: Tensor) -> Tensor:
     """
     color = ((images + 1) / 2).flatten(2).transpose(1, 2)
     nearness = -(torch.cdist(cluster_space(color), centers) ** 2) / (2 * SOFTNESS**2)
-    each = torch.einsum("bkij,bnj->bnki", matrices, color)
-    mixed = (nearness.softmax(-1)[..., None] * each).sum(2)
+    weights = nearness.softmax(-1)
+    mixed = torch.zeros_like(color)
+    for k in range(centers.shape[1]):  # one region at a time: all at once would take K times the memory
+        mixed += weights[..., k : k + 1] * (color @ matrices[:, k].mT)
     return (mixed.transpose(1, 2).reshape(images.shape) * 2 - 1).clamp(-1, 1)
 
 

@@ -140,13 +140,18 @@ def recolored(images: Tensor, places: Sequence[int]) -> Tensor:
     turns = turn_matrix(_far_turn(chance), chance.uniform(0.8, 1.2), chance.uniform(0.85, 1.1))
     orders = order_matrix(1 + chance.below(NUM_ORDERS - 1))
     gamma = 2 ** chance.uniform(-1, 1, 3)
-    changed = {
-        "hue": apply_matrix(images, turns),
-        "permutation": apply_matrix(images, orders),
-        "gamma": apply_gamma(images, gamma),
-        "regions": apply_regions(images, find_regions(images, NUM_REGIONS), _region_matrices(chance)),
+    matrices = _region_matrices(chance)
+    changes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "hue": lambda some, rows: apply_matrix(some, turns[rows]),
+        "permutation": lambda some, rows: apply_matrix(some, orders[rows]),
+        "gamma": lambda some, rows: apply_gamma(some, gamma[rows]),
+        "regions": lambda some, rows: apply_regions(some, find_regions(some, NUM_REGIONS), matrices[rows]),
     }
-    return torch.stack([changed[KINDS[place % len(KINDS)]][row] for row, place in enumerate(places)])
+    changed = torch.empty_like(images)
+    for number, kind in enumerate(KINDS):
+        rows = (torch.tensor(list(places)) % len(KINDS) == number).nonzero().flatten()
+        changed[rows] = changes[kind](images[rows], rows)
+    return changed
 
 
 def _far_turn(chance: Chance) -> Tensor:

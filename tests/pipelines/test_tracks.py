@@ -47,6 +47,13 @@ def test_the_random_numbers_of_a_place_are_fixed_for_good():
     torch.testing.assert_close(found, torch.tensor([[0.7392555, 0.9812189], [0.7635706, 0.1828303]]))
 
 
+def test_the_warps_are_fixed_for_good(rows):
+    place = np.linspace(0, 255, SIZE).astype(np.uint8)
+    plane = np.stack(np.broadcast_arrays(place[None, :], place[:, None], np.uint8(0)), -1)
+    found = build({**rows, "target": plane[None].repeat(8, 0)}, "same", [0, 5]).reference[:, :2, 16, 16]
+    torch.testing.assert_close(found, torch.tensor([[0.2071, 0.0774], [-0.1440, 0.1757]]), rtol=0, atol=2e-3)
+
+
 def test_the_same_track_bends_the_target_even_if_a_reference_is_given(rows):
     batch = build(rows, "same")
     assert torch.equal(batch.target, to_tensor(torch.from_numpy(rows["target"])))
