@@ -82,7 +82,7 @@ def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
     widths: list[list[int]] = [[]]
     for place in range(len(state)):
         weight = state.get(f"{NETWORK}encoder_block.{place}.conv2.3.weight")
-        if weight is not None:
+        if weight is not None and weight.ndim == 4:
             widths[-1].append(len(weight))
         elif f"{NETWORK}encoder_block.{place + 1}.conv2.3.weight" in state:
             widths.append([])  # nothing to learn in it: the pooling between two levels
@@ -101,14 +101,13 @@ def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
 
 
 def _check_schedule(state: Mapping[str, Tensor], config: PathConfig) -> None:
-    table = state.get("gammas")
-    if table is not None:
-        ours = LinearPath(config).table.square()
-        if table.shape != ours.shape or not torch.allclose(table.double().cpu(), ours, rtol=1e-3):
-            raise ValueError(
-                f"was trained on another noise schedule ({len(table)} steps, last gamma {float(table[-1]):.5f}); "
-                f"1000 steps ending at {float(ours[-1]):.5f} can be imported"
-            )
+    ours = LinearPath(config).table.square()
+    table = state.get("gammas", ours).double().cpu().flatten()
+    if table.shape != ours.shape or not torch.allclose(table, ours, rtol=1e-3):
+        raise ValueError(
+            f"was trained on another noise schedule ({len(table)} steps, least gamma {float(table.min()):.5f}), "
+            f"not on {len(ours)} steps down to {float(ours[-1]):.5f}"
+        )
 
 
 def _converted(state: Mapping[str, Tensor], config: BundleConfig) -> dict[str, Tensor]:

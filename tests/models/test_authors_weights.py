@@ -142,8 +142,13 @@ BROKEN = [
     (lambda state: {**state, "denoise_fn.input.0.weight": torch.zeros(48, 7, 1, 1)}, "on 48 channels"),
     (
         lambda state: {**state, "gammas": torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000), 0)},
-        r"another noise schedule \(1000 steps, last gamma 0\.00004\)",
+        r"another noise schedule \(1000 steps, least gamma 0\.00004\)",
     ),
+    (
+        lambda state: {**state, "denoise_fn.encoder_block.0.conv2.3.weight": torch.tensor(1.0)},
+        r"has levels \[\[",
+    ),
+    (lambda state: {**state, "gammas": state["gammas"][0]}, r"another noise schedule \(1 steps"),
     (lambda state: {**state, "gammas": state["gammas"][:100]}, r"another noise schedule \(100 steps"),
 ]
 
