@@ -122,33 +122,44 @@ def unletterbox(array: Array, box: Box) -> Array:
     return _resize(array, box.source_width, box.source_height, inside)
 
 
-def contact_sheet(rows: Sequence[Sequence[Array]], labels: Sequence[str], *, cell: int | None = None) -> Array:
+def contact_sheet(
+    rows: Sequence[Sequence[Array | None]],
+    labels: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    cell: int | None = None,
+) -> Array:
     """One RGB picture of rows of pictures, a label above each column, on a quiet ground.
 
     Args:
-        rows: pictures of any size, gray or RGB; a row may be shorter than `labels`.
+        rows: pictures of any size, gray or RGB, None where there is none; a row may be shorter than `labels`.
         labels: one per column.
+        names: one per row, to its left.
         cell: side of a picture on the sheet, pixels; by default a multiple of the first picture's, 128 or more.
     """
     side = cell or _cell_side(rows)
     gap, margin, head = side // 12, side // 5, side // 4
     pitch, count = side + gap, max(len(labels), *(len(row) for row in rows), 1)
-    size = (2 * margin + count * pitch - gap, 2 * margin + head + len(rows) * pitch - gap)
+    font = ImageFont.load_default(max(11, side // 9))
+    left = margin + (round(max(font.getlength(name) for name in names)) + gap if names else 0)
+    size = (left + margin + count * pitch - gap, 2 * margin + head + len(rows) * pitch - gap)
     sheet = Image.new("RGB", size, _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(11, side // 9))
+    draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(labels):
-        center = (margin + column * pitch + side // 2, margin + head // 3)
-        draw.text(center, label, fill=_INK, font=font, anchor="mm")
+        draw.text((left + column * pitch + side // 2, margin + head // 3), label, fill=_INK, font=font, anchor="mm")
+    for line, name in enumerate(names):
+        draw.text((margin, margin + head + line * pitch + side // 2), name, fill=_INK, font=font, anchor="lm")
     mask = _rounded(side)
     for line, row in enumerate(rows):
         for column, array in enumerate(row):
-            place = (margin + column * pitch, margin + head + line * pitch)
-            sheet.paste(Image.fromarray(letterbox(array, side)[0]).convert("RGB"), place, mask)
+            if array is not None:
+                place = (left + column * pitch, margin + head + line * pitch)
+                sheet.paste(Image.fromarray(letterbox(array, side)[0]).convert("RGB"), place, mask)
     return np.array(sheet)
 
 
-def _cell_side(rows: Sequence[Sequence[Array]]) -> int:
-    side = next((max(array.shape[:2]) for row in rows for array in row), 128)
+def _cell_side(rows: Sequence[Sequence[Array | None]]) -> int:
+    side = next((max(array.shape[:2]) for row in rows for array in row if array is not None), 128)
     return side * max(1, -(-128 // side)) if side <= 256 else 256
 
 

@@ -195,3 +195,17 @@ def test_a_contact_sheet_holds_gray_and_color_rows_of_any_length():
     assert sheet.shape[1] > 3 * 128
     assert sheet.shape[0] > 2 * 128
     assert contact_sheet([], ["target"]).ndim == 3
+
+
+def test_a_contact_sheet_names_its_rows_on_the_left_and_leaves_gaps_empty():
+    row = [picture(64, 64), picture(64, 64)]
+    plain = contact_sheet([row, row], ["sketch", "result"])
+    named = contact_sheet([row, [None, row[1]]], ["sketch", "result"], names=["first", "second"])
+    added = named.shape[1] - plain.shape[1]
+    assert named.shape[0] == plain.shape[0]
+    assert added > 0
+    first, gap, paper = 30, plain.shape[1] // 2, plain[0, 0]
+    lower = np.s_[plain.shape[0] // 2 + 40 :]
+    assert np.array_equal(named[:, added + gap :], plain[:, gap:])
+    assert (named[lower, added + first : added + gap] == paper).all()
+    assert (named[lower, :added] != paper).any()
