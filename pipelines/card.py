@@ -7,30 +7,44 @@ from typing import Any
 from animediffusion.models.bundle import BundleConfig
 
 
-def model_card(config: BundleConfig, num_parameters: int) -> str:
-    """What the model is, how it was made, how to use it, what it cannot do."""
+def model_card(config: BundleConfig, num_parameters: int, seconds: float | None = None) -> str:
+    """What the model is, how it was made, how to use it, what it cannot do.
+
+    Args:
+        config: of the bundle, with its provenance.
+        num_parameters: of the network.
+        seconds: what training took, if that is known.
+    """
     made, sampler = config.provenance, config.sampler
-    trained = f"elsewhere: {made['source']}" if "source" in made else _training(made)
+    rows = {
+        "image size": f"{config.image_size} px",
+        "parameters": f"{num_parameters / 1e6:.1f} M",
+        "path, prediction": f"{config.path.name}, {config.prediction}",
+        "sampler": f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}",
+        "trained": f"elsewhere: {made['source']}" if "source" in made else _training(made, seconds),
+        "from the weights of": f"sha256 {str(made['parent'])[:12]}" if made.get("parent") else None,
+        "attention": made.get("attention"),
+        "data": f"sha256 {str(made['data_hash'])[:12]}" if made.get("data_hash") else None,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return f"""# AnimeDiffusion bundle `{made.get("run", "unnamed")}`
 
 Colors anime line art (1 channel, dark on white) from a color reference.
 
 | | |
 |---|---|
-| image size | {config.image_size} px |
-| parameters | {num_parameters / 1e6:.1f} M |
-| path, prediction | {config.path.name}, {config.prediction} |
-| sampler | {sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g} |
-| trained | {trained} |
-| data | sha256 {str(made.get("data_hash", ""))[:12]} |
+{table}
 
-Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FOLDER`.
+Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FOLDER`. What it reached where it was
+measured (`animediffusion evaluate`) is in `metrics.json`.
 
 Made for faces and busts in the style of its training data; other drawings get plausible, not correct, colors. The
-rights in the training images decide what the model may be used for.
+code is under Apache-2.0; the rights in the training images decide what the model may be used for.
 """
 
 
-def _training(made: dict[str, Any]) -> str:
+def _training(made: dict[str, Any], seconds: float | None) -> str:
     phase = "phase 2, reconstruction through the sampler" if made.get("objective") == "reconstruction" else "phase 1"
-    return f"{made.get('recipe', '?')} ({phase}), {made.get('steps', 0)} steps of {made.get('batch_size', '?')} images"
+    steps, batch = made.get("steps", 0), made.get("batch_size", 0)
+    said = f"{made.get('recipe', '?')} ({phase}), {steps:,} steps of {batch} images, {steps * batch:,} in all"
+    return said if seconds is None else f"{said}, {seconds / 60:.1f} minutes"

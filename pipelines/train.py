@@ -217,7 +217,7 @@ def _samples(config: TrainConfig) -> Any:
 def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Write the bundle from the last checkpoint, and the summary."""
     config = work.config
-    bundle, parameters = _write_bundle(work, latest)
+    bundle, parameters = _write_bundle(work, latest, seconds)
     summary = {
         "run": work.run,
         "run_dir": str(work.folder),
@@ -241,7 +241,7 @@ def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dic
     return summary
 
 
-def _write_bundle(work: Plan, latest: dict[str, Any]) -> tuple[Path, int]:
+def _write_bundle(work: Plan, latest: dict[str, Any], seconds: float) -> tuple[Path, int]:
     config, step = work.config, latest_step(work.storage)
     bundle_config = config.bundle_config(work.image_size)
     denoiser = bundle_config.build()
@@ -262,8 +262,10 @@ def _write_bundle(work: Plan, latest: dict[str, Any]) -> tuple[Path, int]:
     }
     bundle_config = replace(bundle_config, provenance=provenance)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    # Of a resumed run only the last part is known. Not in the provenance: equal runs are to have equal bundles.
+    card = model_card(bundle_config, parameters, None if work.start_step else seconds)
     folder_path = work.folder / "bundle"
-    save_bundle(folder_path, state.averaged(), bundle_config, {}, model_card(bundle_config, parameters))
+    save_bundle(folder_path, state.averaged(), bundle_config, {}, card)
     return folder_path, parameters
 
 
