@@ -20,6 +20,8 @@ class Condition(NamedTuple):
     """[B, E]: pooled tokens, added to the time embedding; E = 0 without tokens."""
     sketch: Tensor
     """[B, 1, H, W] in [-1, 1]: for the last layers, which work at full resolution."""
+    guess: Tensor
+    """[B, 3, H, W]: the image as the matcher alone would have it, for training; H = 0 for a network without one."""
 
 
 def cat_conditions(conditions: Sequence[Condition]) -> Condition:

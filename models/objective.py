@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from animediffusion.models import authors
 from animediffusion.models.augment import Batch
 from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.sampler import build_sampler, sample_times
 
@@ -48,6 +49,8 @@ class DenoisingConfig:
     """Share of rows that see the learned null in place of the reference, for classifier-free guidance."""
     loss: str = "mse"
     """mse, or huber (less weight on the few pixels that are far off)."""
+    guess_weight: float = 0.5
+    """Weight of the squared error of the matcher's own guess; without a matcher it has no effect."""
 
     def __post_init__(self) -> None:
         if self.time_distribution not in ("logit_normal", "uniform"):
@@ -81,7 +84,8 @@ class DenoisingObjective(nn.Module):
         else:
             each = F.mse_loss(output, target, reduction="none")
         per_row = each.mean((1, 2, 3))
-        return _loss(per_row.mean(), per_row, t / t_max)
+        guess = guess_loss(condition, batch.target)
+        return _loss(per_row.mean() + self.config.guess_weight * guess, per_row, t / t_max)
 
     def _times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
         if self.config.time_distribution == "uniform":
@@ -99,6 +103,8 @@ class ReconstructionConfig:
     pixel_weight: float = 1.0
     structure_weight: float = 0.2
     """Weight of the difference of gradients, which keeps edges and flat areas."""
+    contrast_weight: float = 0.0
+    """Weight of the difference of local contrast, which squared error alone averages away."""
     denoising_weight: float = 0.2
     """Share of the phase 1 loss."""
 
@@ -136,6 +142,7 @@ class ReconstructionObjective(nn.Module):
         pixel = F.mse_loss(image, batch.target, reduction="none").mean((1, 2, 3))
         structure = structure_loss(image, batch.target)
         own = self.config.pixel_weight * pixel + self.config.structure_weight * structure
+        own = own + self.config.contrast_weight * contrast_loss(image, batch.target)
         # Without its graph, which would be as large as that of phase 1's share, and be there at the same time.
         sampled = _differentiated(own.mean(), list(self.denoiser.parameters()))
         del image, pixel, structure, own
@@ -220,7 +227,15 @@ class StrictObjective(nn.Module):
             return _loss(per_row.mean(), per_row, torch.ones_like(per_row))
         n = torch.randint(len(self.gammas), (len(noise),), device=noise.device, generator=generator)
         per_row = authors.strict_loss(predict, self.gammas, batch.target, noise, n)
-        return _loss(per_row.sum(), per_row, n / len(self.gammas))
+        # They have no matcher; where there is one, its parameters are in the graph all the same, as DDP expects.
+        return _loss(per_row.sum() + 0 * guess_loss(condition, batch.target), per_row, n / len(self.gammas))
+
+
+def guess_loss(condition: Condition, target: Tensor) -> Tensor:
+    """Squared error of the matcher's own guess, a scalar; 0 without a matcher."""
+    if not condition.guess.numel():
+        return condition.guess.sum()
+    return F.mse_loss(condition.guess.float(), target)
 
 
 def structure_loss(image: Tensor, target: Tensor) -> Tensor:
@@ -228,6 +243,21 @@ def structure_loss(image: Tensor, target: Tensor) -> Tensor:
     across = ((image.diff(dim=-1) - target.diff(dim=-1)).abs()).mean((1, 2, 3))
     down = ((image.diff(dim=-2) - target.diff(dim=-2)).abs()).mean((1, 2, 3))
     return across + down
+
+
+def contrast_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference of local contrast, per row [B].
+
+    It compares how much fine detail there is near a place, not where exactly. The average of all likely pictures, which
+    the squared error asks for, has too little.
+    """
+    return (_local_contrast(image) - _local_contrast(target)).abs().mean((1, 2, 3))
+
+
+def _local_contrast(images: Tensor) -> Tensor:
+    """Root mean square, over 5 x 5 pixels, of what a mean over 3 x 3 takes away."""
+    fine = images - F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    return (F.avg_pool2d(fine.square(), 5, 1, 2, count_include_pad=False) + 1e-4).sqrt()
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

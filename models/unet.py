@@ -135,7 +135,8 @@ class UNet(nn.Module):
         """Matrices and kernels between the first layers and the last: what Muon is for."""
         found = [self.encoder, self.bottom, self.decoder, self.reference_encoder, self.matcher]
         named = (pair for module in found if module is not None for pair in module.named_parameters())
-        return [weight for name, weight in named if weight.ndim > 1 and not name.startswith("input.")]
+        ends = ("input.", "colors.")
+        return [weight for name, weight in named if weight.ndim > 1 and not name.startswith(ends)]
 
     def _residual(self, width_in: int, width_out: int) -> ResidualBlock:
         return ResidualBlock(width_in, width_out, self.embedding_channels, self.config.scale_shift)
@@ -173,11 +174,13 @@ class UNet(nn.Module):
         features = self.condition_input(folded)
         if self.reference_encoder is None:
             batch = len(sketch)
-            return Condition(features, features.new_zeros(batch, 0, 0), features.new_zeros(batch, 0), sketch)
+            nothing = features.new_zeros(batch, 3, 0, 0)
+            return Condition(features, features.new_zeros(batch, 0, 0), features.new_zeros(batch, 0), sketch, nothing)
         tokens, palette = self.reference_encoder(reference)
-        if self.matcher is not None:
-            features = features + self.matcher(sketch, tokens)
-        return Condition(features, tokens, palette, sketch)
+        if self.matcher is None:
+            return Condition(features, tokens, palette, sketch, features.new_zeros(len(sketch), 3, 0, 0))
+        found = self.matcher(sketch, tokens)
+        return Condition(features + found, tokens, palette, sketch, self.matcher.guess(found))
 
     def denoise(self, x_t: Tensor, t: Tensor | None, condition: Condition) -> Tensor:
         """The network's output, whose meaning is the prediction type's.
@@ -292,7 +295,8 @@ class ReferenceEncoder(nn.Module):
 class Matcher(nn.Module):
     """Each place of the sketch, found in the reference: cross-attention from line features to reference tokens.
 
-    Semantic correspondence as in SCFT (Lee et al. 2020). It does not depend on t, so a request pays for it once.
+    Semantic correspondence as in SCFT (Lee et al. 2020). It does not depend on t, so a request pays for it once. Its
+    own guess of the image is there to be trained on: what it finds is then right before the network can use it.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -305,6 +309,7 @@ class Matcher(nn.Module):
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(config.reference_channels, 2 * width)
         self.output = nn.Linear(2 * width, config.base_channels)
+        self.colors = nn.Conv2d(config.base_channels, 3 * self.stride**2, 1)
 
     def forward(self, sketch: Tensor, tokens: Tensor) -> Tensor:
         h = self.blocks(self.input(F.pixel_unshuffle(sketch, self.stride)))
@@ -314,6 +319,10 @@ class Matcher(nn.Module):
         found = attention(query, key, value).flatten(2)
         result: Tensor = self.output(torch.cat([flat, found], -1)).transpose(1, 2)
         return result.reshape(len(h), -1, *h.shape[-2:])
+
+    def guess(self, found: Tensor) -> Tensor:
+        """The image [B, 3, H, W] that the features it found would be."""
+        return F.pixel_shuffle(self.colors(found), self.stride)
 
 
 class DetailLayers(nn.Module):

@@ -11,6 +11,7 @@ from animediffusion.models.objective import (
     ObjectiveConfig,
     ReconstructionConfig,
     ReconstructionObjective,
+    contrast_loss,
     structure_loss,
 )
 
@@ -22,7 +23,7 @@ def seeded(seed=0):
 def gradients(module, loss):
     module.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def reconstruction(denoiser, steps=4, name="euler", **values):
@@ -35,16 +36,18 @@ def test_the_loss_of_phase_1_is_the_squared_error_of_what_the_network_should_ret
     new_denoiser, new_batch, prediction
 ):
     denoiser, batch = new_denoiser(prediction=prediction), new_batch(8)
-    objective = DenoisingObjective(denoiser, DenoisingConfig(time_mean=0.5, time_std=1.1, drop_reference=0.5))
-    loss = objective(batch, seeded())
+    config = DenoisingConfig(time_mean=0.5, time_std=1.1, drop_reference=0.5)
+    loss = DenoisingObjective(denoiser, config)(batch, seeded())
     generator = seeded()
     t = torch.sigmoid(0.5 + 1.1 * torch.randn(8, generator=generator))
     noise = torch.randn(8, 3, 16, 16, generator=generator)
     keep = torch.rand(8, generator=generator) >= 0.5
     x_t = (1 - t)[:, None, None, None] * batch.target + t[:, None, None, None] * noise
-    output = denoiser.network.denoise(x_t, t, denoiser.encode(batch.sketch, batch.reference, keep))
+    condition = denoiser.encode(batch.sketch, batch.reference, keep)
+    output = denoiser.network.denoise(x_t, t, condition)
     each = (output - (batch.target if prediction == "x0" else noise - batch.target)).square().mean((1, 2, 3))
-    torch.testing.assert_close(loss.total, each.mean())
+    guess = (condition.guess - batch.target).square().mean()
+    torch.testing.assert_close(loss.total, each.mean() + 0.5 * guess)
     assert 0 < int(keep.sum()) < 8
     assert float(loss.bins.sum()) == pytest.approx(each.sum().item(), rel=1e-4)
     expected = torch.zeros(8)
@@ -73,7 +76,7 @@ def test_huber_gives_far_off_pixels_less_weight(new_denoiser, new_batch):
     denoiser, batch = new_denoiser(), new_batch()
     far = batch._replace(target=batch.target + 100)
     losses = [
-        DenoisingObjective(denoiser, DenoisingConfig(loss=name))(far, seeded()).total.item()
+        DenoisingObjective(denoiser, DenoisingConfig(loss=name, guess_weight=0))(far, seeded()).total.item()
         for name in ("mse", "huber")
     ]
     # The output is near 0 and the target near 100: squared, and linear.
@@ -168,7 +171,8 @@ def test_checkpointing_changes_no_gradient(new_denoiser, new_batch, name):
     denoiser.zero_grad()
     plain_image.square().mean().backward()
     for key, parameter in denoiser.named_parameters():
-        if parameter.grad is not None:
+        assert (key in checked) == (parameter.grad is not None)
+        if key in checked:
             torch.testing.assert_close(checked[key], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -213,3 +217,11 @@ def test_a_step_without_dropped_references_still_gives_the_null_a_gradient(new_d
 def test_impossible_objectives_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_contrast_counts_detail_wherever_it_is_and_misses_what_was_blurred_away(new_batch):
+    target = new_batch(4).target
+    assert contrast_loss(target, target).abs().max() == 0
+    assert (contrast_loss(target.roll(1, -1), target) < 0.5 * contrast_loss(target * 0.3, target)).all()
+    flat = torch.full_like(target, 0.2)
+    torch.testing.assert_close(contrast_loss(flat, -flat), torch.zeros(4))

@@ -1,0 +1,331 @@
+"""What recipes reach in the same time: each trained from scratch, measured on fixed tracks, in one table.
+
+    python benchmarks/quality.py --data URI [--size 64] [--minutes 20] [--recipes ours ...] [--seeds 0 1] [--out DIR]
+
+The data is what `animediffusion data ingest` made. A minute is one of the whole machine: on a CPU each run has a share
+of the cores and is timed by its processor time, so that what else runs there costs it nothing; on a GPU runs follow
+each other. A run that OUT already has is not repeated. Prints markdown; OUT also gets results.json and pictures.
+
+Tracks (animediffusion.pipelines.tracks): A same, B cross (data with second pictures), C recolored, D lines/STYLE,
+E damage/KIND.
+Network evaluations: 1, 2, 4, 10, 25 on A; 4 elsewhere, 10 for the authors' sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from animediffusion.models import authors
+from animediffusion.models.augment import Batch
+from animediffusion.models.bundle import SamplerDefaults, save_bundle
+from animediffusion.models.colorize import noise_for, sample_images
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.images import to_uint8
+from animediffusion.models.training import Step, TrainState, fit
+from animediffusion.pipelines.dataset import Manifest, read_split
+from animediffusion.pipelines.metrics import detail, score, trivial_results
+from animediffusion.pipelines.recipe import TrainConfig, load_recipe
+from animediffusion.pipelines.tracks import TRACKS, build
+from animediffusion.platform.images import contact_sheet, encode_png
+
+HERE = Path(__file__).parent / "recipes"
+RECIPES: dict[str, list[tuple[str, float]]] = {
+    "authors": [("animediffusion-strict", 1.0)],
+    "ours-their-network": [(str(HERE / "ours-their-network.yaml"), 1.0)],
+    "theirs-our-network": [(str(HERE / "theirs-our-network.yaml"), 1.0)],
+    "flow-v": [(str(HERE / "flow-v.yaml"), 1.0)],
+    "flow-x0": [(str(HERE / "flow-x0.yaml"), 1.0)],
+    "regression": [(str(HERE / "regression.yaml"), 1.0)],
+    "ours": [("phase1", 1.0)],
+    "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
+}
+"""Name -> recipes that follow each other, with their shares of the time."""
+TRIVIAL = ("copy_reference", "mean_color", "sketch")
+EVALUATIONS = (1, 2, 4, 10, 25)
+COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1")
+CHUNK = 25
+NUM_TIMED = 12
+CORES = os.cpu_count() or 1
+PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe with one seed."""
+
+    recipe: str
+    seed: int
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """Where it says what it reached, once it is finished."""
+        return self.folder / f"{self.recipe}-{self.seed}.json"
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
+
+
+def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole batches of a split that is in memory, in a new order every epoch."""
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in rows.items() if key != "id"}
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(config.batch_size, len(rows["target"]))
+    while True:
+        order = torch.randperm(len(rows["target"]), generator=generator)
+        for start in range(0, len(order) - size + 1, size):
+            index = order[start : start + size].to(device)
+            yield {key: value[index] for key, value in tensors.items()}
+
+
+def train(
+    config: TrainConfig, start: Denoiser | None, rows: dict[str, Any], seconds: float, device: torch.device
+) -> tuple[Denoiser, dict[str, Any]]:
+    """The averaged model after `seconds`, and what the training took."""
+    torch.manual_seed(config.seed)
+    denoiser = start or config.bundle_config(rows["target"].shape[1]).build().to(device)
+    denoiser.train().requires_grad_(True)
+    state = TrainState(denoiser, config.optimizer, 1_000_000)
+    objective = config.objective.build(denoiser, config.sampler or SamplerDefaults(), config.seed)
+    stream = batches(rows, config, device)
+    begun = clock(device)
+
+    def go(until: int) -> None:
+        fit(state, objective, stream, until, on_step, augment=config.augment, seed=config.seed)
+
+    def on_step(step: Step) -> bool:
+        if step.step % 100 == 0:
+            print(f"  step {step.step} loss {float(step.loss.total.detach()):.4f}", file=sys.stderr, flush=True)
+        return clock(device) - begun > 1.1 * seconds
+
+    go(3)
+    timed = clock(device)
+    go(3 + NUM_TIMED)
+    per_step = (clock(device) - timed) / NUM_TIMED
+    state.max_steps = max(state.step + 1, state.step + int((seconds - (clock(device) - begun)) / per_step))
+    go(state.max_steps)
+    spent = clock(device) - begun
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    images = state.step * min(config.batch_size, len(rows["target"]))
+    return state.averaged(), {"steps": state.step, "images": images, "seconds": round(spent), "parameters": parameters}
+
+
+@torch.no_grad()
+def color(
+    denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device, sampler: str = "euler"
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Results [B, S, S, 3] with noise that follows from the row."""
+    size = batch.target.shape[-1]
+    parts = []
+    for start in range(0, len(batch.target), CHUNK):
+        part = Batch(*(x[start : start + CHUNK].to(device) for x in batch))
+        noise = torch.stack([noise_for(start + i, size) for i in range(len(part.target))]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            if strict:
+                image = strict_images(denoiser, part, noise)
+            else:
+                settings = SamplerDefaults(name=sampler, steps=steps)
+                image = sample_images(denoiser, part.sketch, part.reference, noise, settings)
+        parts.append(to_uint8(image.clamp(-1, 1)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+    """The authors' 10 stochastic steps."""
+    predict = authors.noise_predictor(denoiser, denoiser.encode(batch.sketch, batch.reference))
+    generator = torch.Generator().manual_seed(0)
+    injected = [torch.randn(noise.shape, generator=generator).to(noise) for _ in range(authors.NUM_STEPS)]
+    return authors.strict_sample(predict, authors.gammas(authors.require_fit(denoiser)), noise, injected)
+
+
+def measure(result: Any, batch: Batch) -> dict[str, Any]:
+    """Every metric of results [B, S, S, 3]."""
+    truth, sketch = (to_uint8(x.cpu()).numpy() for x in (batch.target, batch.sketch.expand(-1, 3, -1, -1)))
+    return {**score(result, truth), **detail(result, truth, sketch)}
+
+
+def evaluations(recipe: str, track: str) -> tuple[int, ...]:
+    """How many network evaluations are measured there."""
+    if recipe == "authors":
+        return (authors.NUM_STEPS,)
+    if recipe == "regression":
+        return (1,)
+    return EVALUATIONS if track == "same" else (4,)
+
+
+def tracks_of(rows: dict[str, Any]) -> list[str]:
+    """The tracks that the data can have."""
+    return [name for name in TRACKS if name != "cross" or rows["has_cross"].all()]
+
+
+def run(job: Run, data: str, seconds: float, limit: int) -> None:
+    """Train and measure one recipe; write what it reached."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = read_split(data, "train")
+    size = rows["target"].shape[1]
+    denoiser, training, strict = None, [], False
+    for name, share in RECIPES[job.recipe]:
+        config = load_recipe(name, [f"seed={job.seed}", "max_steps=1000000"])
+        denoiser, took = train(config, denoiser, rows, share * seconds, device)
+        strict = config.objective.strict
+        training.append({"recipe": config.recipe, **took})
+    assert denoiser is not None
+    bundle = load_recipe(RECIPES[job.recipe][0][0], []).bundle_config(size)
+    save_bundle(job.folder / "bundles" / f"{job.recipe}-{job.seed}", denoiser, bundle)
+    val = read_split(data, "val", limit)
+    scores, pictures = {}, {}
+    for track in tracks_of(val):
+        batch = build(val, track)
+        for steps in evaluations(job.recipe, track):
+            result = color(denoiser, batch, steps, strict, device)
+            scores[f"{track} {steps}"] = measure(result, batch)
+            pictures[track] = result[:PICTURES] if steps in (1, 4, 10) else pictures.get(track)
+    np.savez(job.folder / f"{job.recipe}-{job.seed}.npz", **{k.replace("/", "-"): v for k, v in pictures.items()})
+    job.result.write_text(json.dumps({"training": training, "scores": scores}, indent=1))
+
+
+def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
+    """Every job that is not done, in a process of its own, as many at a time as --jobs says."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // args.jobs))}
+    waiting = [job for job in jobs if not job.result.exists()]
+    running: list[tuple[Run, subprocess.Popen[bytes]]] = []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            job = waiting.pop(0)
+            print(f"{time.strftime('%H:%M:%S')} {job.recipe}, seed {job.seed}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--data", args.data, "--out", str(args.out)]
+            command += ["--limit", str(args.limit), "--minutes", str(args.minutes), "--job", job.recipe, str(job.seed)]
+            with (args.out / f"{job.recipe}-{job.seed}.log").open("w") as log:
+                running.append((job, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
+        time.sleep(0.5)
+        for job, process in [pair for pair in running if pair[1].poll() is not None]:
+            running.remove((job, process))
+            if process.returncode:
+                print(f"{job.recipe}, seed {job.seed}: failed, see its log in {args.out}", file=sys.stderr, flush=True)
+
+
+def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], minutes: float) -> str:
+    """The report in markdown: what each recipe did in its time, then a section a track, means over seeds."""
+    lines = [f"{minutes:g} minutes a recipe.", ""]
+    lines += ["| recipe | parameters | seeds | steps | images | PSNR spread, dB |", "|---|---|---|---|---|---|"]
+    for name, runs in results.items():
+        took = [run["training"] for run in runs]
+        steps, images = (round(statistics.mean(sum(p[key] for p in t) for t in took)) for key in ("steps", "images"))
+        size = took[0][0]["parameters"] / 1e6
+        lines.append(f"| {name} | {size:.1f} M | {len(runs)} | {steps} | {images} | {spread(runs):.2f} |")
+    lines += ["", "The spread is that between seeds, averaged over all rows below; smaller differences are noise."]
+    columns = [name for name in COLUMNS if _known(name, baselines)]
+    for track in next(iter(baselines.values())):
+        lines += [
+            "",
+            f"**{track}**",
+            "",
+            f"| | evaluations | {' | '.join(columns)} |",
+            "|---" * (2 + len(columns)) + "|",
+        ]
+        for name, runs in results.items():
+            for key in (k for k in runs[0]["scores"] if k.split()[0] == track):
+                lines.append(_row(name, key.split()[1], [run["scores"][key] for run in runs], columns))
+        lines += [_row(name, "0", [baselines[name][track]], columns) for name in TRIVIAL]
+    return "\n".join(lines)
+
+
+def _known(column: str, baselines: dict[str, Any]) -> bool:
+    """MS-SSIM is for large pictures only."""
+    return all(scores[column] is not None for tracks in baselines.values() for scores in tracks.values())
+
+
+def _row(name: str, evaluations: str, scores: list[dict[str, Any]], columns: list[str]) -> str:
+    digits = {"psnr": 2, "ciede2000": 2}
+    means = (f"{statistics.mean(s[c] for s in scores):.{digits.get(c, 3)}f}" for c in columns)
+    return f"| {name} | {evaluations} | {' | '.join(means)} |"
+
+
+def spread(runs: list[dict[str, Any]]) -> float:
+    """Largest difference in PSNR between seeds, averaged over tracks, dB."""
+    keys = runs[0]["scores"]
+    values = [[run["scores"][key]["psnr"] for run in runs] for key in keys]
+    return statistics.mean(max(v) - min(v) for v in values)
+
+
+def trivial(val: dict[str, Any]) -> dict[str, Any]:
+    """What no model at all reaches on each track."""
+    scores: dict[str, Any] = {name: {} for name in TRIVIAL}
+    for track in tracks_of(val):
+        batch = build(val, track)
+        sketch, reference = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference))
+        for name, images in trivial_results(sketch, reference).items():
+            scores[name][track] = measure(images, batch)
+    return scores
+
+
+def picture(results: dict[str, Path], val: dict[str, Any], track: str) -> bytes:
+    """The first faces of a track, every recipe side by side."""
+    batch = build(val, track, range(PICTURES))
+    columns = [to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference)]
+    columns += [np.load(path)[track.replace("/", "-")] for path in results.values()]
+    columns.append(to_uint8(batch.target).numpy())
+    labels = ["sketch", "reference", *results, "truth"]
+    return encode_png(contact_sheet(list(zip(*columns, strict=True)), labels))
+
+
+def report(jobs: list[Run], args: argparse.Namespace) -> str:
+    """The table of all that is finished; writes results.json and the pictures."""
+    done = [job for job in jobs if job.result.exists()]
+    if not done:
+        raise SystemExit("error: no recipe finished; the logs are in " + str(args.out))
+    results: dict[str, list[dict[str, Any]]] = {}
+    for job in done:
+        results.setdefault(job.recipe, []).append(json.loads(job.result.read_text()))
+    val = read_split(args.data, "val", args.limit)
+    baselines = trivial(val)
+    everything = {"minutes": args.minutes, "results": results, "baselines": baselines}
+    (args.out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    first = {job.recipe: job.result.with_suffix(".npz") for job in reversed(done)}
+    for track in tracks_of(val):
+        (args.out / f"{track.replace('/', '-')}.png").write_bytes(picture(dict(reversed(first.items())), val, track))
+    return table(results, baselines, args.minutes)
+
+
+def main() -> None:
+    """Run the recipes and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="URI of a dataset")
+    parser.add_argument("--size", type=int, help="side in pixels; the dataset's, and checked, if given")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N")
+    parser.add_argument("--limit", type=int, default=100, help="pictures of val that are measured")
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("quality"))
+    parser.add_argument("--job", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.size and args.size != Manifest.load(args.data).image_size:
+        raise SystemExit(f"error: {args.data}: {Manifest.load(args.data).image_size} px; --size must be that")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.job:
+        share = 1 if torch.cuda.is_available() else CORES
+        run(Run(args.job[0], int(args.job[1]), args.out), args.data, 60 * share * args.minutes, args.limit)
+        return
+    jobs = [Run(recipe, seed, args.out) for seed in args.seeds for recipe in args.recipes]
+    run_all(jobs, args)
+    print(report(jobs, args))
+
+
+if __name__ == "__main__":
+    main()
