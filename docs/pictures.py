@@ -1,0 +1,351 @@
+"""The pictures of docs/method.md, drawn with a model.
+
+    python docs/pictures.py --model BUNDLE [--data DATASET_URI] [--out docs/images]
+
+Everything in them is a tensor that the model met or made; the faces are drawn ones that no demo trains on. With --data
+the rows of its `val` come in place of them, except where one face is needed in several colors. Not here: what the
+ingredients of the method gain, see benchmarks/quality.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from animediffusion.models.augment import Batch
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
+from animediffusion.models.colorize import colorize, noise_for
+from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.models.lineart import LUMA
+from animediffusion.models.path import Path as NoisePath
+from animediffusion.models.path import PathConfig, build_path
+from animediffusion.models.sampler import build_sampler, sample_times
+from animediffusion.models.shuffle import patch_order, shuffle
+from animediffusion.pipelines.dataset import read_split
+from animediffusion.pipelines.faces import draw, random_character, random_geometry
+from animediffusion.pipelines.palette import random_palette
+from animediffusion.pipelines.synthesize import make_row
+from animediffusion.pipelines.tracks import build
+from animediffusion.platform.images import contact_sheet
+
+Array = NDArray[np.uint8]
+
+SEED = 11
+"""Of the faces and the noise. The demo trains on seed 0 and shows seed 1."""
+FACES = 3
+LIMIT = 300_000
+"""Bytes of a picture; what would be larger gets 256 colors."""
+GUIDANCE = (0.0, 0.5, 1.0, 2.0, 3.0)
+STEPS = (1, 2, 4, 10, 25)
+LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Times of the forward process, in units of t_max."""
+PATHS = {"linear": PathConfig(name="linear"), "cosine": PathConfig(name="cosine"), "flow": PathConfig()}
+NOISY = (0.5, 0.9)
+"""Times at which phase 1 is shown, in units of t_max."""
+GRADIENT_STEPS = 2
+
+CELL, GAP, EDGE = 118, 58, 28
+PAPER, INK, FAINT = (246, 244, 240), (92, 86, 82), (186, 180, 172)
+SIGNAL, NOISE = (58, 116, 168), (206, 110, 52)
+ZOOM = 4
+"""Lines are drawn so many times too large and averaged down."""
+
+
+class Board:
+    """A sheet for pictures, arrows and words at any place; x and y in pixels."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.sheet = Image.new("RGB", (width, height), PAPER)
+
+    def picture(self, array: Array, x: int, y: int, below: str = "") -> None:
+        """A picture of CELL pixels a side, and a word below it."""
+        mask = Image.new("L", (ZOOM * CELL, ZOOM * CELL))
+        ImageDraw.Draw(mask).rounded_rectangle((0, 0, ZOOM * CELL - 1, ZOOM * CELL - 1), CELL // 5, fill=255)
+        image = Image.fromarray(array).convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
+        self.sheet.paste(image, (x, y), mask.resize((CELL, CELL), Image.Resampling.BOX))
+        self.text(below, x + CELL // 2, y + CELL + 12)
+
+    def text(self, words: str, x: float, y: float, size: int = 14, anchor: str = "mm", color: Any = INK) -> None:
+        """Words at their anchor: two letters as Pillow has them."""
+        font = ImageFont.load_default(size)
+        ImageDraw.Draw(self.sheet).text((x, y), words, fill=color, font=font, anchor=anchor)
+
+    def lines(self, points: Sequence[tuple[float, float]], color: Any, width: float = 2.0) -> None:
+        """A line through the points, antialiased."""
+        xs, ys = zip(*points, strict=True)
+        left, top = int(min(xs)) - 4, int(min(ys)) - 4
+        size = int(max(xs)) + 5 - left, int(max(ys)) + 5 - top
+        mask = Image.new("L", (ZOOM * size[0], ZOOM * size[1]))
+        inside = [(ZOOM * (x - left), ZOOM * (y - top)) for x, y in points]
+        ImageDraw.Draw(mask).line(inside, fill=255, width=round(ZOOM * width), joint="curve")
+        self.sheet.paste(Image.new("RGB", size, color), (left, top), mask.resize(size, Image.Resampling.BOX))
+
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], color: Any, both: bool = False) -> None:
+        """A horizontal or vertical arrow, or one with two heads."""
+        self.lines([start, end], color)
+        for tail, tip in ((start, end), (end, start))[: 2 if both else 1]:
+            along = np.sign(np.subtract(tip, tail))
+            back, across = np.array(tip) - 7 * along, 4.5 * along[::-1]
+            self.lines([tuple(back + across), tip, tuple(back - across)], color)
+
+    def array(self) -> Array:
+        """What is drawn so far."""
+        return np.array(self.sheet)
+
+
+def forward_process(batch: Batch, size: int) -> Array:
+    """One face on its way to noise on three paths, and what each path mixes it by."""
+    noise, face = noise_for(SEED, size)[None], batch.target[:1]
+    rows: list[list[Array]] = []
+    for config in PATHS.values():
+        path = build_path(config)
+        times = torch.tensor(LEVELS) * path.t_max
+        rows.append(list(_arrays(torch.cat([path.add_noise(face, noise, t[None]) for t in times]))))
+    faces = contact_sheet(rows, [f"t = {t:g}" for t in LEVELS], names=list(PATHS), cell=CELL)
+    board = Board(faces.shape[1], faces.shape[0] + 200)
+    board.sheet.paste(Image.fromarray(faces))
+    pitch = (faces.shape[1] - 2 * EDGE + 30) // len(PATHS)
+    for number, (name, config) in enumerate(PATHS.items()):
+        _curves(board, name, build_path(config), EDGE + number * pitch, faces.shape[0] + 22, pitch - 30)
+    return board.array()
+
+
+def _curves(board: Board, name: str, path: NoisePath, x: int, y: int, width: int) -> None:
+    """alpha and sigma over time, with their last values."""
+    height = 120
+    board.text(name, x, y - 14, anchor="lm")
+    for level in (0.0, 0.5, 1.0):
+        board.lines([(x, y + height * (1 - level)), (x + width, y + height * (1 - level))], FAINT, 1)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64) * path.t_max
+    ends = ((path.alpha(t), "alpha", SIGNAL, x, "lm"), (path.sigma(t), "sigma", NOISE, x + width, "rm"))
+    for values, word, color, end, anchor in ends:
+        board.lines([(x + width * i / 100, y + height * (1 - float(v))) for i, v in enumerate(values)], color)
+        board.text(f"{word} ends at {float(values[-1]):.2f}", end, y + height + 34, 13, anchor, color)
+    board.text("t = 0", x, y + height + 13, 12, "lm")
+    board.text("t_max", x + width, y + height + 13, 12, "rm")
+
+
+class Trace(NamedTuple):
+    """What phase 2 passes through: images [N, 3, S, S] and their times."""
+
+    states: Tensor
+    estimates: Tensor
+    times: list[float]
+
+
+@torch.no_grad()
+def _trace(bundle: Bundle, batch: Batch, steps: int) -> Trace:
+    path = bundle.denoiser.path
+    sampler, times = build_sampler("euler", path), sample_times(path, steps, shift=bundle.config.sampler.shift)
+    condition = bundle.denoiser.encode(batch.sketch, batch.reference)
+    state = sampler.start(noise_for(SEED, batch.target.shape[-1])[None], times)
+    states, estimates = [state.x], []
+    for _ in range(steps):
+        estimates.append(bundle.denoiser(*sampler.query(state), condition))
+        state = sampler.advance(state, estimates[-1])
+        states.append(state.x)
+    return Trace(torch.cat(states), torch.cat(estimates), times.tolist())
+
+
+def two_phases(bundle: Bundle, batch: Batch) -> Array:
+    """What each phase sees, makes and compares, and where gradients pass."""
+    row = CELL + 34
+    board = Board(2 * EDGE + 6 * CELL + 5 * GAP, 4 * row + 4 * EDGE + 92)
+    one = Batch(*(x[:1] for x in batch))
+    _phase_1(board, bundle, one, EDGE + 24)
+    _phase_2(board, bundle, one, 2 * row + 2 * EDGE + 54)
+    y = board.sheet.height - EDGE
+    for x, color, words in (
+        (_column(0), FAINT, "no gradient"),
+        (_column(1) + 20, NOISE, "the loss's gradient passes here"),
+    ):
+        board.arrow((x, y), (x + 34, y), color)
+        board.text(words, x + 46, y, anchor="lm")
+    return board.array()
+
+
+@torch.no_grad()
+def _phase_1(board: Board, bundle: Bundle, batch: Batch, top: int) -> None:
+    board.text("Phase 1: a time drawn at random, one call of the network", EDGE, top - 20, 16, "lm")
+    size, path = batch.target.shape[-1], bundle.denoiser.path
+    condition = bundle.denoiser.encode(batch.sketch, batch.reference)
+    for line, level in enumerate(NOISY):
+        y = top + line * (CELL + 34)
+        t = torch.tensor([level * path.t_max])
+        x_t = path.add_noise(batch.target, noise_for(SEED, size)[None], t)
+        estimate = bundle.denoiser(x_t, t, condition)
+        cells = (batch.sketch, batch.reference, batch.target, x_t, estimate, batch.target)
+        words = ("sketch", "reference", "truth x_0", f"x_t, t = {level:g}", "estimate of x_0", "truth x_0")
+        for column, (tensor, word) in enumerate(zip(cells, words, strict=True)):
+            board.picture(_arrays(tensor)[0], _column(column), y, word)
+        _across(board, 2, y, FAINT)
+        _across(board, 3, y, NOISE)
+        _across(board, 4, y, NOISE, both=True)
+        board.text("noise", _column(3) - GAP // 2, y + CELL // 2 - 14, 12)
+        board.text("network", _column(4) - GAP // 2, y + CELL // 2 - 14, 12)
+        board.text("loss", _column(5) - GAP // 2, y + CELL // 2 - 14, 12)
+
+
+def _phase_2(board: Board, bundle: Bundle, batch: Batch, top: int) -> None:
+    steps = min(4, max(2, bundle.config.sampler.steps))
+    head = f"Phase 2: from pure noise, the {steps} steps that are deployed, the last {GRADIENT_STEPS} differentiated"
+    board.text(head, EDGE, top - 20, 16, "lm")
+    trace = _trace(bundle, batch, steps)
+    below, shift = top + CELL + 76, 4 - steps
+    for number in range(steps):
+        column, x = number + shift, _column(number + shift)
+        color = NOISE if number >= steps - GRADIENT_STEPS else FAINT
+        word = "noise" if number == 0 else "x_t"
+        board.picture(_arrays(trace.states)[number], x, top, f"{word}, t = {trace.times[number]:.2g}")
+        board.picture(_arrays(trace.estimates)[number], x, below, "estimate of x_0")
+        board.arrow((x + CELL // 2, top + CELL + 24), (x + CELL // 2, below - 6), color)
+        board.text("network", x + CELL // 2 + 10, (top + CELL + 24 + below - 6) / 2, 12, "lm")
+        _across(board, column, top, color)
+        board.text("step", x + CELL + GAP // 2, top + CELL // 2 - 14, 12)
+    board.picture(_arrays(trace.states)[-1], _column(4), top, "image")
+    board.picture(_arrays(batch.target)[0], _column(5), top, "truth x_0")
+    _across(board, 4, top, NOISE, both=True)
+    board.text("loss", _column(5) - GAP // 2, top + CELL // 2 - 14, 12)
+
+
+def _column(number: int) -> int:
+    return EDGE + number * (CELL + GAP)
+
+
+def _across(board: Board, column: int, y: int, color: Any, both: bool = False) -> None:
+    """An arrow from a column to the next."""
+    middle = y + CELL // 2
+    board.arrow((_column(column) + CELL + 8, middle), (_column(column + 1) - 8, middle), color, both)
+
+
+def guidance(bundle: Bundle, batch: Batch) -> Array:
+    """The same noise at several guidance scales; 0 never sees the reference, 1 is no guidance."""
+    own = bundle.config.sampler
+    results = [(f"scale {scale:g}", replace(own, guidance_scale=scale)) for scale in GUIDANCE]
+    return _sweep(bundle, batch, results)
+
+
+def steps(bundle: Bundle, batch: Batch) -> Array:
+    """The same noise in more and more steps."""
+    own = replace(bundle.config.sampler, name="euler", guidance_scale=1.0)
+    results = [(f"{n} step" + "s" * (n > 1), replace(own, steps=n)) for n in STEPS]
+    return _sweep(bundle, batch, results)
+
+
+def _sweep(bundle: Bundle, batch: Batch, results: Sequence[tuple[str, SamplerDefaults]]) -> Array:
+    columns = [_arrays(batch.sketch), _arrays(batch.reference)]
+    columns += [_color(bundle, batch.sketch, batch.reference, sampler) for _, sampler in results]
+    labels = ["sketch", "reference", *(label for label, _ in results), "truth"]
+    return contact_sheet(list(zip(*columns, _arrays(batch.target), strict=True)), labels, cell=128)
+
+
+def references(bundle: Bundle) -> Array:
+    """One sketch with references that are right, of other colors, damaged, and of nothing."""
+    size = bundle.config.image_size
+    rng = np.random.default_rng([SEED, FACES])  # another face than those of faces()
+    character, geometry, other = random_character(rng), random_geometry(rng), random_geometry(rng)
+    people = [character, *(replace(character, palette=random_palette(rng)) for _ in range(3))]
+    given = [draw(person, other, size)[0] for person in people]
+    truths = [draw(person, geometry, size)[0] for person in people]
+    labels = ["sketch", "its colors", *(f"palette {n}" for n in (2, 3, 4)), "shuffled", "unrelated", "gray"]
+    reference = _tensor(given + [given[0]] * 3)
+    reference[4] = _shuffled(reference[4:5])[0]
+    reference[5] = _tensor([_unrelated(rng, size)])[0]
+    reference[6] = (reference[6] * torch.tensor(LUMA)[:, None, None]).sum(0)
+    sketch = _tensor([draw(character, geometry, size)[1]] * len(reference))
+    seen, colored = _arrays(reference), _color(bundle, sketch, reference, bundle.config.sampler)
+    rows = [[_arrays(sketch)[0], *seen], [None, *colored], [None, *truths, truths[0]]]
+    return contact_sheet(rows, labels, names=["reference", "colored", "truth"], cell=128)
+
+
+def _unrelated(rng: np.random.Generator, size: int) -> Array:
+    """A picture of nobody: colored noise, large."""
+    return np.array(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size)))
+
+
+def _shuffled(images: Tensor) -> Tensor:
+    keys = torch.rand(len(images), 64, generator=torch.Generator().manual_seed(SEED))
+    return shuffle(images, patch_order(torch.full((len(images),), 4), keys))
+
+
+def _color(bundle: Bundle, sketch: Tensor, reference: Tensor, sampler: SamplerDefaults) -> Array:
+    """uint8 [B, S, S, 3], all rows from the same noise."""
+    return _arrays(colorize(bundle, sketch, reference, seeds=[SEED] * len(sketch), sampler=sampler))
+
+
+def _arrays(images: Tensor) -> Array:
+    array: Array = to_uint8(images.expand(-1, 3, -1, -1)).numpy()
+    return array
+
+
+def _tensor(arrays: Sequence[Array]) -> Tensor:
+    return to_tensor(torch.from_numpy(np.stack(arrays)))
+
+
+def faces(size: int, data: str | None) -> Batch:
+    """Drawn faces with their line art, and another drawing of each in the same colors; or rows of a dataset."""
+    if data is not None:
+        rows = read_split(data, "val", FACES)
+        return build(rows, "cross" if rows["has_cross"].all() else "recolored")
+    drawn = [make_row(SEED, number, size) for number in range(FACES)]
+    columns = zip(*((row.target, row.sketch, row.cross_reference) for row in drawn), strict=True)
+    return Batch(*(_tensor(column) for column in columns))
+
+
+def save(array: Array, path: Path) -> None:
+    """A PNG of at most LIMIT bytes.
+
+    Raises:
+        ValueError: 256 colors are too large still.
+    """
+    image = Image.fromarray(array)
+    data = _png(image)
+    if len(data) > LIMIT:
+        data = _png(image.quantize(256, kmeans=3))
+    if len(data) > LIMIT:
+        raise ValueError(f"{path} would be {len(data)} bytes, at most {LIMIT} are allowed")
+    path.write_bytes(data)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    """Draw all of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", required=True, help="a bundle folder")
+    parser.add_argument("--data", help="URI of a dataset whose val is shown in place of drawn faces")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    args = parser.parse_args()
+    bundle = load_bundle(args.model)
+    size = bundle.config.image_size
+    batch = faces(size, args.data)
+    pictures: dict[str, Callable[[], Array]] = {
+        "forward": lambda: forward_process(batch, size),
+        "phases": lambda: two_phases(bundle, batch),
+        "guidance": lambda: guidance(bundle, batch),
+        "steps": lambda: steps(bundle, batch),
+        "references": lambda: references(bundle),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, make in pictures.items():
+        path = args.out / f"method-{name}.png"
+        save(make(), path)
+        print(f"{path} {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main()

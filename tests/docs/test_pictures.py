@@ -1,0 +1,65 @@
+"""docs/pictures.py draws every picture of docs/method.md, with any bundle."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle
+from animediffusion.models.unet import UNetConfig
+from animediffusion.platform.images import decode_rgb
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """An untrained bundle for 32 px that samples in two steps."""
+    torch.manual_seed(0)
+    network = UNetConfig(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, head_channels=32, patch_size=4)
+    config = BundleConfig(network=network, image_size=32, sampler=SamplerDefaults(steps=2))
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    save_bundle(folder, config.build(), config)
+    return folder
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["drawn", "data"])
+def test_every_picture_of_the_text_is_drawn_and_small(
+    pictures, bundle, faces_dataset, tmp_path, monkeypatch, with_data
+):
+    arguments = ["--model", str(bundle), "--out", str(tmp_path)] + (["--data", faces_dataset] if with_data else [])
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments])
+    pictures.main()
+    told = set(re.findall(r"images/(method-\w+\.png)", (DOCS / "method.md").read_text()))
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert len(drawn) == 5
+    assert told >= drawn
+    for name in drawn:
+        data = (tmp_path / name).read_bytes()
+        assert len(data) <= pictures.LIMIT
+        assert len(np.unique(decode_rgb(data).reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_picture_too_large_gets_fewer_colors_and_then_is_refused(pictures, tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    monkeypatch.setattr(pictures, "LIMIT", 150_000)
+    pictures.save(noise, tmp_path / "noise.png")
+    kept = decode_rgb((tmp_path / "noise.png").read_bytes())
+    assert kept.shape == noise.shape
+    assert len(np.unique(kept.reshape(-1, 3), axis=0)) <= 256
+    monkeypatch.setattr(pictures, "LIMIT", 10_000)
+    with pytest.raises(ValueError, match="at most 10000"):
+        pictures.save(noise, tmp_path / "noise.png")
