@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults
@@ -5,6 +7,8 @@ from animediffusion.models.path import PathConfig, build_path
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines.recipe import TrainConfig, changed_keys, load_recipe, recipe_names
 from animediffusion.platform.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def failure(*overrides, recipe="demo"):
@@ -22,6 +26,18 @@ def test_every_recipe_of_the_package_is_valid_and_named_after_its_file(name):
     assert config.recipe == name
     assert config.run_name.startswith(f"{name}-")
     assert TrainConfig.check(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_benchmarks_can_be_trained(path):
+    config = load_recipe(str(path))
+    assert config.recipe == path.stem
+    config.objective.build(config.bundle_config(64).build(), config.sampler or SamplerDefaults(), config.seed)
+
+
+def test_phase_2_goes_through_the_sampler_of_the_model_it_starts_from():
+    parent = BundleConfig(sampler=SamplerDefaults(name="heun", steps=3))
+    assert load_recipe("phase2").started_from(parent).sampler == parent.sampler
 
 
 def test_the_package_brings_the_papers_recipe_with_the_papers_network():
@@ -103,11 +119,11 @@ def test_a_bad_yaml_file_is_named(tmp_path, text, found):
 
 def test_a_recipe_changes_only_what_it_names_of_its_base(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("base: demo\nseed: 7\nnetwork: {base_channels: 96, head_channels: 96}\n")
+    path.write_text("base: demo\nseed: 7\nnetwork: {base_channels: 128, num_res_blocks: 2}\n")
     base, mine = load_recipe("demo"), load_recipe(str(path))
     assert changed_keys(base.identity(), mine.identity()) == [
         "network.base_channels",
-        "network.head_channels",
+        "network.num_res_blocks",
         "recipe",
         "seed",
     ]
