@@ -39,6 +39,7 @@ from animediffusion.pipelines.dataset import Manifest, read_split
 from animediffusion.pipelines.metrics import detail, score, trivial_results
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe
 from animediffusion.pipelines.tracks import TRACKS, build
+from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images import contact_sheet, encode_png
 
 HERE = Path(__file__).parent / "recipes"
@@ -52,7 +53,7 @@ RECIPES: dict[str, list[tuple[str, float]]] = {
     "ours": [("phase1", 1.0)],
     "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
 }
-"""Name -> recipes that follow each other, with their shares of the time."""
+"""Name -> recipes that follow each other, with their shares of the time. Any other name is a recipe of its own."""
 TRIVIAL = ("copy_reference", "mean_color", "sketch")
 EVALUATIONS = (1, 2, 4, 10, 25)
 COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1")
@@ -73,7 +74,12 @@ class Run:
     @property
     def result(self) -> Path:
         """Where it says what it reached, once it is finished."""
-        return self.folder / f"{self.recipe}-{self.seed}.json"
+        return self.folder / f"{Path(self.recipe).stem}-{self.seed}.json"
+
+
+def parts_of(recipe: str) -> list[tuple[str, float]]:
+    """The recipes, by name or YAML file, that a row of the table is made of."""
+    return RECIPES.get(recipe, [(recipe, 1.0)])
 
 
 def clock(device: torch.device) -> float:
@@ -179,14 +185,14 @@ def run(job: Run, data: str, seconds: float, limit: int) -> None:
     rows = read_split(data, "train")
     size = rows["target"].shape[1]
     denoiser, training, strict = None, [], False
-    for name, share in RECIPES[job.recipe]:
+    for name, share in parts_of(job.recipe):
         config = load_recipe(name, [f"seed={job.seed}", "max_steps=1000000"])
         denoiser, took = train(config, denoiser, rows, share * seconds, device)
         strict = config.objective.strict
         training.append({"recipe": config.recipe, **took})
     assert denoiser is not None
-    bundle = load_recipe(RECIPES[job.recipe][0][0], []).bundle_config(size)
-    save_bundle(job.folder / "bundles" / f"{job.recipe}-{job.seed}", denoiser, bundle)
+    bundle = load_recipe(parts_of(job.recipe)[0][0]).bundle_config(size)
+    save_bundle(job.folder / "bundles" / job.result.stem, denoiser, bundle)
     val = read_split(data, "val", limit)
     scores, pictures = {}, {}
     for track in tracks_of(val):
@@ -195,7 +201,7 @@ def run(job: Run, data: str, seconds: float, limit: int) -> None:
             result = color(denoiser, batch, steps, strict, device)
             scores[f"{track} {steps}"] = measure(result, batch)
             pictures[track] = result[:PICTURES] if steps in (1, 4, 10) else pictures.get(track)
-    np.savez(job.folder / f"{job.recipe}-{job.seed}.npz", **{k.replace("/", "-"): v for k, v in pictures.items()})
+    np.savez(job.result.with_suffix(".npz"), **{k.replace("/", "-"): v for k, v in pictures.items()})
     job.result.write_text(json.dumps({"training": training, "scores": scores}, indent=1))
 
 
@@ -210,7 +216,7 @@ def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
             print(f"{time.strftime('%H:%M:%S')} {job.recipe}, seed {job.seed}", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--data", args.data, "--out", str(args.out)]
             command += ["--limit", str(args.limit), "--minutes", str(args.minutes), "--job", job.recipe, str(job.seed)]
-            with (args.out / f"{job.recipe}-{job.seed}.log").open("w") as log:
+            with job.result.with_suffix(".log").open("w") as log:
                 running.append((job, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
         time.sleep(0.5)
         for job, process in [pair for pair in running if pair[1].poll() is not None]:
@@ -291,12 +297,12 @@ def report(jobs: list[Run], args: argparse.Namespace) -> str:
         raise SystemExit("error: no recipe finished; the logs are in " + str(args.out))
     results: dict[str, list[dict[str, Any]]] = {}
     for job in done:
-        results.setdefault(job.recipe, []).append(json.loads(job.result.read_text()))
+        results.setdefault(Path(job.recipe).stem, []).append(json.loads(job.result.read_text()))
     val = read_split(args.data, "val", args.limit)
     baselines = trivial(val)
     everything = {"minutes": args.minutes, "results": results, "baselines": baselines}
     (args.out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
-    first = {job.recipe: job.result.with_suffix(".npz") for job in reversed(done)}
+    first = {Path(job.recipe).stem: job.result.with_suffix(".npz") for job in reversed(done)}
     for track in tracks_of(val):
         (args.out / f"{track.replace('/', '-')}.png").write_bytes(picture(dict(reversed(first.items())), val, track))
     return table(results, baselines, args.minutes)
@@ -308,7 +314,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="URI of a dataset")
     parser.add_argument("--size", type=int, help="side in pixels; the dataset's, and checked, if given")
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(RECIPES), metavar="NAME", help="rows, recipes or YAML files"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N")
     parser.add_argument("--limit", type=int, default=100, help="pictures of val that are measured")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
@@ -322,6 +330,12 @@ def main() -> None:
         share = 1 if torch.cuda.is_available() else CORES
         run(Run(args.job[0], int(args.job[1]), args.out), args.data, 60 * share * args.minutes, args.limit)
         return
+    for recipe in args.recipes:
+        for name, _ in parts_of(recipe):
+            try:
+                load_recipe(name)
+            except ConfigError as error:
+                raise SystemExit(f"error: {error}; or one of {', '.join(RECIPES)}") from None
     jobs = [Run(recipe, seed, args.out) for seed in args.seeds for recipe in args.recipes]
     run_all(jobs, args)
     print(report(jobs, args))
