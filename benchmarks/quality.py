@@ -233,7 +233,7 @@ def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], m
         took = [run["training"] for run in runs]
         steps, images = (round(statistics.mean(sum(p[key] for p in t) for t in took)) for key in ("steps", "images"))
         size = took[0][0]["parameters"] / 1e6
-        lines.append(f"| {name} | {size:.1f} M | {len(runs)} | {steps} | {images} | {spread(runs):.2f} |")
+        lines.append(f"| {name} | {size:.1f} M | {len(runs)} | {steps} | {images} | {spread(runs)} |")
     lines += ["", "The spread is that between seeds, averaged over all rows below; smaller differences are noise."]
     columns = [name for name in COLUMNS if _known(name, baselines)]
     for track in next(iter(baselines.values())):
@@ -262,11 +262,12 @@ def _row(name: str, evaluations: str, scores: list[dict[str, Any]], columns: lis
     return f"| {name} | {evaluations} | {' | '.join(means)} |"
 
 
-def spread(runs: list[dict[str, Any]]) -> float:
-    """Largest difference in PSNR between seeds, averaged over tracks, dB."""
-    keys = runs[0]["scores"]
-    values = [[run["scores"][key]["psnr"] for run in runs] for key in keys]
-    return statistics.mean(max(v) - min(v) for v in values)
+def spread(runs: list[dict[str, Any]]) -> str:
+    """Largest difference in PSNR between seeds, averaged over tracks, dB; nothing for one seed."""
+    if len(runs) == 1:
+        return "-"
+    values = [[run["scores"][key]["psnr"] for run in runs] for key in runs[0]["scores"]]
+    return f"{statistics.mean(max(v) - min(v) for v in values):.2f}"
 
 
 def trivial(val: dict[str, Any]) -> dict[str, Any]:
