@@ -37,9 +37,10 @@ from animediffusion.models.images import to_uint8
 from animediffusion.models.training import Step, TrainState, fit
 from animediffusion.pipelines.dataset import Manifest, read_split
 from animediffusion.pipelines.metrics import detail, score, trivial_results
+from animediffusion.pipelines.perceptual import perceptual, require
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe
 from animediffusion.pipelines.tracks import TRACKS, build
-from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images import contact_sheet, encode_png
 
 HERE = Path(__file__).parent / "recipes"
@@ -56,7 +57,7 @@ RECIPES: dict[str, list[tuple[str, float]]] = {
 """Name -> recipes that follow each other, with their shares of the time. Any other name is a recipe of its own."""
 TRIVIAL = ("copy_reference", "mean_color", "sketch")
 EVALUATIONS = (1, 2, 4, 10, 25)
-COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1")
+COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1", "lpips", "fid")
 CHUNK = 25
 NUM_TIMED = 12
 CORES = os.cpu_count() or 1
@@ -159,10 +160,11 @@ def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torc
     return authors.strict_sample(predict, authors.gammas(authors.require_fit(denoiser)), noise, injected)
 
 
-def measure(result: Any, batch: Batch) -> dict[str, Any]:
-    """Every metric of results [B, S, S, 3]."""
+def measure(result: Any, batch: Batch, weights: Path | None) -> dict[str, Any]:
+    """Every metric of results [B, S, S, 3]; LPIPS and FID with weights."""
     truth, sketch = (to_uint8(x.cpu()).numpy() for x in (batch.target, batch.sketch.expand(-1, 3, -1, -1)))
-    return {**score(result, truth), **detail(result, truth, sketch)}
+    scores: dict[str, Any] = {**score(result, truth), **detail(result, truth, sketch)}
+    return scores if weights is None else {**scores, **perceptual(result, truth, weights)}
 
 
 def evaluations(recipe: str, track: str) -> tuple[int, ...]:
@@ -179,7 +181,7 @@ def tracks_of(rows: dict[str, Any]) -> list[str]:
     return [name for name in TRACKS if name != "cross" or rows["has_cross"].all()]
 
 
-def run(job: Run, data: str, seconds: float, limit: int) -> None:
+def run(job: Run, data: str, seconds: float, limit: int, weights: Path | None) -> None:
     """Train and measure one recipe; write what it reached."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_split(data, "train")
@@ -199,7 +201,7 @@ def run(job: Run, data: str, seconds: float, limit: int) -> None:
         batch = build(val, track)
         for steps in evaluations(job.recipe, track):
             result = color(denoiser, batch, steps, strict, device)
-            scores[f"{track} {steps}"] = measure(result, batch)
+            scores[f"{track} {steps}"] = measure(result, batch, weights)
             pictures[track] = result[:PICTURES] if steps in (1, 4, 10) else pictures.get(track)
     np.savez(job.result.with_suffix(".npz"), **{k.replace("/", "-"): v for k, v in pictures.items()})
     job.result.write_text(json.dumps({"training": training, "scores": scores}, indent=1))
@@ -216,6 +218,7 @@ def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
             print(f"{time.strftime('%H:%M:%S')} {job.recipe}, seed {job.seed}", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--data", args.data, "--out", str(args.out)]
             command += ["--limit", str(args.limit), "--minutes", str(args.minutes), "--job", job.recipe, str(job.seed)]
+            command += ["--weights", str(args.weights)] if args.weights else []
             with job.result.with_suffix(".log").open("w") as log:
                 running.append((job, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
         time.sleep(0.5)
@@ -252,8 +255,8 @@ def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], m
 
 
 def _known(column: str, baselines: dict[str, Any]) -> bool:
-    """MS-SSIM is for large pictures only."""
-    return all(scores[column] is not None for tracks in baselines.values() for scores in tracks.values())
+    """MS-SSIM is for large pictures only, LPIPS and FID for those who have weights."""
+    return all(scores.get(column) is not None for tracks in baselines.values() for scores in tracks.values())
 
 
 def _row(name: str, evaluations: str, scores: list[dict[str, Any]], columns: list[str]) -> str:
@@ -270,14 +273,14 @@ def spread(runs: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(max(v) - min(v) for v in values):.2f}"
 
 
-def trivial(val: dict[str, Any]) -> dict[str, Any]:
+def trivial(val: dict[str, Any], weights: Path | None) -> dict[str, Any]:
     """What no model at all reaches on each track."""
     scores: dict[str, Any] = {name: {} for name in TRIVIAL}
     for track in tracks_of(val):
         batch = build(val, track)
         sketch, reference = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference))
         for name, images in trivial_results(sketch, reference).items():
-            scores[name][track] = measure(images, batch)
+            scores[name][track] = measure(images, batch, weights)
     return scores
 
 
@@ -300,7 +303,7 @@ def report(jobs: list[Run], args: argparse.Namespace) -> str:
     for job in done:
         results.setdefault(Path(job.recipe).stem, []).append(json.loads(job.result.read_text()))
     val = read_split(args.data, "val", args.limit)
-    baselines = trivial(val)
+    baselines = trivial(val, args.weights)
     everything = {"minutes": args.minutes, "results": results, "baselines": baselines}
     (args.out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     first = {Path(job.recipe).stem: job.result.with_suffix(".npz") for job in reversed(done)}
@@ -322,24 +325,36 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="pictures of val that are measured")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("quality"))
+    parser.add_argument("--weights", type=Path, help="folder of pipelines/perceptual.py's files, for LPIPS and FID")
     parser.add_argument("--job", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.size and args.size != Manifest.load(args.data).image_size:
-        raise SystemExit(f"error: {args.data}: {Manifest.load(args.data).image_size} px; --size must be that")
+    try:
+        check(args)
+    except AnimeDiffusionError as error:
+        raise SystemExit(f"error: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
-        share = 1 if torch.cuda.is_available() else CORES
-        run(Run(args.job[0], int(args.job[1]), args.out), args.data, 60 * share * args.minutes, args.limit)
+        job = Run(args.job[0], int(args.job[1]), args.out)
+        seconds = 60 * args.minutes * (1 if torch.cuda.is_available() else CORES)
+        run(job, args.data, seconds, args.limit, args.weights)
         return
-    for recipe in args.recipes:
-        for name, _ in parts_of(recipe):
-            try:
-                load_recipe(name)
-            except ConfigError as error:
-                raise SystemExit(f"error: {error}; or one of {', '.join(RECIPES)}") from None
     jobs = [Run(recipe, seed, args.out) for seed in args.seeds for recipe in args.recipes]
     run_all(jobs, args)
     print(report(jobs, args))
+
+
+def check(args: argparse.Namespace) -> None:
+    """All that can be wrong, before anything is trained."""
+    size = Manifest.load(args.data).image_size
+    if args.size and args.size != size:
+        raise ConfigError("--size", f"is {args.size}, the dataset has {size} px", "ingest the source at that size")
+    for name in (name for recipe in args.recipes for name, _ in parts_of(recipe)):
+        try:
+            load_recipe(name)
+        except ConfigError as error:
+            raise ConfigError(error.thing, error.found, f"{error.allowed}; or a row of {', '.join(RECIPES)}") from None
+    if args.weights:
+        require(args.weights)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,25 @@ def perceptual(result: Images, truth: Images, weights: Path) -> dict[str, float]
     Raises:
         ConfigError: the extra is not installed, or a file is missing.
     """
-    if any(importlib.util.find_spec(name) is None for name in NEEDS):
-        raise ConfigError("LPIPS and FID", "need packages that are missing", "pip install animediffusion[perceptual]")
-    for name in (ALEXNET, INCEPTION):
-        if not (weights / name).is_file():
-            raise ConfigError(str(weights), f"has no {name}", "get the file from where pipelines/perceptual.py says")
+    require(weights)
     pairs = [
         [torch.from_numpy(x[start : start + CHUNK]).permute(0, 3, 1, 2) for x in (result, truth)]
         for start in range(0, len(result), CHUNK)
     ]
     return {"lpips": _lpips(pairs, weights / ALEXNET), "fid": _fid(pairs, weights / INCEPTION)}
+
+
+def require(weights: Path) -> None:
+    """Find out before hours of training, not after.
+
+    Raises:
+        ConfigError: the extra is not installed, or a file is missing.
+    """
+    if any(importlib.util.find_spec(name) is None for name in NEEDS):
+        raise ConfigError("LPIPS and FID", "need packages that are missing", "pip install animediffusion[perceptual]")
+    for name in (ALEXNET, INCEPTION):
+        if not (weights / name).is_file():
+            raise ConfigError(str(weights), f"has no {name}", "get the file from where pipelines/perceptual.py says")
 
 
 def _lpips(pairs: list[list[torch.Tensor]], file: Path) -> float:
