@@ -134,7 +134,7 @@ def train(
 
 @torch.no_grad()
 def color(
-    denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device, sampler: str = "euler"
+    denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Results [B, S, S, 3] with noise that follows from the row."""
     size = batch.target.shape[-1]
@@ -146,8 +146,7 @@ def color(
             if strict:
                 image = strict_images(denoiser, part, noise)
             else:
-                settings = SamplerDefaults(name=sampler, steps=steps)
-                image = sample_images(denoiser, part.sketch, part.reference, noise, settings)
+                image = sample_images(denoiser, part.sketch, part.reference, noise, SamplerDefaults(steps=steps))
         parts.append(to_uint8(image.clamp(-1, 1)).cpu().numpy())
     return np.concatenate(parts)
 

@@ -1,7 +1,7 @@
 """The authors' warp, which makes a reference from the target: a thin-plate spline with two points on one diagonal.
 
 Source: utils/image/wrap.py and utils/image/thinplate/ of their repository, after Bookstein 1989. It is part of the
-strict mode; what a model learns more from is `augment.warp`. They warp 8-bit files before these are made smaller, here
+strict mode; what a model learns more from is in augment.py. They warp 8-bit files before these are made smaller, here
 the image that is trained on is warped. B rows, S pixels a side; positions in 0..1 of the side.
 """
 
@@ -14,16 +14,6 @@ from torch import Tensor
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
 NUM_DRAWS = 4
 """They draw anew while the two points meet, about once in 40; four times in a row is not worth a loop."""
-
-
-def authors_warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [3, S, S] in [-1, 1] warped by its own two points; black comes in from outside.
-
-    Args:
-        images: [B, 3, S, S].
-        generator: on the images' device.
-    """
-    return warp_diagonal(images, *draw_points(len(images), generator, images.device))
 
 
 def draw_points(rows: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -40,7 +30,7 @@ def draw_points(rows: int, generator: torch.Generator, device: torch.device) -> 
 
 
 def warp_diagonal(images: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Images in which the points `before` [B, 2] of the main diagonal have moved to `after`."""
+    """Images [B, 3, S, S] whose points `before` [B, 2] of the main diagonal are at `after`; black from outside."""
     height, width = images.shape[-2:]
     corners = images.new_tensor(CORNERS, dtype=torch.float64).expand(len(images), -1, -1)
     source, centers = (torch.cat([corners, p.double()[..., None].expand(-1, -1, 2)], 1) for p in (before, after))
