@@ -10,6 +10,7 @@ import boto3
 import pytest
 import ray
 import torch
+from faults import FaultyStore
 from moto.server import ThreadedMotoServer
 
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
@@ -50,6 +51,14 @@ def moto_server() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield url
     server.stop()
+
+
+@pytest.fixture
+def faulty_s3(moto_server: str) -> Iterator[tuple[str, FaultyStore]]:
+    """URL of a way to the S3 server that fails on command, and the switch (faults.py); name it in a URI or the AWS
+    variables."""
+    with FaultyStore(moto_server) as store:
+        yield store.url, store
 
 
 @pytest.fixture(scope="session")
