@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from animediffusion.pipelines.order import GROUP_ROWS
 from animediffusion.platform import storage
@@ -69,10 +70,13 @@ def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str
     starts = np.cumsum([0] + [footer.row_group(group).num_rows for group in range(footer.num_row_groups)])
     group_of = np.searchsorted(starts, rows, side="right") - 1
     wanted, which = np.unique(group_of, return_inverse=True)
-    files, path = storage.filesystem(uri)
-    with storage.explained(uri), files.open_input_file(path) as source:
-        shard = pq.ParquetFile(source, metadata=footer, pre_buffer=True)
-        table = shard.read_row_groups(wanted.tolist(), columns=list(columns), use_threads=False)
+
+    def read(files: fs.FileSystem, path: str) -> pa.Table:
+        with files.open_input_file(path) as source:
+            shard = pq.ParquetFile(source, metadata=footer, pre_buffer=True)
+            return shard.read_row_groups(wanted.tolist(), columns=list(columns), use_threads=False)
+
+    table = storage.patiently(uri, read)
     sizes = starts[wanted + 1] - starts[wanted]
     begins = np.cumsum(sizes) - sizes
     return table.take(pa.array(np.asarray(rows) - starts[group_of] + begins[which]))
@@ -86,6 +90,8 @@ def read_shard(uri: str) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=1024)
 def _footer(uri: str, version: str) -> pq.FileMetaData:  # noqa: ARG001
-    files, path = storage.filesystem(uri)
-    with storage.explained(uri), files.open_input_file(path) as source:
-        return pq.read_metadata(source)
+    def read(files: fs.FileSystem, path: str) -> pq.FileMetaData:
+        with files.open_input_file(path) as source:
+            return pq.read_metadata(source)
+
+    return storage.patiently(uri, read)

@@ -19,6 +19,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 from animediffusion.platform.network import why_unreachable
+from animediffusion.platform.storage import PATIENCE_VARIABLE
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
@@ -37,6 +38,9 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
+
+_PASSED_ON = ("OMP_NUM_THREADS", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", PATIENCE_VARIABLE)
+"""Variables of the driver that its workers get."""
 
 
 def connect(
@@ -106,11 +110,8 @@ def cluster_address() -> str | None:
 
 def _runtime_env(settings: Settings) -> dict[str, Any]:
     """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
-    values = {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads:
-        values["OMP_NUM_THREADS"] = threads
-    return {"env_vars": values}
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
+    return {"env_vars": {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace), **passed_on}}
 
 
 def _loopback_only(on: bool) -> None:

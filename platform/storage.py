@@ -4,40 +4,43 @@
     for name in list_files("data/faces"): ...
 
 One endpoint setting, AWS_ENDPOINT_URL_S3 (boto3 and MLflow read it too), or `?endpoint_override=` in a URI. Credentials
-come from the environment or the machine, never from a URI. All errors are a StorageError that names the URI.
-Not here: what the bytes mean.
+come from the environment or the machine, never from a URI. All errors are a StorageError that names the URI. A store
+that throttles, resets or stalls is asked again for a minute, then it is a StoreFailedError.
+Not here: what the bytes mean; how an S3 store is asked, see platform/s3.py.
 """
 
 from __future__ import annotations
 
-import functools
 import os
+import random
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
-from animediffusion.platform.errors import StorageError
+from animediffusion.platform import s3
+from animediffusion.platform.errors import ConfigError, StorageError
+from animediffusion.platform.s3 import FileError, StoreFailedError, UnreachableError
 
-PROBE_CONNECT_S = 3
-PROBE_REQUEST_S = 6
-"""The first question to a store must be answered in this time; later ones may take longer and are retried."""
-_REQUEST_S = 60
-_ATTEMPTS = 5
+__all__ = ["FileError", "StoreFailedError", "UnreachableError"]
+
+T = TypeVar("T")
+
+PATIENCE_S = 60.0
+"""Seconds for which a store that fails is asked again; ANIMEDIFFUSION_STORAGE_PATIENCE_S sets another number."""
+PATIENCE_VARIABLE = "ANIMEDIFFUSION_STORAGE_PATIENCE_S"
+_LONGEST_PAUSE_S = 10.0
+_PARTIAL = ".part"
 
 _QUERY_KEYS = ("endpoint_override", "region", "scheme")
 _SECRET_KEYS = ("access_key", "secret_key", "session_token", "password")
-
-
-class UnreachableError(StorageError):
-    """The store does not answer: no file can be blamed for it."""
 
 
 class _Location(NamedTuple):
@@ -60,7 +63,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), location.path
     key_id = os.environ.get("AWS_ACCESS_KEY_ID", "")
     with explained(uri):
-        return _s3(location.endpoint, location.region, location.bucket, key_id), location.path
+        return s3.connect(location.endpoint, location.region, location.bucket, key_id), location.path
 
 
 def join(uri: str, *parts: str) -> str:
@@ -82,36 +85,93 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(Path(_parse(uri).path))
 
 
+def expect(*uris: str) -> None:
+    """Places that have answered, perhaps in another process: that they are silent now is a fault to wait out."""
+    for uri in uris:
+        location = _parse(uri)
+        if location.bucket:
+            s3.expect(location.endpoint, location.bucket)
+
+
+def patiently(uri: str, work: Callable[[fs.FileSystem, str], T]) -> T:
+    """What `work` returns for the filesystem and the path of `uri`, called again while the store fails.
+
+    pyarrow repeats single requests for some seconds; this repeats the whole for a minute (PATIENCE_S), with pauses that
+    double up to 10 s, each at random length, so that a hundred workers do not come back together.
+
+    Args:
+        uri: what is read or written, for messages too.
+        work: may be called several times, so it must not matter how far a call before came.
+
+    Raises:
+        StoreFailedError: if the store still fails after that time.
+        UnreachableError: if it did not answer the very first question, in under 10 s.
+        StorageError: for all that waiting does not mend.
+    """
+    files, path = filesystem(uri)
+    patience, started, pause = patience_s(), time.monotonic(), 0.5
+    while True:
+        try:
+            with explained(uri):
+                return work(files, path)
+        except UnreachableError as error:
+            waited = time.monotonic() - started
+            if waited + pause > patience:
+                found = f"{error.found}, for {waited:.0f} s"
+                raise StoreFailedError(uri, found, "run the same command again when the store is well") from error
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def patience_s() -> float:
+    """Seconds for which a failing store is asked again, 0 or more.
+
+    Raises:
+        ConfigError: if the variable holds something else.
+    """
+    value = os.environ.get(PATIENCE_VARIABLE) or str(PATIENCE_S)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(PATIENCE_VARIABLE, repr(value), "seconds, 0 or more")
+    return seconds
+
+
 def exists(uri: str) -> bool:
     """Whether a file, or a folder with something in it, is there."""
-    files, path = filesystem(uri)
-    with explained(uri):
-        return bool(files.get_file_info(path).type != fs.FileType.NotFound)
+    return patiently(uri, lambda files, path: bool(files.get_file_info(path).type != fs.FileType.NotFound))
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of one file."""
-    files, path = filesystem(uri)
-    with explained(uri), files.open_input_stream(path) as stream:
-        return bytes(stream.read())
+
+    def read(files: fs.FileSystem, path: str) -> bytes:
+        with files.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return patiently(uri, read)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Create or replace one file; a reader sees the old content or the new, never a part."""
-    files, path = filesystem(uri)
-    with explained(uri):
+
+    def write(files: fs.FileSystem, path: str) -> None:
         if is_remote(uri):
             with files.open_output_stream(path) as stream:
                 stream.write(data)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
         try:
             partial.write_bytes(data)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+
+    patiently(uri, write)
 
 
 def list_sizes(uri: str) -> dict[str, int]:
@@ -120,13 +180,16 @@ def list_sizes(uri: str) -> dict[str, int]:
     Raises:
         StorageError: if there is no such folder.
     """
-    files, path = filesystem(uri)
-    with explained(uri):
+
+    def look(files: fs.FileSystem, path: str) -> dict[str, int]:
         if not is_remote(uri) and not Path(path).is_dir():
             raise StorageError(uri, "is not a folder" if Path(path).exists() else "does not exist", "check the path")
+        start = len(path.rstrip("/")) + 1
         infos = files.get_file_info(fs.FileSelector(path, recursive=True))
-    start = len(path.rstrip("/")) + 1
-    return {info.path[start:]: info.size for info in sorted(infos, key=lambda info: info.path) if info.is_file}
+        sizes = {info.path[start:]: info.size for info in infos if info.is_file}
+        return dict(sorted(sizes.items()))
+
+    return patiently(uri, look)
 
 
 def list_files(uri: str) -> list[str]:
@@ -136,13 +199,15 @@ def list_files(uri: str) -> list[str]:
 
 def delete(uri: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens when it is not there."""
-    files, path = filesystem(uri)
-    with explained(uri):
+
+    def remove(files: fs.FileSystem, path: str) -> None:
         kind = files.get_file_info(path).type
         if kind == fs.FileType.Directory:
             files.delete_dir(path)
         elif kind == fs.FileType.File:
             files.delete_file(path)
+
+    patiently(uri, remove)
 
 
 def download_folder(uri: str, local: Path) -> None:
@@ -195,41 +260,6 @@ def _without_secrets(uri: str) -> str:
     return parts._replace(netloc=host, query=urlencode(query)).geturl()
 
 
-@functools.lru_cache(maxsize=64)
-def _s3(endpoint: str | None, region: str | None, bucket: str, key_id: str) -> fs.FileSystem:  # noqa: ARG001
-    """A filesystem for one bucket, after one quick question; the key is an argument so that a new one is noticed."""
-    if endpoint:
-        # Off AWS the SDK would look for credentials at a link-local address, for seconds, before it gives up.
-        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None:
-        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
-    options: dict[str, Any] = {"region": region, "endpoint_override": endpoint, "connect_timeout": PROBE_CONNECT_S}
-    _probe(
-        fs.S3FileSystem(
-            **options, request_timeout=PROBE_REQUEST_S, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1)
-        ),
-        bucket,
-    )
-    retry = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
-    return fs.S3FileSystem(**options, request_timeout=_REQUEST_S, retry_strategy=retry)
-
-
-def _probe(files: fs.FileSystem, bucket: str) -> None:
-    started = time.monotonic()
-    try:
-        info = files.get_file_info(bucket)
-    except OSError as error:
-        if "ACCESS_DENIED" in str(error):
-            return  # a policy may allow the objects and not the question about the bucket
-        if "NETWORK_CONNECTION" not in str(error) or time.monotonic() - started > 1:
-            raise
-        time.sleep(1)  # a store that is just restarting
-        info = files.get_file_info(bucket)
-    if info.type == fs.FileType.NotFound:
-        raise OSError("NO_SUCH_BUCKET")
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Any error of pyarrow or the system as a StorageError of one line."""
@@ -242,18 +272,11 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _explain(uri: str, error: Exception) -> StorageError:
-    message = " ".join(str(error).split())
     location = _parse(uri)
-    if "NO_SUCH_BUCKET" in message:
-        return StorageError(uri, f"bucket {location.bucket!r} does not exist", "create it, or correct its name")
-    if "NETWORK_CONNECTION" in message or "curlCode" in message or "REQUEST_TIMEOUT" in message:
-        reason = message.rpartition("Details: ")[2] or message
-        where = location.endpoint or "AWS S3"
-        return UnreachableError(uri, f"{where} does not answer ({reason})", "check AWS_ENDPOINT_URL_S3 and the network")
-    if re.search(r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|InvalidAccessKeyId|CREDENTIALS|HTTP 403", message):
-        return StorageError(uri, "access denied", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the policy")
+    if location.bucket:
+        return s3.explain(uri, location.endpoint, location.bucket, error)
     if isinstance(error, FileNotFoundError):
-        return StorageError(uri, "does not exist", "check the path")
-    if isinstance(error, OSError) and error.strerror and not location.bucket:
-        return StorageError(uri, error.strerror.lower(), "check the path and its permissions")
-    return StorageError(uri, message[:300], "check the path")
+        return FileError(uri, "does not exist", "check the path")
+    if isinstance(error, OSError) and error.strerror:
+        return FileError(uri, error.strerror.lower(), "check the path and its permissions")
+    return StorageError(uri, " ".join(str(error).split())[:300], "check the path")

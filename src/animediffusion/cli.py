@@ -59,6 +59,9 @@ def run(arguments: list[str]) -> int:
 
     # Importing mlflow is enough for it to write to the user's home and to call its maker.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # boto3, with which MLflow moves artifacts: pauses that grow, at random, and more than its three attempts.
+    os.environ.setdefault("AWS_RETRY_MODE", "standard")
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     try:
         arguments, _common = _split_common(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)

@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import Fault, FaultyStore
 
-from animediffusion.platform.errors import StorageError
+from animediffusion.platform import s3
+from animediffusion.platform.errors import ConfigError, StorageError
 from animediffusion.platform.storage import (
+    PATIENCE_VARIABLE,
+    FileError,
+    StoreFailedError,
     UnreachableError,
     delete,
     download_folder,
     exists,
+    expect,
     join,
     list_files,
     list_sizes,
@@ -131,3 +137,105 @@ def test_a_uri_that_cannot_be_used_is_refused_and_shows_no_secret(uri: str, mess
 def test_a_path_is_joined_before_the_query() -> None:
     assert join("s3://b/a/?endpoint_override=http://x:1", "c d", "e") == "s3://b/a/c d/e?endpoint_override=http://x:1"
     assert join("file:///tmp/a", "b") == "/tmp/a/b"
+
+
+FAULTS: list[Fault] = ["slow_down", "reset", "stall", "refuse"]
+
+
+@pytest.fixture
+def faulty(faulty_s3: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A place behind the faulty way that has answered; a silent request is given up after one second, not 15."""
+    monkeypatch.setattr(s3, "STALLED_S", 1)
+    uri = f"s3://bucket/{tmp_path.name}?endpoint_override={faulty_s3[0]}"
+    write_bytes(join(uri, "big.bin"), bytes(2_000_000))
+    return uri
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_that_passes_is_waited_out(
+    kind: Fault, faulty: str, faulty_s3: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    s3.connect.cache_clear()
+    _, store = faulty_s3
+
+    for work in (
+        lambda: write_bytes(join(faulty, "new.bin"), b"12"),
+        lambda: read_bytes(join(faulty, "big.bin")),
+        lambda: list_sizes(faulty),
+        lambda: exists(join(faulty, "new.bin")),
+        lambda: delete(join(faulty, "new.bin")),
+    ):
+        store.fail(kind, requests=None if kind == "refuse" else 1, seconds=0.4 if kind == "refuse" else None)
+        work()
+
+    assert list_sizes(faulty) == {"big.bin": 2_000_000}
+    assert kind == "refuse" or store.hits[kind] == 5
+
+
+@pytest.mark.parametrize("where", ["PUT /bucket", "uploads", "partNumber=2", "uploadId"])
+def test_a_large_file_survives_a_lost_answer_to_any_request(
+    where: str, faulty: str, faulty_s3: tuple[str, FaultyStore]
+) -> None:
+    data = os.urandom(11 * 2**20)
+    faulty_s3[1].fail("reset", requests=1, where=where)
+
+    write_bytes(join(faulty, "large.bin"), data)
+
+    assert faulty_s3[1].hits["reset"] == 1
+    assert read_bytes(join(faulty, "large.bin")) == data
+
+
+def test_a_read_cut_in_the_middle_is_never_short(faulty: str, faulty_s3: tuple[str, FaultyStore]) -> None:
+    faulty_s3[1].fail("reset", requests=3, where="GET /bucket")
+
+    assert read_bytes(join(faulty, "big.bin")) == bytes(2_000_000)
+    assert faulty_s3[1].hits["reset"] == 3
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_that_stays_is_one_line_after_the_patience(
+    kind: Fault, faulty: str, faulty_s3: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "1")
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    s3.connect.cache_clear()
+    read_bytes(join(faulty, "big.bin"))
+    faulty_s3[1].fail(kind)
+
+    with pytest.raises(StoreFailedError, match=r"s3://.*big.bin.* for \d s; run the same command again") as error:
+        read_bytes(join(faulty, "big.bin"))
+
+    assert error.value.exit_code == 1
+    assert "\n" not in str(error.value)
+
+
+def test_a_busy_store_is_not_taken_for_a_wrong_address(faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> None:
+    url, store = faulty_s3
+    store.fail("slow_down", requests=2)
+
+    write_bytes(f"s3://bucket/{tmp_path.name}/file?endpoint_override={url}", b"1")
+    assert store.hits["slow_down"] == 2
+
+
+def test_a_place_that_another_process_reached_is_waited_for(faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> None:
+    url, store = faulty_s3
+    uri = f"s3://bucket/{tmp_path.name}/file?endpoint_override={url}"
+    store.fail("refuse", seconds=2)
+    expect(uri)
+
+    write_bytes(uri, b"1")
+    assert read_bytes(uri) == b"1"
+
+
+def test_only_a_file_of_its_own_is_blamed(faulty: str, tmp_path: Path) -> None:
+    for uri in (join(faulty, "nothing"), str(tmp_path / "nothing")):
+        with pytest.raises(FileError):
+            read_bytes(uri)
+
+
+def test_a_patience_that_is_no_number_is_refused(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "long")
+
+    with pytest.raises(ConfigError, match=f"{PATIENCE_VARIABLE}: 'long'; seconds, 0 or more"):
+        exists("s3://bucket/path")

@@ -1,0 +1,120 @@
+"""The S3-compatible store behind a URI: its connection, the first question to it, and its errors as one line each.
+
+pyarrow repeats a failed request itself, with growing random pauses, for some seconds; what takes longer is
+storage.patiently()'s. Not here: URIs, bytes and folders, see platform/storage.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+from typing import Any
+
+from pyarrow import fs
+
+from animediffusion.platform.errors import StorageError
+
+CONNECT_S = 3
+PROBE_S = 6
+"""The first question to a store must be answered in this time; later ones may take longer and are retried."""
+STALLED_S = 15
+"""Seconds without a single byte after which a request is given up and made again."""
+ATTEMPTS = 5
+"""Of each request, by pyarrow: pauses of up to 1, 2, 4 and 8 s between them."""
+
+_BUSY = r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTL|TOO_MANY|HTTP status (429|500|502|503|504)"
+_SILENT = r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT"
+# The first answer to the end of an upload was lost; the upload itself is there or can be made again.
+_LOST = r"NO_SUCH_UPLOAD|NoSuchUpload"
+_CREDENTIALS = r"INVALID_ACCESS_KEY|INVALID_CLIENT|SIGNATURE|InvalidAccessKeyId|CREDENTIALS|EXPIRED|ExpiredToken"
+_DENIED = r"ACCESS_DENIED|HTTP (status )?403|INVALID_OBJECT_STATE|InvalidObjectState"
+
+_answered: set[tuple[str | None, str]] = set()
+
+
+class UnreachableError(StorageError):
+    """The store does not answer, or answers that it is too busy: no file can be blamed for it."""
+
+
+class StoreFailedError(UnreachableError):
+    """A store that worked has failed for longer than we wait; the same command goes on later."""
+
+    exit_code = 1
+
+
+class FileError(StorageError):
+    """This one file is gone, or may not be read; others of the same store may be fine."""
+
+
+def expect(endpoint: str | None, bucket: str) -> None:
+    """Ask no first question: another process had an answer, so that failures from now on are worth waiting for."""
+    _answered.add((endpoint, bucket))
+
+
+@functools.lru_cache(maxsize=64)
+def connect(endpoint: str | None, region: str | None, bucket: str, key_id: str) -> fs.FileSystem:  # noqa: ARG001
+    """A filesystem for one bucket, after one quick question; the key is an argument so that a new one is noticed.
+
+    Raises:
+        OSError: as pyarrow words it; see explain().
+    """
+    if endpoint:
+        # Off AWS the SDK would look for credentials at a link-local address, for seconds, before it gives up.
+        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None:
+        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
+    # Delayed open: a file below 10 MB is one request, not three.
+    options: dict[str, Any] = {
+        "region": region,
+        "endpoint_override": endpoint,
+        "connect_timeout": CONNECT_S,
+        "allow_delayed_open": True,
+    }
+    if (endpoint, bucket) not in _answered:
+        once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
+        _probe(fs.S3FileSystem(**options, request_timeout=PROBE_S, retry_strategy=once), bucket)
+        _answered.add((endpoint, bucket))
+    retry = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return fs.S3FileSystem(**options, request_timeout=STALLED_S, retry_strategy=retry)
+
+
+def _probe(files: fs.FileSystem, bucket: str) -> None:
+    started = time.monotonic()
+    try:
+        info = files.get_file_info(bucket)
+    except OSError as error:
+        if "ACCESS_DENIED" in str(error):
+            return  # a policy may allow the objects and not the question about the bucket
+        if re.search(_BUSY, str(error)):
+            return  # it is there; the work itself is patient
+        if not re.search(_SILENT, str(error)) or time.monotonic() - started > 1:
+            raise
+        time.sleep(1)  # a store that is just restarting
+        info = files.get_file_info(bucket)
+    if info.type == fs.FileType.NotFound:
+        raise OSError("NO_SUCH_BUCKET")
+
+
+def explain(uri: str, endpoint: str | None, bucket: str, error: Exception) -> StorageError:
+    """An error of pyarrow, about a file of a store, in our words."""
+    message = " ".join(str(error).split())
+    where = endpoint or "AWS S3"
+    if "NO_SUCH_BUCKET" in message:
+        return StorageError(uri, f"bucket {bucket!r} does not exist", "create it, or correct its name")
+    if re.search(_SILENT, message):
+        reason = message.rpartition("Details: ")[2] or message
+        return UnreachableError(uri, f"{where} does not answer ({reason})", "check AWS_ENDPOINT_URL_S3 and the network")
+    if re.search(f"{_BUSY}|{_LOST}", message):
+        reason = message.rpartition("AWS Error ")[2] or message
+        return UnreachableError(uri, f"{where} is too busy ({reason[:200]})", "try again later, or with fewer workers")
+    keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the policy"
+    if re.search(_CREDENTIALS, message):
+        return StorageError(uri, "access denied", keys)
+    if re.search(_DENIED, message):
+        return FileError(uri, "access denied", keys)
+    if isinstance(error, FileNotFoundError):
+        return FileError(uri, "does not exist", "check the path")
+    return StorageError(uri, message[:300], "check the path")
