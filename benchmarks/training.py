@@ -1,0 +1,390 @@
+"""Training steps beside the authors' code: same network, start and batches; images/s, peak memory, loss.
+
+    git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
+    python benchmarks/training.py --authors PATH_OF_CLONE [--data URI] [--steps 20] [--out FILE]
+
+Their network of 52.3 M parameters on both sides. Each side has a process, and so a peak memory, of its own; the sides
+take turns, a block of two steps each. Theirs is what a step of base/trainer.py does with their classes: loss, NaN check,
+backward, AdamW; as shipped (float32) and under bf16 autocast. It gets its batches for nothing. Ours is fit(), which
+makes them within the step. Phase 1 is the recipe `animediffusion-strict`, so both sides compute the same
+loss of the same batches, noise and times, at a constant learning rate; only rounding differs. Phase 2 is
+`animediffusion-phase2` beside their ten differentiated steps; the losses are not the same thing.
+
+On a CPU the clock counts processor time of all threads (one by default), so images/s are those of one core and other
+work on the machine does not count; on a GPU it is the wall's, and ours runs with torch's attention, with xformers, and
+compiled. The share is of the rate at which the same device multiplies large bf16 matrices in the same run. Exits with 1
+if a target of the CPU is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from authors import given_noise
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from animediffusion.models.attention import Backend, use_attention
+from animediffusion.models.augment import Batch, make_batch
+from animediffusion.models.authors_weights import from_authors
+from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.objective import ReconstructionObjective
+from animediffusion.models.training import Rows, TrainState, fit, step_generator
+from animediffusion.pipelines.dataset import read_split
+from animediffusion.pipelines.recipe import TrainConfig, load_recipe
+from animediffusion.pipelines.synthesize import make_row
+
+BLOCK = 2
+"""Steps of a turn; the first turn of a side is not counted."""
+NUM_BATCHES = 8
+CONSTANT_RATE = (
+    *("optimizer.warmup_steps=0", "optimizer.cosine_after_warmup=false", "optimizer.final_learning_rate=1.0"),
+    *("optimizer.learning_rate=1e-4", "max_steps=1000000"),
+)
+TARGETS = {1: {"theirs": 2.0, "theirs, bf16": 0.97}, 2: {"theirs": 3.0}}
+"""Of a phase: at least so many times the images/s of a side, on a CPU. 3 % is what such a run can tell apart."""
+LOSS_TOLERANCE = 0.02
+"""Largest difference of phase 1's loss, as a share of theirs."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One column of the comparison."""
+
+    name: str
+    ours: bool
+    precision: str
+    attention: Backend = "sdpa"
+    compiled: bool = False
+
+
+CPU_SIDES = (Side("theirs", False, "fp32"), Side("theirs, bf16", False, "bf16"), Side("ours", True, "bf16"))
+GPU_SIDES = (
+    *CPU_SIDES,
+    Side("ours, xformers", True, "bf16", "xformers"),
+    Side("ours, compiled", True, "bf16", compiled=True),
+    Side("ours, float32", True, "fp32"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all sides of a table have in common."""
+
+    clone: str
+    data: str | None
+    device: str
+    phase: int
+    size: int
+    batch: int
+    steps: int
+    threads: int
+
+    @property
+    def turns(self) -> int:
+        """Turns of each side, the first one included."""
+        return 1 + -(-self.steps // BLOCK)
+
+
+@dataclass
+class Found:
+    """What a side has shown."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of a step, the mean of each turn."""
+    losses: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+    flops: float = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """The median turn's."""
+        return statistics.median(self.seconds[1:])
+
+    @property
+    def late_loss(self) -> float:
+        """The mean of the later half."""
+        return statistics.fmean(self.losses[len(self.losses) // 2 :])
+
+
+def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
+    """All sides, turn by turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for side in sides:
+        pipes[side.name], end = context.Pipe()
+        context.Process(target=serve, args=(end, side, job), daemon=True).start()
+    found = {side.name: Found() for side in sides}
+    for turn, side in itertools.product(range(job.turns), sides):
+        pipes[side.name].send(BLOCK)
+        seconds, losses = pipes[side.name].recv()
+        found[side.name].seconds.append(seconds)
+        found[side.name].losses += losses
+        print(f"  phase {job.phase}, {side.name}, turn {turn}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
+    for name, pipe in pipes.items():
+        pipe.send(0)
+        found[name].peak_mb, found[name].flops = pipe.recv()
+    return found
+
+
+def serve(pipe: Connection, side: Side, job: Job) -> None:
+    """A side's process: makes as many steps as it is told, until that is 0."""
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    if side.ours:
+        use_attention(side.attention)
+    step = (_our_steps if side.ours else _their_steps)(side, job, device)
+    while count := pipe.recv():
+        pipe.send(step(count))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    peak = peak_mb(device)
+    pipe.send((peak, 0.0 if side.compiled else _count(step)))
+
+
+def _count(step: Callable[[int], object]) -> float:
+    """Floating-point operations of a step's products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step(1)
+    return float(counter.get_total_flops())
+
+
+def _their_steps(side: Side, job: Job, device: torch.device) -> Callable[[int], tuple[float, list[float]]]:
+    model = _their_model(job.clone).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batches = _batches(job, device)
+
+    def one(batch: Batch, noise: Tensor, n: Tensor) -> Tensor:
+        together = torch.cat([batch.sketch, batch.reference], 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=side.precision == "bf16"):
+            if job.phase == 1:
+                with given_noise([noise]):
+                    loss: Tensor = model(x=batch.target, t=n, x_cond=together)
+            else:
+                start = model.fix_forward(batch.target, x_cond=together)
+                loss = F.mse_loss(model.inference_ddim(x_t=start, x_cond=together)[-1], batch.target)
+        bad = torch.isnan(loss).int().sum() > 0
+        loss.backward()
+        if not bad:
+            optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def steps(count: int) -> tuple[float, list[float]]:
+        seconds, values = 0.0, []
+        for _ in range(count):
+            given = next(batches)
+            begun = clock(device)
+            loss = one(*given)
+            seconds += clock(device) - begun
+            values.append(float(loss) / given[0].target.numel())
+        return seconds / count, values
+
+    return steps
+
+
+def _our_steps(side: Side, job: Job, device: torch.device) -> Callable[[int], tuple[float, list[float]]]:
+    config = load_recipe(
+        "animediffusion-strict" if job.phase == 1 else "animediffusion-phase2",
+        [*CONSTANT_RATE, f"optimizer.precision={side.precision}"],
+    )
+    if job.phase == 2:
+        config = config.started_from(load_recipe("animediffusion").bundle_config(job.size))
+    denoiser = config.bundle_config(job.size).build()
+    denoiser.load_state_dict(from_authors(_their_model(job.clone).state_dict())[1])
+    state = TrainState(denoiser.to(device), config.optimizer, config.max_steps or 1)
+    objective = _objective(config, state, job)
+    if side.compiled:
+        denoiser.network.denoise = torch.compile(denoiser.network.denoise)
+    rows = itertools.cycle(_rows(job, device))
+    pixels = job.batch * 3 * job.size**2 if job.phase == 1 else 1
+    losses: list[float] = []
+
+    def steps(count: int) -> tuple[float, list[float]]:
+        losses.clear()
+        begun = clock(device)
+        fit(
+            state,
+            objective,
+            rows,
+            state.step + count,
+            lambda step: losses.append(float(step.loss.total.detach()) / pixels),
+            augment=config.augment,
+            seed=0,
+        )
+        return (clock(device) - begun) / count, list(losses)
+
+    return steps
+
+
+def _objective(config: TrainConfig, state: TrainState, job: Job) -> torch.nn.Module:
+    """Phase 2 draws from the seed how many steps are differentiated: one that draws each number once a turn."""
+    for seed in itertools.count():
+        objective = config.objective.build(state.denoiser, config.sampler or SamplerDefaults(), seed)
+        if not isinstance(objective, ReconstructionObjective):
+            return objective
+        drawn = [objective.num_gradient_steps(step) for step in range(BLOCK * job.turns)]
+        if all(sum(drawn[i : i + BLOCK]) == 3 for i in range(0, len(drawn), BLOCK)):
+            return objective
+    raise AssertionError
+
+
+def _their_model(clone: str) -> Any:
+    """Their GaussianDiffusion as config/anime.json has it, with the weights of a fixed seed."""
+    sys.path.insert(0, clone)
+    from models.diffusion import GaussianDiffusion  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    network = {"channel_in": 7, "channel_out": 3, "channel_mult": [1, 2, 4, 8], "attention_head": 4, "cbam": False}
+    return GaussianDiffusion(1000, {"linear_start": 1e-6, "linear_end": 1e-2}, network)
+
+
+def _rows(job: Job, device: torch.device) -> list[Rows]:
+    """Decoded batches; of drawn faces if there is no data."""
+    count = NUM_BATCHES * job.batch
+    if job.data is None:
+        drawn = [make_row(0, index, job.size) for index in range(count)]
+        arrays = {name: np.stack([getattr(row, name) for row in drawn]) for name in drawn[0]._fields}
+        arrays |= {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+    else:
+        arrays = read_split(job.data, "train", limit=count)
+        arrays.pop("id")
+        if arrays["target"].shape[1] != job.size:
+            raise SystemExit(f"{job.data} is of {arrays['target'].shape[1]} px, not {job.size}: leave --data out")
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    whole = len(arrays["target"]) // job.batch
+    return [{k: v[i * job.batch : (i + 1) * job.batch] for k, v in tensors.items()} for i in range(whole)]
+
+
+def _batches(job: Job, device: torch.device) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """What fit() and StrictObjective make in each step: the batch, the noise, the times."""
+    augment = load_recipe("animediffusion-strict").augment
+    for step, rows in enumerate(itertools.cycle(_rows(job, device))):
+        generator = step_generator(0, step, 0, device)
+        batch = make_batch(rows, augment, generator)
+        noise = torch.randn(batch.target.shape, device=device, generator=generator)
+        yield batch, noise, torch.randint(1000, (len(noise),), device=device, generator=generator)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak_mb(device: torch.device) -> float:
+    """Most memory so far: of the process on a CPU, in tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def matmul_flops(device: torch.device, repeats: int = 10) -> float:
+    """Operations per second of a large product of bf16 matrices; the best of some."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    taken = []
+    for _ in range(repeats):
+        begun = clock(device)
+        a @ b
+        taken.append(clock(device) - begun)
+    return 2 * side**3 / min(taken)
+
+
+def table(job: Job, found: dict[str, Found], peak_flops: float) -> str:
+    """Markdown of one phase and size."""
+    theirs = found["theirs"]
+    lines = [
+        f"| phase {job.phase}, {job.size} px, batch {job.batch} | images/s | times theirs | peak, MB | loss | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        # The same network with the same losses: what theirs multiplies, ours does, whatever the counter can see of it.
+        flops = theirs.flops if job.phase == 1 else one.flops
+        share = f"{flops / one.step_seconds / peak_flops:.2f}" if job.phase == 1 else ""
+        loss = f"{one.late_loss:.4f}" if job.phase == 1 else ""
+        ratio = theirs.step_seconds / one.step_seconds
+        rate = job.batch / one.step_seconds
+        lines.append(f"| {name} | {rate:.2f} | {ratio:.2f} | {one.peak_mb:,.0f} | {loss} | {share} |")
+    return "\n".join(lines)
+
+
+def verdicts(job: Job, found: dict[str, Found]) -> list[tuple[str, bool]]:
+    """What was to be reached on a CPU, and whether it was."""
+    ours, checks = found["ours"], []
+    for name, least in TARGETS[job.phase].items():
+        ratio = found[name].step_seconds / ours.step_seconds
+        checks.append((f"phase {job.phase}: {ratio:.2f} times {name}, at least {least}", ratio >= least))
+    if job.phase == 1:
+        off = abs(ours.late_loss / found["theirs"].late_loss - 1)
+        checks.append((f"phase 1: loss differs by {off:.2%}, at most {LOSS_TOLERANCE:.0%}", off <= LOSS_TOLERANCE))
+    return checks
+
+
+def hardware(device: torch.device) -> str:
+    """The device by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Print the tables; exit with 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--authors", required=True, help="clone of the authors' repository")
+    parser.add_argument("--data", help="dataset of the size; drawn faces if left out")
+    parser.add_argument("--phases", type=int, nargs="+", default=[1, 2], choices=(1, 2))
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; 64 on a CPU, 128 and 256 on a GPU")
+    parser.add_argument("--batch", type=int, help="rows; 8 on a CPU, 32 on a GPU")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side in phase 1")
+    parser.add_argument("--steps2", type=int, default=4, help="timed steps of each side in phase 2")
+    parser.add_argument("--threads", type=int, default=1, help="of each side on a CPU")
+    parser.add_argument("--out", type=Path, help="file for what is printed")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    torch.set_num_threads(args.threads)
+    peak_flops = matmul_flops(device)
+    parts = [
+        f"`python {' '.join(['benchmarks/training.py', *sys.argv[1:]])}`, {datetime.date.today()}, {hardware(device)}, "
+        f"{args.threads} thread{'s' * (args.threads > 1)}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}. bf16 matrix products: {peak_flops / 1e9:,.0f} GFLOP/s."
+    ]
+    checks = []
+    for size, phase in itertools.product(args.sizes or ([128, 256] if on_gpu else [64]), args.phases):
+        steps = args.steps if phase == 1 else args.steps2
+        batch = args.batch or (32 if on_gpu else 8)
+        job = Job(args.authors, args.data, device.type, phase, size, batch, steps, args.threads)
+        found = compare(job, GPU_SIDES if on_gpu else CPU_SIDES)
+        parts.append(table(job, found, peak_flops))
+        checks += [] if on_gpu else verdicts(job, found)
+    parts += ["\n".join(f"- {what}: {'yes' if passed else 'NO'}" for what, passed in checks)] if checks else []
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+    sys.exit(0 if all(passed for _, passed in checks) else 1)
+
+
+if __name__ == "__main__":
+    main()
