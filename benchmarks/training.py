@@ -4,16 +4,16 @@
     python benchmarks/training.py --authors PATH_OF_CLONE [--data URI] [--steps 20] [--out FILE]
 
 Their network of 52.3 M parameters on both sides. Each side has a process, and so a peak memory, of its own; the sides
-take turns, a block of two steps each. Theirs is what a step of base/trainer.py does with their classes: loss, NaN check,
-backward, AdamW; as shipped (float32) and under bf16 autocast. It gets its batches for nothing. Ours is fit(), which
-makes them within the step. Phase 1 is the recipe `animediffusion-strict`, so both sides compute the same
-loss of the same batches, noise and times, at a constant learning rate; only rounding differs. Phase 2 is
+take turns, a block of two steps each. Theirs is what a step of base/trainer.py does with their classes: loss, NaN
+check, backward, AdamW, as shipped (float32) and under bf16 autocast; it gets its batches for nothing. Ours is fit(),
+which makes them within the step. Phase 1 is the recipe `animediffusion-strict`: both sides compute the same loss of
+the same batches, noise and times, at a constant learning rate, and only rounding differs. Phase 2 is
 `animediffusion-phase2` beside their ten differentiated steps; the losses are not the same thing.
 
 On a CPU the clock counts processor time of all threads (one by default), so images/s are those of one core and other
 work on the machine does not count; on a GPU it is the wall's, and ours runs with torch's attention, with xformers, and
-compiled. The share is of the rate at which the same device multiplies large bf16 matrices in the same run. Exits with 1
-if a target of the CPU is missed.
+compiled. The share is of the rate at which the same device multiplies large bf16 matrices in the same run. Exits with
+1 if a target of the CPU is missed.
 """
 
 from __future__ import annotations
