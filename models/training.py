@@ -25,6 +25,9 @@ from animediffusion.models.objective import Loss
 
 Rows = Mapping[str, Tensor]
 
+WEIGHTS, NUMBERS = "state.safetensors", "state.json"
+"""Files of a saved state."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -126,9 +129,15 @@ class TrainState:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def apply_gradients(self) -> Tensor:
-        """Clip, step the optimizer, move the average; returns the gradient norm before clipping."""
+        """Clip, step the optimizer, move the average; returns the gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; weights, average and optimizer are as before.
+        """
         limit = self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"step {self.step}: the norm of the gradients is {float(norm):g}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -178,17 +187,17 @@ class TrainState:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         folder.mkdir(parents=True, exist_ok=True)
         # Contiguous, since safetensors stores no strides; restore() copies back into channels_last.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "state.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": self.step, "max_steps": self.max_steps}))
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / WEIGHTS)
+        (folder / NUMBERS).write_text(json.dumps({"step": self.step, "max_steps": self.max_steps}))
 
     def restore(self, folder: Path) -> None:
         """Continue exactly where `save` was.
 
         Raises:
-            ValueError: if the tensors do not fit this network.
+            ValueError: if the tensors do not fit this network or optimizer.
         """
-        tensors = load_file(folder / "state.safetensors")
-        numbers = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / WEIGHTS)
+        numbers = json.loads((folder / NUMBERS).read_text())
         self.step, self.max_steps = numbers["step"], numbers["max_steps"]
         with torch.no_grad():
             for (name, parameter), average in zip(self.denoiser.named_parameters(), self.average, strict=True):
@@ -199,6 +208,8 @@ class TrainState:
                 self._restore_optimizer(name, parameter, tensors)
 
     def _restore_optimizer(self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        if self.step and not any(f"optimizer.{key}.{name}" in tensors for key in ("exp_avg", "momentum_buffer")):
+            raise ValueError(f"the checkpoint is of another optimizer, it has no memory of {name}")
         slot = self._slots(parameter)
         like = self.matrices.get(parameter, parameter)
         for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
@@ -207,6 +218,13 @@ class TrainState:
                 slot[key].copy_(tensors[f"optimizer.{key}.{name}"])
         if f"optimizer.step.{name}" in tensors:
             slot["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
+
+
+def averaged_weights(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a saved state, by the denoiser's names."""
+    prefix = "average."
+    tensors = load_file(folder / WEIGHTS)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def fit(
@@ -233,7 +251,8 @@ def fit(
         rank: of this process; each rank draws its own noise.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the step. The state is as before that step.
+        FloatingPointError: loss or gradients are not finite; names the step. The state is as before that step. Under
+            DDP all ranks raise at the same step, since one bad row makes the averaged gradients bad on all of them.
     """
     device = state.parameters[0].device
     for rows in batches:
@@ -243,9 +262,10 @@ def fit(
         batch = make_batch(rows, augment, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=state.config.precision == "bf16"):
             loss: Loss = objective(batch, generator, state.step)
+        # Backward first, finite or not: the other ranks wait there for these gradients.
+        torch.autograd.backward(loss.total)
         if not math.isfinite(float(loss.total.detach())):
             raise FloatingPointError(f"step {state.step}: the loss is {float(loss.total):g}")
-        torch.autograd.backward(loss.total)
         learning_rate = state.learning_rate()
         norm = state.apply_gradients()
         if on_step(Step(state.step, loss, norm, learning_rate)) or state.step >= until_step:

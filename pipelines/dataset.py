@@ -182,11 +182,6 @@ def silence_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def train_data_config() -> ray.train.DataConfig:
-    """What a TorchTrainer needs as `dataset_config` for training_dataset(): order kept."""
-    return ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True))
-
-
 def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
     """The pictures of encoded rows as uint8 arrays, zeros where there is none.
 

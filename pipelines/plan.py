@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from animediffusion.models.bundle import BundleConfig, load_bundle
+from animediffusion.pipelines.checkpoints import latest_step
 from animediffusion.pipelines.dataset import Manifest
 from animediffusion.pipelines.recipe import TrainConfig, changed_keys, plain
 from animediffusion.platform import storage
@@ -40,6 +41,11 @@ class Plan:
     finished: bool
     parent: BundleConfig | None
     parent_folder: Path | None
+
+    @property
+    def checkpoints(self) -> str:
+        """URI of the folder of pipelines/checkpoints.py."""
+        return storage.join(self.storage, "checkpoints")
 
 
 def plan(settings: Settings, config: TrainConfig) -> Plan:
@@ -72,7 +78,7 @@ def plan(settings: Settings, config: TrainConfig) -> Plan:
     _refuse_another(folder, config)
     record = read_json(folder / "run.json")
     finished = bool(record.get("finished")) and _budget_spent(record, config)
-    start = latest_step(place)
+    start = latest_step(storage.join(place, "checkpoints"))
     return Plan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
 
 
@@ -93,15 +99,6 @@ def describe(work: Plan) -> dict[str, Any]:
         "yaml": f"# run {work.run}, {parameters / 1e6:.1f} M parameters, {work.image_size} px\n{resolved}".rstrip(),
         "config": plain(config),
     }
-
-
-def latest_step(place: str) -> int:
-    """The step of the newest checkpoint of the run stored at `place`, 0 if there is none."""
-    snapshot = storage.join(place, "checkpoints", "checkpoint_manager_snapshot.json")
-    if not storage.exists(snapshot):
-        return 0
-    latest = json.loads(storage.read_bytes(snapshot)).get("latest_checkpoint_result")
-    return int(latest["checkpoint_dir_name"].removeprefix("step-")) if latest else 0
 
 
 def _require_fit(config: TrainConfig, size: int) -> None:

@@ -31,9 +31,10 @@ BUDGET = frozenset({"max_steps", "max_minutes"})
 
 NOT_IDENTITY = frozenset(
     {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention"}
-    | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures", "bundle"}
 )
 """Budget, workers, addresses and logging: changing them continues the same run."""
+MOST_WORKERS = 4096
 
 
 class TrainConfig(Config):
@@ -67,7 +68,8 @@ class TrainConfig(Config):
     max_minutes: float | None = Field(default=None, gt=0)
     """Of training proper: becomes max_steps once the first steps are timed."""
 
-    num_workers: int = Field(default=2, gt=0, le=4096)
+    num_workers: int | tuple[int, int] = 2
+    """Or (fewest, most): as many as the cluster has room for, fewer after a node is lost; batch_size stays."""
     use_gpu: bool | None = None
     """One GPU per worker; wherever the cluster has enough of them if None."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
@@ -78,23 +80,34 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
-    num_samples: int = Field(default=8, ge=0)
-    """Rows of the sample grid that goes to MLflow with each checkpoint."""
+    num_samples: int = Field(default=32, ge=0)
+    """Rows of val on which each checkpoint is scored and that show in MLflow; 0 scores none."""
+    bundle: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the bundle: best is by CIEDE2000 on the cross track."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures to survive; -1 is no limit."""
+    """Worker failures to survive; -1 is no limit. A node that is taken away with a notice does not count."""
 
     @model_validator(mode="after")
     def _budget(self) -> TrainConfig:
         if (self.max_steps is None) == (self.max_minutes is None):
             raise ValueError("set max_steps or max_minutes, one of them")
-        if self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {self.num_workers}")
+        fewest, most = self.workers
+        if not 1 <= fewest <= most <= MOST_WORKERS:
+            raise ValueError(f"num_workers must be 1 to {MOST_WORKERS}, or (fewest, most), got {self.num_workers}")
+        for number in range(fewest, most + 1):
+            if self.batch_size % number:
+                raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {number}")
         return self
 
     @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers; equal where their number is fixed."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @property
     def rows_per_worker(self) -> int:
-        """Rows of a step on one worker."""
-        return self.batch_size // self.num_workers
+        """Rows of a step on one worker, when there are as many as there can be."""
+        return self.batch_size // self.workers[1]
 
     @property
     def run_name(self) -> str:

@@ -9,6 +9,7 @@ checkpoints and goes on. Not here: what is to be done (pipelines/plan.py), one w
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -24,16 +25,17 @@ import ray
 import ray.train
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from animediffusion.models.attention import attention_used
 from animediffusion.models.bundle import identity, load_bundle, save_bundle
-from animediffusion.models.training import TrainState
+from animediffusion.models.training import averaged_weights
 from animediffusion.pipelines.card import model_card
-from animediffusion.pipelines.dataset import read_split, train_data_config, training_dataset
-from animediffusion.pipelines.plan import Plan, latest_step, plan, read_json, write_json
+from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, patiently, read_scores
+from animediffusion.pipelines.dataset import read_split, training_dataset
+from animediffusion.pipelines.plan import Plan, plan, read_json, write_json
 from animediffusion.pipelines.recipe import TrainConfig, plain
 from animediffusion.pipelines.worker import Progress, train_worker
-from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, DataError, Interrupted, TrainingError
 from animediffusion.platform.tracking import TRAINING, Run
@@ -43,7 +45,7 @@ MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 POLL_S = 0.5
 
 Report = Callable[[dict[str, Any]], None]
-"""Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, ..."""
+"""Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings, ..."""
 
 
 def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     params = {**plain(work.config), "data_hash": work.data_hash, "image_size": work.image_size}
     run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags={"data_hash": work.data_hash})
     write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
-    progress = Progress.remote()  # type: ignore[attr-defined]
+    progress = _progress()
     begun = time.monotonic()
     try:
         latest = _fit(work, scaling, run, progress, report)
@@ -85,12 +87,11 @@ def _fit(
     config = work.config
     weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
     samples = _samples(config)
-    files, path = storage.filesystem(work.storage)
-    remote = storage.is_remote(work.storage)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "run": config.model_dump(mode="json"),
+            "checkpoints": work.checkpoints,
             "image_size": work.image_size,
             "init_weights": weights,
             "tracking_uri": run.tracking_uri,
@@ -101,15 +102,15 @@ def _fit(
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=path if remote else work.storage,
-            storage_filesystem=files if remote else None,
+            # Ray's own notes about this fit(); checkpoints are ours (pipelines/checkpoints.py says why).
+            name="ray",
+            storage_path=str(work.folder),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(_threads(scaling))}},
         ),
-        datasets={"train": lambda: _dataset(work, bool(scaling.use_gpu))},
-        dataset_config=train_data_config(),
+        # The rows depend on how many workers there are, which Ray knows when it starts them.
+        datasets={"train": _nothing},
+        dataset_config=_TrainingData(functools.partial(_dataset, work, bool(scaling.use_gpu))),
     )
     return _run_and_watch(trainer, work, progress, report)
 
@@ -136,8 +137,10 @@ def _run_and_watch(trainer: TorchTrainer, work: Plan, progress: Any, report: Rep
             if report is not None and now and now != latest:
                 report(now)
             latest = now
+    if latest.get("failed"):
+        raise _hopeless(work, latest["failed"])
     if heard:
-        raise Interrupted(heard[0], work.run, latest_step(work.storage))
+        raise Interrupted(heard[0], work.run, latest_step(work.checkpoints))
     error = outcome[0]
     if error is not None:
         raise _explain(error, work)
@@ -167,40 +170,74 @@ class _signals:  # noqa: N801 - reads as a context manager
         self.stop()
 
 
-def _dataset(work: Plan, gpu: bool) -> Any:
-    """Rows from the newest checkpoint on; Ray calls this for every group of workers it starts."""
-    config, start = work.config, latest_step(work.storage)
+def _progress() -> Any:
+    """On this node: it is to live as long as the driver, whatever other nodes do."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class _TrainingData(ray.train.DataConfig):
+    """What a TorchTrainer needs as `dataset_config`: rows for as many workers as there are, their order kept.
+
+    Args:
+        build: makes the dataset for a number of workers; called for every group of workers that Ray starts.
+    """
+
+    def __init__(self, build: Callable[[int], ray.data.Dataset]) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+        self._build = build
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """Iterators of each worker, for the dataset of this many workers in place of what the trainer was given."""
+        built = {name: self._build(world_size) for name in datasets}
+        return super().configure(built, world_size, *args, **kwargs)
+
+
+def _nothing() -> None:
+    """No dataset yet."""
+
+
+def _dataset(work: Plan, gpu: bool, world_size: int) -> Any:
+    """Rows from the newest checkpoint on, for a group of workers that was just started."""
+    config, start = work.config, patiently(lambda: latest_step(work.checkpoints))
+    rows = config.batch_size // world_size
     if config.max_steps is not None:
         steps = config.max_steps - start
     else:
-        rate = MOST_IMAGES_PER_S["gpu" if gpu else "cpu"] / config.rows_per_worker
-        steps = int((config.max_minutes or 0) * 60 * rate)
+        steps = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"] / rows)
     return training_dataset(
         config.data,
         seed=config.seed,
-        world_size=config.num_workers,
-        num_rows=max(1, steps) * config.rows_per_worker,
-        start_rows=start * config.rows_per_worker,
+        world_size=world_size,
+        num_rows=max(1, steps) * rows,
+        start_rows=start * rows,
     )
 
 
 def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    gpu = config.use_gpu if config.use_gpu is not None else gpus >= config.num_workers
-    if gpu and gpus < config.num_workers:
-        raise ClusterError("num_workers", f"{config.num_workers} need as many GPUs", f"the cluster has {gpus:g}")
-    per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * config.num_workers)))
-    if per_worker * config.num_workers >= cpus:
-        found = f"{config.num_workers} workers take {per_worker * config.num_workers:g} of {cpus:g} CPUs"
+    fewest, most = config.workers
+    gpu = config.use_gpu if config.use_gpu is not None else gpus >= fewest
+    if gpu and gpus < fewest:
+        raise ClusterError("num_workers", f"{fewest} need as many GPUs", f"the cluster has {gpus:g}")
+    per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
+    if per_worker * fewest >= cpus:
+        found = f"{fewest} workers take {per_worker * fewest:g} of {cpus:g} CPUs"
         raise ClusterError("num_workers", found, "leave some for Ray Data: set num_workers or cpus_per_worker lower")
-    resources = {"CPU": per_worker, **({"GPU": 1.0} if gpu else {})}
-    return ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(
+        num_workers=config.num_workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": per_worker, **({"GPU": 1.0} if gpu else {})},
+    )
 
 
 def _threads(scaling: ray.train.ScalingConfig) -> int:
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    return max(1, (os.cpu_count() or 1) * nodes // int(scaling.num_workers))
+    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
+    return max(1, (os.cpu_count() or 1) * nodes // workers)
 
 
 def _samples(config: TrainConfig) -> Any:
@@ -215,14 +252,18 @@ def _samples(config: TrainConfig) -> Any:
 
 
 def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Write the bundle from the last checkpoint, and the summary."""
-    config = work.config
-    bundle, parameters = _write_bundle(work, latest, seconds)
+    """Write the bundle from the last checkpoint, or the best, and the summary."""
+    config, steps, scores = work.config, latest_step(work.checkpoints), read_scores(work.checkpoints)
+    if not steps:
+        raise TrainingError(f"run {work.run}", f"no checkpoint in {work.checkpoints}", "set storage= to a common place")
+    best = best_step(scores)
+    chosen = best if config.bundle == "best" and best else steps
+    bundle, parameters = _write_bundle(work, chosen, latest, seconds)
     summary = {
         "run": work.run,
         "run_dir": str(work.folder),
         "bundle": str(bundle),
-        "steps": latest_step(work.storage),
+        "steps": steps,
         "resumed_from": work.start_step or None,
         "seconds": round(seconds, 1),
         "images_per_s": round(latest.get("images_per_s", 0.0), 1),
@@ -231,6 +272,11 @@ def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dic
         "attention": latest.get("attention", attention_used()),
         "mlflow_run_id": run.run_id,
         "metrics": {key: latest[key] for key in ("loss", "grad_norm", "data_wait") if key in latest},
+        "scores": {str(step): scores[step] for step in sorted(scores)},
+        "best_step": best,
+        "bundle_step": chosen,
+        "num_workers": latest.get("workers", config.workers[1]),
+        "peak_memory_mb": round(latest.get("peak_memory_mb", 0.0), 1),
     }
     run.log_artifact(work.folder / "config.yaml")
     run.log_artifact(bundle / "card.md")
@@ -241,14 +287,13 @@ def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dic
     return summary
 
 
-def _write_bundle(work: Plan, latest: dict[str, Any], seconds: float) -> tuple[Path, int]:
-    config, step = work.config, latest_step(work.storage)
+def _write_bundle(work: Plan, step: int, latest: dict[str, Any], seconds: float) -> tuple[Path, int]:
+    config = work.config
     bundle_config = config.bundle_config(work.image_size)
     denoiser = bundle_config.build()
-    state = TrainState(denoiser, config.optimizer, max(1, step))
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(storage.join(work.storage, "checkpoints", f"step-{step:08d}"), Path(folder))
-        state.restore(Path(folder))
+        patiently(lambda: fetch(work.checkpoints, step, Path(folder)))
+        denoiser.load_state_dict(averaged_weights(Path(folder)))
     provenance = {
         "run": work.run,
         "recipe": config.recipe,
@@ -265,7 +310,7 @@ def _write_bundle(work: Plan, latest: dict[str, Any], seconds: float) -> tuple[P
     # Of a resumed run only the last part is known. Not in the provenance: equal runs are to have equal bundles.
     card = model_card(bundle_config, parameters, None if work.start_step else seconds)
     folder_path = work.folder / "bundle"
-    save_bundle(folder_path, state.averaged(), bundle_config, {}, card)
+    save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card)
     return folder_path, parameters
 
 
@@ -273,8 +318,16 @@ def _explain(error: BaseException, work: Plan) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
     line = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
-    step = latest_step(work.storage)
+    step = latest_step(work.checkpoints)
     return TrainingError(f"run {work.run}", line, f"the last checkpoint is step {step}; the same command goes on there")
+
+
+def _hopeless(work: Plan, reason: str) -> TrainingError:
+    """For what would happen again if the same command went on."""
+    kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
+    return TrainingError(
+        f"run {work.run}", reason, f"{kept}; lower optimizer.learning_rate or look at these rows, with another name="
+    )
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -1,11 +1,13 @@
 """The body of a Ray Train worker: rows in, steps, checkpoints and metrics out.
 
 The mathematics of a step is in models/training.py; this file is about processes: DDP, resume, agreement of the
-ranks on when to stop, and what rank 0 tells the world.
+ranks on when to stop, and what rank 0 tells the world. Not here: how a checkpoint is written (pipelines/checkpoints.py)
+and scored (pipelines/scoring.py).
 """
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,13 +22,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from animediffusion.models.attention import attention_used, use_attention
-from animediffusion.models.augment import fixed_batch
-from animediffusion.models.colorize import noise_for, sample_images
-from animediffusion.models.images import to_uint8
 from animediffusion.models.training import Step, TrainState, fit
+from animediffusion.pipelines.checkpoints import (
+    CheckpointWriter,
+    best_step,
+    fetch,
+    fetch_newest,
+    patiently,
+    read_scores,
+)
 from animediffusion.pipelines.dataset import decode_rows
 from animediffusion.pipelines.recipe import TrainConfig
-from animediffusion.platform.images import contact_sheet
+from animediffusion.pipelines.scoring import Scorer
 from animediffusion.platform.tracking import Run
 
 TIMED_STEPS = 20
@@ -34,6 +41,10 @@ TIMED_STEPS = 20
 AGREE_EVERY = 10
 """Steps between two looks of all ranks at what rank 0 decided."""
 UNKNOWN_LENGTH = 1 << 40
+SCORING_S = 120.0
+"""How long the end of a run waits for the score of its last checkpoints, each."""
+NAMED_ROWS = 8
+"""How many rows a message names."""
 
 
 @ray.remote(num_cpus=0)
@@ -41,13 +52,17 @@ class Progress:
     """Where the driver looks how a run is going, and says that it should stop. Lives on any node."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Any] = {}
+        self._latest: dict[str, Any] = {"warnings": []}
         self._stop = False
 
     def tell(self, **values: Any) -> bool:
         """Rank 0 reports; the answer is whether to stop."""
         self._latest.update(values)
         return self._stop
+
+    def warn(self, line: str) -> None:
+        """A line for the person who watches."""
+        self._latest["warnings"] = [*self._latest["warnings"], line]
 
     def look(self) -> dict[str, Any]:
         """The latest report."""
@@ -62,8 +77,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """One rank of a run. Continues from the checkpoint that Ray hands it, else from `init_from`.
 
     Args:
-        config: run (TrainConfig as a dictionary), image_size, init_weights (object reference or None), tracking_uri,
-            mlflow_run_id, progress (actor), samples (rows of the grid, or None).
+        config: run (TrainConfig as a dictionary), checkpoints (URI of their folder), image_size, init_weights (object
+            reference or None), tracking_uri, mlflow_run_id, progress (actor), samples (rows to score, or None).
     """
     _Rank(config).run()
 
@@ -79,9 +94,10 @@ class _Rank:
         self.bundle_config = self.run_config.bundle_config(config["image_size"])
         self.state = self._state()
         self.first_step = self.state.step
-        self.saved_step = -1
         self.stopping = False
+        self.warned_node = False
         self.waited = 0.0
+        self.row_ids: list[str] = []
         self.log = _Log(self) if self.rank == 0 else None
 
     def _state(self) -> TrainState:
@@ -91,13 +107,33 @@ class _Rank:
         if self.shared["init_weights"] is not None:
             denoiser.load_state_dict(ray.get(self.shared["init_weights"]))
         state = TrainState(denoiser.to(self.device), run.optimizer, run.max_steps or UNKNOWN_LENGTH)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                state.restore(Path(folder))
-            if run.max_steps is not None:
-                state.max_steps = run.max_steps
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "state"
+            if self._fetch(folder):
+                state.restore(folder)
+                if run.max_steps is not None:
+                    state.max_steps = run.max_steps
         return state
+
+    def _fetch(self, folder: Path) -> int:
+        """The newest good checkpoint, chosen by rank 0 before anybody asks for rows; its step, 0 if there is none."""
+        place, step = self.shared["checkpoints"], 0
+        if self.rank == 0:
+            step = patiently(lambda: fetch_newest(place, folder, self._warn))
+        step = int(self._from_rank_0([step])[0])
+        if self.rank and step:
+            patiently(lambda: fetch(place, step, folder))
+        return step
+
+    def _from_rank_0(self, numbers: list[int]) -> list[int]:
+        values = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(values, 0)
+        decided: list[int] = values.tolist()
+        return decided
+
+    def _warn(self, line: str) -> None:
+        self.shared["progress"].warn.remote(line)
 
     def run(self) -> None:
         objective = self.run_config.objective.build(
@@ -105,32 +141,48 @@ class _Rank:
         )
         if self.world_size > 1:
             objective = _ddp(objective, self.device)
-        fit(
-            self.state,
-            objective,
-            self._rows(),
-            UNKNOWN_LENGTH,
-            self._on_step,
-            augment=self.run_config.augment,
-            seed=self.run_config.seed,
-            rank=self.rank,
-        )
-        if self.state.step > self.saved_step:
-            self._checkpoint()
+        try:
+            fit(
+                self.state,
+                objective,
+                self._rows(),
+                UNKNOWN_LENGTH,
+                self._on_step,
+                augment=self.run_config.augment,
+                seed=self.run_config.seed,
+                rank=self.rank,
+            )
+        except FloatingPointError as error:
+            self._give_up(str(error))
+            return
         if self.log is not None:
-            self.log.close()
+            self.log.finish()
+
+    def _give_up(self, reason: str) -> None:
+        """Tell which rows made the loss infinite or no number. All ranks come here; trying again would not help."""
+        found: list[Any] = [(reason, self.row_ids)]
+        if self.world_size > 1:
+            found = [None] * self.world_size
+            dist.all_gather_object(found, (reason, self.row_ids))
+        if self.log is not None:
+            # Ranks with good rows see only that the common gradients are bad.
+            bad = [pair for pair in found if "the loss is" in pair[0]] or found
+            ids = [name for _, names in bad for name in names]
+            more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+            self.log.give_up(f"{bad[0][0]}, rows {', '.join(ids[:NAMED_ROWS])}{more}")
 
     def _rows(self) -> Iterator[dict[str, Tensor]]:
-        run = self.run_config
         if self.state.step >= self.state.max_steps:
             return
         shard = ray.train.get_dataset_shard("train")
-        batches = iter(shard.iter_batches(batch_size=run.rows_per_worker, drop_last=True, prefetch_batches=2))
+        rows = self.run_config.batch_size // self.world_size
+        batches = iter(shard.iter_batches(batch_size=rows, drop_last=True, prefetch_batches=2))
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
             if batch is None:
                 return
+            self.row_ids = [str(name) for name in batch["id"]]
             arrays = decode_rows(batch)
             tensors = {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in arrays.items()}
             self.waited += time.monotonic() - asked
@@ -142,30 +194,22 @@ class _Rank:
         if (step.step - self.first_step) % AGREE_EVERY == 0:
             self._agree()
         done = step.step >= self.state.max_steps or self.stopping
-        if step.step % self.run_config.checkpoint_every == 0 and not done:
-            self._checkpoint()
+        if self.log is not None and step.step % self.run_config.checkpoint_every == 0 and not done:
+            self.log.checkpoint()
         return done
 
     def _agree(self) -> None:
         """All ranks take over from rank 0 how long the run is and whether it is to stop now."""
-        decided = torch.tensor([self.state.max_steps, 0], dtype=torch.int64, device=self.device)
-        if self.log is not None:
-            decided = torch.tensor(self.log.decide(), dtype=torch.int64, device=self.device)
-        if self.world_size > 1:
-            dist.broadcast(decided, 0)
-        self.state.max_steps, self.stopping = int(decided[0]), bool(decided[1])
-
-    def _checkpoint(self) -> None:
-        """Save on rank 0 and report on all; the step is part of the name, so nothing is written twice."""
-        self.saved_step = self.state.step
-        name = f"step-{self.state.step:08d}"
-        if self.log is None:
-            ray.train.report({"step": self.state.step}, checkpoint_dir_name=name)
+        mine = self.log.decide() if self.log is not None else [0, 0]
+        self.state.max_steps, stop = self._from_rank_0(mine)
+        self.stopping = bool(stop)
+        # A node is about to be taken away: what was learned since the last checkpoint would be learned again.
+        if ray.train.get_preemption_info() is None or self.warned_node:
             return
-        metrics = {"step": self.state.step, **self.log.checkpointed()}
-        with tempfile.TemporaryDirectory() as folder:
-            self.state.save(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint(folder), checkpoint_dir_name=name)
+        self.warned_node = True
+        if self.log is not None:
+            self._warn(f"a node will be taken away; saving step {self.state.step}")
+            self.log.checkpoint()
 
 
 def _ddp(objective: nn.Module, device: torch.device) -> nn.Module:
@@ -187,6 +231,10 @@ class _Log:
         self.timed: float | None = None
         self.values: dict[str, float] = {}
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
+        place, run = rank.shared["checkpoints"], rank.run_config
+        self.scorer = Scorer(place, rank.shared) if rank.shared["samples"] is not None else None
+        self.writer = CheckpointWriter(place, run.keep_checkpoints, rank._warn, self._saved)
+        self.known_scores = read_scores(place) if rank.state.step else {}
 
     def step(self, step: Step) -> None:
         self.bins += step.loss.bins.cpu()
@@ -213,7 +261,13 @@ class _Log:
         by_level = {f"loss_by_noise/{i}": total / count for i, (total, count) in means if count}
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
         self.run.log({**self.values, **by_level}, step.step)
+        if self.scorer is not None:
+            self.scorer.look(0)
         self._tell()
+
+    def _saved(self, step: int) -> None:
+        if self.scorer is not None:
+            self.scorer.start(step)
 
     def _tell(self) -> None:
         # Never wait for the driver: read the answer to the report before this one.
@@ -223,8 +277,16 @@ class _Log:
             elapsed=time.monotonic() - self.begun,
             attention=attention_used(),
             device=_device_name(self.rank.device),
+            workers=self.rank.world_size,
+            peak_memory_mb=_peak_memory_mb(self.rank.device),
+            **self._best(),
             **self.values,
         )
+
+    def _best(self) -> dict[str, Any]:
+        scores = {**self.known_scores, **(self.scorer.scores if self.scorer is not None else {})}
+        best = best_step(scores)
+        return {} if best is None else {"best_step": best, "best_score": scores[best]}
 
     def decide(self) -> list[int]:
         """[max_steps, stop]"""
@@ -240,33 +302,33 @@ class _Log:
             max_steps = self.rank.state.step + max(1, int(left / seconds_per_step))
         return [max_steps, stop]
 
-    def checkpointed(self) -> dict[str, float]:
-        """Log the sample grid; the metrics that go with a checkpoint."""
-        if self.rank.shared["samples"] is not None:
-            self.run.log_image(sample_grid(self.rank.state, self.rank.shared), "samples", self.rank.state.step)
+    def checkpoint(self) -> None:
+        """Save the state; the score comes later."""
+        self.writer.save(self.rank.state.step, self.rank.state.save)
         self._tell()
-        return dict(self.values)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """The last checkpoint, its score, and the end of the records."""
+        self.writer.finish(self.rank.state.step, self.rank.state.save)
+        if self.scorer is not None and not self.rank.stopping:
+            self.scorer.finish(SCORING_S)
         self._tell()
         ray.get(self.answer)
         self.run.finish("KILLED" if self.rank.stopping else "FINISHED")
 
-
-def sample_grid(state: TrainState, shared: dict[str, Any]) -> Any:
-    """sketch | reference | result | truth of fixed rows with fixed noise, uint8 [H, W, 3]."""
-    denoiser = state.averaged()
-    device = next(denoiser.parameters()).device
-    rows = {key: torch.from_numpy(value).to(device) for key, value in shared["samples"].items()}
-    batch = fixed_batch(rows, "cross", torch.Generator(device).manual_seed(0))
-    noise = torch.stack([noise_for(i, batch.target.shape[-1]) for i in range(len(batch.target))]).to(device)
-    settings = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"]).sampler
-    with torch.no_grad():
-        result = sample_images(denoiser, batch.sketch, batch.reference, noise, settings)
-    columns = (batch.sketch.expand(-1, 3, -1, -1), batch.reference, result, batch.target)
-    cells = [to_uint8(column).cpu().numpy() for column in columns]
-    return contact_sheet([list(row) for row in zip(*cells, strict=True)], ["sketch", "reference", "result", "truth"])
+    def give_up(self, reason: str) -> None:
+        """The run cannot go on; the checkpoints stay as they are."""
+        self.writer.wait()
+        ray.get(self.progress.tell.remote(failed=reason))
+        self.run.finish("FAILED")
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Of this process, or of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

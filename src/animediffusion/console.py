@@ -56,7 +56,14 @@ class Console:
         """A function that shows a training report (pipelines/train.py)."""
         with self._bar("training") as move:
 
+            shown = 0
+
             def report(now: Mapping[str, Any]) -> None:
+                nonlocal shown
+                lines = now.get("warnings", [])
+                for line in lines[shown:]:
+                    self.note(f"warning: {line}")
+                shown = len(lines)
                 step = int(now.get("step", 0))
                 known = int(now.get("max_steps", 0)) < 1 << 40
                 move(step, int(now["max_steps"]) if known else 0, training_line(now))
@@ -105,13 +112,24 @@ class Console:
         tail = f"\npicture: {result['grid']}" if result["grid"] else ""
         return f"{head}\n{self.table(rows, '')}{tail}"
 
+    def run(self, result: Mapping[str, Any]) -> str:
+        """The summary of `train`: facts, and a line for each checkpoint that has a score."""
+        facts = self.facts({key: value for key, value in result.items() if key != "scores"})
+        rows = [
+            {"checkpoint": step, **_columns({"cross": score}), "PSNR same": f"{score['psnr_same']:.2f}"}
+            for step, score in result.get("scores", {}).items()
+        ]
+        return f"{facts}\n\n{self.table(rows, '')}" if rows else facts
+
 
 def training_line(now: Mapping[str, Any]) -> str:
-    """step 40/200  loss 0.0812  75 images/s  data wait 1 %  ETA 1:20"""
+    """step 40/200  loss 0.0812  75 images/s  data wait 1 %  best dE00 5.91 at 20  ETA 1:20"""
     step, last = int(now.get("step", 0)), int(now.get("max_steps", 0))
     parts = [f"step {step}/{last}" if last < 1 << 40 else f"step {step}"]
     if "loss" in now:
         parts += [f"loss {now['loss']:.4f}", f"{now['images_per_s']:.0f} images/s", f"data wait {now['data_wait']:.0%}"]
+    if now.get("best_score"):
+        parts.append(f"best dE00 {now['best_score']['ciede2000']:.2f} at {now['best_step']}")
     if last < 1 << 40 and step:
         per_step = now.get("seconds_per_step", 0.0)
         left = int((last - step) * per_step)

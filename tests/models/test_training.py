@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from animediffusion.models.augment import AugmentConfig
 from animediffusion.models.objective import DenoisingConfig, DenoisingObjective, Loss
-from animediffusion.models.training import OptimizerConfig, TrainState, fit, step_generator
+from animediffusion.models.training import OptimizerConfig, TrainState, averaged_weights, fit, step_generator
 
 AUGMENT = AugmentConfig()
 
@@ -60,6 +61,26 @@ def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
     state.denoiser.network.detail.output = torch.nn.Conv2d(4, 3, 1)
     with pytest.raises(ValueError, match=r"another network, network\.detail\.output\.weight does not fit"):
         TrainState(state.denoiser, state.config, 6).restore(tmp_path)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(new_denoiser, new_rows, tmp_path):
+    state = new_state(new_denoiser)
+    train(state, new_rows, 1)
+    state.save(tmp_path)
+    tensors = load_file(tmp_path / "state.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="another optimizer, it has no memory of network"):
+        new_state(new_denoiser).restore(tmp_path)
+
+
+def test_the_average_can_be_read_without_the_rest(new_denoiser, new_rows, tmp_path):
+    state = new_state(new_denoiser)
+    train(state, new_rows, 2)
+    state.save(tmp_path)
+    found = averaged_weights(tmp_path)
+    expected = dict(state.averaged().named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_muon_moves_hidden_kernels_along_all_directions_alike_and_leaves_the_rest_to_adamw(new_denoiser, new_rows):
@@ -171,12 +192,25 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(new_denoiser,
 
     class Broken(torch.nn.Module):
         def forward(self, *_inputs):
-            return Loss(torch.tensor(float("nan")), torch.zeros(8), torch.zeros(8))
+            total = float("nan") * state.parameters[0].sum()
+            return Loss(total, torch.zeros(8), torch.zeros(8))
 
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
         fit(state, Broken(), [new_rows(2)], 6, go_on, augment=AUGMENT, seed=0)
     assert state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+
+
+def test_gradients_that_are_no_numbers_change_nothing(new_denoiser, new_rows):
+    state = new_state(new_denoiser)
+    train(state, new_rows, 2)
+    before = [p.clone() for p in [*state.parameters, *state.average]]
+    for parameter in state.parameters:
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    with pytest.raises(FloatingPointError, match="step 2: the norm of the gradients is inf"):
+        state.apply_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*state.parameters, *state.average], strict=True))
+    assert state.step == 2
 
 
 def test_a_run_stops_at_the_step_it_is_told_or_when_the_caller_says_so_or_without_rows(new_denoiser, new_rows):

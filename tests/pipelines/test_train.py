@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 
 from animediffusion import cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
-from animediffusion.pipelines.plan import latest_step, plan
+from animediffusion.pipelines.checkpoints import latest_step
+from animediffusion.pipelines.evaluate import evaluate
+from animediffusion.pipelines.plan import plan
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.pipelines.train import Interrupted, train
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, ConfigError, DataError
+from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 
 RECIPE = """
 network:
@@ -67,16 +70,7 @@ def weights(settings, run, step):
 
 def crash_back_to(folder, step):
     """Leave the run as a crash would have left it: no result, and no checkpoint after `step`."""
-    checkpoints = folder / "checkpoints"
-    snapshot = checkpoints / "checkpoint_manager_snapshot.json"
-    state = json.loads(snapshot.read_text())
-    kept = [result for result in state["checkpoint_results"] if result["checkpoint_dir_name"] <= f"step-{step:08d}"]
-    assert kept[-1]["checkpoint_dir_name"] == f"step-{step:08d}"
-    indices = state["checkpoint_report_indices"][: len(kept)]
-    state |= {"checkpoint_results": kept, "latest_checkpoint_result": kept[-1]}
-    state |= {"checkpoint_report_indices": indices, "current_report_index": indices[-1] + 1}
-    snapshot.write_text(json.dumps(state))
-    for path in checkpoints.glob("step-*"):
+    for path in (folder / "checkpoints").glob("step-*"):
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
     shutil.rmtree(folder / "bundle")
@@ -104,10 +98,36 @@ def test_a_run_leaves_its_settings_checkpoints_and_a_bundle_that_colors(straight
 def test_the_result_has_the_keys_of_the_contract(straight):
     result, reports = straight
     contract = {"run", "run_dir", "bundle", "steps", "resumed_from", "seconds", "images_per_s", "num_parameters"}
-    assert set(result) == contract | {"device", "attention", "mlflow_run_id", "metrics"}
+    contract |= {"device", "attention", "mlflow_run_id", "metrics"}
+    assert set(result) == contract | {"scores", "best_step", "bundle_step", "num_workers", "peak_memory_mb"}
+    assert 100 < result["peak_memory_mb"] < 4000
     assert (result["steps"], result["resumed_from"], result["device"], result["attention"]) == (20, None, "cpu", "sdpa")
     assert result["images_per_s"] > 0
     assert reports[-1]["step"] == reports[-1]["max_steps"] == 20
+
+
+def test_checkpoints_are_scored_beside_training_and_the_scores_are_those_of_evaluate(straight, settings, recipe):
+    result, reports = straight
+    folder = settings.workspace / "runs" / result["run"]
+    written = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("checkpoints/*/score.json")}
+    assert {f"step-{int(step):08d}": score for step, score in result["scores"].items()} == written
+    assert "20" in result["scores"]
+    best = min(result["scores"].values(), key=lambda score: score["ciede2000"])
+    assert result["scores"][str(result["best_step"])] == best
+    assert reports[-1]["best_score"] == best
+    found = evaluate(settings, result["bundle"], load_recipe(recipe).data, limit=2)
+    cross, same = found["tracks"]["cross"], found["tracks"]["same"]
+    expected = {key: cross[key] for key in ("psnr", "ssim", "ciede2000")} | {"psnr_same": same["psnr"]}
+    assert result["scores"]["20"] == expected
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
+    wild = ["name=wild", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "checkpoint_every=1"]
+    with pytest.raises(TrainingError, match=r"run wild: step \d+: the .* is (nan|inf), rows train/\d+, ") as error:
+        train(settings, load_recipe(recipe, wild))
+    assert "\n" not in str(error.value)
+    step = int(re.search(r"checkpoint of step (\d+) is kept", str(error.value))[1])
+    assert latest_step(str(settings.workspace / "runs" / "wild" / "checkpoints")) == step > 0
 
 
 def test_mlflow_has_parameters_steps_and_the_sample_grid(straight, settings):

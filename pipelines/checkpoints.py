@@ -1,0 +1,278 @@
+"""Checkpoints of a run: whole or absent, checked by hash, readable with safetensors and JSON alone.
+
+    PLACE/step-00000500/{state.safetensors, state.json, checksums.json[, score.json]}
+
+On a disk a checkpoint appears by one rename. In an object store checksums.json is written last; a folder without it is
+no checkpoint. Kept are the newest few and the one with the best score.
+
+Why not Ray Train's own registry: it rewrites one snapshot in place, so a kill or an outage in that moment ends the run;
+it reads only what the same version of Ray wrote; and it knows no hashes.
+Not here: what a state is (models/training.py); who scores (pipelines/scoring.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from animediffusion.platform import storage
+from animediffusion.platform.errors import StorageError
+
+CHECKSUMS, SCORE = "checksums.json", "score.json"
+BEST_BY = "ciede2000"
+"""Of a score; lower is better."""
+PATIENCE_S = 300.0
+"""How long a run waits for a store that it cannot do without: to read its last checkpoint, and to write its result."""
+PAUSE_S = 5.0
+
+_NAME = re.compile(r"step-(\d{8,})")
+T = TypeVar("T")
+Save = Callable[[Path], None]
+"""Writes the files of a state into a folder."""
+
+
+def step_name(step: int) -> str:
+    """Folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def list_steps(place: str) -> list[int]:
+    """Steps of the whole checkpoints at `place`, ascending."""
+    if not storage.exists(place):
+        return []
+    parts = (path.split("/") for path in storage.list_files(place))
+    names = {_NAME.fullmatch(part[0]) for part in parts if part[1:] == [CHECKSUMS]}
+    return sorted(int(match[1]) for match in names if match)
+
+
+def latest_step(place: str) -> int:
+    """The step of the newest checkpoint at `place`, 0 if there is none."""
+    return max(list_steps(place), default=0)
+
+
+def fetch(place: str, step: int, folder: Path) -> None:
+    """Copy a checkpoint into a local folder and check it.
+
+    Raises:
+        ValueError: a file is missing or differs from its hash.
+        StorageError: the store fails.
+    """
+    source = storage.join(place, step_name(step))
+    storage.download_folder(source, folder)
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}/{CHECKSUMS} is damaged") from error
+    for name, sha256 in expected.items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != sha256:
+            raise ValueError(f"{source}/{name} was changed after it was written (sha256 differs)")
+
+
+def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
+    """fetch() of the newest checkpoint that is as it was written; returns its step, 0 if there is none.
+
+    A damaged one loses its checksums, so that from then on nobody takes it for a checkpoint; the rest stays to look at.
+    """
+    for step in reversed(list_steps(place)):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            fetch(place, step, folder)
+        except ValueError as error:
+            warn(f"{error}; going back to the checkpoint before it")
+            storage.delete(storage.join(place, step_name(step), CHECKSUMS))
+        else:
+            return step
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def read_scores(place: str) -> dict[int, dict[str, float]]:
+    """Scores of the checkpoints that have one, by step."""
+    scores = {}
+    for step in list_steps(place):
+        uri = storage.join(place, step_name(step), SCORE)
+        if storage.exists(uri):
+            scores[step] = json.loads(storage.read_bytes(uri))
+    return scores
+
+
+def write_score(place: str, step: int, score: dict[str, float]) -> None:
+    """Put a score beside a checkpoint."""
+    storage.write_bytes(storage.join(place, step_name(step), SCORE), json.dumps(score).encode() + b"\n")
+
+
+def best_step(scores: dict[int, dict[str, float]]) -> int | None:
+    """The step with the lowest cross-reference CIEDE2000, the later of equals; None without scores."""
+    return min(scores, key=lambda step: (scores[step][BEST_BY], -step), default=None)
+
+
+def prune(place: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best."""
+    old = list_steps(place)[:-keep]
+    if old:
+        best = best_step(read_scores(place))
+        for step in old:
+            if step != best:
+                # First what makes it a checkpoint: a kill in between leaves none that is half there.
+                storage.delete(storage.join(place, step_name(step), CHECKSUMS))
+                storage.delete(storage.join(place, step_name(step)))
+
+
+def patiently(call: Callable[[], T], seconds: float = PATIENCE_S) -> T:
+    """The result of `call`, asked again while the store fails, for so long; then its StorageError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except StorageError:
+            if time.monotonic() + PAUSE_S > end:
+                raise
+            time.sleep(PAUSE_S)
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, one after the other, and deletes what is not kept.
+
+    On a disk `save` returns when the checkpoint is there. For an object store it returns when the state is in a local
+    folder; a thread uploads it while training goes on. A state that comes while an older one is still on its way takes
+    the place of another that waits. What cannot be saved is a warning: training goes on, the next save tries again.
+
+    Args:
+        place: where checkpoints go.
+        keep: how many of the newest stay.
+        warn: gets one line for what could not be saved.
+        saved: gets the step of every checkpoint that is there; called from the thread that wrote it.
+    """
+
+    def __init__(
+        self, place: str, keep: int, warn: Callable[[str], None], saved: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.place, self.keep, self.warn, self.saved = place, keep, warn, saved
+        self._remote = storage.is_remote(place)
+        self._changed = threading.Condition()
+        self._next: tuple[int, Path] | None = None
+        self._busy = False
+        self._newest = 0
+        if not self._remote:
+            self._clear()
+
+    def save(self, step: int, state: Save) -> None:
+        """Save a state; never raises for a disk that is full or a store that fails."""
+        try:
+            folder = self._write(step, state)
+        except (OSError, SafetensorError) as error:
+            self._failed(step, error)
+            return
+        if not self._remote:
+            self._commit(step, folder)
+            return
+        with self._changed:
+            if self._next is not None:
+                shutil.rmtree(self._next[1], ignore_errors=True)
+            self._next = (step, folder)
+            if not self._busy:
+                self._busy = True
+                threading.Thread(target=self._upload, name="checkpoints", daemon=True).start()
+
+    def finish(self, step: int, state: Save) -> None:
+        """Save the last state and wait until it is there, with patience.
+
+        Raises:
+            StorageError: it could not be saved in PATIENCE_S.
+        """
+
+        def attempt() -> None:
+            if self._newest < step:
+                self.save(step, state)
+                self.wait()
+            if self._newest < step:
+                raise StorageError(self.place, f"the state of step {step} cannot be saved", "make room or reach it")
+
+        patiently(attempt)
+
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy)
+
+    def _write(self, step: int, state: Save) -> Path:
+        """The files of a checkpoint in a local folder, checksums included."""
+        if self._remote:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        else:
+            folder = Path(self.place) / f".{step_name(step)}.part"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        try:
+            state(folder)
+            sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
+
+    def _upload(self) -> None:
+        while True:
+            with self._changed:
+                if self._next is None:
+                    self._busy = False
+                    self._changed.notify_all()
+                    return
+                (step, folder), self._next = self._next, None
+            self._commit(step, folder)
+
+    def _commit(self, step: int, folder: Path) -> None:
+        target = storage.join(self.place, step_name(step))
+        try:
+            if self._remote:
+                for name in sorted((path.name for path in folder.iterdir()), key=lambda name: name == CHECKSUMS):
+                    storage.write_bytes(storage.join(target, name), (folder / name).read_bytes())
+            else:
+                _to_disk(folder)
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+                _to_disk(Path(self.place))
+            self._newest = step
+            self.saved(step)
+            prune(self.place, self.keep)
+        except (StorageError, OSError) as error:
+            self._failed(step, error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        self.warn(f"the checkpoint of step {step} could not be saved ({reason}); training goes on")
+
+    def _clear(self) -> None:
+        """What a killed process left half written."""
+        for path in Path(self.place).glob(".step-*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """Ask the system to write a folder's files, and its list of them, out of memory."""
+    for path in [*(entry for entry in folder.iterdir() if entry.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
