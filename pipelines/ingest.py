@@ -4,36 +4,67 @@
     cluster.connect(settings)
     manifest = job.run(progress)
 
-Every file ends in a row or in rejects.jsonl. Work goes in parts, one shard each; a killed ingest continues after the
-last finished part. Not here: which files belong together, see pipelines/layout.py; one part, see pipelines/parts.py.
+Every file ends in a row or in rejects.jsonl. Work goes in parts, one shard each, as wide as the cluster; killed at any
+moment, the driver or a worker, the same call ends with the same content, and a part that has its record is not made
+again.
+
+What the driver holds for every row: its names, 120 bytes (half a kilobyte while they are paired, and the listing of
+the source beside it), then two digests, 64 bytes; of a part its shard, and all rejects. Pictures and records only pass
+through the workers and the store. Not here: which files belong together, see pipelines/layout.py; one part, see
+pipelines/parts.py; what all parts add up to, see pipelines/tally.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import ray
 
-from animediffusion.pipelines.dataset import MANIFEST, Manifest, Shard, Split, silence_ray_data, write_shard
-from animediffusion.pipelines.layout import LAYOUTS, Plan, Reject, id_rank, is_junk, natural, plan_folder, plan_pairs
-from animediffusion.pipelines.parts import Part, Record, make_part, read_record, record_path
-from animediffusion.pipelines.shards import read_shard
+from animediffusion.pipelines.dataset import MANIFEST, Manifest, Shard, silence_ray_data
+from animediffusion.pipelines.layout import LAYOUTS, is_junk, plan_folder, plan_pairs
+from animediffusion.pipelines.parts import Part, Record, drop_rows, make_part, raise_failed, read_record, record_path
+from animediffusion.pipelines.samples import Plan
+from animediffusion.pipelines.tally import Tally, find_twins
 from animediffusion.platform import storage
-from animediffusion.platform.errors import ConfigError, DataError, StorageError
+from animediffusion.platform.errors import ConfigError, DataError
 
-PART_ROWS = 256
+MIN_PART_ROWS = 128
+MAX_PART_ROWS = 4096
+"""A minute of one core at most is lost with a worker."""
+PART_BYTES = 64 * 2**20
+"""Of a shard, about: large enough for an object store, small enough for the memory of a task."""
+MANY_PARTS = 64
+"""Into so many parts a small source is cut, so that as many cores have work."""
 STATE = "_parts"
 """Folder of an unfinished ingest, below the destination."""
 _PLAN = f"{STATE}/plan.json"
 _VERSION = 1
+_OLD_PART_ROWS = 256
+"""Of an unfinished ingest that does not say it."""
+_READERS = 16
 
 Progress = Callable[[int, int, int], None]
 """Called with files done, files in all, rejects so far."""
+Spread = Callable[[Callable[..., Any], list[dict[str, Any]], dict[str, Any]], Iterator[dict[str, Any]]]
+"""Calls a function of one-row batches for every row of a table, with keyword arguments; rows in any order."""
+
+
+def over_ray(work: Callable[..., Any], table: list[dict[str, Any]], where: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The Spread of the cluster: one task a row; the task of a worker that dies is done again by another.
+
+    Not Ray Data's own CheckpointConfig: it skips rows by an id that the driver reads back in full, and its writers name
+    files by task, so that a second run would cut other shards; a record beside each shard is one name in a listing.
+    """
+    if table:
+        silence_ray_data()
+        rows = ray.data.from_items(table, override_num_blocks=len(table))
+        yield from rows.map_batches(work, batch_size=1, fn_kwargs=where).iter_rows()
 
 
 @dataclass(frozen=True)
@@ -45,11 +76,12 @@ class Job:
     size: int
     plan: Plan
     fingerprint: str
+    part_rows: int
     done: Manifest | None = None
     continues: bool = False
     """Whether a part of it was made before."""
 
-    def run(self, progress: Progress | None = None) -> Manifest:
+    def run(self, progress: Progress | None = None, spread: Spread = over_ray) -> Manifest:
         """Make what is missing and write the manifest; Ray is connected by the caller.
 
         Raises:
@@ -57,42 +89,42 @@ class Job:
             StorageError: if source or destination fails; the same call continues later.
         """
         if self.done is not None:
+            _clear(self)
             return self.done
-        storage.write_bytes(storage.join(self.destination, _PLAN), json.dumps(self._state()).encode())
-        return _finish(self, self._records(progress or _silent))
+        state = {"fingerprint": self.fingerprint, "source": self.source, "part_rows": self.part_rows}
+        storage.write_bytes(storage.join(self.destination, _PLAN), json.dumps(state).encode())
+        tally = Tally(self.plan.rejects, shared=self.plan.shared)
+        total = self.plan.samples.num_files + len(self.plan.rejects)
+        report = progress or _silent
+        ready, missing = self._work()
+        for record in _read_records(self.destination, ready):
+            tally.add(record)
+        report(tally.num_done, total, tally.num_rejects)
+        where = {"source": self.source, "destination": self.destination, "state": STATE, "size": self.size}
+        for row in spread(make_part, missing, where):
+            raise_failed(row)
+            tally.add(Record.model_validate_json(row["made"]))
+            report(tally.num_done, total, tally.num_rejects)
+        return _finish(self, tally, spread)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> Iterator[Part]:
         """The work in pieces of one shard; rows in an order without meaning, so that neighbours are strangers."""
-        parts = []
-        for split in sorted({sample.split for sample in self.plan.samples}):
-            rows = sorted(
-                (sample for sample in self.plan.samples if sample.split == split),
-                key=lambda sample: (id_rank(sample.id), sample.id),
-            )
-            for number, start in enumerate(range(0, len(rows), PART_ROWS)):
-                parts.append(Part(split, number, tuple(rows[start : start + PART_ROWS])))
-        return parts
+        for split, rows in self.plan.samples.by_split().items():
+            for number, start in enumerate(range(0, len(rows), self.part_rows)):
+                yield Part(split, number, self.plan.samples.take(rows[start : start + self.part_rows]))
 
-    def _state(self) -> dict[str, str]:
-        return {"fingerprint": self.fingerprint, "source": self.source}
-
-    def _records(self, progress: Progress) -> list[Record]:
-        """Records of all parts, made before or now."""
-        parts = self.parts()
+    def _work(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Names of the records that are there, and a table of the parts to make."""
         finished = set(storage.list_files(storage.join(self.destination, STATE)))
-        ready = [part for part in parts if record_path(part) in finished]
-        missing = [part for part in parts if record_path(part) not in finished]
-        total = len({path for sample in self.plan.samples for path in sample.files}) + len(self.plan.rejects)
-        records: list[Record] = []
-        seen = {reject.path for reject in self.plan.rejects}
-        rejected = len(seen)
-        earlier = (read_record(storage.join(self.destination, STATE, record_path(part))) for part in ready)
-        for record in chain(earlier, _make(self, missing)):
-            records.append(record)
-            seen |= record.files
-            rejected += len(record.rejects)
-            progress(len(seen), total, rejected)
-        return records
+        ready: list[str] = []
+        missing: list[dict[str, Any]] = []
+        for part in self.parts():
+            name = record_path(part.split, part.number)
+            if name in finished:
+                ready.append(name)
+            else:
+                missing.append({"part": part.pack()})
+        return ready, missing
 
 
 def ingest(
@@ -134,8 +166,17 @@ def prepare(source: str, destination: str, size: int = 64, pairs: str | None = N
     sizes = storage.list_sizes(source)
     text = _read_pairs(source, pairs) if pairs is not None else None
     plan = plan_folder(source, sizes, val_fraction) if text is None else plan_pairs(source, text, sizes, val_fraction)
-    job = Job(source, destination, size, plan, _fingerprint(plan, sizes, size))
+    job = Job(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
     return _compare(job)
+
+
+def choose_part_rows(plan: Plan, size: int) -> int:
+    """Rows of a part, so that shards have a good size for a store, and small sources still make many."""
+    rows = max(1, len(plan.samples))
+    # Lossless pictures of this kind take half of their raw bytes, rarely more.
+    row_bytes = 1.5 * size**2 * plan.samples.num_files / rows
+    most = min(MAX_PART_ROWS, int(PART_BYTES / row_bytes))
+    return max(1, min(most, max(MIN_PART_ROWS, rows // MANY_PARTS)))
 
 
 def _compare(job: Job) -> Job:
@@ -150,7 +191,8 @@ def _compare(job: Job) -> Job:
     if _PLAN in there:
         state = json.loads(storage.read_bytes(storage.join(job.destination, _PLAN)))
         if state.get("fingerprint") == job.fingerprint:
-            return replace(job, continues=True)
+            # Cut as the parts that are there.
+            return replace(job, continues=True, part_rows=state.get("part_rows", _OLD_PART_ROWS))
         found = f"holds an unfinished ingest of other content (from {state.get('source')})"
         raise DataError(job.destination, found, "choose an empty place, or delete it")
     if there:
@@ -177,92 +219,78 @@ def _read_pairs(source: str, pairs: str) -> str:
 
 def _fingerprint(plan: Plan, sizes: dict[str, int], size: int) -> str:
     """Equal for equal names, sizes in bytes, roles and splits: what was read is not read again to compare it."""
-    rows = [[*asdict(sample).values(), *(sizes[path] for path in sample.files)] for sample in plan.samples]
-    what = [_VERSION, size, sorted(rows, key=str), sorted(reject.path for reject in plan.rejects)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    # As text, in the order of Python's own: one value for the whole would hold all rows as lists.
+    rows = sorted(map(_texts, ([*sample, *(sizes[path] for path in sample.files)] for sample in plan.samples)))
+    head, tail = json.dumps([_VERSION, size])[:-1], json.dumps(sorted(reject.path for reject in plan.rejects))
+    digest = hashlib.sha256(f"{head}, [".encode())
+    for number, (_, row) in enumerate(rows):
+        digest.update(f"{', ' if number else ''}{row}".encode())
+    digest.update(f"], {tail}]".encode())
+    return digest.hexdigest()
 
 
-def _make(job: Job, parts: list[Part]) -> Iterable[Record]:
-    """Records of parts as Ray finishes them."""
-    if not parts:
-        return
-    silence_ray_data()
-    table = [{"part": part.to_json()} for part in parts]
-    where = {"source": job.source, "destination": job.destination, "state": STATE, "size": job.size}
-    made = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
-        make_part, batch_size=1, fn_kwargs=where
-    )
-    for row in made.iter_rows():
-        if row["error"]:
-            raise StorageError(*json.loads(row["error"]))
-        yield Record.model_validate_json(row["record"])
+def _texts(row: list[Any]) -> tuple[str, str]:
+    return str(row), json.dumps(row)
 
 
-def _finish(job: Job, records: list[Record]) -> Manifest:
+def _read_records(destination: str, names: Sequence[str]) -> Iterator[Record]:
+    """Records that an earlier run has written, some at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(names), 2 * _READERS):
+            places = [storage.join(destination, STATE, name) for name in names[start : start + 2 * _READERS]]
+            yield from pool.map(read_record, places)
+
+
+def _finish(job: Job, tally: Tally, spread: Spread) -> Manifest:
     """Set duplicates aside, list the shards, write rejects and manifest, and clear the state."""
-    rejects = {reject.path: reject for reject in job.plan.rejects}
-    for record in records:
-        rejects.update({reject.path: reject for reject in record.rejects})
-    twins = _duplicates(records)
-    samples = {sample.id: sample for sample in job.plan.samples}
-    for name, first in twins.items():
-        target, *others = samples[name].files
-        rejects[target] = Reject(target, "duplicate", f"same bytes as {first}")
-        rejects.update({path: Reject(path, "orphan", f"its target {target} is a duplicate") for path in others})
-    kept = [row for record in records for row in record.rows if row.id not in twins]
-    used = {path for row in kept for path in row.files}
-    final = sorted((reject for reject in rejects.values() if reject.path not in used), key=lambda r: natural(r.path))
-    lines = "".join(json.dumps(asdict(reject)) + "\n" for reject in final)
-    if not kept:
+    _drop_twins(job, tally, spread)
+    rejects = tally.rejects()
+    if not tally.num_rows:
         storage.delete(storage.join(job.destination, STATE))
-        reasons = ", ".join(sorted({reject.reason for reject in final}))
-        raise DataError(job.source, f"no usable picture among {len(final)} files ({reasons})", "give readable pictures")
-    splits: dict[str, list[Shard]] = {}
-    for record in sorted(records, key=lambda record: (record.split, record.number)):
-        shard = _without(job.destination, record, twins)
-        if shard is not None:
-            splits.setdefault(record.split, []).append(shard)
+        reasons = ", ".join(sorted({reject.reason for reject in rejects}))
+        found = f"no usable picture among {len(rejects)} files ({reasons})"
+        raise DataError(job.source, found, "give readable pictures")
     manifest = Manifest(
         image_size=job.size,
-        splits={
-            name: Split(rows=sum(shard.rows for shard in shards), shards=tuple(shards))
-            for name, shards in splits.items()
-        },
-        num_files=len(used) + len(final),
-        num_rejects=len(final),
+        splits=tally.splits(),
+        num_files=tally.num_used() + len(rejects),
+        num_rejects=len(rejects),
         source=job.source,
-        content_hash=hashlib.sha256("".join(sorted(row.content for row in kept)).encode()).hexdigest(),
+        content_hash=tally.content_hash(),
         fingerprint=job.fingerprint,
     )
+    lines = "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects)
     storage.write_bytes(storage.join(job.destination, "rejects.jsonl"), lines.encode())
     manifest.save(job.destination)
-    storage.delete(storage.join(job.destination, STATE))
+    _clear(job)
     return manifest
 
 
-def _duplicates(records: list[Record]) -> dict[str, str]:
-    """Ids of rows whose target's bytes another row has under another name, and that name; `val` keeps its pictures."""
-    owner: dict[str, str] = {}
-    twins = {}
-    rows = [(record.split != "val", natural(row.files[0]), row) for record in records for row in record.rows]
-    for _, _, row in sorted(rows, key=lambda entry: entry[:2]):
-        first = owner.setdefault(row.source_sha256, row.files[0])
-        if first != row.files[0]:
-            twins[row.id] = first
-    return twins
+def _drop_twins(job: Job, tally: Tally, spread: Spread) -> None:
+    """Write shards anew without the rows whose picture another row has; killed here, all of it is done once more."""
+    repeated = tally.repeated()
+    records = _read_records(job.destination, [record_path(*key) for key in repeated])
+    table = []
+    for key, twins in find_twins(records, repeated).items():
+        tally.drop(key, twins)
+        shard = tally.shard(key)
+        if shard is not None:
+            drop = json.dumps([twin.row.id for twin in twins])
+            table.append({"split": key[0], "number": key[1], "shard": shard.model_dump_json(), "drop": drop})
+    for row in spread(drop_rows, table, {"destination": job.destination}):
+        raise_failed(row)
+        key = row["split"], int(row["number"])
+        tally.replace(key, Shard.model_validate_json(row["made"]) if row["made"] else None)
 
 
-def _without(destination: str, record: Record, twins: dict[str, str]) -> Shard | None:
-    """The shard of a part, written anew if it holds duplicates; None if nothing is left."""
-    keep = {row.id for row in record.rows if row.id not in twins}
-    if record.shard is None or len(keep) == len(record.rows):
-        return record.shard
-    place = storage.join(destination, record.shard.path)
-    if not keep:
-        storage.delete(place)
-        return None
-    rows = [row for row in read_shard(place) if row["id"] in keep]
-    return write_shard(destination, record.split, record.number, rows)
+def _clear(job: Job) -> None:
+    """Remove what a finished ingest does not need, also what one that was killed has left."""
+    left = storage.list_files(job.destination)
+    if any(name.startswith(f"{STATE}/") for name in left):
+        storage.delete(storage.join(job.destination, STATE))
+    for name in left:
+        if storage.is_partial(name):
+            storage.delete(storage.join(job.destination, name))
 
 
 def _silent(done: int, total: int, rejects: int) -> None:

@@ -13,13 +13,15 @@ Pictures are paired by stem, never by position. Layouts that are understood:
 from __future__ import annotations
 
 import csv
-import hashlib
+import functools
 import io
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
+from animediffusion.pipelines.samples import ROLES, Plan, Reject, Sample, Samples, id_rank
 from animediffusion.platform.errors import DataError
 
 LAYOUTS = "color pictures alone, or folders target|color|gt, sketch|condition|line|lineart, reference, cross_reference"
@@ -42,46 +44,10 @@ _SPLIT_OF = {
 }
 _SUFFIX = re.compile(r"(.+)[_-](cross_reference|" + "|".join(sorted(_ROLE_OF, key=len, reverse=True)) + r")", re.I)
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ""})
-_JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+_JUNK = re.compile(r"(?:^|/)(?:\.|(?:thumbs\.db|desktop\.ini|__macosx)(?:/|$))", re.I)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One row to be: paths relative to the source."""
-
-    id: str
-    split: str
-    target: str
-    sketch: str | None = None
-    reference: str | None = None
-    cross_reference: str | None = None
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """All its paths, the target first."""
-        every = (self.target, self.sketch, self.reference, self.cross_reference)
-        return tuple(path for path in every if path is not None)
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A file that is set aside, and why; reasons as in rejects.jsonl."""
-
-    path: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to make of a source."""
-
-    samples: tuple[Sample, ...]
-    rejects: tuple[Reject, ...]
-
-
-@dataclass(frozen=True)
-class _Named:
+class _Named(NamedTuple):
     """A picture as its path tells it: `key` is the same for all pictures of one row."""
 
     path: str
@@ -90,8 +56,16 @@ class _Named:
     split: str | None
 
 
+_PLACE = {role: place for place, role in enumerate(ROLES, start=1)}
+_Row = list[str | None]
+"""The split, and a path for each of ROLES."""
+_Naming = Callable[[str], _Named]
+
+
 def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Plan:
     """Rows from the names of all files of a folder.
+
+    Names are looked at twice, and what is kept for a row while they are paired is half a kilobyte.
 
     Args:
         source: how error messages call the folder.
@@ -101,16 +75,20 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Plan:
     Raises:
         DataError: if nothing can be a target, or line art and targets have no stem in common.
     """
-    seen = [path for path in sorted(paths, key=natural) if not is_junk(path)]
-    rejects = [Reject(path, "not_an_image", "no picture by its name") for path in seen if not _is_picture(path)]
-    named = _roles(_name(path) for path in seen if _is_picture(path))
-    copies = [item for item in named if _is_shuffled_copy(item.path)]
-    rejects += [Reject(item.path, "duplicate", "a shuffled copy of the test pictures") for item in copies]
-    rows, aside = _pair([item for item in named if item not in copies])
+    seen = [path for path in sorted(paths) if not is_junk(path)]
+    pictures = [path for path in seen if _is_picture(path)]
+    others = sorted(set(seen).difference(pictures)) if len(pictures) < len(seen) else []
+    rejects = [Reject(path, "not_an_image", "no picture by its name") for path in others]
+    name = _naming(pictures)
+    copies = [path for path in pictures if _is_shuffled_copy(path)]
+    rejects += [Reject(path, "duplicate", "a shuffled copy of the test pictures") for path in copies]
+    rows, aside = _pair([path for path in pictures if not _is_shuffled_copy(path)] if copies else pictures, name)
     if not rows:
         found = f"none of its {len(seen)} files can be a target" if seen else "holds no files"
         raise DataError(source, found, f"expected {LAYOUTS}")
-    if any(item.role == "sketch" for item in named) and not any("sketch" in row for row in rows.values()):
+    if not any(row[_PLACE["sketch"]] for row in rows.values()) and any(
+        name(path).role == "sketch" for path in pictures
+    ):
         raise DataError(source, "no line art has the name of a target", "give both the same file name, or a pairs CSV")
     return Plan(_samples(rows, val_fraction), tuple(rejects + aside))
 
@@ -131,7 +109,7 @@ def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float
     names: dict[str, int] = {}
     for line, row in enumerate(reader, start=2):
         found: dict[str, str] = {}
-        for role in _ROLES:
+        for role in ROLES:
             path = (row.get(role) or "").strip().replace("\\", "/").removeprefix("./")
             if path in there:
                 found[role] = path
@@ -148,11 +126,14 @@ def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float
     if not samples:
         raise DataError(source, "no target of the pairs CSV exists", "paths are relative to the source folder")
     if not any(sample.split for sample in samples):
-        samples = _hash_split(samples, val_fraction)
+        split_of = _hash_split([sample.id for sample in samples], val_fraction)
+        samples = [replace(sample, split=split_of(sample.id)) for sample in samples]
+    test = "test" if any(sample.split == "val" for sample in samples) else "val"
     used = {path for sample in samples for path in sample.files}
     return Plan(
-        _test_is_val(replace(sample, split=sample.split or "train") for sample in samples),
+        Samples(replace(row, split=test if row.split == "test" else row.split or "train") for row in samples),
         tuple(reject for path, reject in rejects.items() if path not in used),
+        shared=True,
     )
 
 
@@ -165,110 +146,129 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
 
 def is_junk(path: str) -> bool:
     """Whether a path is hidden or one of the files that desktops leave behind."""
-    return any(part.startswith(".") or part.lower() in _JUNK for part in PurePosixPath(path).parts)
+    return _JUNK.search(path) is not None
+
+
+def _stem_and_suffix(file: str) -> tuple[str, str]:
+    dot = file.rfind(".")
+    return (file[:dot], file[dot:]) if 0 < dot < len(file) - 1 else (file, "")
 
 
 def _is_picture(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in _PICTURES
+    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in _PICTURES
 
 
 def _is_shuffled_copy(path: str) -> bool:
-    return any(part.lower().endswith("_shuffled") for part in PurePosixPath(path).parts[:-1])
+    return "_shuffled/" in path.lower()
 
 
-def _name(path: str) -> _Named:
-    """The role that the folder nearest to the file gives; the split that any folder gives."""
-    folders = list(PurePosixPath(path).parts[:-1])
+@functools.lru_cache(maxsize=4096)
+def _folder(path: str) -> tuple[str, str | None, str | None]:
+    """What comes before the stem, the role that the folder nearest to the file gives, the split that any gives."""
+    folders = path.split("/")[:-1]
     places = [index for index, folder in enumerate(folders) if folder.lower() in _ROLE_OF]
     role = _ROLE_OF[folders.pop(places[-1]).lower()] if places else None
     splits = [_SPLIT_OF.get(folder.lower().removesuffix("_data")) for folder in folders]
     split = next((split for split in reversed(splits) if split), None)
-    return _Named(path, "/".join([*folders, PurePosixPath(path).stem]), role, split)
+    return "/".join([*folders, ""]), role, split
 
 
-def _roles(named: Iterable[_Named]) -> list[_Named]:
-    """Every picture with its final role; None for one that no role fits."""
-    items = list(named)
-    if not any(item.role for item in items):
-        items = _roles_from_suffixes(items)
-    roles = {item.role for item in items}
+def _name(path: str) -> _Named:
+    folder, slash, file = path.rpartition("/")
+    before, role, split = _folder(folder + slash)
+    return _Named(path, before + _stem_and_suffix(file)[0], role, split)
+
+
+def _name_with_suffix(path: str) -> _Named:
+    """A role as in 0001_gt.png."""
+    named = _name(path)
+    match = _SUFFIX.fullmatch(named.key)
+    return named if match is None else named._replace(key=match[1], role=_ROLE_OF[match[2].lower()])
+
+
+def _naming(pictures: Sequence[str]) -> _Naming:
+    """How to read the names of these pictures; the role is None for one that no role fits."""
+    name = _name
+    roles = {name(path).role for path in pictures}
+    if roles == {None} and _has_suffix_pairs(pictures):
+        name = _name_with_suffix
+        roles = {name(path).role for path in pictures}
     if "target" in roles:
-        return items
+        return name
     if "reference" in roles and ("sketch" in roles or None not in roles):
-        return [replace(item, role="target") if item.role == "reference" else item for item in items]
-    return [replace(item, role="target") if item.role is None else item for item in items]
+        return lambda path: _as_target(name(path), "reference")
+    return lambda path: _as_target(name(path), None)
 
 
-def _roles_from_suffixes(items: list[_Named]) -> list[_Named]:
-    """Roles as in 0001_gt.png and 0001_sketch.png, where line art and a color picture share a stem."""
-    renamed = []
+def _as_target(named: _Named, role: str | None) -> _Named:
+    return named._replace(role="target") if named.role == role else named
+
+
+def _has_suffix_pairs(pictures: Iterable[str]) -> bool:
+    """Whether line art and a color picture share a stem, as 0001_gt.png and 0001_sketch.png."""
     roles: dict[str, set[str]] = {}
-    for item in items:
-        match = _SUFFIX.fullmatch(item.key)
-        if match is None:
-            renamed.append(item)
-            continue
-        role = _ROLE_OF[match[2].lower()]
-        roles.setdefault(match[1], set()).add(role)
-        renamed.append(replace(item, key=match[1], role=role))
-    paired = any("sketch" in found and found & {"target", "reference"} for found in roles.values())
-    return renamed if paired else items
+    for path in pictures:
+        named = _name_with_suffix(path)
+        if named.role is not None:
+            found = roles.setdefault(named.key, set())
+            found.add(named.role)
+            if "sketch" in found and found & {"target", "reference"}:
+                return True
+    return False
 
 
-def _pair(named: list[_Named]) -> tuple[dict[str, dict[str, _Named]], list[Reject]]:
+def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list[Reject]]:
     """Rows by key, each role once and always with a target; and the files that found no place."""
-    alone = all(item.role == "target" for item in named)
-    rows: dict[str, dict[str, _Named]] = {}
+    alone = all(name(path).role == "target" for path in pictures)
+    rows: dict[str, _Row] = {}
     rejects = []
-    for item in named:
+    for item in map(name, pictures):
         if item.role is None:
             rejects.append(Reject(item.path, "orphan", "in none of the folders target, sketch, reference"))
             continue
-        row = rows.setdefault(item.key, {})
-        if item.role not in row:
-            row[item.role] = item
+        row = rows.setdefault(item.key, [None] * (1 + len(ROLES)))
+        place = _PLACE[item.role]
+        first = row[place]
+        if first is not None and natural(item.path) < natural(first):
+            row[place], item, first = item.path, name(first), item.path
+        if first is None:
+            row[place] = item.path
         elif alone:
-            rows[item.key + PurePosixPath(item.path).suffix] = {"target": item}
+            key = item.key + _stem_and_suffix(item.path)[1]
+            while key in rows:
+                key += "#"
+            rows[key] = [item.split, item.path, None, None, None]
         else:
-            rejects.append(Reject(item.path, "duplicate", f"same name as {row[item.role].path}"))
-    for key in [key for key, row in rows.items() if "target" not in row]:
-        rejects += [Reject(item.path, "orphan", "no target of this name") for item in rows.pop(key).values()]
+            rejects.append(Reject(item.path, "duplicate", f"same name as {first}"))
+        if item.role == "target" and row[place] == item.path:
+            row[0] = item.split
+    for key in [key for key, row in rows.items() if row[_PLACE["target"]] is None]:
+        rejects += [Reject(path, "orphan", "no target of this name") for path in rows.pop(key)[1:] if path]
     return rows, rejects
 
 
-def _samples(rows: Mapping[str, Mapping[str, _Named]], val_fraction: float) -> tuple[Sample, ...]:
-    samples = [
-        Sample(key, row["target"].split or "", **{role: item.path for role, item in row.items()})
-        for key, row in rows.items()
-    ]
-    if not any(sample.split for sample in samples):
-        return tuple(_hash_split(samples, val_fraction))
-    return _test_is_val(replace(sample, split=sample.split or "train") for sample in samples)
+def _samples(rows: dict[str, _Row], val_fraction: float) -> Samples:
+    """The rows as samples; each is taken out when its turn comes, so that not all exist twice."""
+    splits = {row[0] for row in rows.values()}
+    if splits == {None}:
+        split_of = _hash_split(rows, val_fraction)
+        return Samples(_sample(key, split_of(key), rows.pop(key)) for key in list(rows))
+    test = "test" if "val" in splits else "val"
+    names = {None: "train", "train": "train", "val": "val", "test": test}
+    return Samples(_sample(key, names[rows[key][0]], rows.pop(key)) for key in list(rows))
 
 
-def _hash_split(samples: list[Sample], val_fraction: float) -> list[Sample]:
+def _sample(key: str, split: str, row: _Row) -> Sample:
+    return Sample(key, split, row[1] or "", *row[2:])
+
+
+def _hash_split(ids: Collection[str], val_fraction: float) -> Callable[[str], str]:
     """`val` by the hash of the id: a row stays where it is when others come or go."""
-    if val_fraction <= 0 or len(samples) < 2:
-        return [replace(sample, split="train") for sample in samples]
-    ranks = {sample.id: id_rank(sample.id) for sample in samples}
-    first, last = min(ranks.values()), max(ranks.values())
-    limit = val_fraction * 2.0**256
-    return [
-        replace(sample, split="val" if ranks[sample.id] <= max(limit, first) and ranks[sample.id] < last else "train")
-        for sample in samples
-    ]
-
-
-def id_rank(name: str) -> int:
-    """A number below 2**256 that depends on the id alone: an order without meaning."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), "big")
-
-
-def _test_is_val(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    rows = tuple(samples)
-    if any(row.split == "val" for row in rows):
-        return rows
-    return tuple(replace(row, split="val") if row.split == "test" else row for row in rows)
+    if val_fraction <= 0 or len(ids) < 2:
+        return lambda _: "train"
+    first, last = min(map(id_rank, ids)), max(map(id_rank, ids))
+    limit = max(val_fraction * 2.0**256, first)
+    return lambda name: "val" if id_rank(name) <= limit and id_rank(name) < last else "train"
 
 
 def _csv_split(value: str | None, line: int) -> str:

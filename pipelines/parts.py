@@ -1,12 +1,14 @@
 """One part of an ingest: read some samples, bring them to size, write one shard and a record of what happened.
 
-The record is written last: a part with a record is done.
+The record is written last: a part with a record is done. A task holds the encoded rows of one part, about 64 MB, up to
+three times while it writes them. Not here: which samples make a part, see pipelines/ingest.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,14 +19,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from animediffusion.pipelines.dataset import Shard, write_shard
-from animediffusion.pipelines.layout import Reject, Sample
-from animediffusion.pipelines.shards import PICTURES
+from animediffusion.pipelines.samples import Reject, Sample
+from animediffusion.pipelines.shards import PICTURES, read_shard
 from animediffusion.platform import storage
 from animediffusion.platform.errors import ImageError, StorageError
 from animediffusion.platform.images import decode_gray, decode_rgb, encode_lossless, fit_square
 
 _THREADS = 4
-"""They hide the latency of a store; decoding releases the interpreter, so they use a second core too."""
+"""Decoding releases the interpreter, so they use a second core too."""
+_REMOTE_THREADS = 16
+"""They hide the latency of a store."""
 _DARK = 128
 """Mean luma below which line art is white on black."""
 
@@ -37,14 +41,14 @@ class Part:
     number: int
     samples: tuple[Sample, ...]
 
-    def to_json(self) -> str:
-        """For a row of a Ray table."""
-        return json.dumps(asdict(self))
+    def pack(self) -> bytes:
+        """For a row of a Ray table; names compress to a fifth."""
+        return zlib.compress(json.dumps(asdict(self)).encode(), level=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Part:
-        """The inverse of to_json()."""
-        value = json.loads(text)
+    def unpack(cls, data: bytes) -> Part:
+        """The inverse of pack()."""
+        value = json.loads(zlib.decompress(data))
         return cls(value["split"], value["number"], tuple(Sample(**sample) for sample in value["samples"]))
 
 
@@ -70,15 +74,10 @@ class Record(BaseModel):
     rows: tuple[RowRecord, ...]
     rejects: tuple[Reject, ...]
 
-    @property
-    def files(self) -> set[str]:
-        """All files that the part has dealt with."""
-        return {path for row in self.rows for path in row.files} | {reject.path for reject in self.rejects}
 
-
-def record_path(part: Part) -> str:
-    """Name of the record inside the folder of an unfinished ingest."""
-    return f"{part.split}-{part.number:05d}.json"
+def record_path(split: str, number: int) -> str:
+    """Name of a part's record inside the folder of an unfinished ingest."""
+    return f"{split}-{number:05d}.json"
 
 
 def read_record(uri: str) -> Record:
@@ -89,21 +88,59 @@ def read_record(uri: str) -> Record:
 def make_part(
     batch: dict[str, NDArray[Any]], source: str, destination: str, state: str, size: int
 ) -> dict[str, list[str]]:
-    """Body of a Ray Data task: one part in, its record out, or the parts of a StorageError as `error`.
+    """Body of a Ray Data task: one part in, its record out as `made`, or a StorageError as `error`.
 
     An error is a value here because Ray would carry its text alone, and print a page about it.
     """
-    part = Part.from_json(str(batch["part"][0]))
+    part = Part.unpack(batch["part"][0])
+    storage.expect(source, destination)
     try:
         record = _make(part, source, destination, size).model_dump_json()
-        storage.write_bytes(storage.join(destination, state, record_path(part)), record.encode())
+        storage.write_bytes(storage.join(destination, state, record_path(part.split, part.number)), record.encode())
     except StorageError as error:
-        return {"record": [""], "error": [json.dumps(error.args)]}
-    return {"record": [record], "error": [""]}
+        return _failed(error)
+    return {"made": [record], "error": [""]}
+
+
+def drop_rows(batch: dict[str, NDArray[Any]], destination: str) -> dict[str, list[str]]:
+    """Body of a Ray Data task: a shard and ids in, the shard without them out as `made`, empty if nothing is left.
+
+    Once more does no harm: rows that are gone already are not missed.
+    """
+    shard, drop = Shard.model_validate_json(str(batch["shard"][0])), set(json.loads(str(batch["drop"][0])))
+    split, number = str(batch["split"][0]), int(batch["number"][0])
+    storage.expect(destination)
+    place = storage.join(destination, shard.path)
+    try:
+        rows = [row for row in read_shard(place) if row["id"] not in drop] if storage.exists(place) else []
+        if rows:
+            made = write_shard(destination, split, number, rows).model_dump_json()
+        else:
+            storage.delete(place)
+            made = ""
+    except StorageError as error:
+        return _failed(error)
+    return {"split": [split], "number": [str(number)], "made": [made], "error": [""]}
+
+
+def raise_failed(row: dict[str, Any]) -> None:
+    """The error that a task returned, if it did.
+
+    Raises:
+        StorageError: of the same kind.
+    """
+    if row["error"]:
+        kind, *parts = json.loads(row["error"])
+        kinds = (storage.StoreFailedError, storage.UnreachableError, storage.FileError)
+        raise {cls.__name__: cls for cls in kinds}.get(kind, StorageError)(*parts)
+
+
+def _failed(error: StorageError) -> dict[str, list[str]]:
+    return {"made": [""], "error": [json.dumps([type(error).__name__, *error.args])]}
 
 
 def _make(part: Part, source: str, destination: str, size: int) -> Record:
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_REMOTE_THREADS if storage.is_remote(source) else _THREADS) as pool:
         made = list(pool.map(lambda sample: make_row(source, sample, size), part.samples))
     rows = [row for row, _, _ in made if row is not None]
     return Record(
@@ -167,12 +204,10 @@ def content_hash(name: str, split: str, pictures: dict[str, NDArray[np.uint8]]) 
 
 
 def _read(source: str, path: str) -> bytes:
-    """One file; a file that cannot be read is a bad file, a store that does not answer is not the file's fault."""
+    """One file; one that is gone or forbidden is a bad file, a store that fails is not the file's fault."""
     try:
         return storage.read_bytes(storage.join(source, path))
-    except storage.UnreachableError:
-        raise
-    except StorageError as error:
+    except storage.FileError as error:
         raise ImageError(path, error.found, "a readable picture", reason="unreadable") from error
 
 

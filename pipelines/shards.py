@@ -38,9 +38,9 @@ STREAMED = ("id", *PICTURES)
 """Columns that training and evaluation read."""
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
     """One shard as Parquet bytes; pictures are compressed already, so the file is not."""
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     pq.write_table(
         table,

@@ -11,6 +11,7 @@ Not here: what the bytes mean; how an S3 store is asked, see platform/s3.py.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -38,6 +39,9 @@ PATIENCE_S = 60.0
 PATIENCE_VARIABLE = "ANIMEDIFFUSION_STORAGE_PATIENCE_S"
 _LONGEST_PAUSE_S = 10.0
 _PARTIAL = ".part"
+
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
+"""Errors of the machine or of a mount, which any file would meet."""
 
 _QUERY_KEYS = ("endpoint_override", "region", "scheme")
 _SECRET_KEYS = ("access_key", "secret_key", "session_token", "password")
@@ -210,6 +214,12 @@ def delete(uri: str) -> None:
     patiently(uri, remove)
 
 
+def is_partial(path: str) -> bool:
+    """Whether a file is what write_bytes() leaves when it is killed: nobody reads it."""
+    name = path.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(_PARTIAL)
+
+
 def download_folder(uri: str, local: Path) -> None:
     """Copy every file below `uri` into a local folder."""
     for name in list_files(uri):
@@ -278,5 +288,6 @@ def _explain(uri: str, error: Exception) -> StorageError:
     if isinstance(error, FileNotFoundError):
         return FileError(uri, "does not exist", "check the path")
     if isinstance(error, OSError) and error.strerror:
-        return FileError(uri, error.strerror.lower(), "check the path and its permissions")
+        kind = StorageError if error.errno in _NOT_THE_FILE else FileError
+        return kind(uri, error.strerror.lower(), "check the path and its permissions")
     return StorageError(uri, " ".join(str(error).split())[:300], "check the path")

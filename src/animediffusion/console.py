@@ -40,22 +40,25 @@ class Console:
         print(json.dumps(value, default=str) if self.as_json else text, flush=True)
 
     @contextmanager
-    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """A function (done, total) that moves a bar."""
-        started = time.monotonic()
+    def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
+        """A function (done, total, rejected=0) that moves a bar; the rate counts from its first call on."""
+        began: list[tuple[float, int]] = []
 
-        def line(done: int, total: int) -> str:
-            rate = done / max(time.monotonic() - started, 1e-6)
-            return f"{what} {done}/{total} {unit}, {rate:.0f} {unit}/s"
+        def line(done: int, total: int, rejected: int) -> str:
+            if not began:
+                began.append((time.monotonic(), done))
+            started, before = began[0]
+            rate = (done - before) / max(time.monotonic() - started, 1e-6)
+            aside = f", {rejected} rejected" if rejected else ""
+            return f"{what} {done}/{total} {unit}, {rate:.0f} {unit}/s{aside}"
 
         with self._bar(what) as move:
-            yield lambda done, total: move(done, total, line(done, total))
+            yield lambda done, total, rejected=0: move(done, total, line(done, total, rejected))
 
     @contextmanager
     def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """A function that shows a training report (pipelines/train.py)."""
         with self._bar("training") as move:
-
             shown = 0
 
             def report(now: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ def _dataset(settings: Settings, rows: int, console: Console) -> str:
     with _stage("ingest", console), console.progress("ingesting", "files") as progress:
         job = prepare(drawn, data, SIZE)
         cluster.connect(settings)
-        job.run(lambda done, total, _: progress(done, total))
+        job.run(progress)
     return data
 
 
