@@ -1,20 +1,34 @@
-"""Rows per second of ingest and of the training stream, from a local folder and through S3 (moto, on loopback).
+"""From stored pictures to training: ingest, the stream, ready batches beside the authors' loader, and what a run loses.
 
-    python benchmarks/data.py [--source FOLDER] [--size 64] [--rows 10000]
+    pip install opencv-python-headless torchvision                      # which the authors' loader needs
+    git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
+    python benchmarks/data.py [--authors PATH_OF_CLONE] [--source FOLDER] [--parts stream batches training ray]
 
-Without --source, pictures are drawn with `data synthesize`. The stream is timed with two consumers that decode, after
-their first batch, which waits for Ray; the S3 server is a Python process on the same cores, so S3 is a lower bound.
+Without --source, pictures of 256 px are drawn. Everything is done from a local folder and through S3 (moto, a Python
+process on loopback and on the same cores, so S3 is a lower bound).
+
+- stream: files/s of ingest; rows/s of the training stream with two consumers that decode, after their first batch,
+  which waits for Ray. By the wall's clock, both cores.
+- batches: rows/s of one core (processor time, one thread) until a batch can be trained on. Ours reads Parquet, decodes,
+  and makes batches as `phase1` does: line art, warps, colors. Theirs is their Dataset in a DataLoader: it decodes a
+  picture and its line art of 256 px, both JPEG, warps at 256 px, and resizes. The sides take turns.
+- training: steps of `phase1` on rows that are read, beside steps on one batch that is kept; one core, no Ray, in turn.
+- ray: images/s that `animediffusion train phase1` reports with two workers, and the share of the time it waits for
+  rows; beside two bare processes on a kept batch, before and after. By the wall's clock: needs an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,16 +37,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import boto3
 import ray
+import ray.data
+import ray.train
+import torch
+from PIL import Image
 
-from animediffusion.pipelines.dataset import Manifest, decode_rows, training_dataset
+from animediffusion.models.augment import make_batch
+from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.models.lineart import xdog
+from animediffusion.models.training import Rows, TrainState, fit, step_generator
+from animediffusion.pipelines.dataset import Manifest, _read, decode_rows, training_dataset
 from animediffusion.pipelines.ingest import ingest
+from animediffusion.pipelines.order import Stream, Visit
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.shards import PICTURES
 from animediffusion.pipelines.synthesize import synthesize
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
+from animediffusion.platform.images import decode_rgb, fit_square
 from animediffusion.platform.network import why_unreachable
 
 WORLD_SIZE = 2
 BATCH_ROWS = 16
+VISIT_ROWS = 256
+"""Rows of a read without Ray; a training run reads more at a time."""
+THEIR_SIZE = 256
+"""Side of the pictures that the authors' loader reads (config/anime.json)."""
+PARTS = ("stream", "batches", "training", "ray")
 
 
 @ray.remote(num_cpus=0)
@@ -69,6 +101,155 @@ def time_stream(uri: str, num_rows: int) -> tuple[float, float]:
     return max(first for first, _ in times), sum(rate for _, rate in times)
 
 
+def decoded(uri: str, batch_rows: int) -> Iterator[Rows]:
+    """Batches of a dataset in the order of training, without Ray: read as a read task does, then decoded."""
+    shards = Manifest.load(uri).split("train").shards
+    stream = Stream(tuple(shard.rows for shard in shards), 0, VISIT_ROWS)
+    for number in itertools.count():
+        table = _read(uri, shards, stream.rows(Visit(number))[1])
+        for start in range(0, VISIT_ROWS - batch_rows + 1, batch_rows):
+            part = table.slice(start, batch_rows)
+            arrays = decode_rows({name: part.column(name).to_pylist() for name in PICTURES})
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def our_batches(uri: str) -> Iterator[object]:
+    """What a step of `phase1` trains on."""
+    augment = load_recipe("phase1").augment
+    for step, rows in enumerate(decoded(uri, BATCH_ROWS)):
+        yield make_batch(rows, augment, step_generator(0, step, 0))
+
+
+def their_batches(clone: str, folder: Path, size: int) -> Iterator[object]:
+    """What their DataLoader gives, in this process."""
+    sys.path.insert(0, clone)
+    import cv2
+    from data import Anime  # type: ignore[import-not-found]
+
+    cv2.setNumThreads(1)
+    pictures = Anime(str(folder / "reference"), str(folder / "condition"), size=size)
+    loader = torch.utils.data.DataLoader(pictures, batch_size=BATCH_ROWS, shuffle=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def write_their_files(source: str, folder: Path, limit: int) -> None:
+    """reference/N.jpg and condition/N.jpg of 256 px: pictures of a folder, and line art as the authors make it."""
+    for name in ("reference", "condition"):
+        (folder / name).mkdir(parents=True)
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in kinds]
+    # A drawn dataset has four pictures a row.
+    targets = [path for path in found if path.parent.name == "target"] or found
+    for number, path in enumerate(targets[:limit]):
+        picture = fit_square(decode_rgb(path.read_bytes()), THEIR_SIZE)
+        lines = to_uint8(xdog(to_tensor(torch.from_numpy(picture)[None]), torch.tensor([0.4])))
+        Image.fromarray(picture).save(folder / f"reference/{number}.jpg", quality=95)
+        Image.fromarray(lines[0, :, :, 0].numpy()).save(folder / f"condition/{number}.jpg", quality=95)
+
+
+def in_turn(sides: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
+    """Rows per second of processor time of each side; a first turn is not counted."""
+    seconds, rows = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
+    for turn, (name, work) in itertools.product(range(turns + 1), sides.items()):
+        begun = time.process_time()
+        done = work()
+        if turn:
+            seconds[name] += time.process_time() - begun
+            rows[name] += done
+    return {name: rows[name] / seconds[name] for name in sides}
+
+
+def _taker(batches: Iterator[object]) -> Callable[[], int]:
+    def take() -> int:
+        for _ in range(VISIT_ROWS // BATCH_ROWS):
+            next(batches)
+        return VISIT_ROWS
+
+    return take
+
+
+def time_batches(places: dict[str, str], clone: str | None, their_files: Path, size: int, turns: int) -> list[str]:
+    """Table rows: rows per second of one core, ready to train on."""
+    sides = {f"ours, {name}": _taker(our_batches(uri)) for name, uri in places.items()}
+    if clone:
+        sides["theirs, local"] = _taker(their_batches(clone, their_files, size))
+    rates = in_turn(sides, turns)
+    theirs = rates.get("theirs, local")
+    lines = []
+    for name, rate in rates.items():
+        lines.append(f"| {name} | {size} | {rate:.0f} | {f'{rate / theirs:.1f}' if theirs else ''} |")
+    return lines
+
+
+class Trainer:
+    """Steps of `phase1` on the batches of some source."""
+
+    def __init__(self, size: int, batch_rows: int | None = None) -> None:
+        self.config = load_recipe("phase1", ["max_steps=1000000"])
+        self.batch_rows = batch_rows or self.config.batch_size
+        torch.manual_seed(0)
+        self.state = TrainState(self.config.bundle_config(size).build(), self.config.optimizer, 1_000_000)
+        sampler = self.config.sampler or SamplerDefaults()
+        self.objective = self.config.objective.build(self.state.denoiser, sampler, 0)
+
+    def steps(self, batches: Iterator[Rows], count: int) -> int:
+        """Make them; the number of rows."""
+        until = self.state.step + count
+        augment = self.config.augment
+        fit(self.state, self.objective, batches, until, lambda _: None, augment=augment, seed=0)
+        return count * self.batch_rows
+
+
+def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
+    """Table rows: images per second of one core, from each place and from one kept batch."""
+    trainer = Trainer(size)
+    kept = itertools.repeat(next(decoded(next(iter(places.values())), trainer.batch_rows)))
+    sources: dict[str, Iterator[Rows]] = {"one kept batch": kept}
+    sources |= {f"read, {name}": decoded(uri, trainer.batch_rows) for name, uri in places.items()}
+
+    def worker(batches: Iterator[Rows]) -> Callable[[], int]:
+        return lambda: trainer.steps(batches, VISIT_ROWS // trainer.batch_rows)
+
+    rates = in_turn({name: worker(batches) for name, batches in sources.items()}, turns)
+    base = rates["one kept batch"]
+    return [f"| {name} | {rate:.1f} | {rate / base:.3f} |" for name, rate in rates.items()]
+
+
+def bare_rate(uri: str, size: int, steps: int) -> float:
+    """Images per second by the wall's clock on one kept batch, of as many processes as the verb has workers."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(WORLD_SIZE) as pool:
+        return sum(pool.starmap(_bare_process, [(uri, size, steps)] * WORLD_SIZE))
+
+
+def _bare_process(uri: str, size: int, steps: int) -> float:
+    torch.set_num_threads(1)
+    trainer = Trainer(size, load_recipe("phase1").batch_size // WORLD_SIZE)
+    kept = itertools.repeat(next(decoded(uri, trainer.batch_rows)))
+    trainer.steps(kept, 5)
+    begun = time.perf_counter()
+    return trainer.steps(kept, steps) / (time.perf_counter() - begun)
+
+
+def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
+    """Table rows: the verb beside bare processes."""
+    before = bare_rate(uri, size, steps)
+    command = [sys.executable, "-m", "animediffusion", "--json", "--workspace", workspace, "train", "phase1"]
+    settings = [f"data={uri}", f"max_steps={2 * steps}", f"log_every={steps}", "num_samples=0"]
+    done = subprocess.run(
+        [*command, *settings, f"num_workers={WORLD_SIZE}"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    result = json.loads(done.stdout)
+    after = bare_rate(uri, size, steps)
+    bare = (before + after) / 2
+    return [
+        f"| two bare processes, one kept batch each; before, after | {before:.1f}, {after:.1f} | | |",
+        f"| `animediffusion train phase1` | {result['images_per_s']:.1f} | {result['images_per_s'] / bare:.3f} "
+        f"| {result['metrics']['data_wait']:.3f} |",
+    ]
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """An S3 server in a process of its own, with one bucket that the AWS variables lead to."""
@@ -91,27 +272,72 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
+def make_datasets(source: str, folder: str, size: int) -> tuple[dict[str, str], dict[str, tuple[Manifest, float]]]:
+    """Where the dataset of that size is in each store, and how fast it came there."""
+    places = {"local": f"{folder}/dataset-{size}", "S3": f"s3://bench/dataset-{size}"}
+    return places, {name: time_ingest(source, place, size) for name, place in places.items()}
+
+
+def show(title: str, header: str, lines: list[str]) -> None:
+    """Print a table."""
+    rule = "|" + "---|" * (header.count("|") - 1)
+    print(f"\n{title}\n\n{header}\n{rule}", *lines, sep="\n", flush=True)
+
+
+def measure(args: argparse.Namespace, folder: str) -> None:
+    """The parts, one after the other."""
+    source = args.source or f"{folder}/drawn"
+    if not args.source:
+        synthesize(source, args.pictures, THEIR_SIZE)
+    datasets = {}
+    for size in sorted({args.size, *(args.sizes if "batches" in args.parts else [])}):
+        datasets[size], made = make_datasets(source, folder, size)
+        lines = []
+        for name, (manifest, files_per_s) in made.items():
+            rows = sum(split.rows for split in manifest.splits.values())
+            first_s, rows_per_s = time_stream(datasets[size][name], args.rows) if "stream" in args.parts else (0, 0)
+            lines.append(f"| {name} | {rows} | {files_per_s:.0f} | {first_s:.1f} | {rows_per_s:.0f} |")
+        if "stream" in args.parts:
+            header = "| store | rows | ingest files/s | first batch s | stream rows/s |"
+            show(f"{size} px, two cores, by the wall's clock", header, lines)
+    cluster.shutdown()
+    torch.set_num_threads(1)
+    if "batches" in args.parts:
+        their_files = Path(folder) / "theirs"
+        write_their_files(source, their_files, args.pictures)
+        lines = [
+            line for size in args.sizes for line in time_batches(datasets[size], args.authors, their_files, size, 4)
+        ]
+        show("Batches ready to train on, one core", "| side | px | rows/s | times theirs |", lines)
+    if "training" in args.parts:
+        lines = time_training(datasets[args.size], args.size, args.turns)
+        show(f"Training `phase1`, {args.size} px, one core, no Ray", "| rows | images/s | share |", lines)
+    if "ray" in args.parts:
+        lines = time_verb(datasets[args.size]["local"], args.size, args.steps, f"{folder}/runs")
+        header = "| | images/s | share | waiting for rows |"
+        show(f"Training `phase1`, {args.size} px, two workers, by the wall's clock", header, lines)
+
+
 def main() -> None:
-    """Print one line per store."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--authors", help="clone of the authors' repository; their loader is left out without")
     parser.add_argument("--source", help="folder of pictures")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=10_000, help="rows that each of the two consumers takes")
+    parser.add_argument("--pictures", type=int, default=1000, help="to draw, and to give to their loader")
+    parser.add_argument("--size", type=int, default=64, help="pixels, of the stream and of training")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], help="pixels, of ready batches")
+    parser.add_argument("--rows", type=int, default=10_000, help="rows that each consumer of the stream takes")
+    parser.add_argument("--turns", type=int, default=4, help="turns of 256 rows, of batches and training")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of the verb")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()
+    print(f"torch {torch.__version__}, Ray {ray.__version__}, {os.cpu_count()} CPUs", flush=True)
     with tempfile.TemporaryDirectory() as folder, s3_server():
         cluster.connect(Settings.from_environment(workspace=Path(folder) / "workspace"), num_cpus=2)
-        source = args.source or f"{folder}/drawn"
-        if not args.source:
-            synthesize(source, 1000, args.size)
-        lines = []
-        for name, place in (("local", f"{folder}/dataset"), ("S3 (moto)", "s3://bench/dataset")):
-            manifest, files_per_s = time_ingest(source, place, args.size)
-            first_s, rows_per_s = time_stream(place, args.rows)
-            rows = sum(split.rows for split in manifest.splits.values())
-            lines.append(f"| {name} | {rows} | {files_per_s:.0f} | {first_s:.1f} | {rows_per_s:.0f} |")
-        print(f"\n{args.size} px, 2 CPUs\n\n| store | rows | ingest files/s | first batch s | stream rows/s |")
-        print("|---|---|---|---|---|", *lines, sep="\n")
-        cluster.shutdown()
+        try:
+            measure(args, folder)
+        finally:
+            cluster.shutdown()
 
 
 if __name__ == "__main__":
