@@ -3,39 +3,23 @@
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sources import fill, in_this_process, picture, without_ray
 
 from animediffusion.pipelines import ingest as ingesting
 from animediffusion.pipelines.dataset import Manifest, read_split
-from animediffusion.pipelines.ingest import STATE, Job, ingest, prepare
+from animediffusion.pipelines.ingest import STATE, ingest, prepare
 from animediffusion.pipelines.parts import Part, make_row
 from animediffusion.pipelines.samples import Sample
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
 from animediffusion.platform.storage import exists, join, list_files, read_bytes, upload_folder
 
 SIZE = 16
-
-
-def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
-    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
-    low = 200 if mode == "L" else 0
-    pixels = np.random.default_rng(seed).integers(low, 256, shape, dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> str:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return str(folder)
 
 
 def pairs(*numbers: int) -> dict[str, bytes]:
@@ -68,19 +52,6 @@ def damaged() -> dict[str, bytes]:
 def rejects(uri: str) -> dict[str, str]:
     lines = read_bytes(join(uri, "rejects.jsonl")).decode().splitlines()
     return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
-
-
-def in_this_process(
-    work: Callable[..., dict[str, list[str]]], table: list[dict[str, Any]], where: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """What Ray Data does with the same functions."""
-    for row in table:
-        made = work({name: np.array([value], dtype=object) for name, value in row.items()}, **where)
-        yield {name: values[0] for name, values in made.items()}
-
-
-def without_ray(job: Job) -> Manifest:
-    return job.run(spread=in_this_process)
 
 
 @pytest.mark.ray

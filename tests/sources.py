@@ -1,0 +1,43 @@
+"""Folders of small pictures to ingest, and an ingest without a cluster."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from animediffusion.pipelines.dataset import Manifest
+from animediffusion.pipelines.ingest import Job
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+    low = 200 if mode == "L" else 0
+    pixels = np.random.default_rng(seed).integers(low, 256, shape, dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def in_this_process(
+    work: Callable[..., dict[str, list[str]]], table: list[dict[str, Any]], where: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What Ray Data does with the same functions."""
+    for row in table:
+        made = work({name: np.array([value], dtype=object) for name, value in row.items()}, **where)
+        yield {name: values[0] for name, values in made.items()}
+
+
+def without_ray(job: Job) -> Manifest:
+    return job.run(spread=in_this_process)
