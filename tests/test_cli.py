@@ -56,6 +56,7 @@ WRONG_USAGE = [
     (["train", "nothing.yaml"], "nothing.yaml: No such file or directory"),
     (["train", "demo", "network.base_chanels=96"], "network.base_chanels: unknown key; did you mean 'base_channels'?"),
     (["train", "demo", "batch_size=-4"], "batch_size: -4; input should be greater than 0"),
+    (["train", "demo", "--no-estimate"], "--no-estimate: given without --dry-run; leave it out"),
     (["train", "demo", "fast"], "fast: is not of the form key=value"),
     (["train", "demo", "data=/nowhere"], "/nowhere: no dataset (no manifest.json)"),
     (["evaluate", "/nowhere", "d"], "/nowhere: no such folder"),
@@ -96,7 +97,7 @@ def test_asking_is_no_error(command, words):
 
 def test_the_workspace_may_stand_before_or_after_the_verb(command, faces_dataset, tmp_path, monkeypatch):
     monkeypatch.delenv("ANIMEDIFFUSION_WORKSPACE")
-    words = ("train", "demo", f"data={faces_dataset}", "name=x", "--dry-run", "--json")
+    words = ("train", "demo", f"data={faces_dataset}", "name=x", "--dry-run", "--no-estimate", "--json")
     places = []
     for line in (
         ("--workspace", tmp_path / "w", *words),
@@ -117,7 +118,7 @@ def test_options_behind_two_dashes_belong_to_the_job():
 
 
 def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(command, faces_dataset, tmp_path):
-    code, out, _ = command("train", "demo", f"data={faces_dataset}", "seed=5", "--dry-run")
+    code, out, _ = command("train", "demo", f"data={faces_dataset}", "seed=5", "--dry-run", "--no-estimate")
     assert code == 0
     assert "M parameters, 32 px" in out[0]
     resolved = yaml.safe_load("\n".join(out))

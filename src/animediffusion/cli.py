@@ -19,6 +19,7 @@ import typer
 from animediffusion.console import Console
 
 if TYPE_CHECKING:
+    from animediffusion.pipelines.plan import Plan
     from animediffusion.platform.config import Settings
 
 _HELP: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
@@ -236,20 +237,27 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="data=, max_steps=, init_from=, ...")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run, try some steps for what it will take, and stop.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Of --dry-run: time and memory, or only the settings.")
+    ] = True,
 ) -> None:
     """Train on Ray; the same command continues a run that was stopped."""
-    from animediffusion.pipelines.plan import describe, plan
+    from animediffusion.pipelines.plan import plan
     from animediffusion.pipelines.recipe import load_recipe
     from animediffusion.pipelines.train import train as run_training
+    from animediffusion.platform.errors import ConfigError
 
+    if not (dry_run or estimate):
+        raise ConfigError("--no-estimate", "given without --dry-run", "leave it out")
     console, settings = _console(), _settings()
     _use_attention(settings)
     config = load_recipe(recipe, overrides or [])
     work = plan(settings, config)
     if dry_run:
-        facts = describe(work)
-        console.result(facts, facts["yaml"])
+        _dry_run(console, work, estimate)
         return
     if work.finished:
         console.note(f"{work.run} is finished")
@@ -262,6 +270,22 @@ def train(
     with console.training() as report:
         result = run_training(settings, config, report)
     console.result(result, console.facts(result))
+
+
+def _dry_run(console: Console, work: Plan, measure: bool) -> None:
+    """Settings at once, then what the run will take."""
+    from animediffusion.pipelines.estimate import estimate, lines
+    from animediffusion.pipelines.plan import describe
+
+    facts = describe(work)
+    if not measure:
+        console.result(facts, facts["yaml"])
+        return
+    if not console.as_json:
+        console.say(facts["yaml"])
+    console.note("trying some steps, about 15 s; --no-estimate leaves that out")
+    found = estimate(work)
+    console.result({**facts, "estimate": found}, "\n".join(lines(found)))
 
 
 @app.command()
