@@ -271,7 +271,8 @@ def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Ten
     places = _lattice(height, width, images.device).expand(len(images), -1, -1)
     read = kornia.geometry.transform.warp_points_tps(places, points, kernel, affine)
     read = ((read - shift)[..., None] * back[:, None]).sum(-2)
-    coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2)
+    # Contiguous: of a permuted view interpolate() makes its slow case for channels last.
+    coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2).contiguous()
     grid = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
 

@@ -12,7 +12,7 @@ def to_tensor(images: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     channels_first = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     # A permuted view would make every layer after it work channels last, which costs a CPU a quarter of a step.
-    return channels_first.contiguous().float() / 127.5 - 1
+    return channels_first.contiguous().float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
