@@ -365,24 +365,29 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     torch.set_num_threads(args.threads)
     peak_flops = matmul_flops(device)
-    parts = [
+    parts = []
+
+    def show(text: str) -> None:
+        print(f"{text}\n", flush=True)
+        parts.append(f"{text}\n")
+        if args.out:
+            args.out.write_text("\n".join(parts))
+
+    show(
         f"`python {' '.join(['benchmarks/training.py', *sys.argv[1:]])}`, {datetime.date.today()}, {hardware(device)}, "
         f"{args.threads} thread{'s' * (args.threads > 1)}, Python {platform.python_version()}, torch "
         f"{torch.__version__}. bf16 matrix products: {peak_flops / 1e9:,.0f} GFLOP/s."
-    ]
+    )
     checks = []
     for size, phase in itertools.product(args.sizes or ([128, 256] if on_gpu else [64]), args.phases):
         steps = args.steps if phase == 1 else args.steps2
         batch = args.batch or (32 if on_gpu else 8)
         job = Job(args.authors, args.data, device.type, phase, size, batch, steps, args.threads)
         found = compare(job, GPU_SIDES if on_gpu else CPU_SIDES)
-        parts.append(table(job, found, peak_flops))
+        show(table(job, found, peak_flops))
         checks += [] if on_gpu else verdicts(job, found)
-    parts += ["\n".join(f"- {what}: {'yes' if passed else 'NO'}" for what, passed in checks)] if checks else []
-    text = "\n\n".join(parts) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    if checks:
+        show("\n".join(f"- {what}: {'yes' if passed else 'NO'}" for what, passed in checks))
     sys.exit(0 if all(passed for _, passed in checks) else 1)
 
 
