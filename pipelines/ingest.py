@@ -34,7 +34,7 @@ from animediffusion.pipelines.tally import Tally, find_twins
 from animediffusion.platform import storage
 from animediffusion.platform.errors import ConfigError, DataError
 
-MIN_PART_ROWS = 128
+MIN_PART_ROWS = 256
 MAX_PART_ROWS = 4096
 """A minute of one core at most is lost with a worker."""
 PART_BYTES = 64 * 2**20

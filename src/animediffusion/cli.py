@@ -205,7 +205,7 @@ def data_ingest(
         console.note("continues an earlier ingest" if job.continues else "starting Ray")
         _connect(settings)
     with console.progress("ingesting", "files") as progress:
-        manifest = job.run(lambda done, total, _rejects: progress(done, total))
+        manifest = job.run(progress)
     splits = {name: split.rows for name, split in manifest.splits.items()}
     line = ", ".join(f"{name} {rows}" for name, rows in splits.items())
     state = "up to date" if job.done is not None else "ingested"
@@ -269,7 +269,7 @@ def train(
         _connect(settings)
     with console.training() as report:
         result = run_training(settings, config, report)
-    console.result(result, console.facts(result))
+    console.result(result, console.run(result))
 
 
 def _dry_run(console: Console, work: Plan, measure: bool) -> None:

@@ -13,9 +13,9 @@ from sources import fill, in_this_process, picture, without_ray
 
 from animediffusion.pipelines import ingest as ingesting
 from animediffusion.pipelines.dataset import Manifest, read_split
-from animediffusion.pipelines.ingest import STATE, ingest, prepare
+from animediffusion.pipelines.ingest import STATE, choose_part_rows, ingest, prepare
 from animediffusion.pipelines.parts import Part, make_row
-from animediffusion.pipelines.samples import Sample
+from animediffusion.pipelines.samples import Plan, Sample, Samples
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
 from animediffusion.platform.storage import exists, join, list_files, read_bytes, upload_folder
 
@@ -265,3 +265,10 @@ def test_a_part_survives_its_way_to_a_worker() -> None:
     part = Part("val", 3, (Sample("a", "val", "a.png", sketch="b.png"),))
 
     assert Part.unpack(part.pack()) == part
+
+
+@pytest.mark.parametrize(("count", "size", "rows"), [(100, 64, 256), (40_000, 64, 625), (40_000, 512, 85)])
+def test_parts_grow_with_the_source_up_to_a_good_size_for_a_store(count: int, size: int, rows: int) -> None:
+    samples = Samples(Sample(str(n), "train", f"{n}.png", f"{n}-line.png") for n in range(count))
+
+    assert choose_part_rows(Plan(samples, ()), size) == rows
