@@ -1,0 +1,176 @@
+"""Runs on a cluster of three nodes that loses a worker and a node, and is warned of it; prints what happened as JSON.
+
+    python cluster_faults.py DATASET WORKSPACE
+
+A process of its own: a test session has one Ray, and this one loses nodes.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+# Before Ray is imported, which reads it.
+os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from animediffusion.pipelines import train as training
+from animediffusion.pipelines.checkpoints import list_steps
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.platform.config import Settings
+
+RECIPE = """
+network:
+  base_channels: 32
+  channel_multipliers: [1]
+  num_res_blocks: 1
+  patch_size: 4
+  head_channels: 32
+  reference_channels: 32
+optimizer: {warmup_steps: 3, muon_learning_rate: 0.02}
+sampler: {steps: 2}
+batch_size: 4
+cpus_per_worker: 2
+max_steps: 600
+checkpoint_every: 50
+keep_checkpoints: 100
+log_every: 1
+num_samples: 0
+"""
+WAIT_S = 180
+CPUS = 3
+
+
+class Stage:
+    """A cluster, and runs on it that something happens to."""
+
+    def __init__(self, data, workspace):
+        training.POLL_S = 0.05
+        self.settings = Settings(workspace=workspace)
+        self.recipe = workspace / "tiny.yaml"
+        self.recipe.parent.mkdir(parents=True, exist_ok=True)
+        self.recipe.write_text(f"data: {data}\n{RECIPE}")
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        # Two for the workers, and one that takes the place of the one that is lost.
+        self.nodes = [self.cluster.add_node(num_cpus=CPUS) for _ in range(3)]
+        ray.init(address=self.cluster.address, log_to_driver=False)
+
+    def run(self, name, script=None, **values):
+        """Train; `script` is called in a thread, with a function that waits for a step."""
+        seen = [0]
+        config = load_recipe(str(self.recipe), [f"name={name}", *(f"{k}={v}" for k, v in values.items())])
+
+        def until(step, *, anew=False):
+            end = time.monotonic() + WAIT_S
+            if anew:  # what was told before a kill does not count
+                time.sleep(1)
+                seen[0] = 0
+            while seen[0] < step:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"step {step} was not seen")
+                time.sleep(0.01)
+
+        def act():
+            try:
+                script(until)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)  # else the run would wait for what never comes
+
+        thread = threading.Thread(target=act) if script else None
+        if thread:
+            thread.start()
+        reports = []
+
+        def report(now):
+            reports.append(now)
+            seen[0] = now.get("step", 0)
+
+        result = training.train(self.settings, config, report)
+        if thread:
+            thread.join()
+        return result, reports
+
+    def weights(self, name, step):
+        return (self.settings.workspace / "runs" / name / f"checkpoints/step-{step:08d}/state.safetensors").read_bytes()
+
+    def steps(self, name):
+        return list_steps(str(self.settings.workspace / "runs" / name / "checkpoints"))
+
+    def busy(self):
+        """The nodes that have a training worker."""
+        raylets = {process.ppid() for process in workers()}
+        return [node for node in self.nodes if node.all_processes["raylet"][0].process.pid in raylets]
+
+    def lose(self, node):
+        """Take a node away without asking it."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def warn(self, node, seconds):
+        """What a cloud does before it takes a machine back: `ray drain-node`, without the seconds it takes."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * (time.time() + seconds))
+        client = ray._raylet.GcsClient(address=self.cluster.address)
+        accepted, why_not = client.drain_node(node.node_id, reason, "spot", deadline_ms)
+        assert accepted, why_not
+
+
+def workers():
+    """Processes of training workers that this script's cluster started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may just have ended
+            if "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process)
+    return found
+
+
+def main(data, workspace):
+    stage = Stage(data, Path(workspace))
+    calm, _ = stage.run("calm")
+
+    def storm(until):
+        until(60)
+        os.kill(workers()[0].pid, signal.SIGKILL)
+        until(80, anew=True)
+        victim = stage.busy()[0]
+        stage.warn(victim, 60)
+        end = time.monotonic() + WAIT_S
+        while not any(step % 50 for step in stage.steps("storm")) and time.monotonic() < end:
+            time.sleep(0.05)
+        stage.lose(victim)
+
+    stormy, reports = stage.run("storm", storm)
+
+    def lose_a_node(until):
+        until(60)
+        stage.lose(stage.busy()[0])
+
+    shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]", max_steps=200)
+    print(
+        json.dumps(
+            {
+                "equal": stage.weights("calm", calm["steps"]) == stage.weights("storm", stormy["steps"]),
+                "steps": [calm["steps"], stormy["steps"], shrunk["steps"]],
+                "saved": stage.steps("storm"),
+                "warnings": reports[-1]["warnings"],
+                "workers": [shrunk_reports[0].get("workers", 2), shrunk["num_workers"]],
+            }
+        )
+    )
+    ray.shutdown()
+    stage.cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

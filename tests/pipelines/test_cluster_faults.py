@@ -1,0 +1,38 @@
+"""What cluster_faults.py saw; see there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("cluster_faults.py")
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def found(faces_dataset, tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("cluster")
+    command = [sys.executable, str(SCRIPT), faces_dataset, str(workspace)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_that_loses_a_worker_and_a_node_ends_with_the_bits_of_one_that_lost_nothing(found):
+    assert found["equal"]
+    assert found["steps"][:2] == [600, 600]
+
+
+def test_a_node_that_is_taken_away_with_a_notice_costs_no_step(found):
+    assert [line.startswith("a node will be taken away; saving step") for line in found["warnings"]] == [True]
+    off_the_beat = [step for step in found["saved"] if step % 50]
+    assert len(off_the_beat) == 1
+    assert f"saving step {off_the_beat[0]}" in found["warnings"][0]
+
+
+def test_an_elastic_run_goes_on_with_fewer_workers_to_its_last_step(found):
+    assert found["workers"] == [2, 1]
+    assert found["steps"][2] == 200
