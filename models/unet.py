@@ -318,7 +318,7 @@ class Matcher(nn.Module):
         key, value = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         found = attention(query, key, value).flatten(2)
         result: Tensor = self.output(torch.cat([flat, found], -1)).transpose(1, 2)
-        return result.reshape(len(h), -1, *h.shape[-2:])
+        return result.reshape(len(h), -1, *h.shape[-2:]).contiguous()
 
     def guess(self, found: Tensor) -> Tensor:
         """The image [B, 3, H, W] that the features it found would be."""

@@ -68,8 +68,8 @@ class Console:
                     self.note(f"warning: {line}")
                 shown = len(lines)
                 step = int(now.get("step", 0))
-                known = int(now.get("max_steps", 0)) < 1 << 40
-                move(step, int(now["max_steps"]) if known else 0, training_line(now))
+                last = int(now.get("max_steps", 0))
+                move(step, last if last < 1 << 40 else 0, training_line(now))
 
             yield report
 
