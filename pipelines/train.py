@@ -44,7 +44,7 @@ MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
 POLL_S = 0.5
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""glibc keeps what a step frees for the next one, in place of asking the kernel for zeroed pages each time: 3 to 4 % of a
+"""glibc keeps what a step frees for the next one, and does not ask the kernel for zeroed pages each time: 3 to 4 % of a
 step on a CPU."""
 
 Report = Callable[[dict[str, Any]], None]
@@ -195,7 +195,8 @@ class _TrainingData(ray.train.DataConfig):
     ) -> list[dict[str, ray.data.DataIterator]]:
         """Iterators of each worker, for the dataset of this many workers in place of what the trainer was given."""
         built = {name: self._build(world_size) for name in datasets}
-        return super().configure(built, world_size, *args, **kwargs)
+        iterators: list[dict[str, ray.data.DataIterator]] = super().configure(built, world_size, *args, **kwargs)
+        return iterators
 
 
 def _nothing() -> None:
