@@ -97,7 +97,8 @@ class TrainState:
         self.max_steps = max_steps
         self.step = 0
         self.parameters = list(denoiser.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
+        # Without an average it is the weights themselves.
+        self.average = [p.detach().clone() if config.ema_decay else p.detach() for p in self.parameters]
         hidden = denoiser.network.hidden_weights() if config.muon_learning_rate else []
         # torch's Muon takes matrices: a kernel [out, in, k, k] is one of out rows, by a view that shares its memory.
         self.matrices = {parameter: parameter.detach().flatten(1) for parameter in hidden}
@@ -134,8 +135,7 @@ class TrainState:
         Raises:
             FloatingPointError: the norm is not finite; weights, average and optimizer are as before.
         """
-        limit = self.config.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        norm = self._clip()
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"step {self.step}: the norm of the gradients is {float(norm):g}")
         for group in self.optimizer.param_groups:
@@ -145,10 +145,17 @@ class TrainState:
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
-        # A young run has a short memory, else its first weights would stay in the average.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        if self.config.ema_decay:
+            # A young run has a short memory, else its first weights would stay in the average.
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return norm
+
+    def _clip(self) -> Tensor:
+        limit = self.config.max_grad_norm
+        if limit is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, limit)
+        return nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
 
     def _step_muon(self) -> None:
         if self.muon is None:

@@ -32,7 +32,7 @@ from animediffusion.platform.errors import StorageError
 CHECKSUMS, SCORE = "checksums.json", "score.json"
 BEST_BY = "ciede2000"
 """Of a score; lower is better."""
-PATIENCE_S = 300.0
+OUTLAST_S = 300.0
 """How long a run waits for a store that it cannot do without: to read its last checkpoint, and to write its result."""
 PAUSE_S = 5.0
 
@@ -130,8 +130,11 @@ def prune(place: str, keep: int) -> None:
                 storage.delete(storage.join(place, step_name(step)))
 
 
-def patiently(call: Callable[[], T], seconds: float = PATIENCE_S) -> T:
-    """The result of `call`, asked again while the store fails, for so long; then its StorageError."""
+def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
+    """The result of `call`, asked again while the store fails, for so long; then its StorageError.
+
+    For the few things that a run cannot be without; each call has storage's own patience already.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
@@ -190,7 +193,7 @@ class CheckpointWriter:
         """Save the last state and wait until it is there, with patience.
 
         Raises:
-            StorageError: it could not be saved in PATIENCE_S.
+            StorageError: it could not be saved in OUTLAST_S.
         """
 
         def attempt() -> None:
@@ -200,7 +203,7 @@ class CheckpointWriter:
             if self._newest < step:
                 raise StorageError(self.place, f"the state of step {step} cannot be saved", "make room or reach it")
 
-        patiently(attempt)
+        outlast(attempt)
 
     def wait(self) -> None:
         """Until nothing is on its way."""

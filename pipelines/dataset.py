@@ -218,6 +218,7 @@ def read_split(uri: str, split: str, limit: int | None = None) -> Arrays:
 
 
 def _read_visit(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
+    storage.expect(source.uri)
     visit = Visit(int(batch["number"][0]), int(batch["skip"][0]))
     positions, rows = source.stream.rows(visit)
     return _read(source.uri, source.shards, rows).add_column(0, "position", pa.array(positions))

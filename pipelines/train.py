@@ -31,11 +31,12 @@ from animediffusion.models.attention import attention_used
 from animediffusion.models.bundle import identity, load_bundle, save_bundle
 from animediffusion.models.training import averaged_weights
 from animediffusion.pipelines.card import model_card
-from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, patiently, read_scores
+from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, outlast, read_scores
 from animediffusion.pipelines.dataset import read_split, training_dataset
 from animediffusion.pipelines.plan import Plan, plan, read_json, write_json
 from animediffusion.pipelines.recipe import TrainConfig, plain
 from animediffusion.pipelines.worker import Progress, train_worker
+from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, DataError, Interrupted, TrainingError
 from animediffusion.platform.tracking import TRAINING, Run
@@ -205,7 +206,8 @@ def _nothing() -> None:
 
 def _dataset(work: Plan, gpu: bool, world_size: int) -> Any:
     """Rows from the newest checkpoint on, for a group of workers that was just started."""
-    config, start = work.config, patiently(lambda: latest_step(work.checkpoints))
+    storage.expect(work.checkpoints, work.config.data)
+    config, start = work.config, outlast(lambda: latest_step(work.checkpoints))
     rows = config.batch_size // world_size
     if config.max_steps is not None:
         steps = config.max_steps - start
@@ -299,7 +301,7 @@ def _write_bundle(work: Plan, step: int, latest: dict[str, Any], seconds: float)
     bundle_config = config.bundle_config(work.image_size)
     denoiser = bundle_config.build()
     with tempfile.TemporaryDirectory() as folder:
-        patiently(lambda: fetch(work.checkpoints, step, Path(folder)))
+        outlast(lambda: fetch(work.checkpoints, step, Path(folder)))
         denoiser.load_state_dict(averaged_weights(Path(folder)))
     provenance = {
         "run": work.run,

@@ -28,12 +28,13 @@ from animediffusion.pipelines.checkpoints import (
     best_step,
     fetch,
     fetch_newest,
-    patiently,
+    outlast,
     read_scores,
 )
 from animediffusion.pipelines.dataset import decode_rows
 from animediffusion.pipelines.recipe import TrainConfig
 from animediffusion.pipelines.scoring import Scorer
+from animediffusion.platform import storage
 from animediffusion.platform.tracking import Run
 
 TIMED_STEPS = 20
@@ -86,6 +87,7 @@ def train_worker(config: dict[str, Any]) -> None:
 class _Rank:
     def __init__(self, config: dict[str, Any]) -> None:
         self.run_config = TrainConfig.check(config["run"])
+        storage.expect(config["checkpoints"], self.run_config.data)  # the driver has seen both
         self.shared = config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -119,10 +121,10 @@ class _Rank:
         """The newest good checkpoint, chosen by rank 0 before anybody asks for rows; its step, 0 if there is none."""
         place, step = self.shared["checkpoints"], 0
         if self.rank == 0:
-            step = patiently(lambda: fetch_newest(place, folder, self._warn))
+            step = outlast(lambda: fetch_newest(place, folder, self._warn))
         step = int(self._from_rank_0([step])[0])
         if self.rank and step:
-            patiently(lambda: fetch(place, step, folder))
+            outlast(lambda: fetch(place, step, folder))
         return step
 
     def _from_rank_0(self, numbers: list[int]) -> list[int]:

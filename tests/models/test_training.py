@@ -129,6 +129,19 @@ def test_a_young_average_follows_quickly_and_an_old_one_slowly(new_denoiser):
         torch.testing.assert_close(state.average[0], expected)
 
 
+def test_without_an_average_the_last_weights_are_saved(new_denoiser, new_rows, tmp_path):
+    state = new_state(new_denoiser, ema_decay=0.0)
+    train(state, new_rows, 2)
+    state.save(tmp_path)
+    found = averaged_weights(tmp_path)
+    assert all(torch.equal(found[name], value) for name, value in state.denoiser.named_parameters())
+    restored = new_state(new_denoiser, ema_decay=0.0)
+    restored.restore(tmp_path)
+    train(restored, new_rows, 4)
+    train(state, new_rows, 4)
+    assert all(torch.equal(a, b) for a, b in zip(state.parameters, restored.average, strict=True))
+
+
 def test_the_averaged_model_is_a_copy_with_the_average(new_denoiser, new_rows):
     state = new_state(new_denoiser)
     train(state, new_rows, 2)

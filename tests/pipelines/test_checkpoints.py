@@ -12,7 +12,7 @@ from animediffusion.pipelines.checkpoints import (
     fetch_newest,
     latest_step,
     list_steps,
-    patiently,
+    outlast,
     prune,
     read_scores,
     write_score,
@@ -194,6 +194,6 @@ def test_patience_has_an_end(monkeypatch):
         raise StorageError("s3://b", "does not answer", "wait")
 
     with pytest.raises(StorageError, match="does not answer"):
-        patiently(never, 0.1)
+        outlast(never, 0.1)
     assert len(asked) > 2
-    assert patiently(lambda: 5) == 5
+    assert outlast(lambda: 5) == 5

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from animediffusion import cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
-from animediffusion.pipelines.checkpoints import latest_step
+from animediffusion.pipelines.checkpoints import fetch, latest_step
 from animediffusion.pipelines.evaluate import evaluate
 from animediffusion.pipelines.plan import plan
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.pipelines.train import Interrupted, train
+from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 
@@ -66,6 +67,13 @@ def straight(ray_cluster, settings, recipe):
 
 def weights(settings, run, step):
     return load_file(settings.workspace / "runs" / run / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
+
+
+def fetched(settings, runs, step):
+    """The state of the run `afar`, from the store."""
+    folder = settings.workspace / "afar"
+    fetch(storage.join(runs, "afar", "checkpoints"), step, folder)
+    return folder / "state.safetensors"
 
 
 def crash_back_to(folder, step):
@@ -163,6 +171,23 @@ def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert load_bundle(again["bundle"]).sha256 == bundle
+
+
+def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(straight, settings, recipe, faulty_s3):
+    url, store = faulty_s3
+    away = []
+
+    def cut(now):
+        if now.get("step", 0) >= 8 and not away:
+            away.append(now["step"])
+            store.fail("refuse", seconds=12)
+
+    runs = f"s3://bucket/runs?endpoint_override={url}"
+    result = train(settings, load_recipe(recipe, [f"storage={runs}", "name=afar", "log_every=1"]), cut)
+    assert (result["steps"], len(away)) == (20, 1)
+    found = load_file(fetched(settings, runs, result["steps"]))
+    expected = weights(settings, straight[0]["run"], 20)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_phase_2_starts_from_phase_1_and_ctrl_c_saves_a_checkpoint(straight, settings, faces_dataset):
