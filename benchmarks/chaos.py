@@ -86,26 +86,40 @@ class Run:
                         found.append(process)
         return found
 
+    def _hold(self, workers: list[psutil.Process]) -> None:
+        """Stop the workers where they are until what they told has arrived: this is the moment of the kill."""
+        for process in workers:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGSTOP)
+        last = -1
+        while self.step != last:
+            last = self.step
+            time.sleep(0.5)
+
     def kill(self, whom: str, rng: random.Random) -> tuple[int, int]:
         """SIGKILL; returns the newest step before it and the step that the run will go on from."""
+        workers = self.workers()
+        if not workers:
+            raise RuntimeError("no worker to kill")
+        self._hold(workers)
         if whom == "driver":
             family = psutil.Process(self.process.pid).children(recursive=True)
             before = self.step
             self.process.kill()
             self.process.wait()
-            _, alive = psutil.wait_procs(family, timeout=60)
-            for process in alive:
-                process.kill()
-            psutil.wait_procs(alive, timeout=10)
+            for process in family:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(family, timeout=60)
             after = latest_step(self.place)
             self.step = 0
             self._start()
             return before, after
-        workers = self.workers()
-        if not workers:
-            raise RuntimeError("no worker to kill")
-        before = self.step
-        rng.choice(workers).send_signal(signal.SIGKILL)
+        before, victim = self.step, rng.choice(workers)
+        victim.kill()
+        for process in workers:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGCONT)
         time.sleep(0.2)
         self.step = 0
         return before, latest_step(self.place)
