@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,17 +29,20 @@ import torch
 import animediffusion
 from animediffusion.pipelines.plan import Plan
 from animediffusion.pipelines.recipe import TrainConfig, plain
+from animediffusion.pipelines.train import _MALLOC
 from animediffusion.platform.cluster import cluster_address
 
-WORKER_TIME = 1.0
+# The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.
+WORKER_TIME = 1.1
 """Seconds of a step in a run by those measured here: Ray Data, the driver and MLflow share the cores."""
-WORKER_MEMORY_MB = 0.0
+WORKER_MEMORY_MB = 80.0
 """What a Ray Train worker has in RAM beyond the process measured here."""
-RAY_MEMORY_MB = 2000.0
-"""Of the driver, Ray's own processes and those that read the data."""
-START_TIME = 3.0
-"""Seconds of a run that are no training (Ray, workers and the first rows come up, the bundle is written), by those that
-a process needs here to import the same libraries."""
+RAY_MEMORY_MB = 3200.0
+"""Of the driver, Ray's own processes, and those that read the data and score checkpoints; shared pages counted once."""
+START_S = 45.0
+"""Of a run that is no training: Ray, workers and the first rows come up, the last checkpoint is scored, ..."""
+START_IMPORTS = 2.2
+"""... and as many times what a process needs here, now, to import the same libraries."""
 BUSY = 0.15
 """A share of the CPUs that others take, which is told."""
 TIMED_S = 6.0
@@ -74,7 +79,7 @@ def estimate(work: Plan, timed_s: float = TIMED_S) -> dict[str, Any]:
             "world_size": processes,
             "cuda": cuda,
         }
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = _threads(processes)
         answers = _measure(order, processes, threads)
     except _Impossible as reason:
         return {"possible": False, "note": str(reason)}
@@ -107,7 +112,7 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
     steps = max(0, steps - work.start_step)
     saves = math.ceil(steps / config.checkpoint_every)
     training = steps * per_step
-    start = START_TIME * first["import_s"]
+    start = START_S + START_IMPORTS * first["import_s"]
     return {
         "device": first["device"],
         "num_workers": workers,
@@ -196,6 +201,12 @@ def layout(config: TrainConfig) -> tuple[int, int, bool, str | None]:
     return workers, workers, True, None
 
 
+def _threads(processes: int) -> int:
+    """Of each, as pipelines/train.py gives them to workers: what the user set, else its share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) // processes)
+
+
 def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[str, Any]]:
     """The answers of all processes, by rank.
 
@@ -205,7 +216,7 @@ def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[s
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
         folder, begun = Path(name), time.time()
         (folder / "order.json").write_text(json.dumps(order))
-        with _children(folder, processes, threads) as children:
+        with _terminable(), _children(folder, processes, threads) as children:
             while any(child.poll() is None for child in children):
                 if any(child.poll() for child in children) or time.time() - begun > LIMIT_S:
                     break
@@ -232,12 +243,26 @@ def _answer(folder: Path, rank: int, code: int | None) -> dict[str, Any]:
 
 
 @contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process as usual, but with the processes and the folder cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _children(folder: Path, processes: int, threads: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes; none of them outlives the block."""
     # They find this package as we did, and nothing else in the current folder.
     paths = [str(Path(animediffusion.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
+        **_MALLOC,  # as workers have it: it changes both time and memory
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",

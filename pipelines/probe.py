@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -50,7 +49,7 @@ def main(folder: Path, rank: int) -> None:
     order = json.loads((folder / "order.json").read_text())
     threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
     try:
-        answer = _Probe(order, rank, f"file://{folder}/meet").run()
+        answer = _Probe(order, rank, folder).run()
     except Exception as error:
         answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
     written = folder / f"{rank}.partial"
@@ -67,16 +66,16 @@ class _Probe:
         order: parent (process id), run (TrainConfig as a dictionary), image_size, rows (of a step, on one worker),
             timed_s (seconds of steps to time), world_size, cuda.
         rank: of this process.
-        meeting: URL where the ranks find each other.
+        folder: where the ranks find each other, and a checkpoint is written.
 
     Raises:
         MemoryError: the weights and what goes with them are larger than what is free.
     """
 
-    def __init__(self, order: dict[str, Any], rank: int, meeting: str) -> None:
+    def __init__(self, order: dict[str, Any], rank: int, folder: Path) -> None:
         self.config = TrainConfig.check(order["run"])
         self.rows, self.timed_s = int(order["rows"]), float(order["timed_s"])
-        self.rank, self.world_size = rank, int(order["world_size"])
+        self.rank, self.world_size, self.folder = rank, int(order["world_size"]), folder
         self.device = torch.device("cuda", rank) if order["cuda"] else torch.device("cpu")
         use_attention(self.config.attention)
         bundle = self.config.bundle_config(order["image_size"])
@@ -91,9 +90,8 @@ class _Probe:
         self.state = TrainState(denoiser.to(self.device), self.config.optimizer, self.config.max_steps or 1 << 40)
         self.objective = self.config.objective.build(self.state.denoiser, bundle.sampler, self.config.seed)
         if self.world_size > 1:
-            dist.init_process_group(
-                "nccl" if order["cuda"] else "gloo", init_method=meeting, rank=rank, world_size=self.world_size
-            )
+            backend, meeting = "nccl" if order["cuda"] else "gloo", f"file://{folder}/meet"
+            dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=self.world_size)
             ids = [rank] if order["cuda"] else None
             self.objective = nn.parallel.DistributedDataParallel(
                 self.objective, device_ids=ids, gradient_as_bucket_view=True
@@ -168,12 +166,10 @@ class _Probe:
         return int(said)
 
     def _checkpoint(self) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.monotonic()
-            self.state.save(Path(folder))
-            seconds = time.monotonic() - begun
-            size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        return {"checkpoint_s": seconds, "checkpoint_mb": size / MB}
+        begun, place = time.monotonic(), self.folder / "checkpoint"
+        self.state.save(place)
+        seconds = time.monotonic() - begun
+        return {"checkpoint_s": seconds, "checkpoint_mb": sum(path.stat().st_size for path in place.iterdir()) / MB}
 
     def _peak_mb(self) -> float:
         if self.device.type == "cuda":

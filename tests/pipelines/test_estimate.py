@@ -103,8 +103,8 @@ def test_memory_and_disk_are_those_of_the_network(tried, work):
 
 
 def test_many_rows_take_longer_and_need_more_memory(tried, work):
-    more = estimate(work("num_workers=1", "batch_size=128"), timed_s=0.5)
-    assert more["rows_per_worker"] == 128
+    more = estimate(work("num_workers=1", "batch_size=512"), timed_s=0.5)
+    assert more["rows_per_worker"] == 512
     assert more["seconds_per_step"] > 2 * tried["seconds_per_step"]
     assert more["memory_per_worker_mb"] > tried["memory_per_worker_mb"]
 
