@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("cluster_faults.py")
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
