@@ -29,7 +29,7 @@ import torch
 import animediffusion
 from animediffusion.pipelines.plan import Plan
 from animediffusion.pipelines.recipe import TrainConfig, plain
-from animediffusion.pipelines.train import _MALLOC
+from animediffusion.pipelines.train import MALLOC
 from animediffusion.platform.cluster import cluster_address
 
 # The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.
@@ -262,7 +262,7 @@ def _children(folder: Path, processes: int, threads: int) -> Iterator[list[subpr
     paths = [str(Path(animediffusion.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        **_MALLOC,  # as workers have it: it changes both time and memory
+        **MALLOC,  # as workers have it: it changes both time and memory
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",

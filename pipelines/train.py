@@ -44,7 +44,7 @@ from animediffusion.platform.tracking import TRAINING, Run
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
 POLL_S = 0.5
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """glibc keeps what a step frees for the next one, and does not ask the kernel for zeroed pages each time: 3 to 4 % of a
 step on a CPU."""
 
@@ -110,7 +110,7 @@ def _fit(
             name="ray",
             storage_path=str(work.folder),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": {**_MALLOC, "OMP_NUM_THREADS": str(_threads(scaling))}},
+            worker_runtime_env={"env_vars": {**MALLOC, "OMP_NUM_THREADS": str(_threads(scaling))}},
         ),
         # The rows depend on how many workers there are, which Ray knows when it starts them.
         datasets={"train": _nothing},
