@@ -148,7 +148,7 @@ def verify(folder: Path) -> str:
     except ValueError as error:
         raise ValueError(f"{folder}/checksums.json is damaged: {error}") from error
     for name in FILES:
-        if not isinstance(expected, dict) or expected.get(name) != _sha256(folder / name):
+        if not isinstance(expected, dict) or expected.get(name) != file_sha256(folder / name):
             raise ValueError(f"{folder}/{name} was changed after it was written (sha256 differs)")
     return identity(folder)
 
@@ -157,7 +157,7 @@ def identity(folder: Path) -> str:
     """sha256 over the hashes of config and weights, 64 hex digits."""
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
-        digest.update(_sha256(folder / name).encode())
+        digest.update(file_sha256(folder / name).encode())
     return digest.hexdigest()
 
 
@@ -208,13 +208,14 @@ def _seal(temporary: Path, folder: Path) -> str:
 
 
 def _write_checksums(folder: Path) -> None:
-    _write_json(folder / "checksums.json", {name: _sha256(folder / name) for name in FILES})
+    _write_json(folder / "checksums.json", {name: file_sha256(folder / name) for name in FILES})
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ Not here: what a state is (models/training.py); who scores (pipelines/scoring.py
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from animediffusion.models.bundle import file_sha256
 from animediffusion.platform import storage
 from animediffusion.platform.errors import StorageError
 
@@ -47,13 +47,19 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _files(place: str) -> dict[int, set[str]]:
+    """Names of the files of each whole checkpoint at `place`, by step, from one listing."""
+    found: dict[int, set[str]] = {}
+    for path in storage.list_files(place) if storage.exists(place) else []:
+        folder, _, name = path.partition("/")
+        if match := _NAME.fullmatch(folder):
+            found.setdefault(int(match[1]), set()).add(name)
+    return {step: names for step, names in found.items() if CHECKSUMS in names}
+
+
 def list_steps(place: str) -> list[int]:
     """Steps of the whole checkpoints at `place`, ascending."""
-    if not storage.exists(place):
-        return []
-    parts = (path.split("/") for path in storage.list_files(place))
-    names = {_NAME.fullmatch(part[0]) for part in parts if part[1:] == [CHECKSUMS]}
-    return sorted(int(match[1]) for match in names if match)
+    return sorted(_files(place))
 
 
 def latest_step(place: str) -> int:
@@ -76,7 +82,7 @@ def fetch(place: str, step: int, folder: Path) -> None:
         raise ValueError(f"{source}/{CHECKSUMS} is damaged") from error
     for name, sha256 in expected.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != sha256:
+        if not path.is_file() or file_sha256(path) != sha256:
             raise ValueError(f"{source}/{name} was changed after it was written (sha256 differs)")
 
 
@@ -99,13 +105,9 @@ def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
 
 
 def read_scores(place: str) -> dict[int, dict[str, float]]:
-    """Scores of the checkpoints that have one, by step."""
-    scores = {}
-    for step in list_steps(place):
-        uri = storage.join(place, step_name(step), SCORE)
-        if storage.exists(uri):
-            scores[step] = json.loads(storage.read_bytes(uri))
-    return scores
+    """Scores of the checkpoints that have one, by step, ascending."""
+    scored = sorted(step for step, names in _files(place).items() if SCORE in names)
+    return {step: json.loads(storage.read_bytes(storage.join(place, step_name(step), SCORE))) for step in scored}
 
 
 def write_score(place: str, step: int, score: dict[str, float]) -> None:
@@ -220,7 +222,7 @@ class CheckpointWriter:
             folder.mkdir(parents=True)
         try:
             state(folder)
-            sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
             (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -274,8 +276,3 @@ def _to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

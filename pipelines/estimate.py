@@ -29,7 +29,7 @@ import torch
 import animediffusion
 from animediffusion.pipelines.plan import Plan
 from animediffusion.pipelines.recipe import TrainConfig, plain
-from animediffusion.pipelines.train import MALLOC
+from animediffusion.pipelines.train import MALLOC, threads_per_worker
 from animediffusion.platform.cluster import cluster_address
 
 # The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.
@@ -79,7 +79,7 @@ def estimate(work: Plan, timed_s: float = TIMED_S) -> dict[str, Any]:
             "world_size": processes,
             "cuda": cuda,
         }
-        threads = _threads(processes)
+        threads = threads_per_worker(processes)
         answers = _measure(order, processes, threads)
     except _Impossible as reason:
         return {"possible": False, "note": str(reason)}
@@ -199,12 +199,6 @@ def layout(config: TrainConfig) -> tuple[int, int, bool, str | None]:
     # Of an elastic run as many as there is room for.
     workers = min(workers, gpus)
     return workers, workers, True, None
-
-
-def _threads(processes: int) -> int:
-    """Of each, as pipelines/train.py gives them to workers: what the user set, else its share of the cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) // processes)
 
 
 def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[str, Any]]:

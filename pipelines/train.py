@@ -241,12 +241,15 @@ def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
 
 
 def _threads(scaling: ray.train.ScalingConfig) -> int:
-    """Of a worker: what the user set, else its share of the cores, if all nodes are like this one."""
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return int(os.environ["OMP_NUM_THREADS"])
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
     workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
-    return max(1, (os.cpu_count() or 1) * nodes // workers)
+    return threads_per_worker(workers, nodes)
+
+
+def threads_per_worker(workers: int, nodes: int = 1) -> int:
+    """What the user set, else a worker's share of the cores, if all nodes are like this one."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)
 
 
 def _samples(config: TrainConfig) -> Any:

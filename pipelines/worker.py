@@ -50,7 +50,7 @@ NAMED_ROWS = 8
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Where the driver looks how a run is going, and says that it should stop. Lives on any node."""
+    """Where the driver looks how a run is going, and says that it should stop."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {"warnings": []}
@@ -75,7 +75,7 @@ class Progress:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One rank of a run. Continues from the checkpoint that Ray hands it, else from `init_from`.
+    """One rank of a run. Continues from the newest good checkpoint, else from `init_from`.
 
     Args:
         config: run (TrainConfig as a dictionary), checkpoints (URI of their folder), image_size, init_weights (object

@@ -1,6 +1,6 @@
 """Runs on a cluster of three nodes that loses a worker and a node, and is warned of it; prints what happened as JSON.
 
-    python cluster_faults.py DATASET WORKSPACE
+    PYTHONPATH=tests python tests/pipelines/cluster_faults.py DATASET WORKSPACE
 
 A process of its own: a test session has one Ray, and this one loses nodes.
 """
@@ -22,22 +22,15 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
+from tiny import NETWORK
 
 from animediffusion.pipelines import train as training
 from animediffusion.pipelines.checkpoints import list_steps
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
-RECIPE = """
-network:
-  base_channels: 32
-  channel_multipliers: [1]
-  num_res_blocks: 1
-  patch_size: 4
-  head_channels: 32
-  reference_channels: 32
-optimizer: {warmup_steps: 3, muon_learning_rate: 0.02}
-sampler: {steps: 2}
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
+sampler: {{steps: 2}}
 batch_size: 4
 cpus_per_worker: 2
 max_steps: 600

@@ -1,6 +1,7 @@
 """What cluster_faults.py saw; see there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 def found(faces_dataset, tmp_path_factory):
     workspace = tmp_path_factory.mktemp("cluster")
     command = [sys.executable, str(SCRIPT), faces_dataset, str(workspace)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

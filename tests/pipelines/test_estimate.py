@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from tiny import NETWORK
 
 from animediffusion import cli
 from animediffusion.pipelines.estimate import derive, duration, estimate, layout, lines
@@ -16,15 +17,7 @@ from animediffusion.pipelines.plan import plan
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
-RECIPE = """
-network:
-  base_channels: 32
-  channel_multipliers: [1]
-  num_res_blocks: 1
-  patch_size: 4
-  head_channels: 32
-  reference_channels: 32
-optimizer: {warmup_steps: 3}
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3}}
 batch_size: 4
 num_workers: 2
 max_steps: 20

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import NETWORK
 
 from animediffusion import cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
@@ -23,16 +24,8 @@ from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 
-RECIPE = """
-network:
-  base_channels: 32
-  channel_multipliers: [1]
-  num_res_blocks: 1
-  patch_size: 4
-  head_channels: 32
-  reference_channels: 32
-optimizer: {warmup_steps: 3}
-sampler: {steps: 2}
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3}}
+sampler: {{steps: 2}}
 batch_size: 4
 num_workers: 2
 max_steps: 20
