@@ -5,10 +5,11 @@
 
 Their network of 52.3 M parameters on both sides. Each side has a process, and so a peak memory, of its own; the sides
 take turns, a block of two steps each. Theirs is what a step of base/trainer.py does with their classes: loss, NaN
-check, backward, AdamW, as shipped (float32) and under bf16 autocast; it gets its batches for nothing. Ours is fit(),
-which makes them within the step. Phase 1 is the recipe `animediffusion-strict`: both sides compute the same loss of
-the same batches, noise and times, at a constant learning rate, and only rounding differs. Phase 2 is
-`animediffusion-phase2` beside their ten differentiated steps; the losses are not the same thing.
+check, backward, AdamW, as shipped (float32) and under bf16 autocast; it gets its batches for nothing. Ours is fit() in
+a process with the variables of a run's workers, and makes its batches within the step. Phase 1 is the recipe
+`animediffusion-strict`: both sides compute the same loss of the same batches, noise and times, at a constant learning
+rate, and only rounding differs. Phase 2 is `animediffusion-phase2` beside their ten differentiated steps; the losses
+are not the same thing.
 
 On a CPU the clock counts processor time of all threads (one by default), so images/s are those of one core and other
 work on the machine does not count; on a GPU it is the wall's, and ours runs with torch's attention, with xformers, and
@@ -22,12 +23,14 @@ import argparse
 import datetime
 import itertools
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,6 +52,7 @@ from animediffusion.models.training import Rows, TrainState, fit, step_generator
 from animediffusion.pipelines.dataset import read_split
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe
 from animediffusion.pipelines.synthesize import make_row
+from animediffusion.pipelines.train import MALLOC
 
 BLOCK = 2
 """Steps of a turn; the first turn of a side is not counted."""
@@ -129,7 +133,8 @@ def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
     pipes: dict[str, Connection] = {}
     for side in sides:
         pipes[side.name], end = context.Pipe()
-        context.Process(target=serve, args=(end, side, job), daemon=True).start()
+        with environment(MALLOC if side.ours else {}):
+            context.Process(target=serve, args=(end, side, job), daemon=True).start()
     found = {side.name: Found() for side in sides}
     for turn, side in itertools.product(range(job.turns), sides):
         pipes[side.name].send(BLOCK)
@@ -141,6 +146,15 @@ def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
         pipe.send(0)
         found[name].peak_mb, found[name].flops = pipe.recv()
     return found
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """What a process that is started inside finds set, as glibc reads it at its start."""
+    os.environ.update(variables)
+    yield
+    for name in variables:
+        del os.environ[name]
 
 
 def serve(pipe: Connection, side: Side, job: Job) -> None:

@@ -34,9 +34,10 @@ __all__ = ["FileError", "StoreFailedError", "UnreachableError"]
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
-"""Seconds for which a store that fails is asked again; ANIMEDIFFUSION_STORAGE_PATIENCE_S sets another number."""
+PATIENCE_S = 90.0
+"""Seconds for which a store that fails is asked again, enough for one that is away for a minute."""
 PATIENCE_VARIABLE = "ANIMEDIFFUSION_STORAGE_PATIENCE_S"
+"""Sets another number of seconds."""
 _LONGEST_PAUSE_S = 10.0
 _PARTIAL = ".part"
 
@@ -100,7 +101,7 @@ def expect(*uris: str) -> None:
 def patiently(uri: str, work: Callable[[fs.FileSystem, str], T]) -> T:
     """What `work` returns for the filesystem and the path of `uri`, called again while the store fails.
 
-    pyarrow repeats single requests for some seconds; this repeats the whole for a minute (PATIENCE_S), with pauses that
+    pyarrow repeats single requests for some seconds; this repeats the whole for PATIENCE_S, with pauses that
     double up to 10 s, each at random length, so that a hundred workers do not come back together.
 
     Args:

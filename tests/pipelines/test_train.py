@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -166,8 +167,12 @@ def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_
     assert load_bundle(again["bundle"]).sha256 == bundle
 
 
-def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(straight, settings, recipe, faulty_s3):
+def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(
+    straight, settings, recipe, faulty_s3, faces_dataset
+):
     url, store = faulty_s3
+    data = f"s3://bucket/faces?endpoint_override={url}"
+    storage.upload_folder(Path(faces_dataset), data)
     away = []
 
     def cut(now):
@@ -176,7 +181,8 @@ def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(straight, set
             store.fail("refuse", seconds=12)
 
     runs = f"s3://bucket/runs?endpoint_override={url}"
-    result = train(settings, load_recipe(recipe, [f"storage={runs}", "name=afar", "log_every=1"]), cut)
+    overrides = [f"data={data}", f"storage={runs}", "name=afar", "log_every=1"]
+    result = train(settings, load_recipe(recipe, overrides), cut)
     assert (result["steps"], len(away)) == (20, 1)
     found = load_file(fetched(settings, runs, result["steps"]))
     expected = weights(settings, straight[0]["run"], 20)
