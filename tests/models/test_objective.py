@@ -3,6 +3,7 @@ import weakref
 import pytest
 import torch
 
+from animediffusion.models.augment import Batch
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.colorize import sample_images
 from animediffusion.models.objective import (
@@ -84,15 +85,19 @@ def test_huber_gives_far_off_pixels_less_weight(new_denoiser, new_batch):
     assert losses[1] == pytest.approx(100, rel=0.05)
 
 
-def test_the_loss_of_phase_2_compares_what_deployment_would_sample_with_the_target(new_denoiser, new_batch):
+@pytest.mark.parametrize(("share", "rows"), [(1.0, 4), (0.5, 2), (0.01, 1)])
+def test_the_loss_of_phase_2_compares_what_deployment_would_sample_with_the_target(
+    new_denoiser, new_batch, share, rows
+):
     denoiser, batch = new_denoiser(), new_batch()
-    objective = reconstruction(denoiser, pixel_weight=2.0, structure_weight=0.5, denoising_weight=0.25)
+    weights = {"pixel_weight": 2.0, "structure_weight": 0.5, "denoising_weight": 0.25}
+    objective = reconstruction(denoiser, **weights, denoising_rows=share)
     total = objective(batch, seeded(), 3).total
     generator = seeded()
     noise = torch.randn(4, 3, 16, 16, generator=generator)
     image = sample_images(denoiser, batch.sketch, batch.reference, noise, SamplerDefaults(steps=4))
     own = 2.0 * (image - batch.target).square().mean() + 0.5 * structure_loss(image, batch.target).mean()
-    phase1 = objective.denoising(batch, generator).total
+    phase1 = objective.denoising(Batch(*(part[:rows] for part in batch)), generator).total
     torch.testing.assert_close(total, own + 0.25 * phase1)
 
 
@@ -211,6 +216,7 @@ def test_a_step_without_dropped_references_still_gives_the_null_a_gradient(new_d
         (lambda: DenoisingConfig(loss="l1"), "mse or huber"),
         (lambda: DenoisingConfig(drop_reference=1.0), r"\[0, 1\)"),
         (lambda: ReconstructionConfig(gradient_steps=0), "at least 1"),
+        (lambda: ReconstructionConfig(denoising_rows=0), r"\(0, 1\]"),
         (lambda: ObjectiveConfig(name="phase3"), "denoising or reconstruction"),
     ],
 )
