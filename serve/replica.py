@@ -9,40 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from animediffusion.models.attention import attention_used
-from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
-from animediffusion.models.images import to_tensor
-from animediffusion.models.sampler import build_sampler
-from animediffusion.platform.images import letterbox
-from animediffusion.serve.engine import DeadlineError, Engine, Progress, QueueFullError, Request
-from animediffusion.serve.lines import Pixels, for_network
+from animediffusion.serve.engine import DeadlineError, Progress, QueueFullError
+from animediffusion.serve.hosted import Hosted
+from animediffusion.serve.lines import Pixels
 from animediffusion.serve.measures import REQUESTS, SWAPS, Gauges, Measures
 from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, UnusableError
 from animediffusion.serve.pace import retry_after_s
 from animediffusion.serve.routing import draw, point
-
-STUCK_S = 300.0
-"""An engine whose turn takes longer than this hangs; the first turn on a GPU may take a minute."""
-
-
-@dataclass(eq=False)
-class _Hosted:
-    """A version that is loaded."""
-
-    version: str
-    engine: Engine
-    progress: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))
-    """Turns at the last look, and when they last grew or none was to be done."""
 
 
 class Replica:
@@ -66,9 +47,9 @@ class Replica:
         self.error: str | None = None
         """Why what is wanted is not what answers."""
         # Both are replaced and never changed, so that a request reads them without a lock.
-        self._hosted: dict[str, _Hosted] = {}
+        self._hosted: dict[str, Hosted] = {}
         self._shares: dict[str, float] = {}
-        self._retiring: list[_Hosted] = []
+        self._retiring: list[Hosted] = []
         self._lock = threading.Lock()
 
     @property
@@ -98,22 +79,24 @@ class Replica:
             ValueError: damaged, not the one registered, or its sample is not finite.
         """
         try:
-            bundle = load_bundle(folder, device=self.device)
-            if sha256 and bundle.sha256 != sha256:
-                raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
-            smoke_sample(bundle)
+            hosted = Hosted(
+                version,
+                folder,
+                device=self.device,
+                max_batch=self.max_batch,
+                max_queue=self.max_queue,
+                sha256=sha256,
+                on_turn=lambda turn: self.measures.turn(version, turn.seconds),
+            )
         except BaseException:
             self.measures.count(SWAPS, version, "failed")
             raise
-        engine = Engine(
-            bundle,
-            max_batch=self.max_batch,
-            max_queue=self.max_queue,
-            on_turn=lambda turn: self.measures.turn(version, turn.seconds),
-        )
         with self._lock:
-            self._hosted = {**self._hosted, version: _Hosted(version, engine)}
+            before = self._hosted.get(version)
+            self._hosted = {**self._hosted, version: hosted}
         self.measures.count(SWAPS, version, "ok")
+        if before is not None:
+            self._retire(before)
 
     def route(self, shares: Mapping[str, float]) -> None:
         """Give each hosted version its share of new requests; hosted versions that are not named retire.
@@ -128,9 +111,8 @@ class Replica:
             leaving = [hosted for version, hosted in self._hosted.items() if version not in shares]
             self._shares = dict(shares)
             self._hosted = {version: hosted for version, hosted in self._hosted.items() if version in shares}
-            self._retiring += leaving
         for hosted in leaving:
-            threading.Thread(target=self._drain, args=(hosted,), name="drain", daemon=True).start()
+            self._retire(hosted)
 
     def load(self, version: str, folder: Path) -> bool:
         """Host a version and give it all of the traffic. False, with `error` set, if it does not work."""
@@ -206,30 +188,20 @@ class Replica:
         return found
 
     def pending_pictures(self) -> float:
-        """The work that is here, in pictures at their model's default settings: one half done counts 0.5."""
-        work = 0.0
-        for hosted in self._all():
-            work += hosted.engine.work_left / _default_work(hosted.engine.bundle)
-        return work
+        """The work that is here; see Hosted."""
+        return sum(hosted.pending_pictures for hosted in self._all())
 
     def check(self) -> None:
-        """Raise RuntimeError if an engine's thread has ended, or hangs in a turn."""
-        for version, hosted in self._hosted.items():
-            engine = hosted.engine
-            if not engine.is_alive:
-                raise RuntimeError(f"the engine's thread of version {version} has ended")
-            turns, since = hosted.progress
-            if engine.num_turns != turns or not engine.num_running:
-                hosted.progress = (engine.num_turns, time.monotonic())
-            elif time.monotonic() - since > STUCK_S:
-                raise RuntimeError(f"the engine of version {version} has been in one turn for {STUCK_S:.0f} s")
+        """Raise RuntimeError if an engine has ended, or hangs in a turn."""
+        for hosted in self._hosted.values():
+            hosted.check()
 
     def close(self) -> None:
         """Give up what is running."""
         for hosted in self._all():
             hosted.engine.close(drain=False)
 
-    def _all(self) -> list[_Hosted]:
+    def _all(self) -> list[Hosted]:
         return [*self._hosted.values(), *self._retiring]
 
     def _submit(self, job: Job, on_progress: Progress | None) -> tuple[str, Future[Pixels]]:
@@ -239,11 +211,11 @@ class Replica:
         version = draw(shares, point(job))
         if version not in hosted:  # the shares moved between the two reads above
             return self._submit(job, on_progress)
-        engine = hosted[version].engine
+        chosen = hosted[version]
         try:
-            future = engine.submit(_request(job, engine, on_progress))
+            future = chosen.submit(job, on_progress)
         except QueueFullError as error:
-            if version not in self._hosted or self._hosted[version].engine is not engine:  # retired a moment ago
+            if self._hosted.get(version) is not chosen:  # retired a moment ago
                 return self._submit(job, on_progress)
             self.measures.count(REQUESTS, version, "busy")
             raise BusyError(str(error), retry_after_s(error.retry_after_s)) from error
@@ -263,39 +235,21 @@ class Replica:
         except QueueFullError as error:
             raise BusyError(str(error)) from error
 
-    def _drain(self, hosted: _Hosted) -> None:
+    def _retire(self, hosted: Hosted) -> None:
         """Let a version finish what it has, then leave."""
-        hosted.engine.close()
-        self.measures.collect(hosted.version, hosted.engine, last=True)
+
+        def drain() -> None:
+            hosted.engine.close()
+            self.measures.collect(hosted.version, hosted.engine, last=True)
+            with self._lock:
+                self._retiring.remove(hosted)
+
         with self._lock:
-            self._retiring.remove(hosted)
-
-
-def _default_work(bundle: Bundle) -> int:
-    """Rows of the network for a picture at the model's default settings."""
-    defaults = bundle.config.sampler
-    evaluations = build_sampler(defaults.name, bundle.denoiser.path).num_evaluations(defaults.steps)
-    return evaluations * (1 if defaults.guidance_scale == 1 else 2)
+            self._retiring.append(hosted)
+        threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
 def _outcome(error: BaseException | None) -> str:
     if error is None:
         return "ok"
     return "late" if isinstance(error, DeadlineError) else "failed"
-
-
-def _request(job: Job, engine: Engine, on_progress: Progress | None) -> Request:
-    size = engine.bundle.config.image_size
-    sketch = for_network(job.lines, size)
-    reference = letterbox(job.reference, size)[0]
-    return Request(
-        sketch=to_tensor(torch.from_numpy(np.ascontiguousarray(sketch))[None])[0],
-        reference=to_tensor(torch.from_numpy(np.ascontiguousarray(reference))[None])[0],
-        seed=job.seed,
-        steps=job.steps,
-        guidance_scale=job.guidance_scale,
-        sampler=job.sampler,
-        deadline=time.monotonic() + job.timeout_s,
-        key=job.key,
-        on_progress=on_progress,
-    )

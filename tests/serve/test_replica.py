@@ -192,12 +192,29 @@ def test_pending_work_is_counted_in_pictures_of_default_cost(replica, bundle_fol
     assert after == 0
 
 
-def test_an_engine_that_has_ended_or_hangs_is_unhealthy(replica, bundle_folder, monkeypatch):
+def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, reference, monkeypatch):
+    async def look_while_it_runs() -> None:
+        replica.load("1", bundle_folder)
+        running = asyncio.create_task(replica.colorize(job(sketch, reference, steps=300)))
+        while not replica.describe()["running"]:
+            await asyncio.sleep(0.001)
+        replica.check()
+        hosted = replica._hosted["1"]
+        monkeypatch.setattr(type(hosted.engine), "num_turns", hosted.engine.num_turns)  # the turn that never ends
+        replica.check()
+        monkeypatch.setattr("animediffusion.serve.hosted.STUCK_S", -1.0)
+        with pytest.raises(RuntimeError, match="version 1 has been in one turn"):
+            replica.check()
+        running.cancel()
+
+    asyncio.run(look_while_it_runs())
+
+
+def test_an_engine_that_has_ended_is_unhealthy(replica, bundle_folder):
     replica.load("1", bundle_folder)
     replica.check()
-    hosted = replica._hosted["1"]
-    hosted.engine.close()
-    with pytest.raises(RuntimeError, match="version 1 has ended"):
+    replica._hosted["1"].engine.close()
+    with pytest.raises(RuntimeError, match="the engine of version 1 has ended"):
         replica.check()
 
 
