@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
-from animediffusion.platform import ledger
+from animediffusion.pipelines import canary
+from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
 from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
@@ -86,7 +87,8 @@ def promote(
     """Point the alias at a version that passes the gate.
 
     Returns:
-        `{version, alias, from, forced, changed}`; `changed` is False where the alias was there already.
+        `{version, alias, from, forced, changed}`; `changed` is False where the alias was there already. And
+        `canary_ended`, the percentage of the canary that this ended, if it did.
 
     Raises:
         RegistryError: unknown version, or refused; BundleError: the bundle is broken.
@@ -103,15 +105,16 @@ def promote(
     if not force:
         check_quality(candidate, _champion(registry))
     metrics = headline(candidate.metrics)
+    ended = canary.end(registry, f"version {candidate.version} became {alias}")
     with ledger.recorded(
         registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
     ):
         registry.set_alias(alias, candidate.version)
-    return {**report, "changed": True}
+    return {**report, "changed": True, **ended}
 
 
 def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
-    """Point the alias at the version it stood at before; again goes one further back.
+    """Point the alias at the version it stood at before; again goes one further back. Ends a canary, as promote does.
 
     Raises:
         RegistryError: nothing to go back to.
@@ -128,19 +131,22 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
         raise RegistryError(f"alias {alias}", found, "use `models promote V`")
     target = earlier[-1]
     metrics = headline(existing[target].metrics)
+    ended = canary.end(registry, f"{alias} rolled back to version {target}")
     with ledger.recorded(registry, "rollback", alias, present, target, reason=why, metrics=metrics):
         registry.set_alias(alias, target)
-    return {"version": target, "alias": alias, "from": present, "changed": True}
+    return {"version": target, "alias": alias, "from": present, "changed": True, **ended}
 
 
 def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
-    """Every promotion and rollback, the oldest first."""
+    """Every promotion, rollback and canary, the oldest first."""
     return [event.summary() for event in ledger.read(Registry(settings), alias)]
 
 
 def versions(settings: Settings) -> list[dict[str, Any]]:
     """What `models list` prints, the newest version first."""
-    return [version.summary() for version in Registry(settings).versions()]
+    registry = Registry(settings)
+    shares = traffic.read(registry).shares
+    return [{**version.summary(), "share": shares.get(version.version, 0.0)} for version in registry.versions()]
 
 
 def show(settings: Settings, version: int | str) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def show(settings: Settings, version: int | str) -> dict[str, Any]:
     events = [event for event in ledger.read(registry) if found.version in (event.version, event.previous)]
     return {
         **found.summary(),
+        "share": traffic.read(registry).shares.get(found.version, 0.0),
         "name": found.name,
         "tags": {key: value for key, value in found.tags.items() if key not in ("sha256", "parent")},
         "evaluations": [evaluation_line(result) for result in found.evaluations],

@@ -1,4 +1,4 @@
-"""Who moved which alias where, when and why: one MLflow run per event, never changed afterwards.
+"""Who moved which alias, or how much of the traffic, when and why: one MLflow run per event, never changed afterwards.
 
 MLflow keeps no history of aliases itself. The runs work on every backend and show in its page, too.
 """
@@ -25,10 +25,10 @@ EXPERIMENT = "animediffusion-promotions"
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One move of an alias."""
+    """One move of an alias, or another share for the challenger."""
 
     action: str
-    """promote or rollback."""
+    """promote, rollback or canary."""
     alias: str
     previous: int | None
     """The version the alias pointed at before."""
@@ -41,6 +41,8 @@ class Event:
     """ISO 8601, UTC."""
     metrics: dict[str, float]
     run: str
+    percent: int | None = None
+    """Of the requests, for the challenger from then on; of a canary only."""
 
     def summary(self) -> dict[str, Any]:
         """The fields of `models history --json`."""
@@ -49,6 +51,7 @@ class Event:
             "from": self.previous,
             "to": self.version,
             "alias": self.alias,
+            "percent": self.percent,
             "user": self.user,
             "reason": self.reason,
             "forced": self.forced,
@@ -68,6 +71,7 @@ def recorded(
     reason: str = "",
     forced: bool = False,
     metrics: dict[str, float] | None = None,
+    percent: int | None = None,
 ) -> Iterator[str]:
     """Write the event around the act: its run is FINISHED only if the block inside was.
 
@@ -84,6 +88,7 @@ def recorded(
         "user": user_name(),
         "reason": reason,
         "forced": str(forced).lower(),
+        **({} if percent is None else {"percent": str(percent)}),
     }
     try:
         experiment = tracking.experiment_id(client, EXPERIMENT, tracking.artifact_root(registry.settings))
@@ -116,9 +121,11 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
 
 
 def stack(events: list[Event]) -> list[int]:
-    """The versions an alias stood at, the present one last: promote pushes, rollback pops."""
+    """The versions an alias stood at, the present one last: promote pushes, rollback pops, a canary moves nothing."""
     versions: list[int] = []
     for event in events:
+        if event.action == "canary":
+            continue
         if event.action == "rollback":
             while versions and versions[-1] != event.version:
                 versions.pop()
@@ -162,4 +169,5 @@ def _event(run: Any) -> Event:
         time=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="milliseconds"),
         metrics=dict(run.data.metrics),
         run=run.info.run_id,
+        percent=int(tags["percent"]) if "percent" in tags else None,
     )

@@ -4,35 +4,46 @@
     serve.run(app)
 
 All limits follow from one number, `max_batch`: an engine replica is asked to run that many requests, may hold twice
-as many, and the rest waits in the ingress or is told to come back later.
+as many, and the rest waits in the ingress or is told to come back later. Engines come and go with the pending work,
+see serve/scaling.py.
 """
 
 # No `from __future__ import annotations` here: Ray Serve checks a config file's `args` against the class that stands in
 # build_app's signature, and does not look up a name.
 
-import asyncio
 import os
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import ray
 import torch
 from fastapi import FastAPI
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
 from animediffusion.models.attention import use_attention
 from animediffusion.platform.config import Config, Settings
+from animediffusion.serve import scaling
 from animediffusion.serve.api import MAX_BODY_BYTES, create_app
-from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, ServeError
+from animediffusion.serve.backend import RayBackend
+from animediffusion.serve.messages import Answer, Job, Preview
+from animediffusion.serve.metrics import Exporter
 from animediffusion.serve.replica import Replica
 from animediffusion.serve.versions import Follower, ModelSource
 
 APP_NAME = "animediffusion"
-STATUS_TIMEOUT_S = 5.0
+STARTING_PATIENCE_S = 60.0
+"""For which a new engine waits for a registry that is away before it goes into service without a model."""
+
+
+def _whole_above_one(gpus: float | None) -> float | None:
+    if gpus is not None and gpus > 1 and gpus % 1:
+        raise ValueError("a fraction of one GPU, or a whole number of them")
+    return gpus
 
 
 class ServeConfig(Config):
@@ -47,15 +58,21 @@ class ServeConfig(Config):
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
     """Requests that an engine runs at the same time."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
-    """Engines that are always up; 0 lets the last one go when nobody asks."""
+    """Engines that are always up; 0 lets the last one go when nobody asks, and the next request starts one."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
     """Engines at most."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5
+    """How long the work must ask for more engines before there are more."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 60
+    """How long it must ask for fewer."""
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] = 300
+    """How long nobody must have asked before the last one goes."""
     num_ingress_replicas: Annotated[int, Field(ge=1)] = 1
     """HTTP processes."""
     engine_cpus: Annotated[float, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for an engine."""
-    engine_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs, or a fraction of one, of an engine; 1 where this machine has CUDA if left out."""
+    engine_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
+    """GPUs, or a fraction of one, of an engine; 1 where the cluster has any if left out."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of an engine's arithmetic on the CPU; its share of the machine if left out."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
@@ -72,20 +89,16 @@ class ServeConfig(Config):
 
 def build_app(args: ServeConfig) -> serve.Application:
     """The application, ready for serve.run."""
-    gpus = args.engine_gpus if args.engine_gpus is not None else float(torch.cuda.is_available())
     engine = serve.deployment(EngineDeployment).options(
         name="engine",
-        ray_actor_options={"num_cpus": args.engine_cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": args.engine_cpus, "num_gpus": _gpus(args)},
         max_ongoing_requests=2 * args.max_batch,
         max_queued_requests=max(1, 2 * args.max_batch),
-        autoscaling_config={
-            "min_replicas": args.min_replicas,
-            "max_replicas": max(args.max_replicas, args.min_replicas),
-            "target_ongoing_requests": args.max_batch,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 60,
-        },
+        autoscaling_config=_autoscaling(args),
+        # Pictures that are being made when a replica has to go are finished.
         graceful_shutdown_timeout_s=args.timeout_s,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
     )
     ingress = serve.deployment(IngressDeployment).options(
         name="ingress",
@@ -93,9 +106,35 @@ def build_app(args: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0.25},
         # Far above what the engines hold: it is the engine's queue that says no, with a problem of our own.
         max_ongoing_requests=max(100, 16 * args.max_batch * args.max_replicas),
+        graceful_shutdown_timeout_s=args.timeout_s + 5,
     )
     application: serve.Application = ingress.bind(args, engine.bind(args))
     return application
+
+
+def _gpus(args: ServeConfig) -> float:
+    if args.engine_gpus is not None:
+        return args.engine_gpus
+    # Where this runs, on the head, there may be none although the workers have some.
+    return float(torch.cuda.is_available() or (ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1))
+
+
+def _autoscaling(args: ServeConfig) -> AutoscalingConfig:
+    """Engines by pending work: one for each `max_batch` pictures of it."""
+    with warnings.catch_warnings():
+        # metrics_interval_s is to be replaced by environment variables, which Ray 2.60 does not read yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=args.min_replicas,
+            max_replicas=max(args.max_replicas, args.min_replicas),
+            target_ongoing_requests=args.max_batch,
+            metrics_interval_s=2,
+            look_back_period_s=10,
+            upscale_delay_s=args.upscale_delay_s,
+            downscale_delay_s=args.downscale_delay_s,
+            downscale_to_zero_delay_s=args.downscale_to_zero_delay_s,
+            policy={"policy_function": f"{scaling.__name__}:{scaling.engines_for_work.__name__}"},
+        )
 
 
 class EngineDeployment:
@@ -109,7 +148,9 @@ class EngineDeployment:
         use_attention(args.settings().attention)
         self.replica = Replica(max_batch=args.max_batch, max_queue=2 * args.max_batch, name=name)
         self.follower = Follower(self.replica, ModelSource(args.settings(), args.model), args.poll_s)
-        self.follower.start()
+        self.follower.start(STARTING_PATIENCE_S)
+        self.exporter = Exporter(self.follower)
+        self.exporter.start()
 
     async def colorize(self, job: Job) -> Answer:
         """See Replica.colorize."""
@@ -124,61 +165,21 @@ class EngineDeployment:
         """See Follower.describe."""
         return self.follower.describe()
 
-    def check_health(self) -> None:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The work that is here, for the autoscaler; see scaling.py."""
+        return {scaling.PENDING: self.replica.pending_pictures()}
+
+    async def check_health(self) -> None:
         """Ray replaces the replica if this raises."""
         self.replica.check()
 
     def __del__(self) -> None:
+        """Ray calls this when the requests here are answered, or their time is over."""
+        if hasattr(self, "exporter"):
+            self.exporter.stop()
         if hasattr(self, "follower"):
             self.follower.stop()
             self.replica.close()
-
-
-class _RayBackend:
-    """api.Backend over the engines' handle."""
-
-    def __init__(self, engine: DeploymentHandle) -> None:
-        self.engine = engine
-
-    async def colorize(self, job: Job) -> Answer:
-        response = self.engine.colorize.remote(job)
-        try:
-            answer: Answer = await response
-            return answer
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:
-            raise _translated(error) from error
-
-    async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
-        response = self.engine.options(stream=True).stream.remote(job)
-        try:
-            async for item in response:
-                yield item
-        except (asyncio.CancelledError, GeneratorExit):
-            response.cancel()
-            raise
-        except Exception as error:
-            raise _translated(error) from error
-
-    async def models(self) -> dict[str, Any]:
-        found = await self._describe()
-        replicas = [one["replica"] for one in found]
-        answering = [replica["versions"][0] for replica in replicas if replica["versions"]]
-        traffic = {version: answering.count(version) / len(answering) for version in sorted(set(answering))}
-        desired = found[0]["desired"] if found else {"champion": None, "challenger": None}
-        return {"desired": desired, "traffic": traffic, "replicas": replicas}
-
-    async def is_ready(self) -> bool:
-        return any(one["replica"]["state"] == "ready" for one in await self._describe())
-
-    async def _describe(self) -> list[dict[str, Any]]:
-        """What every running engine says of itself; none where none answers in time."""
-        try:
-            return list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
-        except Exception:  # none is running, or one died just now: neither is an error of who asks
-            return []
 
 
 @serve.ingress()
@@ -191,24 +192,11 @@ class IngressDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve once this object is made."""
-        backend = _RayBackend(self.engine)
+        source = ModelSource(self.args.settings(), self.args.model)
+        backend = RayBackend(self.engine, source, may_sleep=self.args.min_replicas == 0)
         return create_app(
             backend,
             max_body_bytes=self.args.max_body_bytes,
             timeout_s=self.args.timeout_s,
             names_requests=False,  # Serve's proxy does
         )
-
-
-def _translated(error: Exception) -> Exception:
-    """What Ray wraps or says itself, in the words of messages.py."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, ServeError) else error
-    if isinstance(error, BackPressureError):
-        return BusyError("every engine's queue is full")
-    if isinstance(error, DeploymentUnavailableError | RayActorError):
-        return NoModelError("no engine is running")
-    if isinstance(error, TimeoutError):
-        return LateError("no answer in time")
-    return error

@@ -20,6 +20,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 
 class QueueFullError(Exception):
     """Too many requests wait already."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When what is here now should be done."""
 
 
 class DeadlineError(Exception):
@@ -66,12 +72,35 @@ class Request:
     on_progress: Progress | None = None
 
 
+class Turn(NamedTuple):
+    """What happened in a turn."""
+
+    seconds: float
+    num_evaluated: int
+    """Rows of the network, guidance included."""
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it was made."""
+
+    turns: int = 0
+    turn_seconds: float = 0.0
+    rows_evaluated: int = 0
+    """Rows of the network in all turns."""
+    reference_hits: int = 0
+    """Conditions that were encoded already."""
+    reference_misses: int = 0
+
+
 @dataclass(eq=False)
 class _Ticket:
     """A request from submission to its end."""
 
     request: Request
     settings: SamplerDefaults
+    work_left: int
+    """Rows of the network until it is finished; guidance doubles them."""
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
 
     def is_over(self) -> bool:
@@ -109,13 +138,23 @@ class Engine:
         max_batch: requests that run at the same time.
         max_queue: requests that may wait beside those.
         cache_size: conditions kept of recent (sketch, reference) pairs: another seed costs no second encoding.
+        on_turn: called after each turn on its thread; must return at once.
     """
 
-    def __init__(self, bundle: Bundle, *, max_batch: int = 8, max_queue: int = 32, cache_size: int = 64) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 32,
+        cache_size: int = 64,
+        on_turn: Callable[[Turn], None] | None = None,
+    ) -> None:
         self.bundle = bundle
         self.max_batch = max_batch
         self.max_queue = max_queue
-        self.num_turns = 0
+        self.counts = Counts()
+        self._on_turn = on_turn
         self._conditions = _ConditionCache(bundle, cache_size)
         self._device = next(bundle.denoiser.parameters()).device
         self._waiting: list[_Ticket] = []
@@ -138,17 +177,24 @@ class Engine:
             self.bundle, sampler=request.sampler, steps=request.steps, guidance_scale=request.guidance_scale
         )
         self._check_shapes(request)
-        ticket = _Ticket(request, settings)
+        steps = build_sampler(settings.name, self.bundle.denoiser.path).num_evaluations(settings.steps)
+        ticket = _Ticket(request, settings, steps * (1 if settings.guidance_scale == 1 else 2))
         with self._changed:
             if self._closing:
                 raise QueueFullError("this engine is closing")
             if self._num_open >= self.max_batch + self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests wait already")
+                wait_s = self.counts.turn_seconds / max(1, self.counts.turns) * self.work_left / self.max_batch
+                raise QueueFullError(f"{len(self._waiting)} requests wait already", wait_s)
             self._num_open += 1
             self._waiting.append(ticket)
             self._changed.notify()
         ticket.future.add_done_callback(self._count_down)
         return ticket.future
+
+    @property
+    def num_turns(self) -> int:
+        """Turns so far."""
+        return self.counts.turns
 
     @property
     def num_running(self) -> int:
@@ -159,6 +205,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests that wait for a place."""
         return len(self._waiting)
+
+    @property
+    def work_left(self) -> int:
+        """Rows of the network until all that is here is done: what autoscaling should count."""
+        return sum(ticket.work_left for ticket in [*self._waiting, *(row.ticket for row in list(self._rows))])
 
     @property
     def is_alive(self) -> bool:
@@ -208,11 +259,21 @@ class Engine:
             self._join(ticket)
         if not self._rows:
             return
+        began, num_evaluated = time.perf_counter(), len(self._rows) + sum(row.null is not None for row in self._rows)
         for row, x_0 in zip(self._rows, self._estimates(), strict=True):
             row.state = row.sampler.advance(row.state, x_0)
+            row.ticket.work_left -= 1 if row.null is None else 2
             _report(row)
-        self.num_turns += 1
+        self._note(Turn(time.perf_counter() - began, num_evaluated))
         self._rows = [row for row in self._rows if not row.ticket.future.done()]
+
+    def _note(self, turn: Turn) -> None:
+        self.counts.turns += 1
+        self.counts.turn_seconds += turn.seconds
+        self.counts.rows_evaluated += turn.num_evaluated
+        self.counts.reference_hits, self.counts.reference_misses = self._conditions.hits, self._conditions.misses
+        if self._on_turn is not None:
+            self._on_turn(turn)
 
     def _next_tickets(self) -> list[_Ticket]:
         """Tickets for the free places: first come first served, but keys with fewer running requests before others."""
@@ -282,6 +343,7 @@ class _ConditionCache:
         self._denoiser = bundle.denoiser
         self._device = next(bundle.denoiser.parameters()).device
         self._size = size
+        self.hits = self.misses = 0
         self._kept: OrderedDict[tuple[bytes, bool], Condition] = OrderedDict()
 
     def get(self, request: Request, *, guided: bool) -> tuple[Condition, Condition | None]:
@@ -291,7 +353,10 @@ class _ConditionCache:
 
     def _encode(self, digest: bytes, request: Request, keep_reference: bool) -> Condition:
         key = (digest, keep_reference)
-        if key not in self._kept:
+        if key in self._kept:
+            self.hits += 1
+        else:
+            self.misses += 1
             keep = torch.tensor([keep_reference], device=self._device)
             pictures = request.sketch[None].to(self._device), request.reference[None].to(self._device)
             self._kept[key] = self._denoiser.encode(*pictures, keep)

@@ -58,7 +58,12 @@ class ServeError(Exception):
 
 
 class BusyError(ServeError):
-    """The queue is full."""
+    """The queue is full: (why, seconds after which to come back); the seconds may be left out."""
+
+    @property
+    def retry_after_s(self) -> int | None:
+        """Whole seconds, None if nobody can tell."""
+        return int(self.args[1]) if len(self.args) > 1 else None
 
 
 class NoModelError(ServeError):

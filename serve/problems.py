@@ -75,9 +75,9 @@ def from_error(error: Exception) -> ProblemError:
     if isinstance(error, UnusableError):
         return unusable(*error.args)
     if isinstance(error, BusyError):
-        return ProblemError(
-            429, "too many requests are waiting; try again soon", headers={"Retry-After": str(RETRY_AFTER_S)}
-        )
+        wait = error.retry_after_s or RETRY_AFTER_S
+        detail = f"too many requests are waiting; try again in {wait} s"
+        return ProblemError(429, detail, headers={"Retry-After": str(wait)})
     if isinstance(error, NoModelError):
         return ProblemError(503, f"no model to answer with: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, LateError):

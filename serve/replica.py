@@ -1,37 +1,37 @@
-"""One replica: the versions that are loaded in this process, an engine for each, and which one gets the traffic.
+"""One replica: the versions that are loaded in this process, an engine for each, and which of them gets what share.
 
-A version is loaded and tried in the caller's thread while the old one goes on working; only then does traffic move, and
-the old engine finishes what it has. A version that fails changes nothing but `error`. No Ray in it.
+A version is loaded and tried in the caller's thread while the others go on working; only then may traffic move to it.
+One that gets no traffic any more finishes what it has and leaves. One that fails changes nothing. No Ray in it.
+Not here: which versions should be there, see serve/versions.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from animediffusion.models.attention import attention_used
-from animediffusion.models.bundle import load_bundle, smoke_sample
-from animediffusion.models.images import to_tensor
-from animediffusion.platform.images import letterbox
-from animediffusion.serve.engine import DeadlineError, Engine, Progress, QueueFullError, Request
-from animediffusion.serve.lines import Pixels, for_network
+from animediffusion.serve.engine import DeadlineError, Progress, QueueFullError
+from animediffusion.serve.hosted import Hosted
+from animediffusion.serve.lines import Pixels
+from animediffusion.serve.measures import REQUESTS, SWAPS, Gauges, Measures
 from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, UnusableError
+from animediffusion.serve.pace import retry_after_s
+from animediffusion.serve.routing import draw, point
 
 
 class Replica:
-    """Answers jobs with the version that is current; usable as an api.Backend in one process.
+    """Answers jobs with the versions it hosts; usable as an api.Backend in one process.
 
     Args:
-        max_batch: requests that run at the same time.
-        max_queue: requests that may wait beside those.
+        max_batch: requests that run at the same time, per version.
+        max_queue: requests that may wait beside those, per version.
         device: where the models live; CUDA where there is some by default.
         name: how /v1/models calls this replica.
     """
@@ -43,37 +43,92 @@ class Replica:
         self.max_queue = max_queue
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = name
+        self.measures = Measures()
         self.error: str | None = None
-        """Why the version asked for last is not the one that answers."""
-        self._current: tuple[str, Engine] | None = None
-        self._retiring: dict[str, Engine] = {}
+        """Why what is wanted is not what answers."""
+        # Both are replaced and never changed, so that a request reads them without a lock.
+        self._hosted: dict[str, Hosted] = {}
+        self._shares: dict[str, float] = {}
+        self._retiring: list[Hosted] = []
         self._lock = threading.Lock()
 
     @property
     def version(self) -> str | None:
-        """The version that gets the traffic."""
-        return self._current[0] if self._current is not None else None
+        """The version that gets most of the traffic."""
+        return max(self._shares, key=lambda version: self._shares[version], default=None)
+
+    @property
+    def versions(self) -> list[str]:
+        """The versions that can get traffic."""
+        return list(self._hosted)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Version -> share of new requests; empty where nothing is loaded."""
+        return dict(self._shares)
+
+    def host(self, version: str, folder: Path, sha256: str | None = None) -> None:
+        """Load and try a version. It gets no traffic yet; whatever is wrong with it, nothing else changes.
+
+        Args:
+            version: as X-Model-Version names it.
+            folder: of the bundle.
+            sha256: the identity it must have, if known.
+
+        Raises:
+            ValueError: damaged, not the one registered, or its sample is not finite.
+        """
+        try:
+            hosted = Hosted(
+                version,
+                folder,
+                device=self.device,
+                max_batch=self.max_batch,
+                max_queue=self.max_queue,
+                sha256=sha256,
+                on_turn=lambda turn: self.measures.turn(version, turn.seconds),
+            )
+        except BaseException:
+            self.measures.count(SWAPS, version, "failed")
+            raise
+        with self._lock:
+            before = self._hosted.get(version)
+            self._hosted = {**self._hosted, version: hosted}
+        self.measures.count(SWAPS, version, "ok")
+        if before is not None:
+            self._retire(before)
+
+    def route(self, shares: Mapping[str, float]) -> None:
+        """Give each hosted version its share of new requests; hosted versions that are not named retire.
+
+        Raises:
+            ValueError: a version that is not hosted.
+        """
+        with self._lock:
+            unknown = set(shares) - set(self._hosted)
+            if unknown:
+                raise ValueError(f"version {', '.join(sorted(unknown))} is not loaded here")
+            leaving = [hosted for version, hosted in self._hosted.items() if version not in shares]
+            self._shares = dict(shares)
+            self._hosted = {version: hosted for version, hosted in self._hosted.items() if version in shares}
+        for hosted in leaving:
+            self._retire(hosted)
 
     def load(self, version: str, folder: Path) -> bool:
-        """Load and try a version, then give it the traffic. False, with `error` set, if it does not work."""
-        with self._lock:
-            try:
-                bundle = load_bundle(folder, device=self.device)
-                smoke_sample(bundle)
-            except Exception as error:  # whatever is wrong with it, the old version stays
-                self.error = f"version {version}: {error}"
-                return False
-            before = self._current
-            self._current = (version, Engine(bundle, max_batch=self.max_batch, max_queue=self.max_queue))
-            self.error = None
-        if before is not None:
-            self._retire(*before)
+        """Host a version and give it all of the traffic. False, with `error` set, if it does not work."""
+        try:
+            self.host(version, folder)
+        except Exception as error:  # whatever is wrong with it, the old version stays
+            self.error = f"version {version}: {error}"
+            return False
+        self.route({version: 1.0})
+        self.error = None
         return True
 
     async def colorize(self, job: Job) -> Answer:
         """The network's picture for a job; see messages.Backend."""
         version, future = await asyncio.to_thread(self._submit, job, None)
-        return Answer(picture=await _result(future), model_version=version)
+        return Answer(picture=await self._result(future), model_version=version)
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
         """Previews while the picture is made, then the answer."""
@@ -87,88 +142,114 @@ class Replica:
         try:
             while (preview := await previews.get()) is not None:
                 yield preview
-            yield Answer(picture=await _result(future), model_version=version)
+            yield Answer(picture=await self._result(future), model_version=version)
         finally:
             future.cancel()  # a listener that left frees its place
 
     async def models(self) -> dict[str, Any]:
         """The body of /v1/models, for this replica alone."""
-        traffic = {self.version: 1.0} if self.version else {}
         desired = {"champion": self.version, "challenger": None}
-        return {"desired": desired, "traffic": traffic, "replicas": [self.describe()]}
+        return {"desired": desired, "traffic": self.shares, "replicas": [self.describe()]}
 
     async def is_ready(self) -> bool:
         """True if a version is loaded."""
-        return self._current is not None
+        return bool(self._shares)
 
     def describe(self) -> dict[str, Any]:
         """This replica's entry in /v1/models."""
-        engines = [self._current[1]] if self._current else []
-        engines += self._retiring.values()
+        all_hosted = self._all()
         return {
             "id": self.name,
-            "versions": [*([self.version] if self.version else []), *self._retiring],
-            "state": "ready" if self._current else ("failed" if self.error else "loading"),
+            "versions": list(dict.fromkeys(hosted.version for hosted in all_hosted)),
+            "state": "ready" if self._shares else ("failed" if self.error else "loading"),
             "device": self.device,
             "attention": attention_used(),
-            "running": sum(engine.num_running for engine in engines),
-            "queued": sum(engine.num_waiting for engine in engines),
+            "running": sum(hosted.engine.num_running for hosted in all_hosted),
+            "queued": sum(hosted.engine.num_waiting for hosted in all_hosted),
             "error": self.error,
         }
 
+    def gauges(self) -> list[Gauges]:
+        """How busy each version is now; brings `measures` up to date, too."""
+        found = []
+        for hosted in self._all():
+            engine = hosted.engine
+            self.measures.collect(hosted.version, engine)
+            share = self._shares.get(hosted.version, 0.0) if hosted.version in self._hosted else 0.0
+            found.append(
+                Gauges(
+                    version=hosted.version,
+                    share=share,
+                    running=engine.num_running,
+                    queued=engine.num_waiting,
+                    max_batch=engine.max_batch,
+                )
+            )
+        return found
+
+    def pending_pictures(self) -> float:
+        """The work that is here; see Hosted."""
+        return sum(hosted.pending_pictures for hosted in self._all())
+
     def check(self) -> None:
-        """Raise RuntimeError if the engine's thread has ended."""
-        if self._current is not None and not self._current[1].is_alive:
-            raise RuntimeError("the engine's thread has ended")
+        """Raise RuntimeError if an engine has ended, or hangs in a turn."""
+        for hosted in self._hosted.values():
+            hosted.check()
 
     def close(self) -> None:
         """Give up what is running."""
-        for engine in [*([self._current[1]] if self._current else []), *self._retiring.values()]:
-            engine.close(drain=False)
+        for hosted in self._all():
+            hosted.engine.close(drain=False)
+
+    def _all(self) -> list[Hosted]:
+        return [*self._hosted.values(), *self._retiring]
 
     def _submit(self, job: Job, on_progress: Progress | None) -> tuple[str, Future[Pixels]]:
-        if self._current is None:
+        hosted, shares = self._hosted, self._shares
+        if not shares:
             raise NoModelError(self.error or "the model is being loaded")
-        version, engine = self._current
+        version = draw(shares, point(job))
+        if version not in hosted:  # the shares moved between the two reads above
+            return self._submit(job, on_progress)
+        chosen = hosted[version]
         try:
-            return version, engine.submit(_request(job, engine, on_progress))
+            future = chosen.submit(job, on_progress)
         except QueueFullError as error:
-            if self._current[1] is not engine:  # it was retired between the two lines above
+            if self._hosted.get(version) is not chosen:  # retired a moment ago
                 return self._submit(job, on_progress)
-            raise BusyError(str(error)) from error
+            self.measures.count(REQUESTS, version, "busy")
+            raise BusyError(str(error), retry_after_s(error.retry_after_s)) from error
         except ValueError as error:
             raise UnusableError("parameters", str(error), "see /docs") from error
+        future.add_done_callback(lambda done: self._count(version, done))
+        return version, future
 
-    def _retire(self, version: str, engine: Engine) -> None:
+    def _count(self, version: str, done: Future[Pixels]) -> None:
+        self.measures.count(REQUESTS, version, "cancelled" if done.cancelled() else _outcome(done.exception()))
+
+    async def _result(self, future: Future[Pixels]) -> Pixels:
+        try:
+            return await asyncio.wrap_future(future)
+        except DeadlineError as error:
+            raise LateError(str(error)) from error
+        except QueueFullError as error:
+            raise BusyError(str(error)) from error
+
+    def _retire(self, hosted: Hosted) -> None:
+        """Let a version finish what it has, then leave."""
+
         def drain() -> None:
-            engine.close()
-            self._retiring.pop(version, None)
+            hosted.engine.close()
+            self.measures.collect(hosted.version, hosted.engine, last=True)
+            with self._lock:
+                self._retiring.remove(hosted)
 
-        self._retiring[version] = engine
+        with self._lock:
+            self._retiring.append(hosted)
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
-def _request(job: Job, engine: Engine, on_progress: Progress | None) -> Request:
-    size = engine.bundle.config.image_size
-    sketch = for_network(job.lines, size)
-    reference = letterbox(job.reference, size)[0]
-    return Request(
-        sketch=to_tensor(torch.from_numpy(np.ascontiguousarray(sketch))[None])[0],
-        reference=to_tensor(torch.from_numpy(np.ascontiguousarray(reference))[None])[0],
-        seed=job.seed,
-        steps=job.steps,
-        guidance_scale=job.guidance_scale,
-        sampler=job.sampler,
-        deadline=time.monotonic() + job.timeout_s,
-        key=job.key,
-        on_progress=on_progress,
-    )
-
-
-async def _result(future: Future[Pixels]) -> Pixels:
-    try:
-        return await asyncio.wrap_future(future)
-    except DeadlineError as error:
-        raise LateError(str(error)) from error
-    except QueueFullError as error:
-        raise BusyError(str(error)) from error
+def _outcome(error: BaseException | None) -> str:
+    if error is None:
+        return "ok"
+    return "late" if isinstance(error, DeadlineError) else "failed"

@@ -28,6 +28,9 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        # A private cluster of ours would switch them off for the whole process, if it came first.
+        "RAY_enable_metrics_collection": "1",
+        "RAY_metrics_report_interval_ms": "2000",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():

@@ -387,7 +387,24 @@ def models_promote(
     console = _console()
     found = release.promote(_settings(), version, alias, why, force=force)
     now = "is now" if found["changed"] else "was already"
-    console.result(found, f"version {found['version']} {now} {alias}")
+    console.result(found, f"version {found['version']} {now} {alias}{_canary_ended(found)}")
+
+
+@models.command("canary", context_settings={"ignore_unknown_options": True})
+def models_canary(
+    percent: Annotated[int, typer.Argument(metavar="PERCENT", help="0 to 100; 0 ends the canary.")],
+    why: Annotated[str, typer.Option(help="Written to the history.")] = "",
+) -> None:
+    """Send a part of the requests to the challenger; promoting or rolling back ends it."""
+    from animediffusion.pipelines.canary import canary
+
+    console = _console()
+    found = canary(_settings(), percent, why)
+    before = f" (was {found['from']} %)" if found["changed"] else " already"
+    champion, challenger = found["champion"], found["challenger"]
+    split = f"{percent} % of the requests go to version {challenger}, {100 - percent} % to version {champion}{before}"
+    none = f"the canary has ended{before}" if found["changed"] else "no canary was running"
+    console.result(found, split if percent else none)
 
 
 @models.command("rollback")
@@ -400,12 +417,16 @@ def models_rollback(
 
     console = _console()
     found = release.rollback(_settings(), alias, why)
-    console.result(found, f"version {found['version']} is {alias} again (was {found['from']})")
+    console.result(found, f"version {found['version']} is {alias} again (was {found['from']}){_canary_ended(found)}")
+
+
+def _canary_ended(found: dict[str, Any]) -> str:
+    return f"; the canary of {found['canary_ended']} % has ended" if "canary_ended" in found else ""
 
 
 @models.command("history")
 def models_history() -> None:
-    """Every promotion and rollback, the oldest first."""
+    """Every promotion, rollback and canary, the oldest first."""
     from animediffusion.pipelines import release
 
     console = _console()

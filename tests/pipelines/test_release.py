@@ -133,7 +133,8 @@ def test_a_version_knows_its_bundle_run_and_numbers(settings, bundle):
     run = Run.start(settings, TRAINING, "r", {"seed": 1})
     version = release.register(settings, bundle(1, evaluation(20.5)), run_id=run.run_id)
     listed = release.versions(settings)
-    assert [set(v) for v in listed] == [{"version", "aliases", "parent", "run", "sha256", "created", "metrics"}]
+    keys = {"version", "aliases", "parent", "run", "sha256", "created", "metrics", "share"}
+    assert [set(v) for v in listed] == [keys]
     assert (version.run, len(version.sha256), version.metrics["tracks"]["same"]["psnr"]) == (run.run_id, 64, 20.5)
     shown = release.show(settings, 1)
     assert shown["tags"]["sampler"] == "euler, 4 steps, guidance 1"

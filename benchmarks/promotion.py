@@ -1,0 +1,206 @@
+"""Promotion under load: requests never pause while a version is promoted, a broken one forced in, and rolled back.
+
+    python benchmarks/promotion.py [--requests 1000] [--clients 6] [--out FILE]
+
+One replica in this process, with its engines and the thread that follows a real embedded registry, as on Ray Serve; no
+HTTP. The model is the network of the recipe phase1 with random weights, at 64 px; steps are drawn from 4, 8 and 16.
+There are fewer clients than places in the batch, so nobody waits for one: what a request takes beyond its steps times
+the typical turn is a stall, counted in such turns. A request belongs to an event if it ran between the move of the
+alias and two seconds after the replica had settled. The clock is the wall's: other work on the machine shows.
+Exits with 1 if a request failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.synthesize import make_row
+from animediffusion.platform import ledger
+from animediffusion.platform.config import Settings
+from animediffusion.platform.registry import Registry
+from animediffusion.serve.messages import Job
+from animediffusion.serve.replica import Replica
+from animediffusion.serve.versions import Follower, ModelSource
+
+SIZE = 64
+STEPS = (4, 8, 16)
+POLL_S = 0.5
+SETTLED_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One request."""
+
+    began: float
+    ended: float
+    steps: int
+    version: str
+    """Empty if it failed."""
+
+    @property
+    def seconds(self) -> float:
+        """From sending to the answer."""
+        return self.ended - self.began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A move of the champion."""
+
+    name: str
+    began: float
+    seen_s: float
+    """Until the replica had followed, or had refused."""
+
+    def holds(self, sample: Sample) -> bool:
+        """True if the request ran meanwhile, or shortly after."""
+        return sample.ended > self.began and sample.began < self.began + self.seen_s + SETTLED_S
+
+
+class Load:
+    """Clients that send one request after another."""
+
+    def __init__(self, replica: Replica, num_requests: int, num_clients: int) -> None:
+        row = make_row(0, 1, SIZE)
+        self.replica = replica
+        self.num_requests = num_requests
+        self.num_clients = num_clients
+        self.lines, self.reference = row.sketch, row.reference
+        self.samples: list[Sample] = []
+        self._random = random.Random(0)
+        self._num_sent = 0
+
+    async def run(self) -> None:
+        """Until enough were sent."""
+        await asyncio.gather(*(self._client() for _ in range(self.num_clients)))
+
+    async def _client(self) -> None:
+        while self._num_sent < self.num_requests:
+            self._num_sent += 1
+            steps, began, version = self._random.choice(STEPS), time.perf_counter(), ""
+            job = Job(lines=self.lines, reference=self.reference, seed=self._random.randrange(2**32), steps=steps)
+            try:
+                version = (await self.replica.colorize(job)).model_version
+            except Exception as error:
+                print(f"failed: {error!r}", file=sys.stderr)
+            self.samples.append(Sample(began=began, ended=time.perf_counter(), steps=steps, version=version))
+
+
+def make_registry(folder: Path) -> Registry:
+    """Versions 1 and 2, which work, and 3, whose weights are no numbers; 1 is champion."""
+    registry = Registry(Settings(workspace=folder / "workspace"))
+    network = load_recipe("phase1", ["max_steps=1"]).network
+    config = BundleConfig(network=network, image_size=SIZE, sampler=SamplerDefaults(steps=8))
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        bundle, denoiser = folder / f"bundle-{seed}", config.build()
+        if seed == 3:
+            for parameter in denoiser.parameters():
+                torch.nn.init.constant_(parameter, float("nan"))
+        save_bundle(bundle, denoiser, config)
+        registry.register(bundle, sha256=identity(bundle))
+    move(registry, 1)
+    return registry
+
+
+def move(registry: Registry, version: int) -> None:
+    """Point the champion at a version, whatever a gate would say."""
+    with ledger.recorded(registry, "promote", "champion", registry.alias("champion"), version, forced=True):
+        registry.set_alias("champion", version)
+
+
+async def measure(registry: Registry, num_requests: int, num_clients: int) -> tuple[list[Sample], list[Event]]:
+    """All requests, and the three events, each at a quarter of them."""
+    replica = Replica(max_batch=2 * num_clients, max_queue=0)
+    follower = Follower(replica, ModelSource(registry.settings), POLL_S)
+    await asyncio.to_thread(follower.start)
+    load, events = Load(replica, num_requests, num_clients), []
+    running = asyncio.create_task(load.run())
+    plan: list[tuple[str, int, Callable[[], bool]]] = [
+        ("promotion", 2, lambda: replica.version == "2"),
+        ("a broken version", 3, lambda: replica.error is not None),
+        ("rollback", 1, lambda: replica.version == "1"),
+    ]
+    for number, (name, version, followed) in enumerate(plan, 1):
+        while len(load.samples) < number * num_requests // 4:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(move, registry, version)
+        began = time.perf_counter()
+        while not followed() and not running.done():
+            await asyncio.sleep(0.01)
+        events.append(Event(name=name, began=began, seen_s=time.perf_counter() - began))
+    await running
+    follower.stop()
+    replica.close()
+    return load.samples, events
+
+
+def report(samples: list[Sample], events: list[Event]) -> list[str]:
+    """The table's lines."""
+    quiet = [sample for sample in samples if not any(event.holds(sample) for event in events)]
+    turn = statistics.median(sample.seconds / sample.steps for sample in quiet)
+    lines = [
+        f"A typical turn took {turn * 1e3:.1f} ms.",
+        "",
+        "| while | requests | failed | new requests get it after | p50, ms | p95, ms | longest stall, turns |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups = [("nothing happens", None, quiet)]
+    groups += [(event.name, event, [one for one in samples if event.holds(one)]) for event in events]
+    for name, event, group in groups:
+        times = sorted(sample.seconds * 1e3 for sample in group)
+        stall = max(sample.seconds / turn - sample.steps for sample in group)
+        after = "" if event is None else "never" if event.name.startswith("a broken") else f"{event.seen_s:.1f} s"
+        failed = sum(not sample.version for sample in group)
+        lines.append(
+            f"| {name} | {len(group)} | {failed} | {after} | {times[len(times) // 2]:.0f} | "
+            f"{times[int(0.95 * (len(times) - 1))]:.0f} | {stall:.1f} |"
+        )
+    failed = sum(not sample.version for sample in samples)
+    return [*lines, f"| all | {len(samples)} | {failed} | | | | |"]
+
+
+def hardware() -> str:
+    """The processor's name and cores."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Print the table; exit with 1 if a request failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1, help="of the arithmetic")
+    parser.add_argument("--out", type=Path, help="also write the table there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="promotion-") as folder:
+        samples, events = asyncio.run(measure(make_registry(Path(folder)), options.requests, options.clients))
+    head = f"{hardware()}, torch {torch.__version__}, {options.threads} thread, {options.clients} clients"
+    text = "\n".join([head, "", *report(samples, events)])
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    sys.exit(int(any(not sample.version for sample in samples)))
+
+
+if __name__ == "__main__":
+    main()

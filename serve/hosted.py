@@ -1,0 +1,97 @@
+"""A version that is loaded in this process: how it is tried, asked, measured and watched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from animediffusion.models.bundle import load_bundle, smoke_sample
+from animediffusion.models.images import to_tensor
+from animediffusion.models.sampler import build_sampler
+from animediffusion.platform.images import letterbox
+from animediffusion.serve.engine import Engine, Progress, Request, Turn
+from animediffusion.serve.lines import Pixels, for_network
+from animediffusion.serve.messages import Job
+
+STUCK_S = 300.0
+"""An engine whose turn takes longer than this hangs; the first turn on a GPU may take a minute."""
+
+
+class Hosted:
+    """One version and its engine.
+
+    Args:
+        version: as X-Model-Version names it.
+        folder: of the bundle.
+        device: where the model lives.
+        max_batch: as Engine's.
+        max_queue: as Engine's.
+        sha256: the identity it must have, if known.
+        on_turn: as Engine's.
+
+    Raises:
+        ValueError: damaged, not the one registered, or its sample is not finite.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        folder: Path,
+        *,
+        device: str,
+        max_batch: int,
+        max_queue: int,
+        sha256: str | None = None,
+        on_turn: Callable[[Turn], None] | None = None,
+    ) -> None:
+        bundle = load_bundle(folder, device=device)
+        if sha256 and bundle.sha256 != sha256:
+            raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
+        smoke_sample(bundle)
+        self.version = version
+        self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_turn=on_turn)
+        self._seen = (0, time.monotonic())
+        """Turns at the last look, and when they last grew or none was to be done."""
+
+    def submit(self, job: Job, on_progress: Progress | None) -> Future[Pixels]:
+        """The picture to come; see Engine.submit."""
+        size = self.engine.bundle.config.image_size
+        request = Request(
+            sketch=_tensor(for_network(job.lines, size)),
+            reference=_tensor(letterbox(job.reference, size)[0]),
+            seed=job.seed,
+            steps=job.steps,
+            guidance_scale=job.guidance_scale,
+            sampler=job.sampler,
+            deadline=time.monotonic() + job.timeout_s,
+            key=job.key,
+            on_progress=on_progress,
+        )
+        return self.engine.submit(request)
+
+    @property
+    def pending_pictures(self) -> float:
+        """The work that is here, in pictures at the model's default settings: one half done counts 0.5."""
+        defaults = self.engine.bundle.config.sampler
+        path = self.engine.bundle.denoiser.path
+        rows = build_sampler(defaults.name, path).num_evaluations(defaults.steps)
+        return self.engine.work_left / (rows if defaults.guidance_scale == 1 else 2 * rows)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the engine's thread has ended, or hangs in a turn."""
+        if not self.engine.is_alive:
+            raise RuntimeError(f"the engine of version {self.version} has ended")
+        turns, since = self._seen
+        if self.engine.num_turns != turns or not self.engine.num_running:
+            self._seen = (self.engine.num_turns, time.monotonic())
+        elif time.monotonic() - since > STUCK_S:
+            raise RuntimeError(f"the engine of version {self.version} has been in one turn for {STUCK_S:.0f} s")
+
+
+def _tensor(pixels: Pixels) -> torch.Tensor:
+    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])[0]

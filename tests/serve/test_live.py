@@ -1,0 +1,194 @@
+"""The application on a real Ray, while versions come and go: one deployment for all tests here, in their order."""
+
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import ray
+from breakage import broken_copy, not_finite
+from ray import serve
+
+from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
+from animediffusion.pipelines import release
+from animediffusion.pipelines.canary import canary
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError
+from animediffusion.platform.images import encode_png
+from animediffusion.platform.registry import Registry
+from animediffusion.serve.deployments import APP_NAME, ServeConfig
+from animediffusion.serve.server import start
+
+pytestmark = pytest.mark.ray
+
+FOLLOWS_WITHIN_S = 10.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Studio:
+    """A client of the application, and the registry behind it."""
+
+    def __init__(self, url: str, registry: Registry, files) -> None:
+        self.registry, self.files, self.settings = registry, files, registry.settings
+        self.client = httpx.Client(base_url=url, trust_env=False, timeout=120)
+
+    def color(self, seed: int = 1) -> httpx.Response:
+        data = {"seed": str(seed), "num_inference_steps": "2", "size": "model"}
+        return self.client.post("/v1/colorize", files=self.files, data=data)
+
+    def models(self) -> dict:
+        return self.client.get("/v1/models").json()
+
+    def seconds_until(self, condition) -> float:
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+
+class Load:
+    """Requests without a pause, from a thread, while a with block runs."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.answers: list[tuple[int, str]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            answer = self.studio.color(seed=len(self.answers))
+            self.answers.append((answer.status_code, answer.headers.get("x-model-version", answer.text)))
+
+    @property
+    def latest(self) -> str:
+        return self.answers[-1][1] if self.answers else ""
+
+
+@pytest.fixture(scope="module")
+def studio(ray_cluster, tmp_path_factory, bundle_folder, sketch, reference):
+    """Version 1 is champion, 2 works, too, 3 makes pictures that are no numbers. No engine runs yet."""
+    folder = tmp_path_factory.mktemp("live")
+    with_sampler(bundle_folder, folder / "other", SamplerDefaults(name="euler", steps=2))
+    broken_copy(bundle_folder, folder / "broken", not_finite)
+    registry = Registry(Settings(workspace=folder / "workspace"))
+    for bundle in (bundle_folder, folder / "other", folder / "broken"):
+        registry.register(bundle, sha256=identity(bundle))
+    release.promote(registry.settings, 1, force=True)
+    config = ServeConfig(
+        workspace=registry.settings.workspace, min_replicas=0, max_batch=4, poll_s=0.5, engine_cpus=0.5
+    )
+    files = {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
+    yield Studio(start(config, port=free_port()), registry, files)
+    serve.shutdown()
+
+
+def test_a_request_wakes_an_engine_up(studio):
+    asleep = studio.models()
+    assert asleep == {"desired": {"champion": "1", "challenger": None}, "traffic": {}, "replicas": []}
+    assert studio.client.get("/readyz").status_code == 200
+    answer = studio.color()
+    assert (answer.status_code, answer.headers["x-model-version"]) == (200, "1"), answer.text
+    awake = studio.models()
+    assert awake["traffic"] == {"1": 1.0}
+    [engine] = awake["replicas"]
+    assert set(engine) == {"id", "versions", "state", "device", "attention", "running", "queued", "error"}
+    assert (engine["versions"], engine["state"], engine["error"]) == (["1"], "ready", None)
+
+
+def test_versions_come_and_go_under_load_and_no_request_fails(studio):
+    with Load(studio) as load:
+        studio.seconds_until(lambda: load.latest == "1")
+
+        release.promote(studio.settings, 2, force=True)
+        assert studio.seconds_until(lambda: load.latest == "2") < FOLLOWS_WITHIN_S
+
+        with pytest.raises(BundleError, match="version 3"):
+            release.promote(studio.settings, 3, force=True)  # the gate, even so
+        studio.registry.set_alias("champion", 3)  # around the gate
+        studio.seconds_until(lambda: studio.models()["replicas"][0]["error"])
+        before = len(load.answers)
+        studio.seconds_until(lambda: len(load.answers) > before + 3)
+        assert load.latest == "2"
+        told = studio.models()
+        assert told["desired"]["champion"] == "3"
+        assert told["traffic"] == {"2": 1.0}
+        assert "not a finite" in told["replicas"][0]["error"]
+        assert told["replicas"][0]["state"] == "ready"
+
+        assert release.rollback(studio.settings)["version"] == 2
+        assert release.rollback(studio.settings)["version"] == 1
+        assert studio.seconds_until(lambda: load.latest == "1") < FOLLOWS_WITHIN_S
+        assert studio.seconds_until(lambda: studio.models()["replicas"][0]["error"] is None) < FOLLOWS_WITHIN_S
+
+    assert {status for status, _ in load.answers} == {200}, Counter(load.answers)
+    assert {version for _, version in load.answers} == {"1", "2"}
+
+
+def test_a_canary_gets_its_part_and_gives_it_back(studio):
+    release.promote(studio.settings, 2, alias="challenger", force=True)
+    canary(studio.settings, 40)
+    assert studio.seconds_until(lambda: len(studio.models()["traffic"]) == 2) < FOLLOWS_WITHIN_S
+    told = studio.models()
+    assert told["traffic"] == {"1": 0.6, "2": 0.4}
+    assert told["desired"] == {"champion": "1", "challenger": "2"}
+    drawn = [studio.color(seed).headers["x-model-version"] for seed in range(15)]
+    assert set(drawn) == {"1", "2"}
+    assert [studio.color(seed).headers["x-model-version"] for seed in range(15)] == drawn
+    canary(studio.settings, 0)
+    assert studio.seconds_until(lambda: studio.models()["traffic"] == {"1": 1.0}) < FOLLOWS_WITHIN_S
+
+
+def test_prometheus_finds_what_the_engines_count(studio):
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def scraped() -> str:
+        return httpx.get(url, trust_env=False, timeout=10).text
+
+    studio.color()
+    studio.seconds_until(lambda: "ray_animediffusion_requests_total{" in scraped() and 'outcome="ok"' in scraped())
+    series = [line for line in scraped().splitlines() if line.startswith("ray_animediffusion_")]
+    assert {line.partition("{")[0] for line in series} >= {
+        "ray_animediffusion_queued",
+        "ray_animediffusion_running",
+        "ray_animediffusion_occupancy",
+        "ray_animediffusion_traffic_share",
+        "ray_animediffusion_versions_missing",
+        "ray_animediffusion_requests_total",
+        "ray_animediffusion_swaps_total",
+        "ray_animediffusion_turns_total",
+        "ray_animediffusion_reference_cache_total",
+        "ray_animediffusion_turn_seconds_bucket",
+        "ray_animediffusion_turn_seconds_count",
+    }
+    requests = [line for line in series if line.startswith("ray_animediffusion_requests_total{")]
+    assert any('version="2"' in line and 'outcome="ok"' in line and float(line.split()[-1]) > 0 for line in requests)
+    swaps = [line for line in series if line.startswith("ray_animediffusion_swaps_total{")]
+    assert any('version="3"' in line and 'outcome="failed"' in line for line in swaps)
+
+
+def test_pictures_that_are_being_made_are_finished_when_the_application_ends(studio):
+    slow = {"num_inference_steps": "100", "sampler": "heun", "guidance_scale": "2"}
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(studio.client.post, "/v1/colorize", files=studio.files, data=slow) for _ in range(4)]
+        studio.seconds_until(lambda: studio.models()["replicas"][0]["running"] == 4)
+        serve.delete(APP_NAME)
+    assert [answer.result().status_code for answer in answers] == [200] * 4
