@@ -9,7 +9,8 @@ from torch import Tensor
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults
 from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.guidance import guided
+from animediffusion.models.guidance import guided, is_guided
+from animediffusion.models.path import Path
 from animediffusion.models.sampler import build_sampler, sample, sample_times
 
 
@@ -45,9 +46,27 @@ def sample_images(
     null = None
     if settings.guidance_scale != 1:
         null = denoiser.encode(sketch, reference, torch.zeros(len(sketch), dtype=torch.bool, device=sketch.device))
-    denoise = guided(denoiser, condition, null, settings.guidance_scale)
+    denoise = guided(denoiser, condition, null, settings.guidance_scale, settings.guidance_interval)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift).to(noise.device)
     return sample(build_sampler(settings.name, denoiser.path), denoise, noise, times)
+
+
+def guided_evaluations(path: Path, settings: SamplerDefaults) -> list[bool]:
+    """For each network evaluation of one image, in order, whether it is guided and so costs two rows, not one."""
+    sampler = build_sampler(settings.name, path)
+    # The times depend on nothing but the settings: the sampler itself, walked with an image of one pixel, says them.
+    state = sampler.start(torch.zeros(1, 3, 1, 1), sample_times(path, settings.steps, shift=settings.shift))
+    found = []
+    for _ in range(sampler.num_evaluations(settings.steps)):
+        x, t = sampler.query(state)
+        found.append(settings.guidance_scale != 1 and bool(is_guided(t, settings.guidance_interval)))
+        state = sampler.advance(state, x)
+    return found
+
+
+def network_rows(path: Path, settings: SamplerDefaults) -> int:
+    """Rows that the network evaluates for one image."""
+    return sum(2 if guided else 1 for guided in guided_evaluations(path, settings))
 
 
 def noise_for(seed: int, size: int) -> Tensor:

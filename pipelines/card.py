@@ -20,7 +20,7 @@ def model_card(config: BundleConfig, num_parameters: int, seconds: float | None 
         "image size": f"{config.image_size} px",
         "parameters": f"{num_parameters / 1e6:.1f} M",
         "path, prediction": f"{config.path.name}, {config.prediction}",
-        "sampler": f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}",
+        "sampler": sampler.describe(),
         "trained": f"elsewhere: {made['source']}" if "source" in made else _training(made, seconds),
         "from the weights of": f"sha256 {str(made['parent'])[:12]}" if made.get("parent") else None,
         "attention": made.get("attention"),

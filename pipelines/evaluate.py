@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,8 @@ def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, Any]]:
 
 
 def _sampler(bundle: Bundle) -> dict[str, Any]:
-    sampler = bundle.config.sampler
-    return {"name": sampler.name, "steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
+    sampler = asdict(bundle.config.sampler)
+    return {**sampler, "guidance_interval": list(sampler["guidance_interval"])}
 
 
 def _load(folder: Path) -> Bundle:

@@ -264,7 +264,7 @@ def _describe(bundle: Bundle) -> dict[str, str]:
         "image_size": str(bundle.config.image_size),
         "path": bundle.config.path.name,
         "prediction": bundle.config.prediction,
-        "sampler": f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}",
+        "sampler": sampler.describe(),
         "num_parameters": str(sum(parameter.numel() for parameter in bundle.denoiser.parameters())),
         **{
             "parent_sha256" if key == "parent" else key: str(value)

@@ -308,7 +308,8 @@ class Engine:
         for row, without in zip(guided, estimates[len(rows) :], strict=True):
             number = rows.index(row)
             scale = torch.full_like(t[number : number + 1], row.ticket.settings.guidance_scale)
-            estimates[number] = mix(without, estimates[number], scale, t[number : number + 1], (0.0, 1.0))
+            interval = row.ticket.settings.guidance_interval
+            estimates[number] = mix(without, estimates[number], scale, t[number : number + 1], interval)
         return estimates[: len(rows)]
 
     def _batch_condition(self, rows: list[_Row], guided: list[_Row]) -> Condition:

@@ -25,7 +25,7 @@ def config(network):
         path=PathConfig(name="flow", shift=2.0),
         prediction="v",
         image_size=16,
-        sampler=SamplerDefaults(name="heun", steps=2, guidance_scale=1.5),
+        sampler=SamplerDefaults(name="heun", steps=2, guidance_scale=1.5, guidance_interval=(0.2, 0.9)),
         provenance={"recipe": "demo"},
     )
 

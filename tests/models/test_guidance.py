@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.colorize import sample_images
+from animediffusion.models.colorize import network_rows, sample_images
 from animediffusion.models.guidance import guided
 from animediffusion.models.sampler import sample_times
 
@@ -59,6 +59,24 @@ def test_outside_the_interval_an_image_is_only_conditioned(parts):
     plain, strong = denoiser(x, T, condition), guided(denoiser, condition, null, 4.0)(x, T)
     torch.testing.assert_close(mixed[0], plain[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[1], strong[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "interval", "expected"),
+    [
+        ("euler", 2.0, (0.0, 1.0), [4, 4, 4, 4]),  # at 1, 0.75, 0.5, 0.25
+        ("euler", 2.0, (0.5, 0.8), [2, 4, 4, 2]),
+        ("heun", 2.0, (0.7, 1.0), [4, 4, 4, 2, 2, 2, 2]),  # at 1, 0.75 | 0.75, 0.5 | 0.5, 0.25 | 0.25
+        ("dpmpp_2m", 1.0, (0.5, 0.8), [2, 2, 2, 2]),
+    ],
+)
+def test_an_image_costs_two_rows_only_where_it_is_guided(parts, new_batch, name, scale, interval, expected):
+    denoiser, batch = parts[0], new_batch(2)
+    settings = SamplerDefaults(name=name, steps=4, guidance_scale=scale, guidance_interval=interval)
+    rows = counted(denoiser)
+    sample_images(denoiser, batch.sketch, batch.reference, batch.target, settings)
+    assert rows == expected
+    assert network_rows(denoiser.path, settings) == sum(rows) / 2
 
 
 def test_guidance_without_a_null_condition_is_refused(parts):

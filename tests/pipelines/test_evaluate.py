@@ -41,7 +41,8 @@ def test_an_evaluation_has_the_keys_of_the_contract(settings, bundle, faces_data
     )
     contract = {"model", "data", "data_hash", "split", "num_images", "image_size", "sampler", "tracks", "baselines"}
     assert contract | {"grid"} <= set(result)
-    assert result["sampler"] == {"name": "dpmpp_2m", "steps": 2, "guidance_scale": 1.0}
+    own = {"name": "dpmpp_2m", "steps": 2, "guidance_scale": 1.0, "shift": 1.0, "guidance_interval": [0.0, 1.0]}
+    assert result["sampler"] == own
     assert (result["num_images"], result["image_size"], result["split"]) == (8, 32, "val")
     assert result["data_hash"] == Manifest.load(faces_dataset).content_hash
     assert result["model_sha256"] == load_bundle(bundle).sha256
