@@ -13,6 +13,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.traffic import CHALLENGER, Traffic
+from animediffusion.platform.turn import turn
 
 
 def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
@@ -28,11 +29,12 @@ def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
     if not 0 <= percent <= 100:
         raise ConfigError("PERCENT", str(percent), "0 to 100; 0 ends the canary")
     registry = Registry(settings)
-    now = traffic.read(registry)
-    if percent:
-        _check(registry, now)
-    if percent != now.percent:
-        _set(registry, now, percent, why)
+    with turn(registry):
+        now = traffic.read(registry)
+        if percent:
+            _check(registry, now)
+        if percent != now.percent:
+            _set(registry, now, percent, why)
     return {
         "percent": percent,
         "from": now.percent,

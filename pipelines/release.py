@@ -13,10 +13,12 @@ from typing import Any
 
 from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
 from animediffusion.pipelines import canary
+from animediffusion.pipelines.dossier import described, dossier, kept_files, samples
 from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
 from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
+from animediffusion.platform.turn import turn
 from animediffusion.platform.version import Version, headline
 
 PSNR_MARGIN = 0.2
@@ -76,7 +78,8 @@ def register(
         run_id=_known_run(registry, run_id or _run_beside(path)),
         parent=parent or _parent(registry, bundle),
         metrics=bundle.metrics,
-        tags={**_describe(bundle), **(tags or {})},
+        tags={**described(bundle), **(tags or {})},
+        files=kept_files(bundle),
     )
     return registry.get(number)
 
@@ -97,20 +100,23 @@ def promote(
         raise ConfigError("--alias", repr(alias), " or ".join(ALIASES))
     registry = Registry(settings)
     candidate = registry.get(version)
-    previous = registry.alias(alias)
-    report = {"version": candidate.version, "alias": alias, "from": previous, "forced": force, "changed": False}
-    if previous == candidate.version:
-        return report
+    report = {"version": candidate.version, "alias": alias, "forced": force}
+    if registry.alias(alias) == candidate.version:
+        return {**report, "from": candidate.version, "changed": False}
     _check_stored(registry, candidate)
-    if not force:
-        check_quality(candidate, _champion(registry))
-    metrics = headline(candidate.metrics)
-    ended = canary.end(registry, f"version {candidate.version} became {alias}")
-    with ledger.recorded(
-        registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
-    ):
-        registry.set_alias(alias, candidate.version)
-    return {**report, "changed": True, **ended}
+    with turn(registry):
+        previous = registry.alias(alias)
+        if previous == candidate.version:
+            return {**report, "from": previous, "changed": False}
+        if not force:
+            check_quality(candidate, _champion(registry))
+        metrics = headline(candidate.metrics)
+        ended = canary.end(registry, f"version {candidate.version} became {alias}")
+        with ledger.recorded(
+            registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
+        ):
+            registry.set_alias(alias, candidate.version)
+    return {**report, "from": previous, "changed": True, **ended}
 
 
 def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
@@ -120,7 +126,18 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
         RegistryError: nothing to go back to.
     """
     registry = Registry(settings)
-    present = registry.alias(alias)
+    with turn(registry):
+        present = registry.alias(alias)
+        target = _before(registry, alias, present)
+        metrics = headline(target.metrics)
+        ended = canary.end(registry, f"{alias} rolled back to version {target.version}")
+        with ledger.recorded(registry, "rollback", alias, present, target.version, reason=why, metrics=metrics):
+            registry.set_alias(alias, target.version)
+    return {"version": target.version, "alias": alias, "from": present, "changed": True, **ended}
+
+
+def _before(registry: Registry, alias: str, present: int | None) -> Version:
+    """The version an alias stood at before the present one."""
     existing = {version.version: version for version in registry.versions()}
     stack = ledger.stack(ledger.read(registry, alias))
     if stack and stack[-1] == present:
@@ -129,12 +146,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
     if not earlier:
         found = f"there is no version before {present}" if present is not None else "no version was ever promoted"
         raise RegistryError(f"alias {alias}", found, "use `models promote V`")
-    target = earlier[-1]
-    metrics = headline(existing[target].metrics)
-    ended = canary.end(registry, f"{alias} rolled back to version {target}")
-    with ledger.recorded(registry, "rollback", alias, present, target, reason=why, metrics=metrics):
-        registry.set_alias(alias, target)
-    return {"version": target, "alias": alias, "from": present, "changed": True, **ended}
+    return existing[earlier[-1]]
 
 
 def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
@@ -149,15 +161,25 @@ def versions(settings: Settings) -> list[dict[str, Any]]:
     return [{**version.summary(), "share": shares.get(version.version, 0.0)} for version in registry.versions()]
 
 
-def show(settings: Settings, version: int | str) -> dict[str, Any]:
-    """What `models show V` prints: the version, its tags, evaluations and the events it was part of."""
+def show(settings: Settings, version: int | str, out: Path | None = None) -> dict[str, Any]:
+    """What `models show V` prints: the version, its origin, tags, evaluations and the events it was part of.
+
+    Args:
+        settings: which registry.
+        version: a number, an alias or `models:/...`.
+        out: file for the drawings it colored when it was registered.
+    """
     registry = Registry(settings)
     found = registry.get(version)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(samples(registry, found))
     events = [event for event in ledger.read(registry) if found.version in (event.version, event.previous)]
     return {
         **found.summary(),
         "share": traffic.read(registry).shares.get(found.version, 0.0),
         "name": found.name,
+        **dossier(registry, found),
         "tags": {key: value for key, value in found.tags.items() if key not in ("sha256", "parent")},
         "evaluations": [evaluation_line(result) for result in found.evaluations],
         "history": [event.summary() for event in events],
@@ -199,7 +221,7 @@ def check_quality(candidate: Version, champion: Version | None) -> None:
         found = f"cannot be compared, the champion (version {champion.version}) was not evaluated"
         raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
     for theirs in champion.evaluations:
-        ours = next((result for result in reversed(candidate.evaluations) if _same_data(result, theirs)), None)
+        ours = next((result for result in reversed(candidate.evaluations) if same_data(result, theirs)), None)
         if ours is not None:
             _check_not_worse(name, ours, theirs)
             return
@@ -227,7 +249,7 @@ def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) ->
             raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train on, or use --force")
 
 
-def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two evaluations saw the same images; a limit makes another set of them."""
     keys = ("data_hash", "split", "num_images", "image_size")
     return bool(a.get("data_hash")) and all(a.get(key) == b.get(key) for key in keys)
@@ -255,23 +277,6 @@ def _check_stored(registry: Registry, version: Version) -> None:
             check_bundle(registry.fetch(reference, cache_dir=Path(folder)), version.sha256)
         except BundleError as error:
             raise BundleError(f"version {version.version}", error.found, "register it again") from error
-
-
-def _describe(bundle: Bundle) -> dict[str, str]:
-    """Tags that let `models show` describe a version without downloading it."""
-    sampler = bundle.config.sampler
-    return {
-        "image_size": str(bundle.config.image_size),
-        "path": bundle.config.path.name,
-        "prediction": bundle.config.prediction,
-        "sampler": sampler.describe(),
-        "num_parameters": str(sum(parameter.numel() for parameter in bundle.denoiser.parameters())),
-        **{
-            "parent_sha256" if key == "parent" else key: str(value)
-            for key, value in bundle.config.provenance.items()
-            if value not in (None, "")
-        },
-    }
 
 
 def _parent(registry: Registry, bundle: Bundle) -> int | None:

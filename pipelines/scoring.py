@@ -44,6 +44,10 @@ def score_state(folder: Path, run: TrainConfig, image_size: int, rows: dict[str,
     return {**kept, "psnr_same": float(same["psnr"] or 0.0)}, grid(tracks)
 
 
+SEND_S = 3.0
+"""How long a score waits for MLflow; the driver sends what is left."""
+
+
 @ray.remote(num_cpus=0, max_retries=1)
 def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
     torch.set_num_threads(1)  # beside the workers, not before them
@@ -55,10 +59,10 @@ def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
             return None  # newer ones have taken its place
         found, picture = score_state(Path(folder), run, shared["image_size"], shared["samples"])
     write_score(place, step, found)
-    log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"])
+    log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"], unsent=Path(shared["unsent"]))
     log.log({f"score/{key}": value for key, value in found.items()}, step)
-    log.flush()
     log.log_image(picture, "samples", step)
+    log.leave(SEND_S)
     return found
 
 
@@ -67,12 +71,13 @@ class Scorer:
 
     Args:
         place: where the checkpoints are.
-        shared: run (TrainConfig as a dictionary), image_size, tracking_uri, mlflow_run_id, samples (rows of val).
+        shared: run (TrainConfig as a dictionary), image_size, tracking_uri, mlflow_run_id, unsent, samples
+            (rows of val).
     """
 
     def __init__(self, place: str, shared: dict[str, Any]) -> None:
         self.place, self.scores = place, dict[int, Score]()
-        wanted = ("run", "image_size", "tracking_uri", "mlflow_run_id", "samples")
+        wanted = ("run", "image_size", "tracking_uri", "mlflow_run_id", "unsent", "samples")
         self._shared = ray.put({key: shared[key] for key in wanted})
         self._lock = threading.Lock()
         self._running: tuple[int, Any] | None = None

@@ -39,7 +39,7 @@ from animediffusion.pipelines.worker import Progress, train_worker
 from animediffusion.platform import storage
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, DataError, Interrupted, TrainingError
-from animediffusion.platform.tracking import TRAINING, Run
+from animediffusion.platform.tracking import TRAINING, Run, send_left
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
@@ -47,6 +47,9 @@ POLL_S = 0.5
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """glibc keeps what a step frees for the next one, and does not ask the kernel for zeroed pages each time: 3 to 4 % of a
 step on a CPU."""
+
+UNSENT = "unsent"
+"""Folder of a run for records that wait for MLflow."""
 
 Report = Callable[[dict[str, Any]], None]
 """Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings, ..."""
@@ -65,13 +68,15 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     work = plan(settings, config)
     if work.finished:
         summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
+        send_left(settings, summary["mlflow_run_id"], work.folder / UNSENT)
         return summary
     scaling = _scaling(work.config)
     work.folder.mkdir(parents=True, exist_ok=True)
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
     previous = read_json(work.folder / "run.json").get("mlflow_run_id")
     params = {**plain(work.config), "data_hash": work.data_hash, "image_size": work.image_size}
-    run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags={"data_hash": work.data_hash})
+    tags, unsent = {"data_hash": work.data_hash}, work.folder / UNSENT
+    run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags=tags, unsent=unsent)
     write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
     progress = _progress()
     begun = time.monotonic()
@@ -100,6 +105,7 @@ def _fit(
             "init_weights": weights,
             "tracking_uri": run.tracking_uri,
             "mlflow_run_id": run.run_id,
+            "unsent": str(work.folder / UNSENT),
             "progress": progress,
             "samples": samples,
         },

@@ -79,7 +79,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: run (TrainConfig as a dictionary), checkpoints (URI of their folder), image_size, init_weights (object
-            reference or None), tracking_uri, mlflow_run_id, progress (actor), samples (rows to score, or None).
+            reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress (actor),
+            samples (rows to score, or None).
     """
     _Rank(config).run()
 
@@ -226,7 +227,13 @@ class _Log:
         self.rank = rank
         self.config = rank.run_config
         self.progress = rank.shared["progress"]
-        self.run = Run.attach(rank.shared["tracking_uri"], rank.shared["mlflow_run_id"], system_metrics=True)
+        self.run = Run.attach(
+            rank.shared["tracking_uri"],
+            rank.shared["mlflow_run_id"],
+            system_metrics=True,
+            unsent=Path(rank.shared["unsent"]),
+            warn=rank._warn,
+        )
         self.answer: Any = None
         self.begun = time.monotonic()
         self.last = (rank.state.step, self.begun, 0.0)

@@ -1,7 +1,8 @@
 """Model versions in MLflow: register a bundle folder, find a version, bring it here, point an alias at it.
 
-A version is a folder of plain files (no flavor, no pickle) with the tags `sha256`, `parent` and one
-`evaluation.*` per data set it was measured on. torch is not needed: who fetches a bundle checks it by loading it.
+A version is a folder of plain files without any pickle: the bundle, what makes it an MLflow model (flavor.py), and
+what the caller adds to tell of it. It has the tags `sha256`, `parent` and one `evaluation.*` per data set it was
+measured on. torch is not needed: who fetches a bundle checks it by loading it.
 Not here: who promoted what and why, see `animediffusion.platform.ledger`; the gate, see `pipelines/release.py`.
 """
 
@@ -25,7 +26,8 @@ from mlflow.exceptions import MlflowException
 from animediffusion.platform import storage, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
-from animediffusion.platform.version import Version, evaluation_tags, headline, read_version
+from animediffusion.platform.flavor import write_flavor
+from animediffusion.platform.version import Version, bundle_files, evaluation_tags, headline, read_version
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
@@ -54,6 +56,7 @@ class Registry:
         parent: int | None = None,
         metrics: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
+        files: dict[str, bytes] | None = None,
     ) -> int:
         """Upload a bundle folder and make it the next version; returns its number.
 
@@ -64,13 +67,14 @@ class Registry:
             parent: the version it comes from.
             metrics: its metrics.json.
             tags: further tags of the version.
+            files: further files to keep with it, by name.
         """
         all_tags = {"sha256": sha256, **(tags or {}), **evaluation_tags(metrics or {}, own=True)}
         if parent is not None:
             all_tags["parent"] = str(parent)
         with self._reported(f"registering {folder}"):
             run_id = run_id or self._own_run(folder)
-            model = self._upload(folder, run_id, sha256)
+            model = self._upload(folder, run_id, sha256, files or {})
             self._log_headline(run_id, model.model_id, metrics or {})
             self._create_registered_model()
             # Not models:/ID: the embedded store would look that up in the global tracking URI, not in ours.
@@ -112,6 +116,12 @@ class Registry:
         """The version of a bundle with this identity, or None."""
         return next((version for version in self.versions() if version.sha256 == sha256), None)
 
+    def reference(self, model: str) -> str:
+        """`models:/NAME/3` for a bare number, `models:/NAME@champion` for a bare alias; all else as it is."""
+        if model.isdigit():
+            return f"models:/{self.name}/{model}"
+        return f"models:/{self.name}@{model}" if model in ALIASES else model
+
     def fetch(self, model: str | Path, cache_dir: Path | None = None) -> Path:
         """The local folder of a bundle, downloaded once per version.
 
@@ -134,13 +144,32 @@ class Registry:
                 # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
                 location = self.client.get_model_version_download_uri(version.name, str(version.version))
                 arrived = mlflow.artifacts.download_artifacts(
-                    location, dst_path=str(temporary), tracking_uri=self.tracking_uri
+                    location, dst_path=str(temporary / "all"), tracking_uri=self.tracking_uri
                 )
-                for path in list(Path(arrived).iterdir()):
+                for path in bundle_files(Path(arrived)):
                     path.rename(temporary / path.name)
-                if Path(arrived) != temporary:
-                    Path(arrived).rmdir()
+                shutil.rmtree(temporary / "all")
         return destination
+
+    def location(self, version: int) -> str:
+        """URI of the folder that holds a version's files."""
+        with self._reported(f"version {version}"):
+            return str(self.client.get_model_version_download_uri(self.name, str(version)))
+
+    def read_file(self, version: int, name: str) -> bytes | None:
+        """A file of a version's folder that is not the bundle's; None where it has no such file."""
+        with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
+            if name not in self.file_names(version):
+                return None
+            place = f"{self.location(version).rstrip('/')}/{name}"
+            arrived = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=self.tracking_uri)
+            return Path(arrived).read_bytes()
+
+    def file_names(self, version: int) -> set[str]:
+        """Names of the files in a version's folder."""
+        with self._reported(f"version {version}"):
+            held = mlflow.artifacts.list_artifacts(self.location(version), tracking_uri=self.tracking_uri)
+        return {Path(item.path).name for item in held}
 
     def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
         """Remember what `evaluate` found for a version, so that the promotion gate can compare it."""
@@ -198,13 +227,20 @@ class Registry:
         self.client.set_terminated(run_id)
         return run_id
 
-    def _upload(self, folder: Path, run_id: str, sha256: str) -> Any:
+    def _upload(self, folder: Path, run_id: str, sha256: str, files: dict[str, bytes]) -> Any:
         experiment = self.client.get_run(run_id).info.experiment_id
         model = self.client.create_logged_model(
             experiment, name=self.name, source_run_id=run_id, model_type="bundle", tags={"sha256": sha256}
         )
         try:
-            self.client.log_model_artifacts(model.model_id, str(folder))
+            for path in bundle_files(folder):
+                self.client.log_model_artifact(model.model_id, str(path))
+            with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
+                beside = Path(name)
+                write_flavor(beside, model_id=model.model_id, run_id=run_id)
+                for file, content in files.items():
+                    (beside / file).write_bytes(content)
+                self.client.log_model_artifacts(model.model_id, str(beside))
         except Exception:
             self.client.finalize_logged_model(model.model_id, "FAILED")
             raise

@@ -7,11 +7,12 @@ Not here: model versions, see `animediffusion.platform.registry`.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,25 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
+from animediffusion.platform.images import encode_png
 from animediffusion.platform.network import why_unreachable, without_password
+from animediffusion.platform.outbox import Entry, Outbox
+from animediffusion.platform.records import groups, is_hopeless, send_records
+from animediffusion.platform.system_metrics import SystemMetrics
 
 TRAINING = "animediffusion-training"
 TUNING = "animediffusion-tuning"
 
-_FLUSH_METRICS = 200
-_FLUSH_SECONDS = 2.0
-_KEEP_METRICS = 100_000
+Warn = Callable[[str], object]
+
+_FLUSH_TIMEOUT_S = 30.0
+_PATIENCE_S = 20.0
+"""How long the end of a run waits for a store that is away."""
 _MAX_PARAM_LENGTH = 6000
 
 _QUIET = {
@@ -118,21 +124,38 @@ def artifact_root(settings: Settings) -> Path | None:
 class Run:
     """One MLflow run that is being written.
 
-    A store that stops answering does not stop the caller: metrics wait in memory and are sent with the next batch.
+    A store that stops answering does not stop the caller, nor make it wait: what is recorded is sent by another
+    thread, waits while the store is away (in `unsent`, if that is given), and is sent when it is back.
 
-        run = Run.start(settings, TRAINING, "demo-1234abcd", {"seed": 0}, system_metrics=True)
+        run = Run.start(settings, TRAINING, "demo-1234abcd", {"seed": 0})
         run.log({"loss": 0.1}, step=1)
         run.finish()
+
+    Args:
+        tracking_uri: the store.
+        run_id: a run that exists there.
+        system_metrics: sample CPU, memory and GPU every 10 s from this process.
+        unsent: folder in which records wait while the store is away, those of processes that were killed, too.
+        warn: takes the one line that says so; the log by default.
     """
 
-    def __init__(self, client: MlflowClient, tracking_uri: str, run_id: str, *, system_metrics: bool = False) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        run_id: str,
+        *,
+        system_metrics: bool = False,
+        unsent: Path | None = None,
+        warn: Warn | None = None,
+    ) -> None:
         self.tracking_uri = tracking_uri
         self.run_id = run_id
-        self._client = client
-        self._waiting: list[Metric] = []
-        self._sent_at = time.monotonic()
+        self._unsent = unsent
+        self._warn = warn or log.warning
         self._warned = False
-        self._monitor = _start_monitor(run_id, tracking_uri) if system_metrics else None
+        self._client: MlflowClient | None = None
+        self._outbox = Outbox(self._send, unsent)
+        self._monitor = SystemMetrics(run_id, tracking_uri, self.log) if system_metrics else None
 
     @classmethod
     def start(
@@ -144,7 +167,7 @@ class Run:
         *,
         run_id: str | None = None,
         tags: dict[str, str] | None = None,
-        system_metrics: bool = False,
+        unsent: Path | None = None,
     ) -> Run:
         """Start a run, or continue `run_id` (an unknown one starts a new run).
 
@@ -155,14 +178,20 @@ class Run:
             params: nested dictionaries become dotted names; a value once recorded stays.
             run_id: run to continue.
             tags: added to the run.
-            system_metrics: sample CPU, memory and GPU every 10 s from this process.
+            unsent: folder in which records wait while the store is away; what an earlier process left is sent first.
+
+        Raises:
+            RegistryError: the store does not answer: a run begins with it, or not at all.
         """
         client = setup(settings)
         run = _existing(client, run_id)
         if run is None:
             experiment_of_run = experiment_id(client, experiment, artifact_root(settings))
             run = client.create_run(experiment_of_run, run_name=name, tags=tags)
+            started = cls(settings.tracking_uri, run.info.run_id, unsent=unsent)
         else:
+            started = cls(settings.tracking_uri, run.info.run_id, unsent=unsent)
+            started._outbox.deliver()
             client.update_run(run.info.run_id, status="RUNNING")
         new = {key: value for key, value in flatten(params or {}).items() if key not in run.data.params}
         client.log_batch(
@@ -170,70 +199,92 @@ class Run:
             params=[Param(key, value[:_MAX_PARAM_LENGTH]) for key, value in new.items()],
             tags=[RunTag(key, value) for key, value in (tags or {}).items()],
         )
-        return cls(client, settings.tracking_uri, run.info.run_id, system_metrics=system_metrics)
+        return started
 
     @classmethod
-    def attach(cls, tracking_uri: str, run_id: str, *, system_metrics: bool = False) -> Run:
-        """Write to a run that another process started."""
-        return cls(connect(tracking_uri), tracking_uri, run_id, system_metrics=system_metrics)
+    def attach(
+        cls,
+        tracking_uri: str,
+        run_id: str,
+        *,
+        system_metrics: bool = False,
+        unsent: Path | None = None,
+        warn: Warn | None = None,
+    ) -> Run:
+        """Write to a run that another process started; the store may be away for now."""
+        return cls(tracking_uri, run_id, system_metrics=system_metrics, unsent=unsent, warn=warn)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Record numbers; sent in batches, at the latest with `flush` or `finish`."""
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        if len(self._waiting) >= _FLUSH_METRICS or time.monotonic() - self._sent_at > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what waits."""
-        self._sent_at = time.monotonic()
-        while self._waiting:
-            batch = self._waiting[:1000]
-            if not self._try("metrics", lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch)):
-                del self._waiting[:-_KEEP_METRICS]
-                return
-            del self._waiting[: len(batch)]
+        now = _now()
+        self._outbox.put(*({"metric": [key, float(value), now, step]} for key, value in metrics.items()))
 
     def log_image(self, image: np.ndarray[Any, Any], name: str, step: int | None = None) -> None:
         """Store a uint8 picture [H, W, 3] or [H, W]: NAME.png, or one frame of the series NAME when `step` is given."""
-        if step is None:
-            self._try(name, lambda: self._client.log_image(self.run_id, image, artifact_file=f"{name}.png"))
-        else:
-            self._try(name, lambda: self._client.log_image(self.run_id, image, key=name, step=step))
+        self._outbox.put({"image": base64.b64encode(encode_png(image)).decode(), "name": name, "step": step})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Store a file, or everything in a folder."""
-        path = Path(path)
-        send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._try(path.name, lambda: send(self.run_id, str(path), folder))
+        """Store a file, or everything in a folder; it must stay where it is."""
+        self._outbox.put({"artifact": str(Path(path).absolute()), "folder": folder})
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run."""
-        self._try("tags", lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()]))
+        self._outbox.put({"tags": tags})
 
-    def finish(self, status: str = "FINISHED") -> None:
+    def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
+        """Send what waits; False where the store did not take it."""
+        return self._outbox.flush(timeout_s)
+
+    def finish(self, status: str = "FINISHED", patience_s: float = _PATIENCE_S) -> int:
         """Send what waits and end the run.
 
         Args:
             status: FINISHED, FAILED or KILLED.
+            patience_s: how long to wait for a store that is away.
+
+        Returns:
+            How many records are left to be sent by the next run with this folder.
         """
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        self.flush()
-        self._try("status", lambda: self._client.set_terminated(self.run_id, status))
+        self._outbox.put({"status": status, "time": _now()})
+        return self.leave(patience_s)
 
-    def _try(self, what: str, action: Any) -> bool:
-        """Do it, or warn once: no training run ends because its diary is away."""
-        try:
-            action()
-        except (MlflowException, OSError) as error:
-            if not self._warned:
-                log.warning("%s: %s not stored (%s)", place(self.tracking_uri), what, first_line(error))
+    def leave(self, patience_s: float = _PATIENCE_S) -> int:
+        """Send what waits, of a run that goes on elsewhere; arguments and result as of finish()."""
+        left = self._outbox.close(patience_s)
+        if left:
+            where = f"wait in {self._unsent}; the same command sends them" if self._unsent is not None else "are lost"
+            self._warn(f"{place(self.tracking_uri)} is still away: {left} records {where}")
+        return left
+
+    def _send(self, entries: list[Entry]) -> int:
+        """An outbox's Send."""
+        sent = 0
+        for group in groups(entries):
+            try:
+                self._client = self._client or _client(self.tracking_uri)
+                send_records(self._client, self.run_id, group)
+            except Exception as error:  # connections break in many ways, and no training run ends for its diary
+                if not is_hopeless(error):
+                    return self._away(sent, error)
+                self._warn(f"{place(self.tracking_uri)}: a record is refused ({first_line(error)})")
+            sent += len(group)
+            self._warned = False
+        return sent
+
+    def _away(self, sent: int, error: Exception) -> int:
+        if not self._warned:
             self._warned = True
-            return False
-        self._warned = False
-        return True
+            self._warn(f"{place(self.tracking_uri)} does not answer ({first_line(error)}); records are sent later")
+        return sent
+
+
+def send_left(settings: Settings, run_id: str, unsent: Path) -> None:
+    """Send what an ended run's processes left behind in `unsent`, if anything."""
+    if any(unsent.glob("*.jsonl")):
+        Run.attach(settings.tracking_uri, run_id, unsent=unsent).flush()
 
 
 def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -267,11 +318,15 @@ def _existing(client: MlflowClient, run_id: str | None) -> Any:
         return None
 
 
-def _start_monitor(run_id: str, tracking_uri: str) -> Any:
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
-    monitor.start()
-    return monitor
+def _client(tracking_uri: str) -> MlflowClient:
+    """A client without a question whether the store is there."""
+    _be_quiet()
+    with _one_creator(tracking_uri):
+        return MlflowClient(tracking_uri)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _be_quiet() -> None:

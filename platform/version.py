@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 _EVALUATION = "evaluation."
@@ -78,3 +79,12 @@ def evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
     if own:
         return {"metrics": text}
     return {f"{_EVALUATION}{str(metrics.get('data_hash', ''))[:12]}.{metrics.get('split', 'val')}": text}
+
+
+def bundle_files(folder: Path) -> list[Path]:
+    """The files that a bundle's checksums.json names, and itself; all files where there is no such list."""
+    try:
+        names = [*json.loads((folder / "checksums.json").read_text()), "checksums.json"]
+        return [folder / name for name in names if (folder / name).is_file()]
+    except (OSError, ValueError, TypeError):
+        return [path for path in folder.iterdir() if path.is_file()]

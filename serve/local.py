@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from animediffusion.models.bundle import Bundle, load_bundle
-from animediffusion.models.colorize import colorize
-from animediffusion.models.images import to_tensor, to_uint8
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError
-from animediffusion.platform.images import letterbox
 from animediffusion.serve.engine import settings_for
-from animediffusion.serve.lines import Pixels, as_gray, for_network
 from animediffusion.serve.painter import Options, Painting
-from animediffusion.serve.pictures import read_picture, read_sketch, render_both
+from animediffusion.serve.standalone import paint
 from animediffusion.serve.versions import ModelSource
 
 
@@ -41,21 +36,13 @@ class LocalPainter:
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
         """See painter.Painter."""
-        drawing = read_sketch(sketch, thing=thing)
-        size = self.bundle.config.image_size
-        lines = _tensor(for_network(as_gray(drawing), size))
-        colors = _tensor(letterbox(read_picture(reference), size)[0])
         try:
-            settings = settings_for(
+            sampler = settings_for(
                 self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
             )
         except ValueError as error:
             raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
-        result = colorize(self.bundle, lines, colors, seeds=[options.seed], sampler=settings)
-        painted = to_uint8(result)[0].cpu().numpy()
-        picture, layer = render_both(painted, drawing, size=options.size)
+        picture, layer = paint(
+            self.bundle, sketch, reference, seed=options.seed, sampler=sampler, size=options.size, thing=thing
+        )
         return Painting(picture, layer, self.version)
-
-
-def _tensor(pixels: Pixels) -> torch.Tensor:
-    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import uniform_filter
 
 from animediffusion.platform.images import Box
 from animediffusion.serve.lines import Drawing, Floats, Pixels, as_gray, for_network
@@ -113,9 +112,18 @@ def _enlarged(painted: Pixels, box: Box) -> Floats:
 def _trust(darkness: Floats, scale: float) -> Floats:
     """1 where a pixel of the network saw no line, 0 where lines are: [H, W]."""
     side = 2 * round(BLUR * (scale - 1)) + 1
-    coverage = uniform_filter(uniform_filter(darkness, side, mode="nearest"), side, mode="nearest")
+    coverage = _box_mean(_box_mean(darkness, side), side) if side > 1 else darkness
     trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
     return np.where(trust < 1e-3, 0, trust).astype(np.float32)
+
+
+def _box_mean(plane: Floats, side: int) -> Floats:
+    """Means over squares of an odd side, edges repeated: [H, W]. scipy has it, too; an exported model does not."""
+    for _ in range(2):
+        padded = np.pad(plane, ((side // 2 + 1, side // 2), (0, 0)), mode="edge")
+        total = np.cumsum(padded, axis=0, dtype=np.float64)
+        plane = ((total[side:] - total[:-side]) / side).T
+    return plane.astype(np.float32)
 
 
 def _flow(color: Floats, trust: Floats, darkness: Floats, reach: float) -> Floats:

@@ -354,14 +354,32 @@ def models_list() -> None:
 
 
 @models.command("show")
-def models_show(version: Annotated[str, typer.Argument(help="A number, an alias or models:/...")]) -> None:
-    """One version: aliases, parent, metrics, events."""
+def models_show(
+    version: Annotated[str, typer.Argument(help="A number, an alias or models:/...")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the drawings it colored (PNG).")] = None,
+) -> None:
+    """One version: where it comes from, what it is, how good it is, who moved it."""
     from animediffusion.pipelines import release
-    from animediffusion.platform.version import headline
 
     console = _console()
-    found = release.show(_settings(), version)
-    console.result(found, console.facts({**found, "metrics": headline(found["metrics"])}))
+    found = release.show(_settings(), version, out)
+    console.result(found, console.version(found))
+
+
+@models.command("compare")
+def models_compare(
+    first: Annotated[str, typer.Argument(metavar="V1", help="A number, an alias or models:/...")],
+    second: Annotated[str, typer.Argument(metavar="V2", help="Another one.")],
+    data: Annotated[str | None, typer.Option(help="A dataset to color rows of; drawn faces if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The picture, compare-V1-V2.png if left out.")] = None,
+) -> None:
+    """Two versions side by side: their metrics, and the same drawings colored by both."""
+    from animediffusion.pipelines.compare import compare
+
+    console, settings = _console(), _settings()
+    _use_attention(settings)
+    found = compare(settings, first, second, data=data, out=out)
+    console.result(found, console.comparison(found))
 
 
 @models.command("register")
@@ -445,6 +463,20 @@ def models_import(
     console = _console()
     found = import_weights(file, folder)
     console.result(found, f"imported {found['num_parameters'] / 1e6:.1f} M parameters: {folder}")
+
+
+@models.command("export")
+def models_export(
+    version: Annotated[str, typer.Argument(help="A number, an alias, models:/... or a bundle folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+) -> None:
+    """Write a folder that colors drawings with torch, safetensors, numpy and pillow alone."""
+    from animediffusion.pipelines.export import export
+
+    console = _console()
+    found = export(_settings(), version, folder)
+    size = f"{found['num_files']} files, {found['bytes'] / 1e6:.1f} MB"
+    console.result(found, f"{folder}: {size}\n{found['command']}")
 
 
 # --- colorize, serve ------------------------------------------------------------------------------------------------

@@ -115,6 +115,56 @@ class Console:
         tail = f"\npicture: {result['grid']}" if result["grid"] else ""
         return f"{head}\n{self.table(rows, '')}{tail}"
 
+    def version(self, found: Mapping[str, Any]) -> str:
+        """The page of `models show`: what it is, its ancestors, its metrics, its history, its configuration."""
+        tags, made = found["tags"], found["training"]
+        aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
+        steps = f", {made['steps']} steps of {made.get('batch_size', '?')} images" if "steps" in made else ""
+        facts = {
+            "sha256": found["sha256"],
+            "created": found["created"],
+            "made": found["lineage"][0]["made"],
+            "training": f"{made.get('run', '-')}, recipe {made.get('recipe', '-')}{steps}",
+            "MLflow run": found["run"],
+            "data": f"{found['dataset']['uri'] or '-'}, hash {(found['dataset']['hash'] or '-')[:12]}",
+            "network": f"{int(tags.get('num_parameters', 0)) / 1e6:.1f} M parameters, {tags.get('image_size')} px",
+            "path": f"{tags.get('path')}, predicts {tags.get('prediction')}",
+            "sampler": tags.get("sampler"),
+            "samples": found["samples"],
+        }
+        parts = [f"version {found['version']} of {found['name']}{aliases}\n{self.facts(facts)}"]
+        ancestors = [
+            {**one, "metrics": {k: v for k, v in one["metrics"].items() if k.endswith("psnr")}}
+            for one in found["lineage"]
+        ]
+        parts.append(f"from\n{self.table(ancestors, '')}")
+        parts.append(f"metrics\n{self.table(_evaluation_rows(found['evaluations']), 'not evaluated')}")
+        events = [_without(event, "metrics") for event in found["history"]]
+        parts.append(f"history\n{self.table(events, 'never promoted')}")
+        if found["config"]:
+            groups = {key: _cell(value) for key, value in found["config"].items()}
+            parts.append(f"configuration of the training run\n{self.facts(groups)}")
+        return "\n\n".join(parts)
+
+    def comparison(self, found: Mapping[str, Any]) -> str:
+        """The page of `models compare`: one line a metric, the better one named."""
+        a, b = (version["version"] for version in found["versions"])
+        rows = [
+            {
+                "data": f"{str(row['data_hash'])[:12]} {row['split']}, {row['num_images']} images",
+                "track": row["track"],
+                "metric": row["metric"],
+                f"version {a}": row["a"],
+                f"version {b}": row["b"],
+                "difference": row["difference"] if row["difference"] is None else f"{row['difference']:+.4g}",
+                "better": row["better"],
+            }
+            for row in found["metrics"]
+        ]
+        heads = [f"version {v['version']}: {v['sampler']}, sha256 {v['sha256'][:12]}" for v in found["versions"]]
+        table = self.table(rows, "neither was evaluated; run `animediffusion evaluate models:/... DATA`")
+        return "\n".join([*heads, "", table, "", f"picture: {found['picture']}"])
+
     def run(self, result: Mapping[str, Any]) -> str:
         """The summary of `train`: facts, and a line for each checkpoint that has a score."""
         facts = self.facts({key: value for key, value in result.items() if key != "scores"})
@@ -173,6 +223,23 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
     return str(value)
+
+
+def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each track of each evaluation (release.evaluation_line), a column for each metric."""
+    rows: list[dict[str, Any]] = []
+    for found in evaluations:
+        numbers = {key: value for key, value in found.items() if "." in key}
+        for track in dict.fromkeys(key.partition(".")[0] for key in numbers):
+            where = f"{str(found['data_hash'])[:12]} {found['split']}, {found['num_images']} images"
+            own = {key.partition(".")[2]: v for key, v in numbers.items() if key.startswith(f"{track}.")}
+            rows.append({"data": where, "track": track, **own})
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def _columns(tracks: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:

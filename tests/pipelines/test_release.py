@@ -1,20 +1,14 @@
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-import uuid
 from pathlib import Path
 
 import pytest
 import torch
+from bundles import NETWORK, evaluation, new_model, write_bundle
+from servers import MlflowServer
 
 from animediffusion.models.bundle import BundleConfig, save_bundle
-from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines import release
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
@@ -22,31 +16,13 @@ from animediffusion.platform.registry import Registry
 from animediffusion.platform.storage import upload_folder
 from animediffusion.platform.tracking import TRAINING, Run
 
-SIZES = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}
-NETWORK = UNetConfig(channel_multipliers=(1, 1), **SIZES)
-
-
-def evaluation(psnr=20.0, ciede2000=8.0, data_hash="a" * 64):
-    return {
-        "data": "data/real",
-        "data_hash": data_hash,
-        "split": "val",
-        "num_images": 20,
-        "image_size": 16,
-        "tracks": {"same": {"psnr": psnr, "ciede2000": 7.0}, "cross": {"psnr": psnr - 1, "ciede2000": ciede2000}},
-    }
-
 
 @pytest.fixture
 def bundle(tmp_path):
     """A function that writes an untrained bundle, another one for each seed, and returns its folder."""
 
     def write(seed=0, metrics=None, parent=None):
-        torch.manual_seed(seed)
-        config = BundleConfig(network=NETWORK, image_size=16, provenance={"recipe": "demo", "parent": parent})
-        folder = tmp_path / f"bundle-{seed}"
-        save_bundle(folder, config.build(), config, metrics=metrics)
-        return folder
+        return write_bundle(tmp_path / f"bundle-{seed}", seed, metrics, parent=parent)
 
     return write
 
@@ -54,36 +30,8 @@ def bundle(tmp_path):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real `mlflow server` on loopback with SQLite and proxied artifacts."""
-    folder = tmp_path_factory.mktemp("mlflow-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            if process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            raise TimeoutError((folder / "log").read_text())
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=20)
+    with MlflowServer(tmp_path_factory.mktemp("mlflow-server")) as running:
+        yield running.url
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +41,8 @@ def embedded(tmp_path_factory):
 
 @pytest.fixture
 def settings(embedded, monkeypatch):
-    """A model name of its own per test: the database is shared, as making one takes seconds."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Settings.from_environment(workspace=embedded, model_name=f"model-{uuid.uuid4().hex[:8]}")
+    return new_model(embedded)
 
 
 def test_a_release_goes_from_folder_to_champion_and_back_on_an_mlflow_server(server, bundle, tmp_path, monkeypatch):
@@ -212,7 +159,7 @@ def test_a_version_is_downloaded_once(settings, bundle):
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["card.md", "checksums.json", "config.json", "metrics.json", "model.safetensors"]
-    )
+    )  # the bundle alone, whatever else the version holds
 
 
 def test_a_folder_is_fetched_as_it_is(settings, bundle):

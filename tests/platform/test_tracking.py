@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow.exceptions import MlflowException
+from servers import MlflowServer
 
 from animediffusion.platform import tracking
 from animediffusion.platform.config import Settings
@@ -73,7 +73,7 @@ def test_another_process_writes_to_the_same_run(settings: Settings) -> None:
     run = Run.start(settings, TRAINING, "r")
     worker = Run.attach(run.tracking_uri, run.run_id)
     worker.log({"loss": 1.0}, 1)
-    worker.flush()
+    assert worker.flush()
     assert tracking.setup(settings).get_run(run.run_id).data.metrics == {"loss": 1.0}
 
 
@@ -92,30 +92,75 @@ def test_an_unknown_run_starts_a_new_one(settings: Settings) -> None:
 
 def test_system_metrics_are_sampled(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    run = Run.start(settings, TRAINING, "r", system_metrics=True)
+    started = Run.start(settings, TRAINING, "r")
+    run = Run.attach(started.tracking_uri, started.run_id, system_metrics=True)
     time.sleep(1.5)
     run.finish()
     assert "system/cpu_utilization_percentage" in tracking.setup(settings).get_run(run.run_id).data.metrics
 
 
-def test_a_store_that_goes_away_stops_nobody_and_gets_the_metrics_later(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_server_that_is_killed_stops_nobody_and_gets_everything_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warnings: list[str] = []
+    unsent = tmp_path / "unsent"
+    with MlflowServer(tmp_path) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        driver = Run.start(Settings.from_environment(workspace=tmp_path), TRAINING, "r")
+        worker = Run.attach(
+            server.url, driver.run_id, system_metrics=True, unsent=unsent, warn=lambda line: warnings.append(line)
+        )
+        worker.log({"loss": 1.0}, 0)
+        assert worker.flush()
+        server.stop()
+        began = time.monotonic()
+        for step in range(1, 300):
+            worker.log({"loss": 1.0 / step, "learning_rate": 0.1}, step)
+        worker.log_image(np.zeros((8, 8, 3), np.uint8), "samples", step=299)
+        assert time.monotonic() - began < 1
+        assert not worker.flush()
+        time.sleep(3)
+        server.start()
+        worker.log({"loss": 0.0}, 300)
+        assert worker.finish(patience_s=60) == 0
+        client = tracking.connect(server.url)
+        stored = client.get_run(driver.run_id)
+        assert [metric.step for metric in client.get_metric_history(driver.run_id, "loss")] == list(range(301))
+        assert len(client.list_artifacts(driver.run_id, "images")) == 2  # the picture, and MLflow's small one
+        system = client.get_metric_history(driver.run_id, "system/cpu_utilization_percentage")
+        assert [metric.step for metric in system] == list(range(len(system)))
+        assert len(system) >= 3
+        assert stored.info.status == "FINISHED"
+    assert len(warnings) == 1, warnings
+    assert "does not answer" in warnings[0]
+    assert list(unsent.iterdir()) == []
+
+
+def test_what_a_server_that_stays_away_did_not_get_is_sent_by_the_next_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
     run = Run.start(settings, TRAINING, "r")
+    gone = Run.attach("http://127.0.0.1:9", run.run_id, unsent=tmp_path, warn=warnings.append)
+    gone.log({"loss": 1.0}, 1)
+    assert gone.finish("KILLED", patience_s=0.1) == 2
+    assert "2 records wait in" in warnings[-1]
+    again = Run.start(settings, TRAINING, "r", run_id=run.run_id, unsent=tmp_path)
+    stored = tracking.setup(settings).get_run(run.run_id)
+    assert (again.run_id, stored.data.metrics, stored.info.status) == (run.run_id, {"loss": 1.0}, "RUNNING")
+    assert list(tmp_path.iterdir()) == []
 
-    def away(*arguments: object, **values: object) -> None:
-        raise MlflowException("connection lost")
 
-    with monkeypatch.context() as broken:
-        broken.setattr(run._client, "log_batch", away)
-        for step in range(3):
-            run.log({"loss": 1.0}, step)
-            run.flush()
-    assert [record.message for record in caplog.records if "connection lost" in record.message] == [
-        f"MLflow at {settings.tracking_uri}: metrics not stored (connection lost)"
-    ]
-    run.finish()
-    assert len(tracking.setup(settings).get_metric_history(run.run_id, "loss")) == 3
+def test_a_record_that_no_store_would_take_does_not_hold_up_the_others(settings: Settings) -> None:
+    warnings: list[str] = []
+    run = Run.start(settings, TRAINING, "r")
+    run._warn = warnings.append
+    run.set_tags({"": "no name"})
+    run.log({"loss": 1.0}, 1)
+    assert run.finish() == 0
+    assert tracking.setup(settings).get_run(run.run_id).data.metrics == {"loss": 1.0}
+    assert "a record is refused" in warnings[0]
 
 
 def test_a_database_that_is_none_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,179 @@
+"""What is on its way to MLflow: sent by a thread of its own, kept in a file while the store is away.
+
+    outbox = Outbox(send, folder=Path("workspace/runs/first/unsent"))
+    outbox.put({"metric": ["loss", 0.1, 1700000000000, 20]})
+    outbox.close(patience_s=20)
+
+Nobody who puts waits for the store. What a process leaves behind in the folder, because it was killed or the store
+stayed away, the next outbox there sends. Not here: what an entry means, see tracking.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+Entry = dict[str, Any]
+Send = Callable[[list[Entry]], int]
+"""Sends entries in order; returns how many went through: fewer than all means that the store is away."""
+
+SEND_EVERY_S = 2.0
+SEND_AT = 200
+"""Entries that are sent at once, without waiting for more."""
+RETRY_S = (1.0, 30.0)
+"""Pause after the first attempt that failed, doubled after each, and the longest."""
+
+
+class Outbox:
+    """A queue with a thread at its end.
+
+    Args:
+        send: called by the thread only.
+        folder: where entries are kept while they cannot be sent; in memory if None.
+    """
+
+    def __init__(self, send: Send, folder: Path | None = None) -> None:
+        self._send = send
+        self._folder = folder
+        self._own: tuple[Path, TextIO] | None = None
+        self._sent: dict[Path, int] = {}
+        self._queue: deque[Entry] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._attempts, self._away = 0, False
+        self._hurry = False
+        self._pause, self._retry_at = RETRY_S[0], 0.0
+        self._delivering = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def put(self, *entries: Entry) -> None:
+        """Add to the queue; returns at once."""
+        with self._wake:
+            self._queue.extend(entries)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+                self._thread.start()
+            if len(self._queue) >= SEND_AT:
+                self._wake.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Send what waits now; False where the store did not take all of it in that time."""
+        if self._thread is None:
+            return self.deliver()
+        with self._wake:
+            before, self._hurry = self._attempts, True
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: self._attempts > before and (self._away or not self._queue), timeout_s)
+            return self._attempts > before and not self._away and not self._queue
+
+    def close(self, patience_s: float) -> int:
+        """Send the rest, for so long; what is left then waits in the folder. Returns how many entries that are."""
+        until = time.monotonic() + patience_s
+        while not self.flush(max(0.1, until - time.monotonic())) and time.monotonic() < until:
+            time.sleep(min(0.5, patience_s))
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._delivering.acquire(timeout=1.0):  # else the thread hangs in a request, and what it sends is kept, too
+            self._delivering.release()
+        self._keep()
+        left = len(self._queue)
+        if self._own is not None:
+            path, file = self._own
+            left += len(_read(path)) - self._sent.get(path, 0)
+            file.close()
+        return left
+
+    def deliver(self) -> bool:
+        """Send what the folder and the queue hold; False where something is left."""
+        with self._delivering:
+            done = all(self._deliver_file(path) for path in self._files()) and self._deliver_queue()
+        with self._wake:
+            self._attempts += 1
+            self._away = not done
+            self._wake.notify_all()
+        return done
+
+    def _work(self) -> None:
+        while not self._closing:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._closing or self._hurry or len(self._queue) >= SEND_AT, timeout=SEND_EVERY_S
+                )
+                hurry, self._hurry = self._hurry, False
+            if self._closing:
+                return
+            if not hurry and time.monotonic() < self._retry_at:
+                self._keep()
+            elif self.deliver():
+                self._pause, self._retry_at = RETRY_S[0], 0.0
+            else:
+                self._keep()
+                self._retry_at = time.monotonic() + self._pause
+                self._pause = min(2 * self._pause, RETRY_S[1])
+
+    def _deliver_queue(self) -> bool:
+        """Entries leave the queue when they were sent, so that close() finds those on the way."""
+        with self._wake:
+            waiting = list(self._queue)
+        sent = self._send(waiting) if waiting else 0
+        with self._wake:
+            for _ in range(min(sent, len(self._queue))):
+                self._queue.popleft()
+        return sent == len(waiting)
+
+    def _deliver_file(self, path: Path) -> bool:
+        """Send a file of the folder, this process's own or one whose process is gone."""
+        own = self._own is not None and path == self._own[0]
+        try:
+            with path.open() as file:
+                if not own:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entries = _read(path)[self._sent.get(path, 0) :]
+                sent = self._send(entries) if entries else 0
+                self._sent[path] = self._sent.get(path, 0) + sent
+                if sent < len(entries):
+                    return False
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            return True  # another process is at it
+        self._sent.pop(path, None)
+        if own and self._own is not None:
+            self._own[1].close()
+            self._own = None
+        return True
+
+    def _keep(self) -> None:
+        """Move the queue into this process's file."""
+        with self._wake:
+            if self._folder is None or not self._queue:
+                return
+            if self._own is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
+                file = path.open("a")
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._own = (path, file)
+            file = self._own[1]
+            file.writelines(json.dumps(entry) + "\n" for entry in self._queue)
+            file.flush()
+            self._queue.clear()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("*.jsonl")) if self._folder is not None else []
+
+
+def _read(path: Path) -> list[Entry]:
+    """The entries of a file; a last line that was cut off by a kill is left out."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,63 @@
+"""What `mlflow.pyfunc.load_model` runs for a registered version; a copy of this file lies in it as model.py.
+
+    model = mlflow.pyfunc.load_model("models:/animediffusion@champion")
+    out = model.predict({"sketch": sketch_bytes, "reference": reference_bytes}, params={"seed": 7})
+    out["image"][0]                                # PNG
+
+The package need not be installed: the modules lie beside this file, in code.zip. Where it is, it goes first.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+
+class Colorizer(PythonModel):
+    """A bundle as MLflow's PythonModel."""
+
+    def load_context(self, context: Any) -> None:
+        """Check and load the bundle; on CUDA where there is some."""
+        if context.artifacts["code"] not in sys.path:
+            sys.path.append(context.artifacts["code"])
+        from animediffusion.models.bundle import load_bundle
+
+        self._bundle = load_bundle(context.artifacts["bundle"], "cuda" if torch.cuda.is_available() else "cpu")
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+        """Colored drawings, a row each.
+
+        Args:
+            context: MLflow's; not used.
+            model_input: columns `sketch` and `reference`: bytes of PNG, JPEG or WebP files.
+            params: `seed`, `num_inference_steps`, `guidance_scale`, `size` (native or model); the model's own
+                defaults where left out. Row i has seed + i.
+
+        Returns:
+            Columns `image` and `color_layer`: bytes of PNG files.
+        """
+        from animediffusion.serve.standalone import paint
+
+        asked = {key: value for key, value in (params or {}).items() if value is not None}
+        names = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale"}
+        sampler = replace(
+            self._bundle.config.sampler, **{names[key]: asked[key] for key in names if asked.get(key) is not None}
+        )
+        seed, size = int(asked.get("seed", 0)), asked.get("size", "native")
+        if size not in ("native", "model"):
+            raise ValueError(f"size must be native or model, got {size!r}")
+        pairs = zip(model_input["sketch"], model_input["reference"], strict=True)
+        painted = [
+            paint(self._bundle, sketch, reference, seed=seed + row, sampler=sampler, size=size)
+            for row, (sketch, reference) in enumerate(pairs)
+        ]
+        return pd.DataFrame(painted, columns=["image", "color_layer"])
+
+
+set_model(Colorizer())

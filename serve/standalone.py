@@ -1,0 +1,112 @@
+"""Colors one drawing with torch, safetensors, numpy and pillow alone: what a model takes along when it is exported.
+
+    picture, layer = paint(load_bundle(folder), sketch_bytes, reference_bytes, seed=7)
+    sys.exit(main(Path("exported"), ["sketch.png", "reference.png", "out.png"]))
+
+The command `colorize`, exported models and MLflow's `predict` all paint here, so their pictures are equal.
+Not here: many requests at once, see engine.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.platform.errors import AnimeDiffusionError
+from animediffusion.platform.images import letterbox
+from animediffusion.serve.lines import Pixels, as_gray, for_network
+from animediffusion.serve.pictures import Size, read_picture, read_sketch, render_both
+
+
+def paint(
+    bundle: Bundle,
+    sketch: bytes,
+    reference: bytes,
+    *,
+    seed: int = 0,
+    sampler: SamplerDefaults | None = None,
+    size: Size = "native",
+    thing: str = "sketch",
+) -> tuple[bytes, bytes]:
+    """The colored drawing and its color layer, both PNG.
+
+    Args:
+        bundle: the model.
+        sketch: an image file's bytes: dark lines on light paper.
+        reference: an image file's bytes.
+        seed: of the noise.
+        sampler: in place of the bundle's defaults.
+        size: `native` is the sketch's own, `model` the network's square.
+        thing: how messages call the sketch.
+
+    Raises:
+        ImageError: one of the two is not usable.
+    """
+    drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
+    lines = _tensor(for_network(as_gray(drawing), side))
+    colors = _tensor(letterbox(read_picture(reference), side)[0])
+    result = colorize(bundle, lines, colors, seeds=[seed], sampler=sampler)
+    return render_both(to_uint8(result)[0].cpu().numpy(), drawing, size=size)
+
+
+def main(folder: Path, arguments: Sequence[str]) -> int:
+    """Run the colorize.py of an exported model.
+
+    Args:
+        folder: of the bundle.
+        arguments: of the command line.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        bundle = load_bundle(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        own = bundle.config.sampler
+        steps = own.steps if options.steps is None else options.steps
+        guidance = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+        picture, layer = paint(
+            bundle,
+            options.sketch.read_bytes(),
+            options.reference.read_bytes(),
+            seed=options.seed,
+            sampler=replace(own, steps=steps, guidance_scale=guidance),
+            size=options.size,
+            thing=str(options.sketch),
+        )
+        options.out.write_bytes(picture)
+        if options.layer is not None:
+            options.layer.write_bytes(layer)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; give files that can be read or written", file=sys.stderr)
+        return 2
+    except (AnimeDiffusionError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="colorize.py", description="Color a line drawing like a reference image.")
+    parser.add_argument("sketch", metavar="SKETCH", type=Path, help="PNG, JPEG or WebP: dark lines on light paper")
+    parser.add_argument("reference", metavar="REFERENCE", type=Path, help="image with the colors")
+    parser.add_argument("out", metavar="OUT.png", type=Path)
+    parser.add_argument("--layer", metavar="FILE.png", type=Path, help="also write the color without the lines")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="the model's own default if left out")
+    parser.add_argument("--guidance-scale", type=float, help="the model's own default if left out")
+    parser.add_argument("--size", choices=["native", "model"], default="native", help="the sketch's, or the model's")
+    return parser
+
+
+def _tensor(pixels: Pixels) -> torch.Tensor:
+    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])

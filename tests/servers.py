@@ -1,0 +1,130 @@
+"""Servers of others that tests talk to, as processes on loopback: MLflow and PostgreSQL."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+START_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class MlflowServer:
+    """A real `mlflow server`, which can be killed and started again on the same port.
+
+    Args:
+        folder: its own.
+        options: of the command, in place of SQLite and files in the folder.
+        environment: more variables for it.
+    """
+
+    def __init__(self, folder: Path, options: list[str] | None = None, environment: Mapping[str, str] | None = None):
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.options = options or [
+            f"--backend-store-uri=sqlite:///{folder}/mlflow.db",
+            f"--artifacts-destination={folder / 'files'}",
+        ]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.environment = {**os.environ, **quiet, **(environment or {})}
+        self.environment.pop("MLFLOW_TRACKING_URI", None)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGTERM)
+
+    def start(self) -> None:
+        """Return when it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1"]
+        with open(self.folder / "log", "a") as log:
+            self._process = subprocess.Popen(
+                [*command, *self.options],
+                env=self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until = time.monotonic() + START_S
+        while time.monotonic() < until and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+                return
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError((self.folder / "log").read_text())
+
+    def stop(self, signum: int = signal.SIGKILL) -> None:
+        """End it and the processes it started."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signum)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(timeout=20)
+        self._process = None
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """URI of an empty database of a PostgreSQL that is started for it; Debian's package, or what is on the PATH."""
+    with tempfile.TemporaryDirectory(prefix="postgres-") as name:
+        yield from _postgres(Path(name))
+
+
+def _postgres(folder: Path) -> Iterator[str]:
+    places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
+    found = shutil.which("initdb", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    assert found is not None, "no PostgreSQL: install the package postgresql"
+    tools, data, port = Path(found).parent, folder / "data", free_port()
+    owner: dict[str, object] = {}
+    if os.getuid() == 0:  # PostgreSQL refuses to be root
+        user = pwd.getpwnam("postgres" if any(u.pw_name == "postgres" for u in pwd.getpwall()) else "nobody")
+        owner = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        os.chown(folder, user.pw_uid, user.pw_gid)
+    initdb = [str(tools / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust", "--no-sync"]
+    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **owner)  # type: ignore[call-overload]
+    settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
+    command = [str(tools / "postgres"), "-D", str(data), *(f"-c{key}={value}" for key, value in settings.items())]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **owner)  # type: ignore[call-overload]
+    try:
+        ready = [str(tools / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
+        until = time.monotonic() + START_S
+        while subprocess.run(ready, capture_output=True).returncode:
+            if process.poll() is not None or time.monotonic() > until:
+                raise TimeoutError((folder / "log").read_text())
+            time.sleep(0.1)
+        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)  # "fast": clients are thrown out
+        process.wait(timeout=30)
