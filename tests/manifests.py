@@ -8,6 +8,7 @@ helm-chart/kuberay-operator/crds of that version, when an object begins to use a
     PYTHONPATH=tests python tests/manifests.py CRDS
 """
 
+# ruff: noqa: N815 - the names are the API's
 from __future__ import annotations
 
 import functools
