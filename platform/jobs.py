@@ -197,7 +197,8 @@ def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
     if reason is not None:
         raise ClusterError(thing, reason, "set RAY_API_SERVER_ADDRESS to the cluster's dashboard")
     token = _token()
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    # It sets its own level when it is imported, and would say that each log has ended.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except Exception as error:  # Ray raises RuntimeError, ConnectionError and aiohttp's errors
