@@ -100,6 +100,7 @@ def _fit(
         train_worker,
         train_loop_config={
             "run": config.model_dump(mode="json"),
+            "run_name": work.run,
             "checkpoints": work.checkpoints,
             "image_size": work.image_size,
             "init_weights": weights,

@@ -32,6 +32,7 @@ from animediffusion.pipelines.checkpoints import (
     read_scores,
 )
 from animediffusion.pipelines.dataset import decode_rows
+from animediffusion.pipelines.gauges import Gauges
 from animediffusion.pipelines.recipe import TrainConfig
 from animediffusion.pipelines.scoring import Scorer
 from animediffusion.platform import storage
@@ -78,9 +79,9 @@ def train_worker(config: dict[str, Any]) -> None:
     """One rank of a run. Continues from the newest good checkpoint, else from `init_from`.
 
     Args:
-        config: run (TrainConfig as a dictionary), checkpoints (URI of their folder), image_size, init_weights (object
-            reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress (actor),
-            samples (rows to score, or None).
+        config: run (TrainConfig as a dictionary), run_name, checkpoints (URI of their folder), image_size, init_weights
+            (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress
+            (actor), samples (rows to score, or None).
     """
     _Rank(config).run()
 
@@ -239,6 +240,7 @@ class _Log:
         self.last = (rank.state.step, self.begun, 0.0)
         self.timed: float | None = None
         self.values: dict[str, float] = {}
+        self.gauges = Gauges(rank.shared["run_name"])
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
         place, run = rank.shared["checkpoints"], rank.run_config
         self.scorer = Scorer(place, rank.shared) if rank.shared["samples"] is not None else None
@@ -270,6 +272,7 @@ class _Log:
         by_level = {f"loss_by_noise/{i}": total / count for i, (total, count) in means if count}
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
         self.run.log({**self.values, **by_level}, step.step)
+        self.gauges.set(step=step.step, workers=self.rank.world_size, **self.values)
         if self.scorer is not None:
             self.scorer.look(0)
         self._tell()

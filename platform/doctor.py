@@ -3,7 +3,8 @@
     for check in checks(settings, [attention_probe]):
         print("ok " if check.ok else "NO ", check.name, check.detail)
 
-Not here: anything that needs torch; the caller hands such checks over as functions.
+On a cluster, every node is asked, too (platform/nodes.py). Not here: anything that needs torch; the caller hands such
+checks over as functions.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 import animediffusion
-from animediffusion.platform import cluster, jobs, tracking
+from animediffusion.platform import cluster, jobs, nodes, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import why_unreachable, without_password
+from animediffusion.platform.nodes import PACKAGES
 
-PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "kornia", "safetensors", "optuna", "fastapi")
 OPTIONAL_PACKAGES = ("xformers", "torchvision")
 PYTHONS = ((3, 11), (3, 13))
 MIN_FREE_BYTES = 5 * 1024**3
@@ -44,12 +46,19 @@ class Check:
 Probe = Callable[[], Check]
 
 
-def checks(settings: Settings, probes: Iterable[Probe] = ()) -> list[Check]:
+def checks(
+    settings: Settings,
+    probes: Iterable[Probe] = (),
+    device: Callable[[], str] = lambda: "not asked",
+    store: str | None = None,
+) -> list[Check]:
     """Every check, in the order to read them; none raises, and none takes longer than some seconds.
 
     Args:
         settings: workspace and addresses.
         probes: further checks, for example which device and which attention torch will use.
+        device: of a cluster's node, as a line; runs there.
+        store: URI of a folder that this machine, or every node of the cluster, is to write to and read from.
     """
     named: list[tuple[str, Probe]] = [
         ("python", _python),
@@ -62,7 +71,25 @@ def checks(settings: Settings, probes: Iterable[Probe] = ()) -> list[Check]:
         ("ray", _ray),
         ("ray jobs", _jobs),
     ]
-    return [_guarded(name, probe) for name, probe in named]
+    found = [_guarded(name, probe) for name, probe in named]
+    if cluster.cluster_address() is not None and {check.name: check.ok for check in found}["ray"]:
+        return found + _on_all_nodes(settings, device, store)
+    return found if store is None else [*found, _guarded("store", lambda: _store(store))]
+
+
+def _on_all_nodes(settings: Settings, device: Callable[[], str], store: str | None) -> list[Check]:
+    try:
+        cluster.connect(settings)
+        return [Check(*one) for one in nodes.checks(settings, device, store)]
+    except AnimeDiffusionError as error:
+        return [Check("nodes", False, str(error))]
+    except Exception as error:  # as in _guarded
+        return [Check("nodes", False, f"{type(error).__name__}: {tracking.first_line(error)}")]
+
+
+def _store(folder: str) -> Check:
+    wrong = nodes.write_and_read(folder)
+    return Check("store", wrong is None, f"{folder} {wrong or 'is written and read'}")
 
 
 def report(found: Sequence[Check]) -> dict[str, Any]:
@@ -83,7 +110,8 @@ def _python() -> Check:
     low, high = PYTHONS
     ok = low <= sys.version_info[:2] <= high
     needed = "" if ok else f"; {low[0]}.{low[1]} to {high[0]}.{high[1]} is supported"
-    detail = f"{platform.python_version()} at {sys.executable}, animediffusion {animediffusion.__version__}{needed}"
+    package = f"animediffusion {animediffusion.__version__} at {Path(animediffusion.__file__).parent}"
+    detail = f"{platform.python_version()} at {sys.executable}, {package}{needed}"
     return Check("python", ok, detail)
 
 

@@ -64,7 +64,7 @@ def submit(verb: Sequence[str], *, with_code: bool = False, name: str | None = N
     with _client() as client:
         return str(
             client.submit_job(
-                entrypoint=shlex.join([_python(), "-m", "animediffusion", *verb]),
+                entrypoint=f"{_python()} -m animediffusion {shlex.join(verb)}",
                 runtime_env=runtime_env,
                 submission_id=name,
                 metadata={"job_name": name or f"animediffusion {verb[0]}"},
@@ -165,9 +165,14 @@ def _time(milliseconds: int | None) -> str | None:
 
 
 def _python() -> str:
-    """The interpreter on the cluster: the image's, or this one where the cluster is this machine."""
-    host = urlsplit(api_address()).hostname
-    return sys.executable if host in ("127.0.0.1", "localhost", "::1") else "python"
+    """The interpreter on the cluster, for its shell: the image's.
+
+    Behind a loopback address may be this machine, where it is the one that runs this; or a cluster at the other end of
+    a tunnel or in a container, which has no such file.
+    """
+    if urlsplit(api_address()).hostname not in ("127.0.0.1", "localhost", "::1"):
+        return "python"
+    return f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
 
 
 def _token() -> str | None:
@@ -192,7 +197,8 @@ def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
     if reason is not None:
         raise ClusterError(thing, reason, "set RAY_API_SERVER_ADDRESS to the cluster's dashboard")
     token = _token()
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    # It sets its own level when it is imported, and would say that each log has ended.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except Exception as error:  # Ray raises RuntimeError, ConnectionError and aiohttp's errors

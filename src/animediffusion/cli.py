@@ -614,14 +614,18 @@ def _follow(follow: Callable[[str, Callable[[str], Any]], int], job: str) -> int
 
 
 @app.command()
-def doctor() -> int:
-    """Say what is installed, reachable, and which attention will run."""
+def doctor(
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix to write to and read from, on a cluster from every node.")
+    ] = None,
+) -> int:
+    """Say what is installed, reachable, and which attention will run; on a cluster (RAY_ADDRESS), on every node."""
     from animediffusion.platform import doctor as checkup
 
     console = _console()
     settings = _settings()
     _use_attention(settings)
-    found = checkup.checks(settings, [_torch_probe])
+    found = checkup.checks(settings, [_torch_probe], _device, storage)
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
     report = checkup.report(found)
     console.result(report, "\n".join(lines))
@@ -629,13 +633,20 @@ def doctor() -> int:
 
 
 def _torch_probe() -> Any:
+    from animediffusion.platform.doctor import Check
+
+    return Check("torch", True, _device())
+
+
+def _device() -> str:
+    """Of this process, and the attention that will run on it; `doctor` asks this of every node."""
     import torch
 
     from animediffusion.models.attention import expected_attention
-    from animediffusion.platform.doctor import Check
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return Check("torch", True, f"{device}; attention {expected_attention()}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"{count} x {torch.cuda.get_device_name()}" if count else f"cpu, {torch.get_num_threads()} threads"
+    return f"{device}; attention {expected_attention()}"
 
 
 def _version(show: bool) -> None:

@@ -1,76 +1,34 @@
 import json
-import os
-import secrets
-import shutil
-import signal
-import socket
+import re
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from head import Head, ray_head
 
 from animediffusion.cli import run
 from animediffusion.models.bundle import load_bundle
+from animediffusion.pipelines.checkpoints import list_steps
 from animediffusion.platform import jobs
 from animediffusion.platform.errors import ClusterError, ConfigError
 
 pytestmark = pytest.mark.ray
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A real `ray start --head` on loopback that asks for a token: (address of its jobs API, token)."""
-    token, port = secrets.token_hex(16), free_port()
-    # Ray's sockets live below this folder, and their paths may not be long.
-    folder = Path(f"/tmp/ray-{os.getpid()}")
-    log = tmp_path_factory.mktemp("ray") / "log"
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--port=0"]
-    command += ["--include-dashboard=true", f"--dashboard-port={port}", f"--temp-dir={folder}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on loopback, as in platform/cluster.py
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{address}/api/version", token, log)
-        yield address, token
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(url: str, token: str, log: Path) -> None:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(request, timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(log.read_text())
+def head() -> Iterator[Head]:
+    with ray_head("--num-cpus=2") as there:
+        yield there
 
 
 @pytest.fixture
-def cluster(head: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head[0])
-    monkeypatch.setenv("RAY_AUTH_TOKEN", head[1])
+def cluster(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
 
 
 @pytest.fixture
@@ -108,6 +66,54 @@ def test_a_job_with_wrong_usage_ends_with_2_even_with_the_code_sent_along(cluste
     assert "error: /nowhere/at all" in "".join(log)
 
 
+def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None, head: Head) -> None:
+    log: list[str] = []
+    job = jobs.submit(["doctor"], with_code=True)
+    jobs.follow(job, log.append)
+    assert re.search(r"animediffusion \S+ at \S+/runtime_resources/py_modules_files/", "".join(log))
+    told = json.loads(head.get(f"/api/jobs/{job}"))
+    assert set(told["runtime_env"]) - {"_ray_commit", "env_vars"} == {"py_modules"}
+    [resources] = [path for path in head.folder.glob("session_*/runtime_resources") if not path.parent.is_symlink()]
+    assert any(resources.glob("py_modules_files/*/animediffusion/models/unet.py"))
+    assert [path for tool in ("pip", "uv", "conda") for path in resources.glob(f"{tool}/*")] == []
+
+
+def test_no_secret_travels_with_a_job(cluster: None, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-s3", "ANIMEDIFFUSION_API_KEY": "planted-key"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    job = jobs.submit(["doctor"], with_code=True)
+    jobs.follow(job, lambda _: None)
+    told = head.get("/api/jobs/") + jobs.logs(job) + json.dumps(jobs.status(job))
+    assert job in told
+    assert [secret for secret in (*planted.values(), head.token) if secret in told] == []
+
+
+def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_dataset: str, tmp_path: Path) -> None:
+    settings = ["max_steps=400", "batch_size=4", "checkpoint_every=20", "log_every=5", "num_samples=0", "name=twice"]
+    verb = ["train", "demo", f"data={faces_dataset}", *settings, "--workspace", str(tmp_path), "--json"]
+    job = jobs.submit(verb)
+    while len(list_steps(str(tmp_path / "runs/twice/checkpoints"))) < 1:
+        assert jobs.status(job)["status"] in ("pending", "running")
+        time.sleep(0.2)
+    [driver] = [one for one in psutil.process_iter() if is_driver(one, str(tmp_path))]
+    driver.kill()
+    assert jobs.follow(job, lambda _: None) == 128 + 9
+    log: list[str] = []
+    assert jobs.follow(jobs.submit(verb), log.append) == 0
+    assert re.search(r"resuming twice at step \d+", "".join(log))
+    result = json.loads("".join(log).splitlines()[-1])
+    assert result["steps"] == 400
+    assert result["resumed_from"] >= 20
+
+
+def is_driver(process: psutil.Process, workspace: str) -> bool:
+    with suppress(psutil.Error):
+        words = process.cmdline()
+        return "python" in words[0] and "animediffusion" in words and workspace in words
+    return False
+
+
 def test_a_stopped_job_counts_as_interrupted(cluster: None, tmp_path: Path) -> None:
     log: list[str] = []
     job = jobs.submit(["data", "synthesize", str(tmp_path / "faces"), "--count", "1000000"])
@@ -134,6 +140,22 @@ def test_a_cluster_that_is_away_is_named_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(ClusterError, match=r"Ray jobs at http://127.0.0.1:9: does not answer"):
         jobs.jobs()
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+def test_a_wrong_token_is_one_line_on_the_command_line(
+    cluster: None, token: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    assert run(["jobs", "submit", "--", "doctor"]) == 2
+    assert re.fullmatch(r"error: Ray jobs at \S+: refuses the token; set RAY_AUTH_TOKEN .*\n", capsys.readouterr().err)
+
+
+def test_behind_a_tunnel_the_clusters_own_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/not/on/the cluster/python")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    told = subprocess.run(["sh", "-c", f"echo {jobs._python()}"], capture_output=True, text=True, check=True)
+    assert told.stdout == "python\n"
 
 
 def test_a_job_needs_a_verb() -> None:

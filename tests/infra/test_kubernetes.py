@@ -1,0 +1,229 @@
+"""infra/kubernetes: what is built from it, whether Kubernetes and KubeRay will take it, and what it lets in."""
+
+import copy
+import re
+import tomllib
+from pathlib import Path
+
+import manifests
+import pytest
+import yaml
+from manifests import FOLDERS, KUBERNETES, ROOT, build, containers, pods
+
+PLATFORM = ("small", "gpu")
+SECRETS = {"storage", "postgres", "redis", "ray-token"}
+NOT_OURS = {"postgres", "redis", "minio/minio"}
+
+
+def found(folder: str, kind: str) -> list[dict]:
+    return [one for one in build(KUBERNETES / folder) if one["kind"] == kind]
+
+
+def templates(one: dict) -> list[dict]:
+    """Every pod template of an object, with its labels."""
+    if isinstance(one, list):
+        return [template for item in one for template in templates(item)]
+    if not isinstance(one, dict):
+        return []
+    here = [one] if "containers" in one.get("spec", {}) else []
+    return here + [template for value in one.values() for template in templates(value)]
+
+
+def cluster(folder: str, kind: str) -> dict:
+    [one] = found(folder, kind)
+    return one["spec"] if kind == "RayCluster" else one["spec"]["rayClusterConfig"]
+
+
+def pins() -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+
+
+def selects(selector: dict, labels: dict) -> bool:
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    return wanted and all(labels.get(one["key"]) in one["values"] for one in selector.get("matchExpressions", []))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_object_fits_the_schema_of_its_kind(folder: str) -> None:
+    objects = build(KUBERNETES / folder)
+    assert objects
+    for one in objects:
+        manifests.check(one)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kustomize_builds_the_same(folder: str) -> None:
+    theirs = manifests.rendered_by_kustomize(KUBERNETES / folder)
+    if theirs is None:  # the tests above and below are about the same objects, built by manifests.build
+        pytest.skip("neither kustomize nor kubectl is installed")
+
+    def key(one: dict) -> tuple[str, str]:
+        return one["kind"], one["metadata"]["name"]
+
+    assert sorted(theirs, key=key) == sorted(build(KUBERNETES / folder), key=key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "named"),
+    [
+        ("RayCluster", lambda spec: spec.update(authOption={}), "authOption"),
+        ("RayCluster", lambda spec: spec["authOptions"].update(mode="tokn"), "authOptions"),
+        ("RayCluster", lambda spec: containers(spec)[0].update(imag=""), "imag"),
+        ("RayService", lambda spec: spec.pop("serveConfigV2"), "serveConfigV2"),
+        ("Deployment", lambda spec: spec.update(replica=1), "replica"),
+        ("NetworkPolicy", lambda spec: spec.update(policyTypes="Ingress"), "policyTypes"),
+    ],
+)
+def test_a_slip_in_an_object_is_found(kind: str, spoil, named: str) -> None:
+    one = copy.deepcopy(found("gpu", kind)[0])
+    spoil(one["spec"])
+    with pytest.raises(ValueError, match=named):
+        manifests.check(one)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_nothing_runs_as_root_or_without_limits(folder: str) -> None:
+    for one in build(KUBERNETES / folder):
+        for pod in pods(one):
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["runAsUser"] >= 999
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert pod["enableServiceLinks"] is False
+            assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+            assert all("hostPath" not in volume for volume in pod.get("volumes", []))
+        for container in containers(one):
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_everything_that_stays_up_is_probed(folder: str) -> None:
+    staying = [one for one in build(KUBERNETES / folder) if one["kind"] not in ("Job", "RayJob")]
+    probed = [container for one in staying for container in containers(one)]
+    assert len(probed) >= 5
+    for container in probed:
+        assert {"readinessProbe", "livenessProbe"} <= set(container), container["name"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_secrets_come_by_reference_and_are_told_of_in_the_manual(folder: str) -> None:
+    objects = build(KUBERNETES / folder)
+    assert "Secret" not in {one["kind"] for one in objects}
+    for variable in [variable for one in objects for box in containers(one) for variable in box.get("env", [])]:
+        if re.search("PASSWORD|SECRET|TOKEN|KEY", variable["name"]):
+            assert "secretKeyRef" in variable["valueFrom"], variable["name"]
+    text = "\n---\n".join(yaml.safe_dump(one) for one in objects)
+    used = set(re.findall(r"secret(?:Key)?Ref:\n(?:\s+key: \S+\n)?\s+name: (\S+)", text))
+    used |= set(re.findall(r"secretName: (\S+)", text))
+    assert used <= SECRETS
+    manual = (ROOT / "docs/cluster.md").read_text()
+    assert all(f"secret generic {name} " in manual for name in used)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_versions_are_those_of_the_project(folder: str) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for one in build(KUBERNETES / folder):
+        for container in containers(one):
+            name, _, tag = container["image"].rpartition(":")
+            assert tag.startswith(version) or name in NOT_OURS, container["image"]
+    for kind in ("RayCluster", "RayService") if folder in PLATFORM else ():
+        assert cluster(folder, kind)["rayVersion"] == pins()["ray"]
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_a_ray_cluster_asks_for_a_token_and_keeps_its_state_outside(folder: str, kind: str) -> None:
+    spec = cluster(folder, kind)
+    assert spec["authOptions"] == {"mode": "token", "secretName": "ray-token"}
+    assert spec["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert spec["headGroupSpec"]["enableIngress"] is False
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_nothing_is_published_outside_the_cluster(folder: str) -> None:
+    assert "Ingress" not in {one["kind"] for one in build(KUBERNETES / folder)}
+    assert all(one["spec"].get("type", "ClusterIP") == "ClusterIP" for one in found(folder, "Service"))
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_only_the_operator_and_submitters_reach_a_dashboard(folder: str) -> None:
+    allowed = {"jobs": {"kuberay-operator", "submitter"}, "serve": {"kuberay-operator"}}
+    for policy in found(folder, "NetworkPolicy"):
+        for rule in policy["spec"].get("ingress", []):
+            if 8265 in [port["port"] for port in rule.get("ports", [])]:
+                peers = {next(iter(peer["podSelector"]["matchLabels"].values())) for peer in rule["from"]}
+                assert peers == allowed.pop(policy["metadata"]["name"])
+    assert allowed == {}
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_every_pod_is_behind_the_rule_that_refuses_and_every_server_behind_one_of_its_own(folder: str) -> None:
+    policies = found(folder, "NetworkPolicy")
+    [everything] = [one for one in policies if one["spec"]["podSelector"] == {}]
+    assert everything["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in everything["spec"]
+    for one in build(KUBERNETES / folder):
+        for template in templates(one) if one["kind"] != "Job" else []:
+            labels = template["metadata"]["labels"]
+            own = [policy for policy in policies if selects(policy["spec"]["podSelector"], labels)]
+            assert any(policy["spec"].get("ingress") for policy in own), labels
+
+
+def test_no_pod_that_needs_none_holds_a_token_of_kubernetes() -> None:
+    for folder in FOLDERS:
+        for one in build(KUBERNETES / folder):
+            for pod in pods(one):
+                head = pod["containers"][0]["name"] == "ray-head"
+                assert head or pod["automountServiceAccountToken"] is False, one["metadata"]["name"]
+
+
+def test_gpu_heads_stay_and_compute_nothing_and_spot_machines_come_first() -> None:
+    for kind in ("RayCluster", "RayService"):
+        spec = cluster("gpu", kind)
+        head = spec["headGroupSpec"]
+        assert head["rayStartParams"]["num-cpus"] == "0"
+        assert head["template"]["spec"]["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}
+        assert spec["enableInTreeAutoscaling"] is True
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        for group in spec["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+            # With this autoscaler KubeRay refuses anything else.
+            assert "restartPolicy" not in group["template"]["spec"]
+    groups = {group["groupName"]: group for group in cluster("gpu", "RayCluster")["workerGroupSpecs"]}
+    assert groups["gpu-spot"]["priority"] > groups["gpu-on-demand"]["priority"]
+    limits = {name: containers(group)[0]["resources"]["limits"] for name, group in groups.items()}
+    assert [limits[name].get("nvidia.com/gpu") for name in ("cpu", "gpu-spot", "gpu-on-demand")] == [None, "1", "1"]
+    assert all(group["minReplicas"] == 0 for group in groups.values())
+
+
+def test_one_engine_fits_on_one_serving_pod() -> None:
+    [service] = found("gpu", "RayService")
+    [application] = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert int(containers(group)[0]["resources"]["limits"]["nvidia.com/gpu"]) >= application["args"]["engine_gpus"]
+    assert int(containers(group)[0]["resources"]["limits"]["cpu"]) > application["args"]["engine_cpus"]
+    assert group["maxReplicas"] >= application["args"]["max_replicas"]
+
+
+def test_mlflow_answers_to_the_names_that_it_has() -> None:
+    for folder in PLATFORM:
+        [server] = found(folder, "Deployment")
+        [names] = [part for part in containers(server)[0]["args"] if part.startswith("--allowed-hosts=")]
+        [settings] = found(folder, "ConfigMap")
+        asked = settings["data"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
+        assert asked in names.removeprefix("--allowed-hosts=").split(",")
+        assert "*" not in names
+
+
+def test_the_training_job_runs_on_the_cluster_that_is_there() -> None:
+    [job] = found("train", "RayJob")
+    [there] = found("small", "RayCluster")
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": there["metadata"]["name"]}
+    words = job["spec"]["entrypoint"].split()
+    assert words[:2] == ["animediffusion", "train"]
+    assert {"data", "storage", "name"} <= {word.partition("=")[0] for word in words}
+    assert not Path(KUBERNETES / "train" / "rayjob.yaml").read_text().count("runtimeEnvYAML")

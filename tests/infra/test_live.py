@@ -1,0 +1,244 @@
+"""What infra/ says of a running cluster, against one: Serve configurations are deployed, dashboards and alerts name
+metrics that are scraped, `doctor` asks every node. One real head on loopback; its GPU is a number."""
+
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import manifests
+import promql_parser
+import pytest
+import ray
+import torch
+import yaml
+from head import Head, free_port, ray_head
+from manifests import KUBERNETES, ROOT
+from PIL import Image
+from tiny import NETWORK
+
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
+from animediffusion.models.unet import UNetConfig
+from animediffusion.platform import jobs
+from animediffusion.platform.config import Settings
+from animediffusion.platform.registry import Registry
+
+pytestmark = pytest.mark.ray
+
+GRAFANA = ROOT / "infra/grafana"
+DASHBOARDS = sorted(GRAFANA.glob("*.json"))
+RULES = GRAFANA / "alerts.yaml"
+PORT = free_port()
+
+
+def serve_configs() -> dict[str, dict]:
+    found = {"compose": yaml.safe_load((ROOT / "infra/serve.yaml").read_text())}
+    for folder in ("small", "gpu"):
+        [service] = [one for one in manifests.build(KUBERNETES / folder) if one["kind"] == "RayService"]
+        found[folder] = yaml.safe_load(service["spec"]["serveConfigV2"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose champion is a network with random weights."""
+    folder = tmp_path_factory.mktemp("live")
+    torch.manual_seed(0)
+    network = UNetConfig(**yaml.safe_load(NETWORK)["network"])
+    config = BundleConfig(network=network, image_size=32, sampler=SamplerDefaults(steps=2))
+    save_bundle(folder / "bundle", config.build(), config)
+    registry = Registry(Settings(workspace=folder / "workspace"))
+    registry.register(folder / "bundle", sha256=identity(folder / "bundle"))
+    registry.set_alias("champion", 1)
+    return folder / "workspace"
+
+
+@pytest.fixture(scope="module")
+def client(workspace: Path) -> Iterator[httpx.Client]:
+    """One that may ask, where the application asks for a key."""
+    headers = {}
+    if find_spec("animediffusion.platform.keys"):
+        keys = import_module("animediffusion.platform.keys").Keys(str(workspace / "keys.json"))
+        headers["Authorization"] = f"Bearer {keys.create('tests')}"
+    with httpx.Client(headers=headers, timeout=60, trust_env=False, base_url=f"http://127.0.0.1:{PORT}") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def head(workspace: Path) -> Iterator[Head]:
+    settings = {"ANIMEDIFFUSION_WORKSPACE": str(workspace), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (
+        ray_head("--num-cpus=8", "--num-gpus=1", RAY_metrics_report_interval_ms="1000", **settings) as there,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_API_SERVER_ADDRESS", there.address)
+        patch.setenv("RAY_AUTH_TOKEN", there.token)
+        yield there
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, bytes]:
+    found = {}
+    for name, color in (("sketch", "white"), ("reference", "red")):
+        buffer = io.BytesIO()
+        Image.new("RGB", (48, 48), color).save(buffer, "PNG")
+        found[name] = buffer.getvalue()
+    return found
+
+
+def deploy(head: Head, config: dict) -> None:
+    """As `serve deploy` does; only the place is another: loopback, and a port that nobody has."""
+    config = {**config, "http_options": {"host": "127.0.0.1", "port": PORT}}
+    headers = {"Authorization": f"Bearer {head.token}"}
+    url = f"{head.address}/api/serve/applications/"
+    httpx.put(url, json=config, headers=headers, timeout=60).raise_for_status()
+    end = time.monotonic() + 150
+    while time.monotonic() < end:
+        found = httpx.get(url, headers=headers, timeout=60).json()["applications"]["animediffusion"]
+        if found["status"] == "RUNNING":
+            return
+        assert found["status"] != "DEPLOY_FAILED", found["message"]
+        time.sleep(0.5)
+    raise TimeoutError(json.dumps(found)[:3000])
+
+
+def until_colored(client: httpx.Client, pictures: dict[str, bytes]) -> httpx.Response:
+    """The answer, which is no picture only if there was none for a minute."""
+    end = time.monotonic() + 60
+    while True:
+        with suppress(httpx.TransportError):
+            answer = client.post("/v1/colorize", files=pictures)
+            if answer.status_code == 200 or time.monotonic() > end:
+                return answer
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def scraped(head: Head, faces_dataset: str, client: httpx.Client, pictures: dict[str, bytes]) -> dict[str, str]:
+    """Every metric, name to type, that the node showed while it trained and served."""
+    deploy(head, serve_configs()["small"])
+    until_colored(client, pictures)
+    client.post("/v1/colorize")  # an error, to be counted
+    text: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            text.append(head.scrape())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    recipe = ["train", "demo", f"data={faces_dataset}", "max_steps=60", "batch_size=4", "log_every=5", "name=watched"]
+    code = jobs.follow(
+        jobs.submit([*recipe, "num_samples=0", "use_gpu=false"]), lambda _: until_colored(client, pictures)
+    )
+    time.sleep(3)
+    done.set()
+    watcher.join()
+    assert code == 0
+    return dict(re.findall(r"^# TYPE (\S+) (\w+)$", "\n".join(text), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["compose", "small", "gpu"])
+def test_a_serve_configuration_deploys_and_colors_a_picture(
+    name: str, head: Head, client: httpx.Client, pictures: dict[str, bytes]
+) -> None:
+    deploy(head, serve_configs()[name])
+    answer = until_colored(client, pictures)
+    assert answer.status_code == 200, answer.text
+    assert Image.open(io.BytesIO(answer.content)).size == (48, 48)
+    assert answer.headers["X-Model-Version"] == "1"
+
+
+def expressions() -> list[str]:
+    found = []
+    for path in DASHBOARDS:
+        board = json.loads(path.read_text())
+        found += [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+        found += [one["query"] for one in board["templating"]["list"] if one["type"] == "query"]
+    for group in yaml.safe_load(RULES.read_text())["groups"]:
+        found += [rule["expr"] for rule in group["rules"]]
+    return [re.sub(r"^label_values\((\w+), ?\w+\)$", r"\1", one) for one in found]
+
+
+def metrics_in(expression: str) -> set[str]:
+    """Names of a PromQL expression; a variable of Grafana stands for any value."""
+    tree = promql_parser.parse(
+        expression.replace("$__rate_interval", "5m").replace("$run", "a").replace("$version", "1")
+    )
+    return set(re.findall(r"\bray_\w+", str(tree)))
+
+
+def test_dashboards_and_alerts_are_in_promql() -> None:
+    assert len(DASHBOARDS) == 2
+    assert all(metrics_in(expression) for expression in expressions())
+    with pytest.raises(ValueError, match=r"unclosed|unexpected|paren"):
+        metrics_in("rate(ray_x[5m]")
+
+
+def test_dashboards_and_alerts_name_what_ray_exports(scraped: dict[str, str]) -> None:
+    named = set().union(*(metrics_in(expression) for expression in expressions()))
+    if not (ROOT / "serve/metrics.py").exists():
+        named -= {name for name in named if name.startswith("ray_animediffusion_") and "_train_" not in name}
+    there = {name + suffix for name, kind in scraped.items() for suffix in suffixes(kind)}
+    # Of GPUs a machine without one shows nothing; Ray's own dashboards name the same.
+    panels = (
+        Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards/default_dashboard_panels.py"
+    ).read_text()
+    gpu = {name for name in named if "gpu" in name and name in panels}
+    assert named - there - gpu == set()
+
+
+def suffixes(kind: str) -> tuple[str, ...]:
+    return ("", "_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+
+
+def test_training_shows_its_own_numbers(scraped: dict[str, str]) -> None:
+    from animediffusion.pipelines.gauges import GAUGES, PREFIX
+
+    assert {f"ray_{PREFIX}{name}" for name in GAUGES} <= set(scraped)
+
+
+def test_doctor_as_a_job_asks_every_node(head: Head, workspace: Path) -> None:
+    log: list[str] = []
+    code = jobs.follow(jobs.submit(["doctor", "--storage", str(workspace / "probe"), "--json"]), log.append)
+    report = json.loads("".join(log).splitlines()[-1])
+    checks = {one["name"]: one for one in report["checks"]}
+    assert code == (0 if report["ok"] else 1)
+    assert re.match(r"1 answer; all with python 3.*torch 2.*ray 2", checks["nodes"]["detail"])
+    assert "attention" in checks["devices"]["detail"]
+    assert "written and read by 1 nodes" in checks["node store"]["detail"]
+    assert checks["ray auth"]["ok"]
+    assert "refuses who has no token" in checks["ray auth"]["detail"]
+    assert checks["ray ports"]["detail"] == "all on loopback"
+    assert all(checks[name]["ok"] for name in ("nodes", "devices", "node store", "node mlflow", "ray ports"))
+
+
+def test_a_store_that_a_node_cannot_write_is_named(head: Head) -> None:
+    log: list[str] = []
+    assert jobs.follow(jobs.submit(["doctor", "--storage", "/proc/nowhere"]), log.append) == 1
+    assert re.search(r"^NO  node store +/proc/nowhere: ", "".join(log), flags=re.MULTILINE)
+
+
+def test_what_a_dashboard_refers_to_is_a_datasource_by_choice() -> None:
+    for path in DASHBOARDS:
+        board = json.loads(path.read_text())
+        assert board["uid"]
+        assert board["title"]
+        assert {panel["datasource"]["uid"] for panel in board["panels"] if "targets" in panel} == {"${datasource}"}
+        assert board["templating"]["list"][0]["type"] == "datasource"
+
+
+def test_every_alert_says_what_to_do() -> None:
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert {"SwapStuck", "ReplicaFailing", "DataStarvation"} <= {rule["alert"] for rule in rules}
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert {"summary", "description"} <= set(rule["annotations"])
