@@ -146,7 +146,8 @@ class EngineDeployment:
         name = serve.get_replica_context().replica_id.unique_id
         # Serve admits 2 max_batch at most, so the engine's own queue never refuses anybody.
         use_attention(args.settings().attention)
-        self.replica = Replica(max_batch=args.max_batch, max_queue=2 * args.max_batch, name=name)
+        device = "cpu" if args.engine_gpus == 0 else None  # Ray hides no GPU from who asked for none
+        self.replica = Replica(max_batch=args.max_batch, max_queue=2 * args.max_batch, device=device, name=name)
         self.follower = Follower(self.replica, ModelSource(args.settings(), args.model), args.poll_s)
         self.follower.start(STARTING_PATIENCE_S)
         self.exporter = Exporter(self.follower)

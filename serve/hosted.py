@@ -76,11 +76,10 @@ class Hosted:
 
     @property
     def pending_pictures(self) -> float:
-        """The work that is here, in pictures at the model's default settings: one half done counts 0.5."""
+        """The work that is here, in pictures of the model's default steps: one half done counts 0.5, a guided one 2."""
         defaults = self.engine.bundle.config.sampler
-        path = self.engine.bundle.denoiser.path
-        rows = build_sampler(defaults.name, path).num_evaluations(defaults.steps)
-        return self.engine.work_left / (rows if defaults.guidance_scale == 1 else 2 * rows)
+        sampler = build_sampler(defaults.name, self.engine.bundle.denoiser.path)
+        return self.engine.work_left / sampler.num_evaluations(defaults.steps)
 
     def check(self) -> None:
         """Raise RuntimeError if the engine's thread has ended, or hangs in a turn."""

@@ -5,6 +5,7 @@ docs/serving.md lists the names. Every series says its `version`; Ray adds appli
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter as Totals
 from typing import Any
@@ -18,6 +19,8 @@ PERIOD_S = 2.0
 TURN_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0]
 PREFIX = "animediffusion_"
 _BY_OUTCOME = ("version", "outcome")
+
+log = logging.getLogger(__name__)
 
 
 class Exporter:
@@ -82,9 +85,13 @@ class Exporter:
         self._missing.set(len(self.follower.missing))
 
     def _run(self) -> None:
-        self.export()
-        while not self._stop.wait(self.period_s):
-            self.export()
+        while True:
+            try:
+                self.export()
+            except Exception:  # pictures matter more than their count
+                log.exception("the metrics of this engine were not brought up to date")
+            if self._stop.wait(self.period_s):
+                return
 
 
 def requests_counter() -> Any:

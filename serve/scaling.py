@@ -1,7 +1,8 @@
 """How many engines the present work asks for: Ray Serve's autoscaler calls this.
 
 Work is counted in network evaluations still to do, not in requests: a picture of 100 steps is as much as ten of 10, and
-one that is nearly finished is nearly nothing. One unit is a picture at its model's default settings that has not begun.
+one that is nearly finished is nearly nothing. One unit is a picture of its model's default steps that has not begun;
+guidance, which evaluates twice, makes it two.
 Ray pickles this module by value into its controller, so it imports nothing of ours.
 """
 

@@ -143,6 +143,7 @@ class Follower:
         self.missing: list[str] = []
         """Versions that are wanted and not loaded here."""
         self._looked_at = float("-inf")
+        self._warned = ""
         self._failures: dict[str, _Failure] = {}
         self._standing: str | None = None
         """The version that answers as the main one."""
@@ -169,7 +170,7 @@ class Follower:
         try:
             plan = self.source.plan()
         except AnimeDiffusionError as error:
-            log.warning("cannot follow %s: %s", self.source.model, error)
+            self._warn(f"cannot follow {self.source.model}: {error}")
             if not self.replica.versions:
                 self.replica.error = str(error)
             return bool(self.replica.versions)
@@ -209,7 +210,7 @@ class Follower:
         try:
             earlier = [version for version in self.source.earlier() if version not in plan.shares]
         except RegistryError as error:
-            log.warning("the history cannot be read: %s", error)
+            self._warn(f"the history cannot be read: {error}")
             return None
         return next((version for version in dict.fromkeys(earlier[:MAX_EARLIER]) if self._try(version)), None)
 
@@ -223,7 +224,7 @@ class Follower:
         try:
             self.replica.host(version, self.source.fetch(version), self.source.sha256(version))
         except Exception as error:  # whatever is wrong with it, what answers goes on
-            log.warning("version %s does not work here: %s", version, error)
+            self._warn(f"version {version} does not work here: {error}")
             away = isinstance(error, RegistryError | StorageError)
             pause_s = 0.0 if away else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
             self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)
@@ -237,7 +238,13 @@ class Follower:
         try:
             self.source.forget(version)
         except AnimeDiffusionError as error:
-            log.warning("the copy of version %s stays: %s", version, error)
+            self._warn(f"the copy of version {version} stays: {error}")
+
+    def _warn(self, text: str) -> None:
+        """Log what is new, not each period what was said before."""
+        if text != self._warned:
+            log.warning("%s", text)
+        self._warned = text
 
     def _follow(self) -> None:
         while not self._stop.wait(self.period_s * random.uniform(0.8, 1.2)):

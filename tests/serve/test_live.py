@@ -189,6 +189,6 @@ def test_pictures_that_are_being_made_are_finished_when_the_application_ends(stu
     slow = {"num_inference_steps": "100", "sampler": "heun", "guidance_scale": "2"}
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(studio.client.post, "/v1/colorize", files=studio.files, data=slow) for _ in range(4)]
-        studio.seconds_until(lambda: studio.models()["replicas"][0]["running"] == 4)
+        studio.seconds_until(lambda: sum(studio.models()["replicas"][0][key] for key in ("running", "queued")) == 4)
         serve.delete(APP_NAME)
     assert [answer.result().status_code for answer in answers] == [200] * 4
