@@ -58,15 +58,24 @@ def dossier(registry: Registry, version: Version) -> dict[str, Any]:
     """
     tags = version.tags
     training = {key: tags.get(key) for key in ("run", "recipe", "steps", "batch_size", "attention", "source")}
-    recipe = registry.read_file(version.version, RECIPE)
+    ancestors = lineage(registry, version)
     has_samples = SAMPLES in registry.file_names(version.version)
     return {
         "training": {key: value for key, value in training.items() if value},
         "dataset": {"uri": tags.get("data"), "hash": tags.get("data_hash")},
-        "lineage": lineage(registry, version),
-        "config": yaml.safe_load(recipe) if recipe else None,
+        "lineage": ancestors,
+        "config": _config(registry, ancestors),
         "samples": f"{registry.location(version.version).rstrip('/')}/{SAMPLES}" if has_samples else None,
     }
+
+
+def _config(registry: Registry, ancestors: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the run that trained the weights: a tuned version has those of its parent."""
+    for one in ancestors:
+        recipe = registry.read_file(one["version"], RECIPE)
+        if recipe is not None or one["made"] != "tuned":
+            return dict(yaml.safe_load(recipe)) if recipe else None
+    return None
 
 
 def samples(registry: Registry, version: Version) -> bytes:

@@ -59,9 +59,18 @@ def _take(registry: Registry, name: str, stale_s: float) -> None:
         if present != holder:
             holder, since = present, time.monotonic()
         elif present is not None and time.monotonic() - since > stale_s:
-            with suppress(MlflowException):
-                registry.client.delete_registered_model(name)
+            _end(registry, name)
+            holder = None
         time.sleep(random.uniform(*_POLL_S))
+
+
+def _end(registry: Registry, name: str) -> None:
+    """End the turn of somebody who is gone; refused where the model is another user's, which then is the error."""
+    try:
+        registry.client.delete_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another one who waited was first
+            raise
 
 
 def _created(registry: Registry, name: str) -> int | None:

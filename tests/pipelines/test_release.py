@@ -8,10 +8,12 @@ import torch
 from bundles import NETWORK, evaluation, new_model, write_bundle
 from servers import MlflowServer
 
-from animediffusion.models.bundle import BundleConfig, save_bundle
+from animediffusion import cli
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle, with_sampler
 from animediffusion.pipelines import release
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
+from animediffusion.platform.images import decode_rgb
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.storage import upload_folder
 from animediffusion.platform.tracking import TRAINING, Run
@@ -273,3 +275,45 @@ def test_a_bundle_may_lie_in_an_object_store(settings, bundle, moto_server):
     assert version.sha256 == release.check_bundle(folder).sha256
     with pytest.raises(StorageError, match="s3://bucket/models/two: does not exist"):
         release.register(settings, "s3://bucket/models/two")
+
+
+def test_a_version_tells_where_it_comes_from(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ANIMEDIFFUSION_MODEL_NAME", settings.model_name)
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.yaml").write_text("recipe: phase1\nbatch_size: 8\n")
+    (first / "run.json").write_text("{}")
+    made = {
+        "run": "first",
+        "objective": "denoising",
+        "steps": 20,
+        "batch_size": 8,
+        "data": "faces",
+        "data_hash": "d" * 64,
+    }
+    one = release.register(settings, write_bundle(first / "bundle", 1, evaluation(), **made))
+    tuned = tmp_path / "tuned"
+    sha256 = with_sampler(first / "bundle", tuned, SamplerDefaults(steps=1), metrics={})
+    release.register(settings, tuned, parent=one.version)
+    second = {**made, "run": "second", "objective": "reconstruction", "parent": sha256}
+    release.register(settings, write_bundle(tmp_path / "second", 2, evaluation(21.0), **second))
+
+    shown = release.show(settings, 3, tmp_path / "samples.png")
+    assert [(step["version"], step["made"], step["run"]) for step in shown["lineage"]] == [
+        (3, "phase 2", "second"), (2, "tuned", "first"), (1, "phase 1", "first")
+    ]  # fmt: skip
+    assert shown["dataset"] == {"uri": "faces", "hash": "d" * 64}
+    assert release.show(settings, 2)["config"] == {"recipe": "phase1", "batch_size": 8}
+    assert shown["config"] is None
+    assert decode_rgb((tmp_path / "samples.png").read_bytes()).shape[0] > 300
+    assert Path(shown["samples"].removeprefix("file://")).read_bytes() == (tmp_path / "samples.png").read_bytes()
+    capsys.readouterr()
+    assert cli.run(["models", "show", "2", "--workspace", str(settings.workspace)]) == 0
+    page = capsys.readouterr().out
+    for text in (
+        f"version 2 of {settings.model_name}",
+        "tuned",
+        "faces, hash dddddddddddd",
+        "first, recipe demo, 20 steps",
+    ):
+        assert text in page

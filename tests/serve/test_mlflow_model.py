@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -21,6 +23,7 @@ from animediffusion.pipelines.synthesize import make_row
 from animediffusion.platform.images import encode_png
 from animediffusion.serve.standalone import paint
 
+REGISTRY_TEXT = Path(__file__).parents[2] / "docs" / "registry.md"
 CLIENT = """
 import sys, mlflow
 mlflow.set_tracking_uri(sys.argv[1])
@@ -102,6 +105,20 @@ def test_mlflows_scoring_server_takes_base64(model, drawing):
     assert answer.status == 200, answer.response
     [row] = json.loads(answer.response)["predictions"]
     assert base64.b64decode(row["image"]) == model.predict(drawing, params={"seed": 5})["image"][0]
+
+
+def test_the_example_of_the_text_runs(champion, drawing, tmp_path, monkeypatch):
+    settings, _ = champion
+    [example] = re.findall(r"```python\n(.*?)```", REGISTRY_TEXT.read_text(), flags=re.DOTALL)
+    for name, file in (("sketch", "drawing.png"), ("reference", "character.png")):
+        (tmp_path / file).write_bytes(drawing[name])
+    monkeypatch.chdir(tmp_path)
+    here = example.replace("http://mlflow:5000", settings.tracking_uri).replace(
+        "animediffusion@", f"{settings.model_name}@"
+    )
+    exec(here, {})
+    mlflow.set_tracking_uri(None)
+    assert pixels((tmp_path / "colored.png").read_bytes()).shape == (48, 48, 3)
 
 
 def test_a_client_without_this_package_and_without_pickle(champion, model, drawing, tmp_path):
