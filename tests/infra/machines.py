@@ -43,11 +43,11 @@ def network() -> None:
     sh("mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && ip link set lo up")
     sh(f"ip link add bridge type bridge && ip addr add {SERVICES}/24 dev bridge && ip link set bridge up")
     for name, address in (("head", HEAD), ("worker", WORKER)):
-        sh(f"ip netns add {name} && ip link add out-{name} type veth peer name in-{name} netns {name}")
+        sh(f"ip netns add {name} && ip link add out-{name} type veth peer name eth0 netns {name}")
         sh(f"ip link set out-{name} master bridge up")
         inside = f"nsenter --net=/run/netns/{name}"
-        sh(f"{inside} ip link set lo up && {inside} ip addr add {address}/24 dev in-{name}")
-        sh(f"{inside} ip link set in-{name} up")
+        sh(f"{inside} ip link set lo up && {inside} ip addr add {address}/24 dev eth0")
+        sh(f"{inside} ip link set eth0 up")
 
 
 class Machine:
@@ -65,7 +65,9 @@ class Machine:
             path.mkdir(exist_ok=True)
         mounts = "".join(f"mount -t tmpfs tmpfs {path}; " for path in (*own, "/dev/shm"))
         start = f"{BIN / 'ray'} start --block --num-cpus={CPUS} --object-store-memory=100000000 {' '.join(options)}"
-        command = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "sh", "-ec", f"{mounts}exec {start}"]
+        # Processes are its own, too: they end with the first of them.
+        apart = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--pid", "--fork", "--mount-proc"]
+        command = [*apart, "sh", "-ec", f"{mounts}exec {start}"]
         environment = {**os.environ, "HOME": str(own[0]), "ANIMEDIFFUSION_WORKSPACE": str(own[1])}
         with open(folder / f"{name}.log", "w") as log:
             self.process = subprocess.Popen(
@@ -90,13 +92,13 @@ def wait(what: str, holds, seconds: float = 180.0):
     raise TimeoutError(what)
 
 
-def job(*verb: str) -> dict:
+def job(*verb: str, may_fail: bool = False) -> dict:
     """Run a verb on the cluster; its JSON."""
     log: list[str] = []
     code = jobs.follow(jobs.submit([*verb, "--json"]), log.append)
     text = "".join(log)
     print(text, file=sys.stderr)
-    if code:
+    if code and not may_fail:
         raise RuntimeError(f"{verb} ended with {code}")
     return json.loads(text.splitlines()[-1])
 
@@ -116,6 +118,9 @@ def settings() -> dict[str, str]:
         "RAY_API_SERVER_ADDRESS": f"http://{HEAD}:8265",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        # The name of this machine is nobody's address here, and gloo would ask for it.
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
         "no_proxy": "*",
     }
 
@@ -187,24 +192,23 @@ def main(folder: Path) -> None:
 def story(folder: Path, worker: Machine) -> dict:
     synthesize(str(folder / "drawn"), 60, 32, 0)
     storage.upload_folder(folder / "drawn", "s3://bucket/drawn")
-    checks = wait("two nodes", lambda: two_nodes(job("doctor", "--storage", "s3://bucket/probe")))
+    checks = wait("two nodes", lambda: two_nodes(job("doctor", "--storage", "s3://bucket/probe", may_fail=True)))
     ingested = job("data", "ingest", "s3://bucket/drawn", "s3://bucket/faces", "--size", "32")
     recipe = ["train", "demo", "data=s3://bucket/faces", "storage=s3://bucket/runs", "name=apart", "max_steps=30"]
     workers = ["num_workers=2", f"cpus_per_worker={CPUS_OF_A_WORKER}", "batch_size=8", "checkpoint_every=10"]
-    trained = job(*recipe, *workers, "num_samples=8")
+    trained = job(*recipe, *workers, "num_samples=0")
     version = str(job("models", "register", trained["bundle"])["version"])
     job("models", "promote", version, "--force", "--why", "two machines")
     client, files = serve(), pictures()
-    replicas = wait(
-        "two engines", lambda: [one for one in _replicas(client) if one["state"] == "ready"][1:] and _replicas(client)
-    )
+    replicas = wait("two engines", lambda: _two_ready(client))
     before = wait("a picture", lambda: client.post("/v1/colorize", files=files)).status_code
     worker.lose()
-    after = [_status(client, files) for _ in range(20)]
+    after = [_status(client, files)]
+    wait("pictures again", lambda: after.append(_status(client, files)) or after[-10:] == [200] * 10)
     return {
         "checks": {one["name"]: [one["ok"], one["detail"]] for one in checks["checks"]},
         "rows": ingested["splits"],
-        "trained": {key: trained[key] for key in ("steps", "num_workers", "scores")},
+        "trained": {key: trained[key] for key in ("steps", "num_workers")},
         "shared": [str(path) for name in ("home", "workspace", "ray") for path in (folder / name).iterdir()],
         "replicas": len(replicas),
         "before": before,
@@ -217,13 +221,13 @@ def two_nodes(report: dict) -> dict | None:
     return report if detail.startswith("2 answer") else None
 
 
-def _replicas(client: httpx.Client) -> list[dict]:
+def _two_ready(client: httpx.Client) -> list[dict] | None:
     answer = client.get("/v1/models")
-    return answer.json()["replicas"] if answer.status_code == 200 else []
+    replicas = answer.json()["replicas"] if answer.status_code == 200 else []
+    return replicas if [one["state"] for one in replicas] == ["ready", "ready"] else None
 
 
 def _status(client: httpx.Client, files: dict[str, bytes]) -> int:
-    time.sleep(0.5)
     with suppress(httpx.HTTPError):
         return client.post("/v1/colorize", files=files).status_code
     return 0

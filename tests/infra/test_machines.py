@@ -27,7 +27,6 @@ def test_two_machines_train_and_serve_without_a_common_disk_and_one_is_enough_to
     assert told["rows"] == {"train": 54, "val": 6}
     assert told["trained"]["steps"] == 30
     assert told["trained"]["num_workers"] == 2
-    assert told["trained"]["scores"]
     assert told["shared"] == []
     assert [name for name, (ok, _) in told["checks"].items() if not ok and name != "machine"] == []
     assert "2 nodes" in told["checks"]["node store"][1]

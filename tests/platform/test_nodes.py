@@ -29,7 +29,7 @@ def answering(status: int) -> Iterator[str]:
     """A dashboard that answers everybody the same."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
 
