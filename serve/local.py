@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
@@ -14,7 +18,7 @@ from animediffusion.platform.images import letterbox
 from animediffusion.serve.engine import settings_for
 from animediffusion.serve.lines import Pixels, as_gray, for_network
 from animediffusion.serve.painter import Options, Painting
-from animediffusion.serve.pictures import read_picture, read_sketch, render_both
+from animediffusion.serve.pictures import read_picture, read_sketch, render
 from animediffusion.serve.versions import ModelSource
 
 
@@ -31,6 +35,8 @@ class LocalPainter:
     """
 
     def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        self.num_at_once = min(4, os.cpu_count() or 1)
+        self._turn = threading.Lock()
         source = ModelSource(settings, model)
         self.version = source.wanted()
         folder = source.fetch(self.version)
@@ -40,7 +46,7 @@ class LocalPainter:
             raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See painter.Painter."""
+        """See painter.Painter. One thread at a time runs the network; the others read and finish drawings."""
         drawing = read_sketch(sketch, thing=thing)
         size = self.bundle.config.image_size
         lines = _tensor(for_network(as_gray(drawing), size))
@@ -51,10 +57,15 @@ class LocalPainter:
             )
         except ValueError as error:
             raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
-        result = colorize(self.bundle, lines, colors, seeds=[options.seed], sampler=settings)
-        painted = to_uint8(result)[0].cpu().numpy()
-        picture, layer = render_both(painted, drawing, size=options.size)
-        return Painting(picture, layer, self.version)
+        with self._turn:
+            result = colorize(self.bundle, lines, colors, seeds=[options.seed], sampler=settings)
+            painted = to_uint8(result)[0].cpu().numpy()
+        made = render(painted, drawing, output="both", size=options.size)
+        return Painting(made["image"], made["color_layer"], self.version)
+
+    def versions(self) -> Collection[str]:
+        """See painter.Painter."""
+        return (self.version,)
 
 
 def _tensor(pixels: Pixels) -> torch.Tensor:
