@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from animediffusion import cli
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError
 from animediffusion.platform.images import decode_rgb, encode_png
@@ -179,6 +180,28 @@ def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
         painting = remote.paint(encode_png(sketch), encode_png(reference), Options(), thing="a")
     assert asked == ["/v1/colorize/stream"] * 3
     assert (painting.picture, painting.color_layer, painting.model_version) == (b"img", b"lay", "4")
+
+
+def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, tmp_path, bundle_folder, capsys):
+    (drawings / "bad.png").write_text("no picture")
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+
+    def run(*more: str) -> tuple[list[str], list[str]]:
+        assert cli.run([str(word) for word in [*words, *more]]) == 1
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines()
+
+    out, lines = run()
+    assert out == ["colored 2 of 3; 1 failed"]
+    assert [line.split(" -> ")[0] for line in lines if "->" in line] == [str(drawings / f"{stem}.png") for stem in "ab"]
+    assert sum(line.startswith(f"error: {drawings / 'bad.png'}") for line in lines) == 1
+    (tmp_path / "out" / "b.png").unlink()
+    out, lines = run()
+    assert out == ["colored 1 of 3; 1 done before with the same settings; 1 failed"]
+    assert [line for line in lines if line.endswith("a.png (done before)")]
+    out, _ = run("--json")
+    assert [one.get("skipped", False) for one in json.loads(out[-1])] == [True, True, False]
 
 
 def test_nothing_to_color_is_an_error(painter, tmp_path, drawings):
