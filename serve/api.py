@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from animediffusion.serve.form import ColorizeForm, Parameters, read_form
+from animediffusion.serve.form import ALLOWED, ColorizeForm, Parameters, read_form
 from animediffusion.serve.limits import RequestLimits
 from animediffusion.serve.lines import Drawing, as_gray
 from animediffusion.serve.messages import Backend, Job, LateError, NoModelError
 from animediffusion.serve.pictures import read_picture, read_sketch, render
-from animediffusion.serve.problems import MEDIA_TYPE, ProblemError, add_handlers
+from animediffusion.serve.problems import MEDIA_TYPE, ProblemError, add_handlers, unusable
 from animediffusion.serve.stream import events
 
 T = TypeVar("T")
@@ -72,10 +72,12 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         """Color a sketch with the colors of a reference; answers with a PNG."""
         form = await read_form(request)
         asked, loop = form.parameters, asyncio.get_running_loop()
+        if asked.output == "both":
+            raise unusable("output", "both", ALLOWED["output"])
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s)
         answer = await _unless_client_leaves(request, backend.colorize(job), timeout_s)
         png = await loop.run_in_executor(
-            pool, lambda: render(answer.picture, drawing, output=asked.output, size=asked.size)
+            pool, lambda: render(answer.picture, drawing, output=asked.output, size=asked.size)[asked.output]
         )
         headers = {"X-Model-Version": answer.model_version, "X-Seed": str(asked.seed), "Cache-Control": "no-store"}
         return Response(png, media_type="image/png", headers=headers)
@@ -150,12 +152,15 @@ def _add_status(app: FastAPI, backend: Backend) -> None:
 
 
 def _add_pages(app: FastAPI) -> None:
-    def page(path: str, file: str) -> None:
+    def page(path: str, file: str, media_type: str = "text/html") -> None:
         @app.get(path, include_in_schema=False)
-        async def show() -> HTMLResponse:
-            return HTMLResponse((FOLDER / file).read_text())
+        async def show() -> Response:
+            return Response((FOLDER / file).read_text(), media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     page("/", "page.html")
+    page("/page.css", "page.css", "text/css")
+    page("/page.js", "page.js", "text/javascript")
+    page("/colorize.js", "colorize.js", "text/javascript")
     page("/docs", "docs.html")
 
     @app.get("/examples/{name}", include_in_schema=False)

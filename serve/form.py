@@ -35,7 +35,7 @@ class Parameters(BaseModel):
     sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
     """The model's own if left out."""
     output: Output = "image"
-    """`color_layer` is RGBA without lines."""
+    """`color_layer` is RGBA without lines. `both`, of `/v1/colorize/stream` alone, adds `color_layer` to the result."""
     size: Size = "native"
     """`native`: the sketch's own size; `model`: the network's square."""
 
@@ -45,7 +45,7 @@ ALLOWED = {
     "guidance_scale": f"a number from 0 to {MAX_GUIDANCE}",
     "seed": f"a whole number from 0 to {MAX_SEED}",
     "sampler": "euler, heun or dpmpp_2m",
-    "output": "image or color_layer",
+    "output": "image or color_layer; both from /v1/colorize/stream",
     "size": "native or model",
 }
 

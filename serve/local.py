@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Collection
+
 import torch
 
 from animediffusion.models.bundle import Bundle, load_bundle
@@ -26,6 +30,8 @@ class LocalPainter:
     """
 
     def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        self.num_at_once = min(4, os.cpu_count() or 1)
+        self._turn = threading.Lock()
         source = ModelSource(settings, model)
         self.version = source.wanted()
         folder = source.fetch(self.version)
@@ -35,7 +41,7 @@ class LocalPainter:
             raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See painter.Painter."""
+        """See painter.Painter. One thread at a time runs the network; the others read and finish drawings."""
         try:
             sampler = settings_for(
                 self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
@@ -43,6 +49,17 @@ class LocalPainter:
         except ValueError as error:
             raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
         picture, layer = paint(
-            self.bundle, sketch, reference, seed=options.seed, sampler=sampler, size=options.size, thing=thing
+            self.bundle,
+            sketch,
+            reference,
+            seed=options.seed,
+            sampler=sampler,
+            size=options.size,
+            thing=thing,
+            turn=self._turn,
         )
         return Painting(picture, layer, self.version)
+
+    def versions(self) -> Collection[str]:
+        """See painter.Painter."""
+        return (self.version,)

@@ -4,18 +4,23 @@
     for done in colorize_files(painter, [Path("drawings")], Path("reference.png"), Path("out"), Options(seed=7)):
         print(done.output or done.error)
 
-Both painters make the same picture of the same sketch, reference, seed and version.
+Both painters make the same picture of the same sketch, reference, seed and version. Pictures say of themselves how they
+were made (stamp.py), so a command that was stopped goes on where it was when it is given again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError
+from animediffusion.platform.storage import write_bytes
 from animediffusion.serve.pictures import Size, read_picture
+from animediffusion.serve.stamp import read_stamp, stamped
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LAYER_SUFFIX = ".color.png"
@@ -42,10 +47,16 @@ class Painting:
 
 
 class Painter(Protocol):
-    """Where coloring happens."""
+    """Where coloring happens; asked by several threads at a time."""
+
+    num_at_once: int
+    """Drawings that are worth having under way together."""
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
         """Color one drawing; raises an AnimeDiffusionError that names `thing`."""
+
+    def versions(self) -> Collection[str]:
+        """The model versions that may answer now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,8 @@ class Done:
     seed: int = 0
     model_version: str = ""
     error: AnimeDiffusionError | None = None
+    skipped: bool = False
+    """The files were there already, made of the same with the same settings."""
 
     def summary(self) -> dict[str, Any]:
         """The entry that `colorize --json` prints."""
@@ -66,15 +79,17 @@ class Done:
             "seed": self.seed,
             "model_version": self.model_version,
             **({"error": str(self.error)} if self.error else {}),
+            **({"skipped": True} if self.skipped else {}),
         }
 
 
 def colorize_files(
     painter: Painter, sketches: Sequence[Path], reference: Path, out: Path, options: Options
 ) -> Iterator[Done]:
-    """Write OUT/STEM.png and OUT/STEM.color.png for every drawing, one after the other.
+    """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; results come in the order of the drawings.
 
-    A drawing that cannot be colored becomes a Done with its error, and the next one follows.
+    A drawing that cannot be colored becomes a Done with its error, and the others go on. One that is done already, of
+    the same files with the same settings by a version that still answers, is not done again.
 
     Args:
         painter: local or remote.
@@ -84,39 +99,65 @@ def colorize_files(
         options: for all of them.
 
     Raises:
-        AnimeDiffusionError: nothing to color, an unusable reference, or names that clash.
+        AnimeDiffusionError: nothing to color, an unusable reference, names that clash, or nobody there to color.
     """
     files = list_sketches(sketches)
     targets = _targets(files, out)
     colors = _read(reference)
     read_picture(colors, thing=str(reference))
-    out.mkdir(parents=True, exist_ok=True)
-    for sketch, target in zip(files, targets, strict=True):
+    run = _Run(painter, colors, options)
+    with ThreadPoolExecutor(painter.num_at_once) as pool:
+        yield from pool.map(run.color, files, targets)  # one that raises, or a caller that leaves, cancels the rest
+
+
+class _Run:
+    """What all drawings of one command share."""
+
+    def __init__(self, painter: Painter, reference: bytes, options: Options) -> None:
+        self.painter = painter
+        self.reference = reference
+        self.options = options
+        self.facts = {"reference": _sha256(reference), **asdict(options)}
+
+    def color(self, sketch: Path, target: Path) -> Done:
+        """Color one file into two, the layer first: where there is a picture, there is its layer."""
+        layer, seed = _layer_of(target), self.options.seed
         try:
-            painting = painter.paint(_read(sketch), colors, options, thing=str(sketch))
+            drawing = _read(sketch)
+            facts = {"sketch": _sha256(drawing), **self.facts}
+            before = read_stamp(target)
+            if before is not None and self._is_done(before, facts) and read_stamp(layer) == before:
+                version = str(before["model_version"])
+                return Done(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
+            painting = self.painter.paint(drawing, self.reference, self.options, thing=str(sketch))
         except (ImageError, DataError) as error:
-            yield Done(sketch=sketch, seed=options.seed, error=error)
-            continue
-        target.write_bytes(painting.picture)
-        target.with_name(target.stem + LAYER_SUFFIX).write_bytes(painting.color_layer)
-        yield Done(sketch=sketch, output=target, seed=options.seed, model_version=painting.model_version)
+            return Done(sketch=sketch, seed=seed, error=error)
+        facts["model_version"] = painting.model_version
+        write_bytes(str(layer), stamped(painting.color_layer, facts))
+        write_bytes(str(target), stamped(painting.picture, facts))
+        return Done(sketch=sketch, output=target, seed=seed, model_version=painting.model_version)
+
+    def _is_done(self, before: dict[str, Any], facts: dict[str, Any]) -> bool:
+        version = before.get("model_version")
+        return before == {**facts, "model_version": version} and version in self.painter.versions()
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
-    """The files that are meant, folders opened and sorted by name.
+    """The files that are meant, each once, folders opened and sorted by name.
 
     Raises:
         DataError: one is missing, or a folder has no image.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
     for path in sketches:
         if not path.exists():
             raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
         inside = sorted(file for file in path.iterdir() if _is_sketch(file)) if path.is_dir() else [path]
         if not inside:
             raise DataError(str(path), "has no images", f"give a folder of {', '.join(SUFFIXES)} files")
-        files += inside
-    return files
+        for file in inside:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
 def _is_sketch(file: Path) -> bool:
@@ -125,15 +166,29 @@ def _is_sketch(file: Path) -> bool:
 
 
 def _targets(files: Sequence[Path], out: Path) -> list[Path]:
+    """OUT/STEM.png of every file; no file is written twice, and none that is read."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError("--out", f"{out} is a file", "give a folder")
     targets = [out / f"{file.stem}.png" for file in files]
-    seen: dict[Path, Path] = {}
+    sources = {file.resolve() for file in files}
+    makers: dict[Path, Path] = {}
     for file, target in zip(files, targets, strict=True):
-        if target.resolve() == file.resolve():
-            raise ConfigError("--out", f"{out} would overwrite {file}", "choose another folder")
-        if target in seen:
-            raise ConfigError(str(file), f"has the same name as {seen[target]}", "color them into different folders")
-        seen[target] = file
+        for written in (target, _layer_of(target)):
+            if written.resolve() in sources:
+                raise ConfigError("--out", f"{written} is a sketch and would be overwritten", "choose another folder")
+            if written in makers:
+                found = f"has the same name as {makers[written]}: both would become {written}"
+                raise ConfigError(str(file), found, "color them into different folders")
+            makers[written] = file
     return targets
+
+
+def _layer_of(target: Path) -> Path:
+    return target.with_name(target.stem + LAYER_SUFFIX)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read(path: Path) -> bytes:

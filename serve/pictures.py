@@ -7,15 +7,17 @@ from typing import Literal
 from animediffusion.platform.errors import ImageError
 from animediffusion.platform.images import decode_rgb, encode_png, letterbox
 from animediffusion.serve.lines import Drawing, Pixels, looks_inverted, read_drawing
-from animediffusion.serve.resolution import color_layer, to_picture, to_rgba
+from animediffusion.serve.resolution import layer_of, to_picture
 
-Output = Literal["image", "color_layer"]
+Output = Literal["image", "color_layer", "both"]
 Size = Literal["native", "model"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
+QUICK = 3
+"""Compression of answers: somebody waits for them."""
 
 
 def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
@@ -40,26 +42,23 @@ def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
     return pixels
 
 
-def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size: Size = "native") -> bytes:
-    """PNG of the finished picture, or of its color layer.
+def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size: Size = "native") -> dict[str, bytes]:
+    """PNGs of what was asked for: `image` is the finished picture, `color_layer` the same without lines, RGBA.
 
     Args:
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch.
-        output: `image`, or `color_layer`: RGBA without lines, whose multiplication with the sketch is `image`.
-        size: `native` is the sketch's own; `model` is the network's square, `image` then being its picture as it is.
+        output: one of them, or both.
+        size: `native` is the sketch's own, and color_layer times the sketch is image; `model` is the network's square,
+            and image its picture as it is, lines included.
     """
-    if size == "model":
-        if output == "image":
-            return encode_png(painted)
-        drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
-    layer = to_rgba(color_layer(painted, drawing))
-    return encode_png(layer if output == "color_layer" else to_picture(layer, drawing))
-
-
-def render_both(painted: Pixels, drawing: Drawing, *, size: Size = "native") -> tuple[bytes, bytes]:
-    """What `render` gives as picture and as color layer, the layer made once."""
-    if size == "model":
-        return encode_png(painted), render(painted, drawing, output="color_layer", size=size)
-    layer = to_rgba(color_layer(painted, drawing))
-    return encode_png(to_picture(layer, drawing)), encode_png(layer)
+    if (output, size) == ("image", "model"):
+        return {"image": encode_png(painted, QUICK)}
+    drawing = drawing if size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
+    layer = layer_of(painted, drawing)
+    made: dict[str, bytes] = {}
+    if output != "color_layer":
+        made["image"] = encode_png(to_picture(layer, drawing) if size == "native" else painted, QUICK)
+    if output != "image":
+        made["color_layer"] = encode_png(layer, QUICK)
+    return made

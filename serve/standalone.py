@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from animediffusion.models.images import to_tensor, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.images import letterbox
 from animediffusion.serve.lines import Pixels, as_gray, for_network
-from animediffusion.serve.pictures import Size, read_picture, read_sketch, render_both
+from animediffusion.serve.pictures import Size, read_picture, read_sketch, render
 
 
 def paint(
@@ -36,6 +37,7 @@ def paint(
     sampler: SamplerDefaults | None = None,
     size: Size = "native",
     thing: str = "sketch",
+    turn: AbstractContextManager[object] | None = None,
 ) -> tuple[bytes, bytes]:
     """The colored drawing and its color layer, both PNG.
 
@@ -47,6 +49,7 @@ def paint(
         sampler: in place of the bundle's defaults.
         size: `native` is the sketch's own, `model` the network's square.
         thing: how messages call the sketch.
+        turn: held while the network runs, where several threads paint.
 
     Raises:
         ImageError: one of the two is not usable.
@@ -54,8 +57,10 @@ def paint(
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
     lines = _tensor(for_network(as_gray(drawing), side))
     colors = _tensor(letterbox(read_picture(reference), side)[0])
-    result = colorize(bundle, lines, colors, seeds=[seed], sampler=sampler)
-    return render_both(to_uint8(result)[0].cpu().numpy(), drawing, size=size)
+    with turn or nullcontext():
+        painted = to_uint8(colorize(bundle, lines, colors, seeds=[seed], sampler=sampler))[0].cpu().numpy()
+    made = render(painted, drawing, output="both", size=size)
+    return made["image"], made["color_layer"]
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:

@@ -64,8 +64,11 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
 
 
 def _result(item: Answer, drawing: Drawing, asked: Parameters) -> dict[str, Any]:
-    png = render(item.picture, drawing, output=asked.output, size=asked.size)
-    return {"image": base64.b64encode(png).decode(), "model_version": item.model_version, "seed": asked.seed}
+    made = render(item.picture, drawing, output=asked.output, size=asked.size)
+    if asked.output != "both":
+        made = {"image": made[asked.output]}
+    pictures = {name: base64.b64encode(png).decode() for name, png in made.items()}
+    return {**pictures, "model_version": item.model_version, "seed": asked.seed}
 
 
 def _inside(picture: Pixels, drawing: Drawing) -> Pixels:

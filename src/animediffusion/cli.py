@@ -496,7 +496,7 @@ def colorize(
 ) -> int:
     """Color drawings: STEM.png and the color layer without lines, STEM.color.png."""
     from animediffusion.platform.errors import ConfigError
-    from animediffusion.serve.painter import Options, colorize_files
+    from animediffusion.serve.painter import Options, colorize_files, list_sketches
 
     if size not in ("native", "model"):
         raise ConfigError("--size", repr(size), "native or model")
@@ -504,12 +504,21 @@ def colorize(
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = _console(), _settings()
     options = Options(seed=seed, steps=steps, guidance_scale=guidance_scale, size=size)  # type: ignore[arg-type]
-    done = []
-    for one in colorize_files(_painter(settings, model, url), sketches, reference, out, options):
-        done.append(one)
-        console.note(f"error: {one.error}" if one.error else f"{one.sketch} -> {one.output}")
-    failed = sum(one.error is not None for one in done)
-    console.result([one.summary() for one in done], f"colored {len(done) - failed} of {len(done)}")
+    files, done, failed = list_sketches(sketches), [], 0
+    with console.progress("colored", "drawings") as progress:
+        for one in colorize_files(_painter(settings, model, url), files, reference, out, options):
+            done.append(one)
+            failed += one.error is not None
+            if one.error:
+                console.note(f"error: {one.error}")
+            elif not console.terminal:
+                console.note(f"{one.sketch} -> {one.output}{' (done before)' if one.skipped else ''}")
+            if console.terminal:
+                progress(len(done), len(files), failed)
+    skipped = sum(one.skipped for one in done)
+    text = f"colored {len(done) - failed - skipped} of {len(done)}"
+    text += f"; {skipped} done before with the same settings" if skipped else ""
+    console.result([one.summary() for one in done], text + (f"; {failed} failed" if failed else ""))
     return 1 if failed else 0
 
 

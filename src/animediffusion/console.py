@@ -50,7 +50,7 @@ class Console:
             started, before = began[0]
             rate = (done - before) / max(time.monotonic() - started, 1e-6)
             aside = f", {rejected} rejected" if rejected else ""
-            return f"{what} {done}/{total} {unit}, {rate:.0f} {unit}/s{aside}"
+            return f"{what} {done}/{total} {unit}, {rate:.{0 if rate >= 10 else 1}f} {unit}/s{aside}"
 
         with self._bar(what) as move:
             yield lambda done, total, rejected=0: move(done, total, line(done, total, rejected))

@@ -1,6 +1,9 @@
 """A small network with random weights: every condition, seed and setting shows in its pictures."""
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,17 +66,33 @@ def reference() -> np.ndarray:
     return colors.repeat(32, 0).repeat(32, 1)
 
 
-@pytest.fixture(scope="module")
-def url(bundle_folder):
-    """Address of the API over a real replica, without Ray."""
-    replica = Replica()
-    replica.load("3", bundle_folder)
+@contextmanager
+def over_http(replica: Replica) -> Iterator[str]:
+    """Address of the API over a replica, without Ray."""
     server = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    replica.close()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        replica.close()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """The context manager over_http, for a replica of one's own."""
+    return over_http
+
+
+@pytest.fixture(scope="module")
+def url(bundle_folder):
+    """Address of the API over a real replica with version 3."""
+    replica = Replica()
+    replica.load("3", bundle_folder)
+    with over_http(replica) as address:
+        yield address

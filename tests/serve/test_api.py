@@ -99,6 +99,20 @@ def test_the_color_layer_times_the_sketch_is_the_picture(client, files, sketch):
     assert np.abs(product - picture).max() <= 2
 
 
+def test_the_stream_brings_picture_and_layer_at_once(client, files):
+    def result(**data: str) -> dict:
+        text = client.post("/v1/colorize/stream", files=files, data={"seed": "1", **data}).text
+        name, found = text.strip().split("\n\n")[-1].split("\n")
+        assert name == "event: result"
+        return json.loads(found.partition(": ")[2])
+
+    both, image, layer = result(output="both"), result(), result(output="color_layer")
+    assert (both["image"], both["color_layer"]) == (image["image"], layer["image"])
+    assert {*both} - {*image} == {"color_layer"}
+    body = check_problem(client.post("/v1/colorize", files=files, data={"output": "both"}), 422)
+    assert "stream" in body["errors"][0]["allowed"]
+
+
 def test_the_models_own_size_can_be_asked_for(client, files):
     response = client.post("/v1/colorize", files=files, data={"size": "model"})
     assert decoded(response.content).shape == (32, 32, 3)

@@ -1,6 +1,8 @@
 """The page in headless Chromium against the real server and engine."""
 
+import base64
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from animediffusion.platform.images import encode_png
+from animediffusion.serve.messages import BusyError
+from animediffusion.serve.replica import Replica
 
 pytestmark = pytest.mark.browser
 
@@ -24,26 +28,45 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, url):
-    context = browser.new_context(viewport={"width": 1200, "height": 800})
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: request.url.startswith((url, "data:", "blob:")) or errors.append(request.url))
-    page.on(
-        "filechooser", lambda _: None
-    )  # keeps them intercepted: turning that on for each one comes too late at times
-    page.goto(url)
-    expect(page.locator("#reference-examples img").nth(3)).to_be_visible()
-    yield page
-    context.close()
+def opened(browser):
+    """Opens a page at an address; it may not fail, nor ask for anything from elsewhere."""
+    contexts, errors = [], []
+
+    def open_page(url: str, **options) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request", lambda request: request.url.startswith((url, "data:", "blob:")) or errors.append(request.url)
+        )
+        # Keeps file choosers intercepted: turning that on for each one comes too late at times.
+        page.on("filechooser", lambda _: None)
+        page.goto(url)
+        expect(page.locator("#reference-examples img").nth(3)).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
     assert errors == []
+
+
+@pytest.fixture
+def page(opened, url) -> Page:
+    return opened(url)
 
 
 def choose(page: Page, kind: str, path: Path) -> None:
     with page.expect_file_chooser() as chooser:
         page.click(f"#{kind}")
     chooser.value.set_files(path)
+
+
+def choose_examples(page: Page) -> None:
+    page.click("#sketch-examples button >> nth=0")
+    page.click("#reference-examples button >> nth=1")
+    expect(page.locator("#go")).to_be_enabled()
 
 
 def test_examples_are_colored_compared_and_saved(page: Page, url: str, tmp_path: Path):
@@ -100,6 +123,163 @@ def test_what_is_wrong_is_said_in_words(page: Page, tmp_path: Path):
     expect(page.get_by_role("alert")).to_contain_text("from 1 to 100")
 
 
+def test_the_field_that_is_wrong_is_marked(page: Page, tmp_path: Path, sketch):
+    choose_examples(page)
+    page.click("summary")
+    page.fill("#seed", "5000000000")
+    page.click("summary")
+    page.click("#go")
+    expect(page.get_by_role("alert")).to_contain_text("Seed: 5000000000 does not work")
+    expect(page.locator("#seed")).to_be_visible()
+    expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
+    page.fill("#seed", "5")
+    page.click("#go")
+    expect(page.locator("#note")).to_contain_text("seed 5")
+    expect(page.locator("[aria-invalid]")).to_have_count(0)
+
+
+def test_an_inverted_drawing_is_turned_with_one_click(page: Page, tmp_path: Path, sketch):
+    (tmp_path / "night.png").write_bytes(encode_png(255 - sketch))
+    choose(page, "sketch", tmp_path / "night.png")
+    page.click("#reference-examples button >> nth=0")
+    page.click("#go")
+    expect(page.get_by_role("alert")).to_contain_text("Line art is mostly black")
+    page.get_by_role("button", name="Invert it for me").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.click("#go")
+    expect(page.locator("#note")).to_contain_text("120 x 90 px")
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_pictures_come_by_pasting_and_dropping(page: Page, way: str, sketch, reference):
+    script = """([way, pictures]) => {
+        const data = new DataTransfer();
+        for (const [name, base64] of pictures)
+            data.items.add(new File([Uint8Array.from(atob(base64), c => c.charCodeAt(0))], name, {type: "image/png"}));
+        const event = way === "paste" ? new ClipboardEvent("paste", {clipboardData: data, bubbles: true})
+            : new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+        document.body.dispatchEvent(event);
+    }"""
+    pictures = [("a.png", sketch), ("b.png", reference)]
+    sent = [(name, base64.b64encode(encode_png(pixels)).decode()) for name, pixels in pictures]
+    if way == "paste":  # one after the other, as a clipboard does
+        page.evaluate(script, [way, sent[:1]])
+        expect(page.locator("#sketch img")).to_have_attribute("alt", "Chosen: a.png")
+        page.evaluate(script, [way, sent[1:]])
+    else:
+        page.evaluate(script, [way, sent])
+    expect(page.locator("#sketch img")).to_have_attribute("alt", "Chosen: a.png")
+    expect(page.locator("#reference img")).to_have_attribute("alt", "Chosen: b.png")
+    expect(page.locator("#go")).to_be_enabled()
+
+
+def test_another_try_is_kept_beside_the_first(page: Page):
+    choose_examples(page)
+    page.click("summary")
+    page.fill("#seed", "5")
+    page.click("#go")
+    expect(page.locator("#note")).to_contain_text("seed 5")
+    page.click("#again")
+    expect(page.locator("#tries button")).to_have_count(2)
+    expect(page.locator("#note")).not_to_contain_text("seed 5,")
+    page.click("#tries button >> nth=0")
+    expect(page.locator("#note")).to_contain_text("seed 5,")
+    page.fill("#seed", "")
+    page.click("#keep-seed")
+    expect(page.locator("#seed")).to_have_value("5")
+
+
+def test_a_model_that_is_not_ready_is_waited_for(opened, serving, bundle_folder):
+    replica = Replica()
+    with serving(replica) as url:
+        page = opened(url)
+        expect(page.locator("#status")).to_have_text("no model yet")
+        choose_examples(page)
+        page.click("#go")
+        expect(page.locator("#wait")).to_contain_text("no model ready yet. Trying again in")
+        replica.load("4", bundle_folder)
+        expect(page.locator("#note")).to_contain_text("model version 4")
+        expect(page.locator("#wait")).to_be_hidden()
+
+
+def test_a_busy_server_is_asked_again(opened, serving, bundle_folder):
+    class BusyOnce(Replica):
+        asked = 0
+
+        def stream(self, job):
+            self.asked += 1
+            return self.refuse() if self.asked == 1 else super().stream(job)
+
+        async def refuse(self):
+            raise BusyError("full")
+            yield
+
+    replica = BusyOnce()
+    replica.load("3", bundle_folder)
+    with serving(replica) as url:
+        page = opened(url)
+        choose_examples(page)
+        page.click("#go")
+        expect(page.locator("#wait")).to_contain_text("busy. Trying again in 2 s")
+        expect(page.locator("#note")).to_contain_text("model version 3")
+        assert replica.asked == 2
+
+
+def test_a_server_that_is_gone_is_said_and_the_pictures_stay(opened, serving, bundle_folder):
+    replica = Replica()
+    replica.load("3", bundle_folder)
+    with serving(replica) as url:
+        page = opened(url)
+        choose_examples(page)
+        page.click("#go")
+        expect(page.locator("#after")).to_be_visible()
+    page.click("#again")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.locator("#after")).to_be_visible()
+    expect(page.locator("#go")).to_be_enabled()
+
+
+def test_everything_has_a_name_for_those_who_cannot_see_it(page: Page):
+    choose_examples(page)
+    page.click("summary")
+    page.click("#go")
+    expect(page.locator("#after")).to_be_visible()
+    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input:not([hidden]), select, a, img")]
+        .filter(one => one.checkVisibility())
+        .filter(one => !(one.getAttribute("aria-label") || one.alt || one.labels?.length || one.textContent.trim()
+            || one.querySelector("img[alt]:not([alt=''])")) && one.id !== "before")
+        .map(one => one.outerHTML)""")
+    assert nameless == []
+    expect(page.locator("#said")).to_contain_text("Done. 320 x 320 px")
+    page.locator("#compare").focus()
+    page.keyboard.press("End")
+    expect(page.locator("#compare")).to_have_attribute("aria-valuetext", "100 percent line art")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_their_ground(opened, url: str, scheme: str):
+    page = opened(url, color_scheme=scheme)
+    faint = page.evaluate("""() => {
+        const rgb = text => text.match(/[\\d.]+/g).map(Number);
+        const light = color => color.slice(0, 3).map(v => v / 255)
+            .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+        const ground = one => {
+            for (; one; one = one.parentElement) {
+                const color = rgb(getComputedStyle(one).backgroundColor);
+                if (color.length === 3 || color[3] === 1) return color;
+            }
+        };
+        document.querySelector("#go").disabled = false;
+        return [...document.querySelectorAll("h1, h2, p, label, summary, .pill, .drop span, .button, footer, a")]
+            .filter(one => one.checkVisibility()).map(one => {
+                const [a, b] = [light(rgb(getComputedStyle(one).color)), light(ground(one))].sort((x, y) => y - x);
+                return [one.textContent.trim().slice(0, 30), (a + .05) / (b + .05)];
+            }).filter(([, ratio]) => ratio < 4.5);
+    }""")
+    assert faint == []  # WCAG 2.2, 1.4.3
+
+
 def test_a_long_request_can_be_stopped(page: Page):
     page.click("#sketch-examples button >> nth=0")
     page.click("#reference-examples button >> nth=0")
@@ -108,7 +288,9 @@ def test_a_long_request_can_be_stopped(page: Page):
     page.select_option("#sampler", "heun")
     page.click("#go")
     expect(page.locator("#go")).to_have_text("Stop")
-    page.click("#go")
+    expect(page.locator("#preview")).to_have_attribute("src", re.compile("^data:image/png"))
+    expect(page.locator("#note")).to_have_text(re.compile("^Step .* of 100"))
+    page.keyboard.press("Escape")
     expect(page.locator("#note")).to_have_text("Stopped.")
     expect(page.locator("#go")).to_have_text("Color it")
 

@@ -1,14 +1,20 @@
+import io
+import json
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
+from animediffusion import cli
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError
 from animediffusion.platform.images import decode_rgb, encode_png
 from animediffusion.serve.client import RemotePainter
 from animediffusion.serve.local import LocalPainter
 from animediffusion.serve.painter import Options, colorize_files
+from animediffusion.serve.stamp import read_stamp, stamped
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +87,121 @@ def test_names_that_clash_are_refused_before_anything_is_written(painter, drawin
     (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
     with pytest.raises(ConfigError, match="same name"):
         color(painter, [drawings], tmp_path)
-    with pytest.raises(ConfigError, match="overwrite"):
+    with pytest.raises(ConfigError, match="overwritten"):
         list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings, Options()))
+    (drawings / "b.color.png").write_bytes((drawings / "a.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"b\.color\.png.*same name"):
+        color(painter, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", Options()))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drawing_named_twice_is_colored_once(painter, drawings, tmp_path):
+    assert len(color(painter, [drawings, drawings / "a.png", drawings / ".." / "drawings" / "b.png"], tmp_path)) == 2
+
+
+def test_what_is_done_with_the_same_settings_is_skipped(painter, drawings, tmp_path, sketch):
+    first = color(painter, [drawings], tmp_path, seed=7)
+    assert [one.skipped for one in first] == [False, False]
+    out = tmp_path / "out"
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    again = color(painter, [drawings], tmp_path, seed=7)
+    assert [one.summary() for one in again] == [{**one.summary(), "skipped": True} for one in first]
+    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["seed", "steps", "drawing", "reference", "no layer", "another layer", "cut off"])
+def test_what_was_made_of_something_else_is_made_again(painter, drawings, tmp_path, change, sketch, reference):
+    color(painter, [drawings], tmp_path, seed=7)
+    out, options = tmp_path / "out", {"seed": 7}
+    if change in ("seed", "steps"):
+        options[change] = 3
+    elif change == "drawing":
+        (drawings / "a.png").write_bytes(encode_png(sketch[::-1]))
+    elif change == "reference":
+        (tmp_path / "reference.png").write_bytes(encode_png(reference[::-1]))
+    elif change == "no layer":
+        (out / "a.color.png").unlink()
+    elif change == "another layer":
+        (out / "a.color.png").write_bytes((out / "b.png").read_bytes()[:-40])
+    else:
+        (out / "a.png").write_bytes((out / "a.png").read_bytes()[:20])
+    a, b = color(painter, [drawings], tmp_path, **options)
+    assert not a.skipped
+    assert b.skipped == (change not in ("seed", "steps", "reference"))
+    assert read_stamp(out / "a.png") == read_stamp(out / "a.color.png")
+
+
+def test_pictures_of_a_version_that_no_longer_answers_are_made_again(drawings, tmp_path, url):
+    with RemotePainter(url) as remote:
+        (made,) = color(remote, [drawings / "a.png"], tmp_path)
+        (again,) = color(remote, [drawings / "a.png"], tmp_path)
+        assert (made.skipped, again.skipped, again.model_version) == (False, True, "3")
+        for file in (tmp_path / "out").iterdir():
+            facts = {**read_stamp(file), "model_version": "2"}
+            file.write_bytes(stamped(encode_png(decode_rgb(file.read_bytes())), facts))
+        (once_more,) = color(remote, [drawings / "a.png"], tmp_path)
+    assert (once_more.skipped, once_more.model_version) == (False, "3")
+
+
+def test_a_stamp_changes_no_pixel(tmp_path, sketch):
+    png = encode_png(sketch)
+    (tmp_path / "a.png").write_bytes(stamped(png, {"seed": 7}))
+    assert read_stamp(tmp_path / "a.png") == {"seed": 7}
+    assert (decode_rgb((tmp_path / "a.png").read_bytes()) == sketch).all()
+    (tmp_path / "plain.png").write_bytes(png)
+    assert read_stamp(tmp_path / "plain.png") is None
+    assert read_stamp(tmp_path / "nothing.png") is None
+
+
+def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path, url, sketch, reference):
+    with RemotePainter(url) as remote:
+        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(seed=5), thing="a")
+    layer = Image.open(io.BytesIO(painting.color_layer))
+    white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(painting.picture)).max() <= 2
+
+
+def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
+    result = {"image": "aW1n", "color_layer": "bGF5", "model_version": "4"}
+    answers = [
+        httpx.Response(429, headers={"Retry-After": "0"}, json={"detail": "busy"}),
+        httpx.Response(200, text='event: error\ndata: {"status": 503, "detail": "no model"}\n\n'),
+        httpx.Response(200, text=f"event: result\ndata: {json.dumps(result)}\n\n"),
+    ]
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return answers[len(asked) - 1]
+
+    with RemotePainter("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
+        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(), thing="a")
+    assert asked == ["/v1/colorize/stream"] * 3
+    assert (painting.picture, painting.color_layer, painting.model_version) == (b"img", b"lay", "4")
+
+
+def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, tmp_path, bundle_folder, capsys):
+    (drawings / "bad.png").write_text("no picture")
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+
+    def run(*more: str) -> tuple[list[str], list[str]]:
+        assert cli.run([str(word) for word in [*words, *more]]) == 1
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines()
+
+    out, lines = run()
+    assert out == ["colored 2 of 3; 1 failed"]
+    assert [line.split(" -> ")[0] for line in lines if "->" in line] == [str(drawings / f"{stem}.png") for stem in "ab"]
+    assert sum(line.startswith(f"error: {drawings / 'bad.png'}") for line in lines) == 1
+    (tmp_path / "out" / "b.png").unlink()
+    out, lines = run()
+    assert out == ["colored 1 of 3; 1 done before with the same settings; 1 failed"]
+    assert [line for line in lines if line.endswith("a.png (done before)")]
+    out, _ = run("--json")
+    assert [one.get("skipped", False) for one in json.loads(out[-1])] == [True, True, False]
 
 
 def test_nothing_to_color_is_an_error(painter, tmp_path, drawings):

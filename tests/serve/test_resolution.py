@@ -1,11 +1,16 @@
+import io
 import time
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageOps
 
-from animediffusion.platform.images import letterbox
+from animediffusion.platform.errors import ImageError
+from animediffusion.platform.images import decode_rgb, letterbox
+from animediffusion.serve import resolution
 from animediffusion.serve.lines import as_gray, for_network, looks_inverted, read_drawing
-from animediffusion.serve.resolution import color_layer, over_white, place_in_square, to_picture, to_rgba
+from animediffusion.serve.pictures import MAX_ASPECT, MIN_SIDE_PX, read_sketch, render
+from animediffusion.serve.resolution import color_layer, layer_of, over_white, place_in_square, to_picture, to_rgba
 
 RED, BLUE = (210, 60, 50), (60, 90, 220)
 
@@ -63,6 +68,35 @@ def test_the_layer_survives_transparency():
     assert (layer[20:, :, 3] > 0).all()
 
 
+def test_color_hardly_leaves_through_a_gap_in_a_line():
+    sketch, colors = two_halves(600, 600)
+    sketch[290:302] = 255  # as wide as one pixel of the network's picture, and a little more
+    layer = color_layer(paint(sketch, colors, 64), read_drawing(sketch)) * 255
+    away = np.abs(np.arange(600) - 300) > 18
+    assert np.abs(layer[:, away] - colors[:, away]).mean() < 1
+    assert np.abs(layer[296, away] - colors[296, away]).max() < 12
+
+
+def test_grain_of_the_networks_picture_does_not_become_blots():
+    sketch, colors = two_halves(512, 512)
+    grain = np.random.default_rng(0).normal(0, 4, (64, 64, 3))
+    painted = np.clip(paint(sketch, colors, 64) + grain, 0, 255).astype(np.uint8)
+    layer = color_layer(painted, read_drawing(sketch)) * 255
+    assert (layer - colors)[64:448, 64:192].std() < 0.6 * grain.std()
+
+
+def test_a_large_drawing_is_worked_on_at_a_fraction_of_its_size(monkeypatch):
+    sketch, colors = two_halves(500, 700, line=6)
+    painted, drawing = paint(sketch, colors, 64), read_drawing(sketch)
+    whole = over_white(layer_of(painted, drawing)).astype(int)
+    monkeypatch.setattr(resolution, "WORK_PIXELS", 60_000)
+    layer = layer_of(painted, drawing)
+    assert layer.shape == (500, 700, 4)
+    off_the_line = np.abs(np.arange(700) - 350) > 6
+    assert np.abs(over_white(layer) - whole)[:, off_the_line].max() <= 4
+    assert (to_picture(layer, drawing)[sketch == 0] == 0).all()
+
+
 def test_half_a_megapixel_takes_a_quarter_of_a_second_or_so():
     sketch, colors = two_halves(720, 720)
     painted, drawing = paint(sketch, colors, 64), read_drawing(sketch)
@@ -112,3 +146,106 @@ def test_thin_lines_of_a_large_drawing_stay_dark_for_the_network():
 def test_light_lines_on_black_look_inverted():
     assert looks_inverted(np.zeros((50, 50, 3), np.uint8))
     assert not looks_inverted(np.full((50, 50, 3), 200, np.uint8))
+
+
+# Drawings of every kind: closed shapes on paper, then what people do to them.
+
+SHAPES = {"wide": (70, 300), "tall": (260, 90), "tiny": (MIN_SIDE_PX, MIN_SIDE_PX), "thread": (MAX_ASPECT * 9, 9),
+          "square": (150, 150), "small": (40, 33), "networks": (64, 64)}  # fmt: skip
+
+
+def drawn(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Ellipses and strokes, black on white."""
+    rng = np.random.default_rng([seed, height, width])
+    image = Image.new("L", (width, height), 255)
+    draw = ImageDraw.Draw(image)
+    shapes, thickest = (4, 3) if min(height, width) > MIN_SIDE_PX else (1, 1)
+    for _ in range(shapes):
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        a, b = rng.uniform(2, width / 2), rng.uniform(2, height / 2)
+        draw.ellipse((x - a, y - b, x + a, y + b), outline=0, width=int(rng.integers(1, thickest + 1)))
+    draw.line([tuple(point) for point in rng.uniform(0, 1, (5, 2)) * (width, height)], fill=40, width=1)
+    return image
+
+
+def on_paper(image: Image.Image, paper: np.ndarray, ink: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    dark = 1 - np.asarray(image, np.float32)[..., None] / 255
+    return Image.fromarray(np.uint8(paper * (1 - dark) + np.array(ink) * dark))
+
+
+def photographed(image: Image.Image) -> Image.Image:
+    y, x = np.mgrid[0 : image.height, 0 : image.width]
+    light = 235 - 90 * (x / image.width) - 30 * (y / image.height)
+    grain = np.random.default_rng(0).normal(0, 3, light.shape)
+    return on_paper(image, np.clip((light + grain)[..., None] * [1.0, 0.96, 0.8], 0, 255), (50, 45, 40))
+
+
+def transparent(image: Image.Image) -> Image.Image:
+    clear = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    clear.putalpha(image.point(lambda value: 255 - value))
+    return clear
+
+
+KINDS = {
+    "black": lambda image: image,
+    "colored lines": lambda image: on_paper(image, np.full(3, 255.0), (230, 90, 160)),
+    "faint pencil": lambda image: on_paper(image, np.full(3, 250.0), (170, 170, 170)),
+    "yellow paper": lambda image: on_paper(image, np.array([240.0, 225.0, 180.0]), (30, 20, 60)),
+    "photograph": photographed,
+    "transparent": transparent,
+    "two levels": lambda image: image.convert("1"),
+    "sixteen bits": lambda image: Image.fromarray(np.asarray(image).astype(np.uint16) * 257),
+}
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whatever_the_drawing_the_layer_times_it_is_the_picture(kind, shape):
+    data = encoded(KINDS[kind](drawn(*SHAPES[shape])))
+    drawing = read_sketch(data)
+    painted = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    made = render(painted, drawing, output="both")
+    picture, layer = decode_rgb(made["image"]).astype(int), Image.open(io.BytesIO(made["color_layer"]))
+    assert picture.shape[:2] == (layer.height, layer.width) == SHAPES[shape]
+    assert layer.mode == "RGBA"
+    white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    product = np.asarray(white) / 255 * decode_rgb(data)
+    assert np.abs(product - picture).max() <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lines_of_every_kind_of_drawing_are_found_and_its_paper_is_not(kind):
+    plain = drawn(240, 200)
+    gray = as_gray(read_sketch(encoded(KINDS[kind](plain))))
+    lines = np.asarray(plain) < 60
+    assert np.median(gray[lines]) < 90
+    assert np.median(gray[~lines]) > 240
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (ImageOps.invert(drawn(200, 200)), "mostly black"),
+        (Image.new("L", (MIN_SIDE_PX - 1, 50), 255), "7 x 50 pixels"),
+        (Image.new("L", (20, 20 * MAX_ASPECT + 1), 255), "20 x 321 pixels"),
+        (Image.new("1", (6000, 5000), 1), "6,000 x 5,000 pixels"),
+    ],
+    ids=["inverted", "too small", "a thread", "too large"],
+)
+def test_what_cannot_be_colored_is_said_in_one_line(image, found):
+    with pytest.raises(ImageError, match=found) as refused:
+        read_sketch(encoded(image))
+    assert refused.value.thing == "sketch"
+    assert refused.value.allowed
+
+
+def test_paper_without_lines_is_colored_too():
+    drawing = read_sketch(encoded(Image.new("L", (120, 90), 255)))
+    painted = np.full((64, 64, 3), 90, np.uint8)
+    assert np.abs(decode_rgb(render(painted, drawing)["image"]).astype(int) - 90).max() <= 2

@@ -1,0 +1,151 @@
+"""What bringing colors to the drawing's own size costs and gains, beside plain enlargement.
+
+    python benchmarks/resolution.py [--sizes 320 640 1280] [--rows 4] [--network 64] [--model BUNDLE]
+
+Drawn faces, of which the true colors are known at every size. Their target, made small, is what a perfect network would
+paint; with --model a real one paints. Both are brought back to the drawing's size and compared with the target where no
+line is: CIEDE2000, near lines (within one pixel of the network's picture) and away from them. "open" are the same
+drawings with 25 gaps in their lines. Time is CPU time of this process, which runs on one core, so that other work on
+the machine disturbs it little; decoding, encoding and the network are not in it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.pipelines.synthesize import make_row
+from animediffusion.platform.images import letterbox, unletterbox
+from animediffusion.serve.lines import Drawing, as_gray, for_network, read_drawing
+from animediffusion.serve.resolution import layer_of, to_picture
+
+Array = NDArray[np.uint8]
+
+SEED = 5
+"""Of faces that no demo trains on."""
+NUM_GAPS = 25
+SAMPLE = 2
+"""Every second pixel each way is compared."""
+
+
+class Case(NamedTuple):
+    """One drawing and what is known of it."""
+
+    drawing: Drawing
+    painted: Array
+    truth: NDArray[np.float64]
+    """CIELAB, sampled."""
+    distance: NDArray[np.float64]
+    """To the nearest line of the closed drawing, in pixels of the network's picture, sampled."""
+
+
+def main() -> None:
+    """Print the tables."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[320, 640, 1280], help="of drawings, at most 1280")
+    arguments.add_argument("--rows", type=int, default=4)
+    arguments.add_argument("--network", type=int, default=64, help="side of the network's picture without --model")
+    arguments.add_argument("--model", type=Path, help="a bundle that paints, beside the perfect network")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    bundle = load_bundle(options.model, "cpu") if options.model else None
+    network = bundle.config.image_size if bundle else options.network
+    print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}, one core; "
+          f"{options.rows} drawn faces, network of {network} px\n")  # fmt: skip
+    print("| drawing | painted by | lines | enlarged: near | away | ours: near | away | s/Mpixel |")
+    print("|---:|---|---|---:|---:|---:|---:|---:|")
+    for size in options.sizes:
+        for painter in ("perfect", "model") if bundle else ("perfect",):
+            for lines in ("closed", "open"):
+                cases = [make_case(row, size, network, lines, bundle if painter == "model" else None)
+                         for row in range(options.rows)]  # fmt: skip
+                plain, ours = errors(cases, enlarge), errors(cases, finish)
+                cells = [*plain, *ours]
+                print(f"| {size} | {painter} | {lines} | " + " | ".join(f"{cell:.2f}" for cell in cells)
+                      + f" | {seconds(cases):.2f} |", flush=True)  # fmt: skip
+
+
+def make_case(index: int, size: int, network: int, lines: str, bundle: Bundle | None) -> Case:
+    """Drawing `index` at that size, painted by the bundle, or by a network that knows the truth."""
+    row = make_row(SEED, index, min(size, 1024))
+    target, closed = (np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC))
+                      for one in (row.target, row.sketch))  # fmt: skip
+    closed = closed if closed.ndim == 3 else np.repeat(closed[..., None], 3, 2)
+    drawing = read_drawing(with_gaps(closed, index) if lines == "open" else closed)
+    painted = letterbox(target, network)[0] if bundle is None else paint(bundle, drawing, row.cross_reference)
+    distance = distance_transform_edt(closed[..., 0] > 200) / (size / network)
+    return Case(drawing, painted, rgb2lab(target[::SAMPLE, ::SAMPLE]), distance[::SAMPLE, ::SAMPLE])
+
+
+def with_gaps(sketch: Array, seed: int) -> Array:
+    """The sketch with some of its lines broken: gaps of up to a network's pixel and a half."""
+    rng, broken = np.random.default_rng(seed), sketch.copy()
+    rows, columns = np.nonzero(sketch[..., 0] < 100)
+    for place in rng.integers(0, len(rows), NUM_GAPS):
+        y, x, half = rows[place], columns[place], int(len(sketch) / 64 * rng.uniform(0.4, 0.75))
+        broken[max(0, y - half) : y + half, max(0, x - half) : x + half] = 255
+    return broken
+
+
+def paint(bundle: Bundle, drawing: Drawing, reference: Array) -> Array:
+    """The model's picture of a drawing."""
+    size = bundle.config.image_size
+    sketch, colors = (to_tensor(torch.from_numpy(np.ascontiguousarray(one))[None])
+                      for one in (for_network(as_gray(drawing), size), letterbox(reference, size)[0]))  # fmt: skip
+    return np.asarray(to_uint8(colorize(bundle, sketch, colors, seeds=[7]))[0].numpy())
+
+
+def finish(painted: Array, drawing: Drawing) -> Array:
+    """What serving answers with."""
+    return to_picture(layer_of(painted, drawing), drawing)
+
+
+def enlarge(painted: Array, drawing: Drawing) -> Array:
+    """The network's picture made large."""
+    height, width = drawing.darkness.shape
+    return unletterbox(painted, letterbox(np.zeros((height, width), np.uint8), len(painted))[1])
+
+
+def errors(cases: list[Case], method: Callable[[Array, Drawing], Array]) -> tuple[float, float]:
+    """Mean CIEDE2000 near lines and away from them; lines themselves are not compared."""
+    near, away = [], []
+    for case in cases:
+        picture = method(case.painted, case.drawing)
+        found = deltaE_ciede2000(rgb2lab(picture[::SAMPLE, ::SAMPLE]), case.truth)
+        scale = len(case.painted) / len(picture)
+        off = case.distance > 1.5 * scale
+        near.append(found[off & (case.distance <= 1)].mean())
+        away.append(found[off & (case.distance > 1)].mean())
+    return float(np.mean(near)), float(np.mean(away))
+
+
+def seconds(cases: list[Case]) -> float:
+    """CPU seconds a megapixel: the color layer, and the layer times the drawing."""
+    started, pixels = time.process_time(), 0
+    for case in cases:
+        layer = layer_of(case.painted, case.drawing)
+        to_picture(layer, case.drawing)
+        pixels += case.drawing.darkness.size
+    return (time.process_time() - started) / pixels * 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The pictures of the page: a real server, a real browser, and the drawings that ship with the page.
+
+    python docs/screenshots.py --model BUNDLE [--out docs/images]
+
+Needs Chromium. page.png is a desktop in the middle of comparing, page-phone.png a phone in the dark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from animediffusion.serve.api import create_app
+from animediffusion.serve.replica import Replica
+
+LIMIT = 200_000
+"""Bytes of a picture; what would be larger gets 256 colors."""
+TIMEOUT_MS = 120_000
+
+
+class Shot(NamedTuple):
+    """One picture: the window, and what is done in it."""
+
+    name: str
+    width: int
+    height: int
+    scale: float
+    scheme: str
+    sketch: int
+    reference: int
+    seeds: tuple[int, ...]
+    compare: int
+
+
+SHOTS = (
+    Shot("page.png", 1180, 800, 1.0, "light", sketch=0, reference=2, seeds=(5, 6, 7), compare=38),
+    Shot("page-phone.png", 390, 844, 1.5, "dark", sketch=2, reference=0, seeds=(7,), compare=34),
+)
+
+
+@contextmanager
+def server(model: Path) -> Iterator[str]:
+    """URL of the page with this bundle as version 1, without Ray."""
+    replica = Replica()
+    if not replica.load("1", model):
+        raise SystemExit(f"error: {model}: {replica.error}; give a bundle as training wrote it")
+    running = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join()
+        replica.close()
+
+
+def take(browser: Browser, url: str, shot: Shot) -> bytes:
+    """The PNG of one window."""
+    context = browser.new_context(
+        viewport={"width": shot.width, "height": shot.height},
+        device_scale_factor=shot.scale,
+        color_scheme="dark" if shot.scheme == "dark" else "light",
+        reduced_motion="reduce",
+        has_touch=shot.width < 600,
+        is_mobile=shot.width < 600,
+    )
+    context.set_default_timeout(TIMEOUT_MS)
+    page = context.new_page()
+    page.goto(url)
+    color(page, shot)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    if shot.width < 600:
+        page.evaluate("document.querySelector('#go').scrollIntoView({block: 'start'}); scrollBy(0, -12)")
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    data = page.screenshot()
+    context.close()
+    return data
+
+
+def color(page: Page, shot: Shot) -> None:
+    """Color the examples of a shot, once for every seed."""
+    page.locator("#sketch-examples button").nth(shot.sketch).click()
+    page.locator("#reference-examples button").nth(shot.reference).click()
+    page.click("summary")
+    for seed in shot.seeds:
+        page.fill("#seed", str(seed))
+        page.fill("#num_inference_steps", "4")
+        page.click("#go")
+        expect(page.locator("#note")).to_contain_text(f"seed {seed},", timeout=TIMEOUT_MS)
+        expect(page.locator("#go")).to_have_text("Color it", timeout=TIMEOUT_MS)
+    page.click("summary")
+    page.locator("#compare").fill(str(shot.compare))
+
+
+def small(png: bytes) -> bytes:
+    """The picture in at most LIMIT bytes."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    for candidate in (image, *(image.quantize(colors, kmeans=3) for colors in (256, 128, 64))):
+        buffer = io.BytesIO()
+        candidate.save(buffer, "PNG", optimize=True)
+        if buffer.tell() <= LIMIT:
+            return buffer.getvalue()
+    raise ValueError(f"the picture has {buffer.tell()} bytes, at most {LIMIT} are allowed")
+
+
+def main() -> None:
+    """Take all of them."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    arguments.add_argument("--model", type=Path, required=True, help="a bundle folder")
+    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    options = arguments.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with server(options.model) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for shot in SHOTS:
+            data = small(take(browser, url, shot))
+            (options.out / shot.name).write_bytes(data)
+            print(f"{options.out / shot.name}: {len(data) // 1000} kB")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

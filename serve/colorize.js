@@ -1,0 +1,99 @@
+// Asks the server for a picture: as a stream of events, again while it is busy, and with words for what is wrong.
+
+const RETRIES = 30;
+const BUSY = [429, 503];
+const NAMES = {
+  sketch: "Line art", reference: "Color picture", num_inference_steps: "Steps", guidance_scale: "Reference strength", seed: "Seed", sampler: "Sampler",
+};
+
+/** What the server, or the way to it, had against a request: a message for people, and the fields it is about. */
+export class Problem extends Error {
+  constructor(message, {status = 0, fields = [], wait = 2} = {}) {
+    super(message);
+    Object.assign(this, {status, fields, wait});
+  }
+}
+
+/**
+ * The data of the event `result`, or a Problem; an AbortError once `signal` says so.
+ * on_progress(event data) after each step; on_wait(seconds left, problem) every second before the server is asked again.
+ */
+export async function colorize(body, {signal, on_progress, on_wait}) {
+  for (let tries = 0; ; tries++) {
+    try {
+      return await ask(body, signal, on_progress);
+    } catch (error) {
+      if (!BUSY.includes(error.status) || tries === RETRIES) throw error;
+      for (let left = error.wait; left > 0; left--) {
+        on_wait(left, error);
+        await pause(1000, signal);
+      }
+      on_wait(0, error);
+    }
+  }
+}
+
+async function ask(body, signal, on_progress) {
+  try {
+    const response = await fetch("v1/colorize/stream", {method: "POST", body, signal});
+    if (!response.ok) throw await refusal(response);
+    for await (const {name, data} of read_events(response.body)) {
+      if (name === "progress") on_progress(data);
+      else if (name === "error") throw problem(data);
+      else if (name === "result") return data;
+    }
+  } catch (error) {
+    if (error instanceof Problem || error.name === "AbortError") throw error;
+    throw new Problem("The server cannot be reached. Your pictures are still here: try again when it is back.");
+  }
+  throw new Problem("The connection ended before the picture was finished. Please try again.");
+}
+
+async function refusal(response) {
+  let body = {};
+  try { body = await response.json(); } catch { /* not the server's own: a proxy's page */ }
+  return problem({...body, status: response.status}, Number(response.headers.get("Retry-After")) || undefined);
+}
+
+function problem({status, detail, errors = []}, wait) {
+  if (status === 429) return new Problem("The server is busy.", {status, wait});
+  if (status === 503) return new Problem("The server has no model ready yet.", {status, wait});
+  if (status === 413) return new Problem("The two pictures are too large together. Please make them smaller.", {status});
+  if (status === 504) return new Problem("The server did not finish in time. Please try again, or with fewer steps.", {status});
+  if (errors.length) return new Problem(errors.map(in_words).join(" "), {status, fields: errors.map(error => error.field)});
+  const text = detail || `The server answered ${status}.`, first = text.split(" ")[0];
+  const named = NAMES[first] ? NAMES[first] + text.slice(first.length) : text;
+  return new Problem(sentence(named), {status, fields: NAMES[first] ? [first] : []});
+}
+
+function in_words({field, found, allowed}) {
+  const name = NAMES[field] || field;
+  return field in {sketch: 0, reference: 0} ? sentence(`${name} ${found}: ${allowed}`) : sentence(`${name}: ${found} does not work, give ${allowed}`);
+}
+
+function sentence(text) {
+  return text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, {once: true});
+  });
+}
+
+async function* read_events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    text += value;
+    let end;
+    while ((end = text.indexOf("\n\n")) >= 0) {
+      const [name, data] = text.slice(0, end).split("\n").map(line => line.slice(line.indexOf(": ") + 2));
+      text = text.slice(end + 2);
+      yield {name, data: JSON.parse(data)};
+    }
+  }
+}
