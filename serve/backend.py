@@ -20,8 +20,9 @@ from animediffusion.serve.pace import Pace
 from animediffusion.serve.versions import ModelSource
 
 STATUS_TIMEOUT_S = 5.0
-MAX_ATTEMPTS = 2
-"""Of one picture: an engine may die under it, with its node for example, and the same request makes the same one."""
+MAX_ATTEMPTS = 3
+"""Of one picture: an engine may die under it, with its node for example, or be without a model. The same request makes
+the same picture elsewhere."""
 
 
 class RayBackend:
@@ -51,11 +52,9 @@ class RayBackend:
                 except asyncio.CancelledError:
                     response.cancel()
                     raise
-                except RayActorError as error:
-                    if attempt == MAX_ATTEMPTS:
-                        raise self._translated(error) from error
                 except Exception as error:
-                    raise self._translated(error) from error
+                    if attempt == MAX_ATTEMPTS or not _is_the_engines_fault(error):
+                        raise self._translated(error) from error
         raise AssertionError("unreachable")
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
@@ -127,6 +126,12 @@ class RayBackend:
         if isinstance(error, TimeoutError):
             return LateError("no answer in time")
         return error
+
+
+def _is_the_engines_fault(error: Exception) -> bool:
+    return isinstance(error, RayActorError) or (
+        isinstance(error, RayTaskError) and isinstance(error.cause, NoModelError)
+    )
 
 
 def mean_shares(replicas: list[dict[str, float]]) -> dict[str, float]:
