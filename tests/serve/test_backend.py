@@ -28,7 +28,7 @@ class Response:
     def __await__(self):
         return self.results_async(0).__await__()
 
-    async def results_async(self, timeout_s):
+    async def results_async(self, timeout_s):  # noqa: ARG002
         await asyncio.sleep(0)
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -42,7 +42,7 @@ class Handle:
         self.outcomes = list(outcomes)
         self.colorize = self
 
-    def remote(self, job) -> Response:
+    def remote(self, job) -> Response:  # noqa: ARG002
         return Response(self.outcomes.pop(0))
 
     def broadcast(self, name: str) -> Response:
