@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ from animediffusion.serve.pace import Pace
 from animediffusion.serve.versions import ModelSource
 
 STATUS_TIMEOUT_S = 5.0
-MAX_ATTEMPTS = 2
-"""Of one picture: an engine may die under it, with its node for example, and the same request makes the same one."""
+MAX_ATTEMPTS = 3
+"""Of one picture: an engine may die under it, with its node for example, or be without a model. The same request makes
+the same picture elsewhere."""
+
+log = logging.getLogger(__name__)
 
 
 class RayBackend:
@@ -37,6 +41,7 @@ class RayBackend:
         self.engine = engine
         self.source = source
         self.may_sleep = may_sleep
+        self._told: list[dict[str, Any]] = []
         self._pace = Pace()
         self._requests = requests_counter()
 
@@ -51,11 +56,9 @@ class RayBackend:
                 except asyncio.CancelledError:
                     response.cancel()
                     raise
-                except RayActorError as error:
-                    if attempt == MAX_ATTEMPTS:
-                        raise self._translated(error) from error
                 except Exception as error:
-                    raise self._translated(error) from error
+                    if attempt == MAX_ATTEMPTS or not _is_the_engines_fault(error):
+                        raise self._translated(error) from error
         raise AssertionError("unreachable")
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
@@ -89,11 +92,14 @@ class RayBackend:
         return any(one["replica"]["state"] == "ready" for one in found) or (self.may_sleep and not found)
 
     async def _describe(self) -> list[dict[str, Any]]:
-        """What every running engine says of itself; none where none answers in time."""
+        """What every running engine says of itself; what they said last where one is too busy, or died just now."""
         try:
-            return list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
-        except Exception:  # none is running, or one died just now: neither is an error of who asks
-            return []
+            self._told = list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
+        except DeploymentUnavailableError:  # none is running, and that is no error of who asks
+            self._told = []
+        except Exception as error:
+            log.warning("not every engine says how it is: %s", error)
+        return self._told
 
     def _desired(self) -> dict[str, str | None]:
         try:
@@ -127,6 +133,12 @@ class RayBackend:
         if isinstance(error, TimeoutError):
             return LateError("no answer in time")
         return error
+
+
+def _is_the_engines_fault(error: Exception) -> bool:
+    return isinstance(error, RayActorError) or (
+        isinstance(error, RayTaskError) and isinstance(error.cause, NoModelError)
+    )
 
 
 def mean_shares(replicas: list[dict[str, float]]) -> dict[str, float]:

@@ -11,7 +11,9 @@ see serve/scaling.py.
 # No `from __future__ import annotations` here: Ray Serve checks a config file's `args` against the class that stands in
 # build_app's signature, and does not look up a name.
 
+import asyncio
 import os
+import time
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,7 +39,10 @@ from animediffusion.serve.versions import Follower, ModelSource
 
 APP_NAME = "animediffusion"
 STARTING_PATIENCE_S = 60.0
-"""For which a new engine waits for a registry that is away before it goes into service without a model."""
+"""For which a new engine waits for a registry that is away; then Ray starts another one in its place."""
+LOADING_PATIENCE_S = 5.0
+"""For which a request waits at an engine that has no model. Were it refused at once, that engine would always be the
+one with the shortest queue, and get all requests in place of those that work."""
 
 
 def _whole_above_one(gpus: float | None) -> float | None:
@@ -155,12 +160,19 @@ class EngineDeployment:
 
     async def colorize(self, job: Job) -> Answer:
         """See Replica.colorize."""
+        await self._wait_for_a_model()
         return await self.replica.colorize(job)
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
         """See Replica.stream."""
+        await self._wait_for_a_model()
         async for item in self.replica.stream(job):
             yield item
+
+    async def _wait_for_a_model(self) -> None:
+        end = time.monotonic() + LOADING_PATIENCE_S
+        while not self.replica.shares and time.monotonic() < end:
+            await asyncio.sleep(0.1)
 
     async def describe(self) -> dict[str, Any]:
         """See Follower.describe."""

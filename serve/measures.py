@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from animediffusion.serve.engine import Engine
 
@@ -37,7 +38,7 @@ class Measures:
     def __init__(self) -> None:
         self._totals: dict[str, Counter[Labels]] = {name: Counter() for name in (REQUESTS, SWAPS, TURNS, ROWS, CACHE)}
         self._turn_seconds: deque[tuple[str, float]] = deque(maxlen=16384)
-        self._seen: dict[Engine, tuple[int, ...]] = {}
+        self._seen: WeakKeyDictionary[Engine, tuple[int, ...]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def count(self, name: str, version: str, outcome: str) -> None:
@@ -49,14 +50,13 @@ class Measures:
         """Note how long a turn took."""
         self._turn_seconds.append((version, seconds))
 
-    def collect(self, version: str, engine: Engine, *, last: bool = False) -> None:
-        """Add what an engine did since the previous call; the `last` one is for an engine that has ended."""
+    def collect(self, version: str, engine: Engine) -> None:
+        """Add what an engine did since the previous call."""
         with self._lock:
             counts = engine.counts
             now = (counts.turns, counts.rows_evaluated, counts.reference_hits, counts.reference_misses)
-            before = self._seen.pop(engine, (0, 0, 0, 0))
-            if not last:
-                self._seen[engine] = now
+            before = self._seen.get(engine, (0, 0, 0, 0))
+            self._seen[engine] = now
             turns, rows, hits, misses = (new - old for new, old in zip(now, before, strict=True))
             self._totals[TURNS][(version,)] += turns
             self._totals[ROWS][(version,)] += rows

@@ -240,7 +240,7 @@ class Replica:
 
         def drain() -> None:
             hosted.engine.close()
-            self.measures.collect(hosted.version, hosted.engine, last=True)
+            self.measures.collect(hosted.version, hosted.engine)
             with self._lock:
                 self._retiring.remove(hosted)
 

@@ -154,10 +154,17 @@ class Follower:
         """Load what is wanted, then follow in the background.
 
         Args:
-            patience_s: look again for as long as nothing is loaded and the registry or the store is the reason.
+            patience_s: look again for as long as nothing is loaded because the registry or the store is away.
+
+        Raises:
+            RegistryError: they still were. A version that does not work raises nothing: `replica.error` says it.
         """
         end = time.monotonic() + patience_s
-        while not self.step() and not any(one.pause_s for one in self._failures.values()) and time.monotonic() < end:
+        while not self.step() and not any(one.pause_s for one in self._failures.values()):
+            if time.monotonic() >= end:
+                raise RegistryError(
+                    self.source.model, f"cannot be had ({self.replica.error})", "see `animediffusion doctor`"
+                )
             self._stop.wait(min(1.0, self.period_s))
         self._thread.start()
 

@@ -192,8 +192,8 @@ def test_a_replica_born_while_the_registry_is_away_loads_when_it_is_back(replica
     follower = replicas(registry)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        assert not follower.step()
-    assert "does not answer" in follower.replica.error
+        with pytest.raises(RegistryError, match=r"cannot be had .*does not answer"):
+            follower.start()
     assert follower.step()
     assert follower.replica.describe()["error"] is None
 
@@ -223,7 +223,8 @@ def test_a_replica_born_under_a_broken_champion_serves_the_one_before(replicas, 
 
 def test_without_any_version_that_works_a_replica_says_why(replicas, registry, sketch, reference):
     follower = replicas(registry, f"models:/animediffusion/{NAN}")
-    assert not follower.step()
+    follower.start(patience_s=60)
+    follower.stop()
     assert follower.replica.describe()["state"] == "failed"
     with pytest.raises(NoModelError, match="not a finite"):
         answers(follower, sketch, reference)
