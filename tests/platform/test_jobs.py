@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_da
 def is_driver(process: psutil.Process, workspace: str) -> bool:
     with suppress(psutil.Error):
         words = process.cmdline()
-        return "python" in words[0] and "animediffusion" in words and workspace in words
+        return "animediffusion" in words and workspace in words and "python" in words[0]
     return False
 
 
