@@ -107,7 +107,7 @@ def report(address: str, device: Callable[[], str], store: str | None) -> Report
         store="" if store is None else write_and_read(store),
         mlflow=why_unreachable(uri) if uri.startswith(("http://", "https://")) else None,
         mlflow_uri=without_password(uri),
-        listeners=_listeners(),
+        listeners=_listeners(ray.get_runtime_context().get_session_name()),
     )
 
 
@@ -133,24 +133,29 @@ def write_and_read(folder: str) -> str | None:
     return None if same else "gave other bytes back"
 
 
-def _listeners() -> list[Listener]:
-    """Of Ray's processes of this user, what others than this machine can reach."""
+def _listeners(session: str) -> list[Listener]:
+    """Of the Ray processes of one session here, what others than this machine can reach."""
     found = set()
-    for process in psutil.process_iter():
+    for process in _processes(session):
         with suppress(psutil.Error, OSError):
             words = " ".join(process.cmdline())
-            if (
-                "raylet" not in words
-                and "gcs_server" not in words
-                and "ray::" not in words
-                and "dashboard" not in words
-            ):
-                continue
             for connection in process.net_connections("tcp"):
                 host = connection.laddr.ip.removeprefix("::ffff:") if connection.laddr else ""
                 if connection.status == psutil.CONN_LISTEN and host not in ("127.0.0.1", "::1"):
                     found.add(Listener(_short(words), host, connection.laddr.port))
     return sorted(found, key=lambda one: (one.process, one.port))
+
+
+def _processes(session: str) -> set[psutil.Process]:
+    """The session's name stands in the command of Ray's own processes; workers, which have other names, are their
+    children. A machine may have other clusters.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if any(session in word for word in process.cmdline()):
+                found |= {process, *process.children(recursive=True)}
+    return found
 
 
 def _short(command: str) -> str:

@@ -90,7 +90,7 @@ def test_no_secret_travels_with_a_job(cluster: None, head: Head, monkeypatch: py
 
 
 def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_dataset: str, tmp_path: Path) -> None:
-    settings = ["max_steps=400", "batch_size=4", "checkpoint_every=20", "log_every=5", "num_samples=0", "name=twice"]
+    settings = ["max_steps=160", "batch_size=4", "checkpoint_every=10", "log_every=5", "num_samples=0", "name=twice"]
     verb = ["train", "demo", f"data={faces_dataset}", *settings, "--workspace", str(tmp_path), "--json"]
     job = jobs.submit(verb)
     while len(list_steps(str(tmp_path / "runs/twice/checkpoints"))) < 1:
@@ -103,14 +103,14 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_da
     assert jobs.follow(jobs.submit(verb), log.append) == 0
     assert re.search(r"resuming twice at step \d+", "".join(log))
     result = json.loads("".join(log).splitlines()[-1])
-    assert result["steps"] == 400
-    assert result["resumed_from"] >= 20
+    assert result["steps"] == 160
+    assert result["resumed_from"] >= 10
 
 
 def is_driver(process: psutil.Process, workspace: str) -> bool:
     with suppress(psutil.Error):
         words = process.cmdline()
-        return "python" in words[0] and "animediffusion" in words and workspace in words
+        return "animediffusion" in words and workspace in words and "python" in words[0]
     return False
 
 
