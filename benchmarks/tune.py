@@ -155,6 +155,9 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
         f"\n{result['trials']} trials in {seconds:.0f} s: {result['finished']} to the end, {result['stopped_early']} "
         f"stopped early, {result['failed']} failed, {result['cut']} cut by the clock.\n"
     )
+    # Of trials that the clock has cut, Ray keeps the CPUs reserved for minutes.
+    cluster.shutdown()
+    cluster.connect(settings)
     scores = {}
     for name, path in (("the bad start", recipe), ("the found recipe", found)):
         run = train(settings, load_recipe(str(path), [f"data={data}", f"max_steps={steps}", "num_workers=1"]))

@@ -20,9 +20,14 @@ REDUCTION = 3
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA, which remembers whom it ended before the last rung."""
+    """ASHA, which lets trials end by themselves, and remembers whom it ended before the last rung.
 
-    def __init__(self, rungs: list[int]) -> None:
+    Args:
+        rungs: steps of the reports.
+        stops: the actor Stops.
+    """
+
+    def __init__(self, rungs: list[int], stops: Any) -> None:
         super().__init__(
             time_attr="step",
             metric="psnr",
@@ -32,14 +37,17 @@ class Halving(AsyncHyperBandScheduler):
             reduction_factor=REDUCTION,
         )
         self._last = rungs[-1]
+        self._stops = stops
         self._ended: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """STOP for a trial that is not among the best third of its rung so far."""
-        decision = str(super().on_trial_result(tune_controller, trial, result))
-        if decision == self.STOP and result["step"] < self._last:
-            self._ended.add(trial.trial_id)
-        return decision
+        """Tell a trial to end that is not among the best third of its rung so far."""
+        if trial.trial_id not in self._ended and result["step"] < self._last:
+            decision = super().on_trial_result(tune_controller, trial, result)
+            if decision == self.STOP:
+                self._ended.add(trial.trial_id)
+                self._stops.add.remote(result["mlflow_run_id"])
+        return str(self.CONTINUE)
 
     def judge(
         self,
@@ -52,8 +60,8 @@ class Halving(AsyncHyperBandScheduler):
             return None
         kept = {key: result[key] for key in ("step", "sampler_steps", "mlflow_run_id")}
         kept["history"] = json.loads(result["history"])
-        whole = "finished" if result["step"] >= self._last else "cut"
-        ended = "stopped early" if trial_id in self._ended else whole
+        early = "stopped early" if trial_id in self._ended else "cut"
+        ended = "finished" if result["step"] >= self._last else early
         return [result["psnr"]], {**kept, "ended": ended, "open": ended == "cut"}
 
 

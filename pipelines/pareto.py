@@ -81,12 +81,14 @@ def floor(defaults: float, prefer: Prefer) -> float:
 def choose(points: Sequence[Point], prefer: Prefer) -> Point:
     """The point to use, out of all trials; `points[0]` are the defaults.
 
-    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS.
+    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS. Where the knee does,
+    the cheapest point that does not is used: what was chosen once is chosen again when it is the defaults.
     """
-    allowed = [point for point in pareto_front(points) if point.psnr >= floor(points[0].psnr, prefer)]
+    front = pareto_front(points)
+    allowed = [point for point in front if point.psnr >= floor(points[0].psnr, prefer)]
     if prefer == "best":
         return allowed[-1]
-    return allowed[0] if prefer == "fast" else knee(allowed)
+    return knee(front) if prefer == "knee" and knee(front) in allowed else allowed[0]
 
 
 def describe(point: Point) -> str:

@@ -21,16 +21,38 @@ from animediffusion.pipelines.pareto import Point
 from animediffusion.pipelines.recipe import TrainConfig
 
 
+@ray.remote(num_cpus=0)
+class Stops:
+    """The runs of a search that are to end before their last step.
+
+    They end by themselves: of one that is killed, Ray keeps the CPUs reserved for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._runs: set[str] = set()
+
+    def add(self, run_id: str) -> None:
+        """This run is to end."""
+        self._runs.add(run_id)
+
+    def has(self, run_id: str) -> bool:
+        """Whether it is."""
+        return run_id in self._runs
+
+
 class Rungs:
     """The reports of one worker.
 
     Args:
-        shared: of train_worker; its `rungs` are steps (when to report) and rows (reference to a Batch).
+        shared: of train_worker; its `rungs` are steps (when to report), rows (a Batch or a reference to one) and stops
+            (the actor Stops, or None).
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
         self.steps: list[int] = shared["rungs"]["steps"]
-        self.rows: Batch = ray.get(shared["rungs"]["rows"])
+        rows = shared["rungs"]["rows"]
+        self.rows: Batch = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
+        self.stops, self.answer = shared["rungs"].get("stops"), None
         self.run_id = shared["mlflow_run_id"]
         self.config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
         self.history: list[tuple[int, float]] = []
@@ -39,6 +61,18 @@ class Rungs:
         """Report if the step that was just done is a rung; all ranks come here."""
         if state.step in self.steps:
             ray.train.report(self.report(state) if rank == 0 else {})
+
+    def stopped(self) -> bool:
+        """Whether the search has ended this run, as far as is known without waiting."""
+        if self.stops is None:
+            return False
+        if self.answer is not None and ray.wait([self.answer], timeout=0)[0]:
+            if ray.get(self.answer):
+                return True
+            self.answer = None
+        if self.answer is None:
+            self.answer = self.stops.has.remote(self.run_id)
+        return False
 
     def report(self, state: TrainState) -> dict[str, Any]:
         """step, psnr, sampler_steps, history (JSON: [step, psnr] of all rungs so far), mlflow_run_id."""

@@ -29,8 +29,9 @@ from animediffusion.pipelines.halving import REDUCTION, Halving, Report
 from animediffusion.pipelines.measure import load_rows
 from animediffusion.pipelines.plan import Plan, plan
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe, plain
+from animediffusion.pipelines.rungs import Stops
 from animediffusion.pipelines.train import build_trainer, reason, scaling_for, threads_per_worker
-from animediffusion.pipelines.trials import Journal, Study, run_trials
+from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.pipelines.worker import Progress as RunProgress
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
@@ -154,14 +155,16 @@ def _search(
     minutes: float | None,
     progress: Progress | None,
 ) -> None:
-    space, scheduler = ScheduleSpace(base), Halving(rungs)
+    stops = Stops.remote()  # type: ignore[attr-defined]
+    space, scheduler = ScheduleSpace(base), Halving(rungs, stops)
     study = Study(
-        optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0)),
+        new_study(optuna.samplers.TPESampler(seed=0), ["maximize"]),
         space.distributions,
         space.point,
         scheduler.judge,
         Journal(work.folder / "trials.jsonl"),
         [space.first()],
+        "psnr",
     )
     first = trial_config(base, space.own(), rungs, "trial")
     scaling = scaling_for(first)
@@ -171,7 +174,7 @@ def _search(
         base=base,
         scaling=scaling,
         threads=threads_per_worker(at_once, len(ray.nodes())),
-        rungs={"steps": rungs, "rows": ray.put(rows)},
+        rungs={"steps": rungs, "rows": ray.put(rows), "stops": stops},
         settings=settings,
         tracking_uri=record.tracking_uri,
         parent_run_id=record.run_id,
@@ -192,6 +195,7 @@ def _search(
         )
     finally:
         ray.kill(task.progress)
+        ray.kill(stops)
         shutil.rmtree(work.folder / "runs", ignore_errors=True)
 
 

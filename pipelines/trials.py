@@ -1,6 +1,6 @@
 """Optuna's suggestions as trials of Ray Tune: none asked twice, every result on disk, stopped by a signal in one piece.
 
-    study = Study(optuna.create_study(...), distributions, meaning, judge, Journal(path))
+    study = Study(new_study(...), distributions, meaning, judge, Journal(path))
     run_trials("search-1234abcd", trainable, study, trials=50, at_once=2, place=folder)     # again: continues
 
 What was measured is in the journal, a file of JSON lines that outlives the search. A later one of the same things reads
@@ -80,6 +80,12 @@ class _Asked:
     point: Point
 
 
+def new_study(sampler: optuna.samplers.BaseSampler, directions: Sequence[str]) -> optuna.Study:
+    """Optuna's study in memory, without its remarks."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=sampler, directions=list(directions))
+
+
 class _Live:
     """Ray Tune copies and pickles what it is given, for a restart of its own; ours reads the journal."""
 
@@ -100,6 +106,7 @@ class Study(_Live, Searcher):
         judge: what became of a trial.
         journal: what is known already, and where results go.
         first: parameters of the points to begin with.
+        metric: what every report of a trial holds; Ray Tune insists on it.
     """
 
     def __init__(
@@ -110,8 +117,9 @@ class Study(_Live, Searcher):
         judge: Judge,
         journal: Journal,
         first: Sequence[Mapping[str, Any]] = (),
+        metric: str | None = None,
     ) -> None:
-        super().__init__(metric="value", mode="max")
+        super().__init__(metric=metric, mode="max")
         self.study, self.journal = study, journal
         self._distributions, self._meaning, self._judge = dict(distributions), meaning, judge
         self._known: dict[str, list[float] | None] = {}
@@ -285,5 +293,4 @@ def _be_quiet() -> None:
     # Tune prints tables unless it is told to use its old output, which obeys verbose=0.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

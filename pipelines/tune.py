@@ -30,7 +30,7 @@ from animediffusion.pipelines.front import draw_front, draw_strip
 from animediffusion.pipelines.measure import Rows, load_rows, measure
 from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, floor, pareto_front
 from animediffusion.pipelines.space import SamplerSpace
-from animediffusion.pipelines.trials import Journal, Study, run_trials
+from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
@@ -140,12 +140,13 @@ def search(
     """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first."""
     space = SamplerSpace(bundle.denoiser.path, bundle.config.sampler)
     study = Study(
-        optuna.create_study(directions=["maximize", "minimize"], sampler=_optuna_sampler()),
+        new_study(_optuna_sampler(), ["maximize", "minimize"]),
         space.distributions,
         space.point,
         _judge,
         Journal(folder / "points.jsonl"),
         space.first(),
+        "measured",
     )
     own = space.simplest(bundle.config.sampler)
     known = any(point.settings == own for point in read_points(folder))

@@ -303,6 +303,8 @@ class _Log:
         if self.answer is not None:
             ready, _ = ray.wait([self.answer], timeout=0)
             stop = int(bool(ready) and bool(ray.get(ready[0])))
+        if self.rank.rungs is not None and self.rank.rungs.stopped():
+            stop = 1
         max_steps = self.rank.state.max_steps
         done = self.rank.state.step - self.rank.first_step
         if max_steps == UNKNOWN_LENGTH and self.timed is not None and done >= 2 * TIMED_STEPS:

@@ -55,6 +55,14 @@ def test_the_choice_is_never_worse_than_the_defaults(prefer: Prefer, evaluations
     assert choose(points, prefer).evaluations == evaluations
 
 
+@pytest.mark.parametrize("prefer", ["knee", "best"])
+def test_what_was_chosen_is_chosen_again_when_it_is_the_defaults(prefer: Prefer) -> None:
+    points = [point(3, 18.1), point(1, 18.0), point(2, 20.0), point(4, 20.4), point(5, 20.45), point(8, 20.5)]
+    for defaults in points:
+        chosen = choose([defaults, *points], prefer)
+        assert choose([chosen, *points], prefer) == chosen
+
+
 def test_defaults_that_nothing_beats_stay() -> None:
     points = [point(1, 21.0), point(4, 20.0), point(8, 20.9)]
     assert all(choose(points, prefer) == points[0] for prefer in ("best", "knee", "fast"))
