@@ -50,8 +50,9 @@ def draw_front(points: Sequence[Point], chosen: Point) -> bytes:
     axes.set_ylabel("PSNR, dB", color=INK)
     left_out = len(points) - len(shown)
     aside = f", {left_out} of them below the picture" if left_out else ""
-    axes.set_title(f"{len(points)} settings of one model{aside}", color=INK, fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    axes.set_title(f"{len(points)} settings of one model{aside}", color=INK, fontsize=11, pad=14)
+    axes.margins(y=0.15)  # room for the names
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.tick_params(colors=INK)
     axes.grid(color=FAINT, alpha=0.35, linewidth=0.6)
     for side in axes.spines.values():
