@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -34,6 +34,7 @@ from animediffusion.platform.errors import Interrupted
 REPEATS, MOST_REPEATS = 20, 200
 """Known suggestions in a row: after so many they are drawn at random, and then the search ends."""
 POLL_S = 0.5
+Direction = Literal["maximize", "minimize"]
 
 Point = dict[str, Any]
 """What one trial is to measure: plain values. Equal points give equal results."""
@@ -80,7 +81,7 @@ class _Asked:
     point: Point
 
 
-def new_study(sampler: optuna.samplers.BaseSampler, directions: Sequence[str]) -> optuna.Study:
+def new_study(sampler: optuna.samplers.BaseSampler, directions: Sequence[Direction]) -> optuna.Study:
     """Optuna's study in memory, without its remarks."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=sampler, directions=list(directions))
