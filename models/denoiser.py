@@ -113,6 +113,20 @@ class Denoiser(nn.Module):
             return self._to_x0(output, x_t, t), x_0
         return output, self.training_target(x_0, noise, t)
 
+    def snr_weight(self, t: Tensor, most: float) -> Tensor:
+        """[B]: with it the squared error of loss_pair() is that of x_0 times min(SNR, most), SNR = (alpha / sigma)^2.
+
+        Hang et al. 2023 (min-SNR), for any path and prediction: their Eq. 8 for x0, and what follows for the others.
+        """
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        snr = (alpha / sigma).square()
+        if self.prediction == "eps":
+            return (most / snr).clamp(max=1)
+        if self.prediction == "v":
+            alpha_dot, sigma_dot = self.path.velocity(t)
+            return snr.clamp(max=most) * (sigma / (alpha * sigma_dot - alpha_dot * sigma)).square()
+        return snr.clamp(max=most)
+
     def _scale(self, t: Tensor) -> Tensor:
         """Spread of x_t [B, 1, 1, 1] if images have SIGMA_DATA: 1 / c_in, for EDM's x_t / alpha as input."""
         return (self.path.sigma(t) ** 2 + (SIGMA_DATA * self.path.alpha(t)) ** 2).sqrt()

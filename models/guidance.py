@@ -38,7 +38,8 @@ def guided(
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         # A look at the device, which waits for it; so only where there is something to save.
         if interval != EVERYWHERE and not bool(is_guided(t, interval).any()):
-            return denoiser(x_t, t, condition)
+            plain: Tensor = denoiser(x_t, t, condition)
+            return plain
         without, with_reference = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return mix(without, with_reference, torch.full_like(t, scale), t, interval)
 

@@ -21,6 +21,8 @@ from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.sampler import build_sampler, sample_times
 
 NUM_BINS = 8
+MIN_SNR = 5.0
+"""As Hang et al. 2023 recommend."""
 
 
 class Loss(NamedTuple):
@@ -49,6 +51,8 @@ class DenoisingConfig:
     """Share of rows that see the learned null in place of the reference, for classifier-free guidance."""
     loss: str = "mse"
     """mse, or huber (less weight on the few pixels that are far off)."""
+    loss_weight: str = "flat"
+    """flat, or min_snr: the error of x_0 times the signal-to-noise ratio, at most MIN_SNR (Hang et al. 2023)."""
     guess_weight: float = 0.5
     """Weight of the squared error of the matcher's own guess; without a matcher it has no effect."""
 
@@ -59,6 +63,8 @@ class DenoisingConfig:
             raise ValueError(f"time_min must be in [0, 0.5), got {self.time_min}")
         if self.loss not in ("mse", "huber"):
             raise ValueError(f"loss must be mse or huber, got {self.loss!r}")
+        if self.loss_weight not in ("flat", "min_snr"):
+            raise ValueError(f"loss_weight must be flat or min_snr, got {self.loss_weight!r}")
         if not 0 <= self.drop_reference < 1:
             raise ValueError(f"drop_reference must be in [0, 1), got {self.drop_reference}")
 
@@ -85,7 +91,10 @@ class DenoisingObjective(nn.Module):
             each = F.mse_loss(output, target, reduction="none")
         per_row = each.mean((1, 2, 3))
         guess = guess_loss(condition, batch.target)
-        return _loss(per_row.mean() + self.config.guess_weight * guess, per_row, t / t_max)
+        weighted = per_row
+        if self.config.loss_weight == "min_snr":
+            weighted = per_row * self.denoiser.snr_weight(t, MIN_SNR)
+        return _loss(weighted.mean() + self.config.guess_weight * guess, per_row, t / t_max)
 
     def _times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
         if self.config.time_distribution == "uniform":

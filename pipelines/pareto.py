@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
+
+from animediffusion.models.bundle import SamplerDefaults
 
 Prefer = Literal["knee", "fast", "best"]
 
@@ -27,6 +29,24 @@ class Point:
     evaluations: int
     """Network rows per image: guidance other than 1 costs two per evaluation."""
     seconds_per_image: float
+    shift: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The point that asdict() was made of, also after JSON."""
+        return cls(**{**values, "guidance_interval": tuple(values["guidance_interval"])})
+
+    @property
+    def settings(self) -> SamplerDefaults:
+        """What a bundle would hold."""
+        return SamplerDefaults(
+            name=self.sampler,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            shift=self.shift,
+            guidance_interval=self.guidance_interval,
+        )
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -53,22 +73,27 @@ def knee(front: Sequence[Point]) -> Point:
     return max(front, key=height)
 
 
+def floor(defaults: float, prefer: Prefer) -> float:
+    """The least PSNR of a point to use, for that of the defaults."""
+    return defaults - (FAST_LOSS if prefer == "fast" else 0.0)
+
+
 def choose(points: Sequence[Point], prefer: Prefer) -> Point:
     """The point to use, out of all trials; `points[0]` are the defaults.
 
-    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS.
+    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS. Where the knee does,
+    the cheapest point that does not is used: what was chosen once is chosen again when it is the defaults.
     """
     front = pareto_front(points)
-    floor = points[0].psnr - (FAST_LOSS if prefer == "fast" else 0.0)
-    allowed = [point for point in front if point.psnr >= floor]
+    allowed = [point for point in front if point.psnr >= floor(points[0].psnr, prefer)]
     if prefer == "best":
         return allowed[-1]
-    return allowed[0] if prefer == "fast" else knee(allowed)
+    return knee(front) if prefer == "knee" and knee(front) in allowed else allowed[0]
 
 
 def describe(point: Point) -> str:
     """One line about a point."""
     return (
-        f"{point.sampler} {point.steps} steps, guidance {point.guidance_scale:g}: "
-        f"{point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, {point.evaluations} evaluations"
+        f"{point.settings.describe()}: {point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, "
+        f"{point.evaluations} evaluation{'s' if point.evaluations > 1 else ''}"
     )

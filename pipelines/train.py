@@ -70,7 +70,7 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
         summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
         send_left(settings, summary["mlflow_run_id"], work.folder / UNSENT)
         return summary
-    scaling = _scaling(work.config)
+    scaling = scaling_for(work.config)
     work.folder.mkdir(parents=True, exist_ok=True)
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
     previous = read_json(work.folder / "run.json").get("mlflow_run_id")
@@ -93,22 +93,42 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
 def _fit(
     work: Plan, scaling: ray.train.ScalingConfig, run: Run, progress: Any, report: Report | None
 ) -> dict[str, Any]:
-    config = work.config
     weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
-    samples = _samples(config)
-    trainer = TorchTrainer(
+    shared = {"init_weights": weights, "progress": progress, "samples": _samples(work.config)}
+    trainer = build_trainer(work, scaling, run, shared, _threads(scaling))
+    return _run_and_watch(trainer, work, progress, report)
+
+
+def build_trainer(
+    work: Plan,
+    scaling: ray.train.ScalingConfig,
+    run: Run,
+    shared: dict[str, Any],
+    threads: int,
+    callbacks: list[Any] | None = None,
+) -> TorchTrainer:
+    """The run as Ray Train knows it.
+
+    Args:
+        work: what is to be done.
+        scaling: workers and what each takes.
+        run: of MLflow.
+        shared: init_weights, progress, samples and, in a search, rungs: see train_worker.
+        threads: of a worker's arithmetic.
+        callbacks: of Ray Train.
+    """
+    config = work.config
+    return TorchTrainer(
         train_worker,
         train_loop_config={
             "run": config.model_dump(mode="json"),
             "run_name": work.run,
             "checkpoints": work.checkpoints,
             "image_size": work.image_size,
-            "init_weights": weights,
             "tracking_uri": run.tracking_uri,
             "mlflow_run_id": run.run_id,
             "unsent": str(work.folder / UNSENT),
-            "progress": progress,
-            "samples": samples,
+            **shared,
         },
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
@@ -117,13 +137,13 @@ def _fit(
             name="ray",
             storage_path=str(work.folder),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": {**MALLOC, "OMP_NUM_THREADS": str(_threads(scaling))}},
+            worker_runtime_env={"env_vars": {**MALLOC, "OMP_NUM_THREADS": str(threads)}},
+            callbacks=callbacks,
         ),
         # The rows depend on how many workers there are, which Ray knows when it starts them.
         datasets={"train": _nothing},
         dataset_config=_TrainingData(functools.partial(_dataset, work, bool(scaling.use_gpu))),
     )
-    return _run_and_watch(trainer, work, progress, report)
 
 
 def _run_and_watch(trainer: TorchTrainer, work: Plan, progress: Any, report: Report | None) -> dict[str, Any]:
@@ -140,7 +160,7 @@ def _run_and_watch(trainer: TorchTrainer, work: Plan, progress: Any, report: Rep
     heard: list[int] = []
     thread = threading.Thread(target=body, name="fit", daemon=True)
     latest: dict[str, Any] = {}
-    with _signals(heard, lambda: progress.stop.remote()):
+    with Signals(heard, lambda: progress.stop.remote()):
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
@@ -158,7 +178,7 @@ def _run_and_watch(trainer: TorchTrainer, work: Plan, progress: Any, report: Rep
     return latest
 
 
-class _signals:  # noqa: N801 - reads as a context manager
+class Signals:
     """SIGINT and SIGTERM ask for a stop, in the main thread; the second one is Python's own business."""
 
     def __init__(self, heard: list[int], stop: Callable[[], object]) -> None:
@@ -229,7 +249,8 @@ def _dataset(work: Plan, gpu: bool, world_size: int) -> Any:
     )
 
 
-def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
+def scaling_for(config: TrainConfig) -> ray.train.ScalingConfig:
+    """How many workers, and what each takes of the cluster."""
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     fewest, most = config.workers
@@ -333,12 +354,18 @@ def _write_bundle(work: Plan, step: int, latest: dict[str, Any], seconds: float)
     return folder_path, parameters
 
 
-def _explain(error: BaseException, work: Plan) -> BaseException:
+def reason(error: BaseException) -> str:
+    """Why fit() failed, in one line: what a worker said last."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
-    line = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
+    return next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
+
+
+def _explain(error: BaseException, work: Plan) -> BaseException:
     step = latest_step(work.checkpoints)
-    return TrainingError(f"run {work.run}", line, f"the last checkpoint is step {step}; the same command goes on there")
+    return TrainingError(
+        f"run {work.run}", reason(error), f"the last checkpoint is step {step}; the same command goes on there"
+    )
 
 
 def _hopeless(work: Plan, reason: str) -> TrainingError:

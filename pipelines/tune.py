@@ -1,19 +1,18 @@
-"""Search with Ray Tune and Optuna: how a finished model is best sampled.
+"""`tune sampler`: how a finished model is best sampled, searched with Ray Tune and Optuna.
 
-Sampler, steps and guidance scale of a fixed bundle, on fixed rows and fixed noise, so that two trials differ by their
-settings alone. Two objectives: PSNR, and network evaluations per image; the result is a front, and one point of it.
-Not here: searches that train, see pipelines/train.py for what one trial of them would be.
+Settings of a fixed bundle, on fixed rows and fixed noise, so that two trials differ by their settings alone. Two
+objectives: PSNR, and network rows per image; the result is a front, and one point of it. All that was ever measured of
+these weights on these rows is in a journal, so a search that was killed goes on, and one that is repeated is free.
+Not here: which settings there are (pipelines/space.py), how trials run (pipelines/trials.py), searches that train
+(pipelines/schedule.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import os
-import shutil
 import tempfile
-import time
-import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,30 +22,29 @@ import optuna
 import ray
 import torch
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
-from torch import Tensor
 
-from animediffusion.models.augment import Batch, fixed_batch
-from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
-from animediffusion.models.colorize import colorize
-from animediffusion.models.images import to_uint8
-from animediffusion.models.sampler import SAMPLERS, build_sampler
+from animediffusion.models.augment import Batch
+from animediffusion.models.bundle import Bundle, SamplerDefaults, file_sha256, with_metrics, with_sampler
 from animediffusion.pipelines import release
-from animediffusion.pipelines.dataset import read_split
-from animediffusion.pipelines.metrics import psnr
-from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, pareto_front
+from animediffusion.pipelines.front import draw_front, draw_strip
+from animediffusion.pipelines.measure import Rows, load_rows, measure
+from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, floor, pareto_front
+from animediffusion.pipelines.space import SamplerSpace
+from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, ConfigError
+from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.tracking import TUNING, Run
 
 Progress = Callable[[str], None]
 """Takes one line: how many trials are done, and what the last one gave."""
 
-_GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
-_MAX_STEPS = 8
-_ROWS_PER_BATCH = 16
+FORMAT = 1
+"""Of the journal: another number where the same settings would be measured otherwise."""
+CONFIRM_DB = 0.05
+"""On rows that the search did not see, a chosen point may be so much below what was allowed there: less than these rows
+can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,9 @@ def tune_sampler(
         settings: workspace and registry.
         model: bundle folder, URI or models:/ reference.
         data: dataset URI.
-        trials: how many settings to try; the first are the model's own defaults.
-        minutes: stop starting trials after this long.
+        trials: how many different settings are known in the end; those of earlier searches count. The first are the
+            model's own.
+        minutes: stop after this long.
         prefer: `best` quality, the `knee` of quality against cost, or the `fast`est within 0.2 dB of the defaults.
         register: make the model with the chosen defaults the next version.
         num_images: rows of the split to measure on.
@@ -87,175 +86,167 @@ def tune_sampler(
         evaluate: measures the new bundle, so that the gate can compare the version at once.
 
     Returns:
-        `{trials, defaults, best, front, version, changed}`; points as in `Point`, the front by rising cost.
+        `{trials, measured, defaults, best, front, unseen, folder, picture, strip}`, and `version, changed` where it is
+        registered; points as in `Point`, the front by rising cost. `measured`: trials of this call; `unseen`: PSNR of
+        defaults and best on rows that the search did not see, or None.
 
     Raises:
-        ConfigError: an argument out of range. ClusterError: no trial could run.
+        ConfigError: an argument out of range. ClusterError: the defaults could not be measured. Interrupted: by a
+            signal; the same call goes on.
     """
     if prefer not in get_args(Prefer):
         raise ConfigError("--prefer", repr(prefer), ", ".join(get_args(Prefer)))
     if trials < 1:
         raise ConfigError("--trials", str(trials), "at least 1")
-    batch = load_track(data, split, num_images)
+    rows = load_rows(data, split, num_images)
     registry = Registry(settings)
     bundle = release.check_bundle(registry.fetch(model))
+    name = f"sampler-{_search_key(bundle, rows)}"
+    folder = settings.workspace / "tune" / name
     cluster.connect(settings)
-    record = Run.start(settings, TUNING, f"sampler {bundle.sha256[:12]}", _params(model, data, trials, prefer))
+    record = Run.start(settings, TUNING, name, {"model": str(model), "data": data, "trials": trials, "prefer": prefer})
     try:
-        points = search(settings, bundle, batch, trials=trials, minutes=minutes, progress=progress)
-        result = _choose(points, prefer)
+        known = len(read_points(folder))
+        points = search(bundle, rows.searched, folder, trials=trials, minutes=minutes, progress=progress)
+        chosen, unseen = confirm(bundle, rows, points, prefer)
+        result = {
+            "trials": len(points),
+            "measured": len(points) - known,
+            "defaults": asdict(points[0]),
+            "best": asdict(chosen),
+            "front": [asdict(point) for point in pareto_front(points)],
+            "unseen": unseen,
+            **_show(bundle, rows.searched, points, chosen, folder),
+        }
         _record(record, points, result)
         if register:
-            result |= _register(registry, bundle, _defaults(bundle, result["best"]), record.run_id, evaluate)
-    except BaseException:
-        record.finish("FAILED")
+            result |= _register(registry, bundle, chosen.settings, record.run_id, evaluate)
+    except BaseException as error:
+        record.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     record.finish()
     return result
 
 
-def load_track(data: str, split: str, num_images: int) -> Batch:
-    """The cross-reference track of the first rows of a split: fixed sketches, references and truths."""
-    arrays = read_split(data, split, num_images)
-    rows = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "id"}
-    return fixed_batch(rows, "cross", torch.Generator().manual_seed(0))
-
-
 def search(
-    settings: Settings,
     bundle: Bundle,
     batch: Batch,
+    folder: Path,
     *,
     trials: int,
     minutes: float | None = None,
     progress: Progress | None = None,
 ) -> list[Point]:
-    """Run the trials on Ray, as many at a time as there are devices; the defaults come first in the result."""
-    defaults = bundle.config.sampler
+    """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first."""
+    space = SamplerSpace(bundle.denoiser.path, bundle.config.sampler)
+    study = Study(
+        new_study(_optuna_sampler(), ["maximize", "minimize"]),
+        space.distributions,
+        space.point,
+        _judge,
+        Journal(folder / "points.jsonl"),
+        space.first(),
+        "measured",
+    )
+    own = space.simplest(bundle.config.sampler)
+    known = any(point.settings == own for point in read_points(folder))
     device = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
-    place = settings.workspace / "tune" / uuid.uuid4().hex[:12]
-    _be_quiet()
-    tuner = tune.Tuner(
+    run_trials(
+        folder.name,
         tune.with_resources(tune.with_parameters(_trial, task=_Task(bundle, batch)), {device: 1}),
-        tune_config=tune.TuneConfig(
-            search_alg=_searcher(defaults),
-            num_samples=trials,
-            max_concurrent_trials=max(1, int(ray.cluster_resources().get(device, 1))),
-            time_budget_s=minutes * 60 if minutes else None,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="sampler", storage_path=str(place), verbose=0, callbacks=[_Report(trials, progress)]
-        ),
+        study,
+        # Of a model that was tuned before all may be known but its new defaults.
+        trials=max(trials, study.num_known + (not known)),
+        at_once=max(1, int(ray.cluster_resources().get(device, 1))),
+        minutes=minutes,
+        callback=_Report(trials, study, progress),
+        reuse=True,
+        place=folder,
     )
-    try:
-        results = tuner.fit()
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-    return _points(results, defaults)
+    points = read_points(folder)
+    first = next((point for point in points if point.settings == own), None)
+    if first is None:
+        raise ClusterError("tune sampler", "the model's defaults were not measured", "give more --minutes")
+    return [first, *(point for point in points if point is not first)]
 
 
-@torch.no_grad()
-def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults) -> Point:
-    """Color the rows with these settings and compare with the truth; row i has noise i."""
-    started = time.perf_counter()
-    images = []
-    for start in range(0, len(batch.target), _ROWS_PER_BATCH):
-        rows = slice(start, start + _ROWS_PER_BATCH)
-        seeds = range(start, min(start + _ROWS_PER_BATCH, len(batch.target)))
-        images.append(colorize(bundle, batch.sketch[rows], batch.reference[rows], seeds=seeds, sampler=sampler).cpu())
-    seconds = time.perf_counter() - started
-    result, truth = to_uint8(torch.cat(images)), to_uint8(batch.target)
-    return Point(
-        sampler=sampler.name,
-        steps=sampler.steps,
-        guidance_scale=sampler.guidance_scale,
-        psnr=float(psnr(result.numpy(), truth.numpy()).mean()),
-        sharpness=float(_detail(result) / _detail(truth).clamp(min=1e-12)),
-        evaluations=cost(bundle, sampler),
-        seconds_per_image=seconds / len(batch.target),
-    )
+def _optuna_sampler() -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=0, multivariate=True, constant_liar=True)
 
 
-def cost(bundle: Bundle, sampler: SamplerDefaults) -> int:
-    """Network rows that one image takes."""
-    evaluations = build_sampler(sampler.name, bundle.denoiser.path).num_evaluations(sampler.steps)
-    return evaluations * (1 if sampler.guidance_scale == 1 else 2)
+def read_points(folder: Path) -> list[Point]:
+    """All points that a search's folder knows, in the order of their measurement."""
+    return [Point.of(entry["measured"]) for entry in Journal(folder / "points.jsonl").read() if "measured" in entry]
+
+
+def confirm(bundle: Bundle, rows: Rows, points: list[Point], prefer: Prefer) -> tuple[Point, dict[str, float] | None]:
+    """The point to use, and its and the defaults' PSNR on rows that the search did not see.
+
+    A point that is worse than the defaults there was good by chance; the next best takes its place.
+    """
+    defaults = points[0]
+    if rows.unseen is None:
+        return choose(points, prefer), None
+    own = measure(bundle, rows.unseen, defaults.settings).psnr
+    while True:
+        chosen = choose(points, prefer)
+        found = own if chosen == defaults else measure(bundle, rows.unseen, chosen.settings).psnr
+        if chosen == defaults or found >= floor(own, prefer) - CONFIRM_DB:
+            return chosen, {"defaults": own, "best": found}
+        points = [point for point in points if point != chosen]
 
 
 def _trial(config: dict[str, Any], *, task: _Task) -> None:
     """One trial, in a worker that the next trials use, too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
-    sampler = replace(task.bundle.config.sampler, **config)
-    tune.report(asdict(measure(task.bundle, task.batch, sampler)))
+    tune.report({"measured": json.dumps(asdict(measure(task.bundle, task.batch, SamplerDefaults(**config))))})
 
 
-def _searcher(defaults: SamplerDefaults) -> OptunaSearch:
-    """Multi-objective TPE over settings that always include the defaults and, second, the cheapest there is."""
-    scales = sorted({*_GUIDANCE_SCALES, defaults.guidance_scale})
-    space = {
-        "name": optuna.distributions.CategoricalDistribution(SAMPLERS),
-        "steps": optuna.distributions.IntDistribution(1, max(_MAX_STEPS, defaults.steps), log=True),
-        "guidance_scale": optuna.distributions.CategoricalDistribution(scales),
-    }
-    own = {"name": defaults.name, "steps": defaults.steps, "guidance_scale": defaults.guidance_scale}
-    cheapest = {"name": defaults.name, "steps": 1, "guidance_scale": 1.0}
-    return OptunaSearch(
-        space,
-        metric=["psnr", "evaluations"],
-        mode=["max", "min"],
-        points_to_evaluate=[own] if own == cheapest else [own, cheapest],
-        seed=0,
-    )
+def _judge(
+    trial_id: str,  # noqa: ARG001
+    point: dict[str, Any],  # noqa: ARG001
+    result: dict[str, Any],
+) -> tuple[list[float], dict[str, Any]] | None:
+    if "measured" not in result:
+        return None
+    measured = json.loads(result["measured"])
+    return [measured["psnr"], measured["evaluations"]], {"measured": measured}
 
 
 class _Report(tune.Callback):
-    """Calls `progress` after every trial."""
+    """Calls `progress` after every trial; several may have failed."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, study: Study, progress: Progress | None) -> None:
         self._total = total
+        self._study = study
         self._progress = progress
-        self._done = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        self._done += 1
-        if self._progress is not None and "psnr" in trial.last_result:
-            self._progress(f"trial {self._done}/{self._total}  {describe(_point(trial.last_result))}")
+        if self._progress is not None and "measured" in trial.last_result:
+            point = Point.of(json.loads(trial.last_result["measured"]))
+            self._progress(f"trial {self._study.num_known}/{self._total}  {describe(point)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        self._done += 1
         if self._progress is not None:
-            self._progress(f"trial {self._done}/{self._total}  {trial.config} failed")
+            self._progress(f"trial {self._study.num_known}/{self._total}  {trial.config} failed")
 
 
-def _points(results: Any, defaults: SamplerDefaults) -> list[Point]:
-    points = [_point(result.metrics) for result in results if result.metrics and "psnr" in result.metrics]
-    wanted = (defaults.name, defaults.steps, defaults.guidance_scale)
-    own = [point for point in points if (point.sampler, point.steps, point.guidance_scale) == wanted]
-    if not own:
-        reason = str(results.errors[0]).strip().splitlines()[-1] if results.errors else "the time was too short"
-        raise ClusterError("tune sampler", f"the model's defaults were not measured ({reason})", "give more --minutes")
-    return [own[0], *(point for point in points if point is not own[0])]
+def _show(bundle: Bundle, batch: Batch, points: list[Point], chosen: Point, folder: Path) -> dict[str, str]:
+    """front.png and strip.png in the search's folder."""
+    picture, strip = folder / "front.png", folder / "strip.png"
+    picture.write_bytes(draw_front(points, chosen))
+    strip.write_bytes(draw_strip(bundle, batch, pareto_front(points), chosen))
+    return {"folder": str(folder), "picture": str(picture), "strip": str(strip)}
 
 
-def _point(metrics: dict[str, Any]) -> Point:
-    return Point(**{name: metrics[name] for name in Point.__dataclass_fields__})
-
-
-def _choose(points: list[Point], prefer: Prefer) -> dict[str, Any]:
-    return {
-        "trials": len(points),
-        "defaults": asdict(points[0]),
-        "best": asdict(choose(points, prefer)),
-        "front": [asdict(point) for point in pareto_front(points)],
-    }
-
-
-def _defaults(bundle: Bundle, best: dict[str, Any]) -> SamplerDefaults:
-    return replace(
-        bundle.config.sampler, name=best["sampler"], steps=best["steps"], guidance_scale=best["guidance_scale"]
-    )
+def _search_key(bundle: Bundle, rows: Rows) -> str:
+    """12 hex of what decides a measurement: weights, how they are run, rows; not the defaults that they come with."""
+    config = asdict(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
+    facts = [FORMAT, file_sha256(bundle.folder / "model.safetensors"), config, rows.key]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _register(
@@ -267,7 +258,7 @@ def _register(
 ) -> dict[str, Any]:
     """The version with these defaults: the model's own where they are unchanged, else a new one."""
     settings = registry.settings
-    if sampler == bundle.config.sampler:
+    if sampler == SamplerSpace(bundle.denoiser.path, bundle.config.sampler).simplest(bundle.config.sampler):
         return {"version": release.register(settings, bundle.folder).version, "changed": False}
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
@@ -280,25 +271,9 @@ def _register(
     return {"version": version.version, "changed": True}
 
 
-def _params(model: str | Path, data: str, trials: int, prefer: str) -> dict[str, Any]:
-    return {"model": str(model), "data": data, "trials": trials, "prefer": prefer}
-
-
 def _record(record: Run, points: list[Point], result: dict[str, Any]) -> None:
     for step, point in enumerate(points):
         record.log({"psnr": point.psnr, "sharpness": point.sharpness, "evaluations": point.evaluations}, step)
-    record.set_tags({"best": json.dumps(result["best"]), "front": json.dumps(result["front"])})
-
-
-def _detail(images: Tensor) -> Tensor:
-    """Mean energy of the differences between neighbouring pixels of uint8 [B, H, W, 3]."""
-    images = images.float()
-    return images.diff(dim=1).square().mean() + images.diff(dim=2).square().mean()
-
-
-def _be_quiet() -> None:
-    # Tune prints tables unless it is told to use its old output, which obeys verbose=0.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    record.set_tags({"best": json.dumps(result["best"]), "front": json.dumps(result["front"])[:4900]})
+    for name in ("picture", "strip"):
+        record.log_artifact(result[name])

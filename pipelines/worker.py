@@ -34,6 +34,7 @@ from animediffusion.pipelines.checkpoints import (
 from animediffusion.pipelines.dataset import decode_rows
 from animediffusion.pipelines.gauges import Gauges
 from animediffusion.pipelines.recipe import TrainConfig
+from animediffusion.pipelines.rungs import Rungs
 from animediffusion.pipelines.scoring import Scorer
 from animediffusion.platform import storage
 from animediffusion.platform.tracking import Run
@@ -81,7 +82,7 @@ def train_worker(config: dict[str, Any]) -> None:
     Args:
         config: run (TrainConfig as a dictionary), run_name, checkpoints (URI of their folder), image_size, init_weights
             (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress
-            (actor), samples (rows to score, or None).
+            (actor), samples (rows to score, or None); in a search also rungs, see pipelines/rungs.py.
     """
     _Rank(config).run()
 
@@ -103,6 +104,7 @@ class _Rank:
         self.waited = 0.0
         self.row_ids: list[str] = []
         self.log = _Log(self) if self.rank == 0 else None
+        self.rungs = Rungs(config) if config.get("rungs") else None
 
     def _state(self) -> TrainState:
         run = self.run_config
@@ -157,6 +159,8 @@ class _Rank:
                 rank=self.rank,
             )
         except FloatingPointError as error:
+            if self.rungs is not None:
+                raise  # a search counts it and goes on with other settings
             self._give_up(str(error))
             return
         if self.log is not None:
@@ -195,6 +199,8 @@ class _Rank:
     def _on_step(self, step: Step) -> bool:
         if self.log is not None:
             self.log.step(step)
+        if self.rungs is not None:
+            self.rungs.after(self.state, self.rank)
         if (step.step - self.first_step) % AGREE_EVERY == 0:
             self._agree()
         done = step.step >= self.state.max_steps or self.stopping
@@ -306,6 +312,8 @@ class _Log:
         if self.answer is not None:
             ready, _ = ray.wait([self.answer], timeout=0)
             stop = int(bool(ready) and bool(ray.get(ready[0])))
+        if self.rank.rungs is not None and self.rank.rungs.stopped():
+            stop = 1
         max_steps = self.rank.state.max_steps
         done = self.rank.state.step - self.rank.first_step
         if max_steps == UNKNOWN_LENGTH and self.timed is not None and done >= 2 * TIMED_STEPS:
@@ -321,7 +329,8 @@ class _Log:
 
     def finish(self) -> None:
         """The last checkpoint, its score, and the end of the records."""
-        self.writer.finish(self.rank.state.step, self.rank.state.save)
+        if self.rank.rungs is None:  # of a trial, what it reported is all that stays
+            self.writer.finish(self.rank.state.step, self.rank.state.save)
         if self.scorer is not None and not self.rank.stopping:
             self.scorer.finish(SCORING_S)
         self._tell()

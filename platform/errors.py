@@ -96,9 +96,10 @@ class Interrupted(AnimeDiffusionError):  # noqa: N818 - it is no error
         signum: which signal.
         run: name of the run.
         step: of the checkpoint.
+        unit: what is counted by `step`.
     """
 
-    def __init__(self, signum: int, run: str, step: int) -> None:
-        super().__init__(f"run {run}", f"stopped at step {step}", "the same command goes on there")
+    def __init__(self, signum: int, run: str, step: int, unit: str = "step") -> None:
+        super().__init__(f"run {run}", f"stopped at {unit} {step}", "the same command goes on there")
         self.signum, self.run, self.step = signum, run, step
         self.exit_code = 128 + signum

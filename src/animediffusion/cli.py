@@ -313,12 +313,12 @@ def evaluate(
 def tune_sampler(
     model: Annotated[str, typer.Argument(help="A bundle folder or URI, models:/animediffusion@champion, ...")],
     data: Annotated[str, typer.Argument(help="A dataset.")],
-    trials: Annotated[int, typer.Option(min=1)] = 50,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Start no trial after this.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to know in the end, earlier searches counted.")] = 50,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this.")] = None,
     prefer: Annotated[str, typer.Option(help="knee, fast or best.")] = "knee",
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
-    """Search sampler, steps and guidance scale on a fixed model; register it with the best as defaults."""
+    """Search sampler, steps, guidance and shift on a fixed model; register it with the best as defaults."""
     from animediffusion.pipelines.evaluate import evaluate as measure
     from animediffusion.pipelines.tune import tune_sampler as search
 
@@ -335,7 +335,34 @@ def tune_sampler(
         progress=console.note,
         evaluate=lambda folder: measure(settings, str(folder), data),
     )
-    console.result(result, console.facts(result))
+    console.result(result, console.front(result))
+
+
+@tune.command("schedule")
+def tune_schedule(
+    data: Annotated[str, typer.Argument(help="A dataset.")],
+    recipe: Annotated[str, typer.Option(help="The phase 1 recipe to begin with, a name or a YAML file.")] = "phase1",
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try in the end, earlier searches counted.")] = 24,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of the longest trials.")] = 270,
+    out: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Where the recipe goes.")] = None,
+) -> None:
+    """Search path, times, prediction, rates by short training runs; write the best as a recipe."""
+    from animediffusion.pipelines.schedule import tune_schedule as search
+
+    console, settings = _console(), _settings()
+    _use_attention(settings)
+    result = search(
+        settings,
+        data,
+        recipe=recipe,
+        trials=trials,
+        minutes=minutes,
+        steps=steps,
+        out=out,
+        progress=console.note,
+    )
+    console.result(result, console.schedule(result))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -165,6 +165,44 @@ class Console:
         table = self.table(rows, "neither was evaluated; run `animediffusion evaluate models:/... DATA`")
         return "\n".join([*heads, "", table, "", f"picture: {found['picture']}"])
 
+    def front(self, result: Mapping[str, Any]) -> str:
+        """The table of `tune sampler`: the front by rising cost, the defaults and what was chosen."""
+        own, best = result["defaults"], result["best"]
+        rows = [
+            {
+                "": "choice" if point == best else "defaults" if point == own else "",
+                "rows/image": point["evaluations"],
+                "PSNR": f"{point['psnr']:.2f}",
+                "sharpness": f"{point['sharpness']:.2f}",
+                **{key: point[key] for key in ("sampler", "steps", "shift", "guidance_scale")},
+                "interval": "-" if point["guidance_scale"] == 1 else "{:g} to {:g}".format(*point["guidance_interval"]),
+            }
+            for point in [*([] if own in result["front"] else [own]), *result["front"]]
+        ]
+        keys = ("trials", "measured", "version", "changed", "picture", "strip")
+        facts = {key: result[key] for key in keys if key in result}
+        if result["unseen"]:
+            facts["PSNR on unseen rows"] = "choice {best:.2f}, defaults {defaults:.2f}".format(**result["unseen"])
+        return f"{self.table(rows, '')}\n\n{self.facts(facts)}"
+
+    def schedule(self, result: Mapping[str, Any]) -> str:
+        """What `tune schedule` ends with: the best at each rung, how the trials ended, the recipe."""
+        rows = [
+            {
+                "steps": rung["steps"],
+                "trials": rung["trials"],
+                "best PSNR": f"{rung['psnr']:.2f}",
+                "began with": "-" if rung["base_psnr"] is None else f"{rung['base_psnr']:.2f}",
+            }
+            for rung in result["front"]
+        ]
+        ends = (
+            f"{result['trials']} trials: {result['finished']} to the end, {result['stopped_early']} stopped early, "
+            f"{result['failed']} failed, {result['cut']} cut by the clock"
+        )
+        facts = self.facts({"best": result["best"], "recipe": result["recipe"]})
+        return f"{self.table(rows, '')}\n\n{ends}\n{facts}"
+
     def run(self, result: Mapping[str, Any]) -> str:
         """The summary of `train`: facts, and a line for each checkpoint that has a score."""
         facts = self.facts({key: value for key, value in result.items() if key != "scores"})

@@ -19,6 +19,21 @@ def test_what_the_network_should_return_gives_back_the_image(network, path, pred
     torch.testing.assert_close(denoiser.to_x0(output, x_t, t), image, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("path", "prediction"), [("linear", "eps"), *((p, q) for p in ("linear", "cosine", "flow") for q in ("x0", "v"))]
+)
+def test_min_snr_weighs_the_error_of_an_output_as_that_of_the_image_it_means(network, path, prediction):
+    denoiser = Denoiser(network, PathConfig(name=path), prediction)
+    generator = torch.Generator().manual_seed(0)
+    x_t, output, error = (torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([0.05, 0.3, 0.7, 0.9], dtype=torch.float64)
+    off = denoiser.to_x0(output + error, x_t, t) - denoiser.to_x0(output, x_t, t)
+    snr = (denoiser.path.alpha(t) / denoiser.path.sigma(t)).square()
+    assert float(snr.min()) < 5 < float(snr.max())
+    found = denoiser.snr_weight(t, 5.0) * error.square().mean((1, 2, 3))
+    torch.testing.assert_close(found, snr.clamp(max=5.0) * off.square().mean((1, 2, 3)))
+
+
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
 def test_edm_is_the_preconditioning_of_karras_et_al(network, sigma):
     denoiser = Denoiser(network, PathConfig(name="flow", shift=0.3, sigma_max=80.0), "edm")

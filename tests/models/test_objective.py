@@ -57,6 +57,19 @@ def test_the_loss_of_phase_1_is_the_squared_error_of_what_the_network_should_ret
     assert torch.equal(loss.counts, expected)
 
 
+def test_min_snr_gives_almost_pure_noise_almost_no_weight(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch(8)
+
+    def loss(weight, mean):
+        config = DenoisingConfig(time_mean=mean, time_std=0.0, loss_weight=weight, guess_weight=0.0)
+        return float(DenoisingObjective(denoiser, config)(batch, seeded()).total.detach())
+
+    assert loss("min_snr", 5.0) < 1e-3 * loss("flat", 5.0)
+    assert loss("min_snr", -5.0) == pytest.approx(5 * loss("flat", -5.0))
+    with pytest.raises(ValueError, match="flat or min_snr"):
+        DenoisingConfig(loss_weight="snr")
+
+
 def test_uniform_times_reach_the_end_of_the_path_and_no_further(new_denoiser, new_batch):
     denoiser = new_denoiser(path="linear", prediction="eps")
     objective = DenoisingObjective(denoiser, DenoisingConfig(time_distribution="uniform"))

@@ -1,5 +1,10 @@
 import hashlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +14,12 @@ from animediffusion.models.bundle import BundleConfig, SamplerDefaults, load_bun
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines import release, tune
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
+from animediffusion.pipelines.measure import load_rows, measure
 from animediffusion.pipelines.pareto import Point, Prefer, choose, knee, pareto_front
 from animediffusion.platform import tracking
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ConfigError, DataError
-from animediffusion.platform.images import encode_lossless
+from animediffusion.platform.errors import ConfigError, DataError, Interrupted
+from animediffusion.platform.images import decode_rgb, encode_lossless
 from animediffusion.platform.registry import Registry
 
 SIZE = 16
@@ -47,6 +53,14 @@ def test_the_choice_is_never_worse_than_the_defaults(prefer: Prefer, evaluations
     defaults = point(8, 20.5)
     points = [defaults, point(1, 10.0), point(2, 20.2), point(4, 20.4), point(16, 20.52)]
     assert choose(points, prefer).evaluations == evaluations
+
+
+@pytest.mark.parametrize("prefer", ["knee", "best"])
+def test_what_was_chosen_is_chosen_again_when_it_is_the_defaults(prefer: Prefer) -> None:
+    points = [point(3, 18.1), point(1, 18.0), point(2, 20.0), point(4, 20.4), point(5, 20.45), point(8, 20.5)]
+    for defaults in points:
+        chosen = choose([defaults, *points], prefer)
+        assert choose([chosen, *points], prefer) == chosen
 
 
 def test_defaults_that_nothing_beats_stay() -> None:
@@ -99,22 +113,35 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.mark.ray
-def test_tuning_registers_a_version_with_better_defaults(
+def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothing_a_second_time(
     ray_cluster: None, settings: Settings, bundle: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = release.register(settings, bundle)
     lines: list[str] = []
-    model = "models:/animediffusion/1"
     measured = {"data_hash": "0" * 64, "tracks": {"same": {"psnr": 9.0}}}
-    result = tune.tune_sampler(
-        settings,
-        model,
-        data,
-        trials=6,
-        progress=lines.append,
-        evaluate=lambda folder: {**measured, "shift": load_bundle(folder).config.sampler.shift},
-    )
-    assert result["trials"] == 6
+
+    def search(model: str, progress: Callable[[str], None] = lines.append) -> dict[str, Any]:
+        return tune.tune_sampler(
+            settings,
+            model,
+            data,
+            trials=6,
+            num_images=4,
+            progress=progress,
+            evaluate=lambda folder: {**measured, "steps": load_bundle(folder).config.sampler.steps},
+        )
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at trial") as stopped:
+        search("models:/animediffusion/1", interrupt)
+    assert stopped.value.exit_code == 130
+    known = len(lines)
+    result = search("models:/animediffusion/1")
+    assert (result["trials"], result["measured"]) == (6, 6 - known)
     assert [line.split()[1] for line in lines] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
     assert capsys.readouterr().out.strip() == ""
     own = result["defaults"]
@@ -122,31 +149,46 @@ def test_tuning_registers_a_version_with_better_defaults(
     best = result["best"]
     assert best in result["front"]
     assert best["psnr"] >= own["psnr"]
+    assert result["unseen"]["best"] >= result["unseen"]["defaults"] - tune.CONFIRM_DB
     version = Registry(settings).get(result["version"])
     assert (version.version, version.parent) == (2, 1)
-    assert version.metrics == {**measured, "shift": 1.5, "model": f"sha256:{version.sha256[:12]}"}
+    assert version.metrics == {**measured, "steps": best["steps"], "model": f"sha256:{version.sha256[:12]}"}
     tuned = load_bundle(Registry(settings).fetch("models:/animediffusion/2"))
-    assert tuned.config.sampler == SamplerDefaults(
-        name=best["sampler"], steps=best["steps"], guidance_scale=best["guidance_scale"], shift=1.5
-    )
+    assert tuned.config.sampler == Point.of(best).settings
     assert tuned.sha256 != first.sha256
     run = tracking.setup(settings).get_run(version.run)
     assert (run.info.status, run.data.params["trials"]) == ("FINISHED", "6")
-    assert list((settings.workspace / "tune").iterdir()) == []
+    folder = settings.workspace / "tune"
+    assert {path.name for path in Path(result["folder"]).iterdir()} == {"points.jsonl", "front.png", "strip.png"}
+    assert [path.name for path in folder.iterdir()] == [Path(result["folder"]).name]
+    for name in ("picture", "strip"):
+        assert min(decode_rgb(Path(result[name]).read_bytes()).shape[:2]) > 100
+
+    # Other defaults on the same weights: what is known stays known, and the choice is where it was.
+    again = search("models:/animediffusion/2")
+    assert (again["trials"], again["measured"], again["changed"], again["version"]) == (6, 0, False, 2)
+    assert again["best"] == best
+    assert len(lines) == 6
 
 
 def test_a_measurement_depends_on_the_settings_alone(bundle: Path, data: str) -> None:
-    batch = tune.load_track(data, "val", 8)
+    rows = load_rows(data, "val", 8)
     loaded = load_bundle(bundle)
-    first, second = (tune.measure(loaded, batch, SamplerDefaults(steps=2)) for _ in range(2))
+    first, second = (measure(loaded, rows.searched, SamplerDefaults(steps=2)) for _ in range(2))
     assert (first.psnr, first.sharpness, first.evaluations) == (second.psnr, second.sharpness, 2)
+    assert rows.unseen is None
 
 
-def test_guidance_and_heun_cost_their_evaluations(bundle: Path) -> None:
-    loaded = load_bundle(bundle)
-    assert tune.cost(loaded, SamplerDefaults(name="euler", steps=4)) == 4
-    assert tune.cost(loaded, SamplerDefaults(name="heun", steps=4)) == 7
-    assert tune.cost(loaded, SamplerDefaults(name="euler", steps=4, guidance_scale=1.5)) == 8
+def test_a_point_that_is_good_by_chance_is_not_chosen(bundle: Path, data: str) -> None:
+    loaded, rows = load_bundle(bundle), load_rows(data, "val", 4)
+    assert rows.unseen is not None
+    settings = [SamplerDefaults(steps=1), SamplerDefaults(steps=2), SamplerDefaults(name="heun", steps=4)]
+    unseen = sorted((measure(loaded, rows.unseen, one) for one in settings), key=lambda point: point.psnr)
+    assert unseen[1].psnr - unseen[0].psnr > tune.CONFIRM_DB
+    worst, defaults = replace(unseen[0], psnr=99.0), replace(unseen[1], psnr=20.0)
+    chosen, found = tune.confirm(loaded, rows, [defaults, worst], "best")
+    assert chosen == defaults
+    assert found == {"defaults": unseen[1].psnr, "best": unseen[1].psnr}
 
 
 def test_wrong_arguments_are_named(settings: Settings, bundle: Path, tmp_path: Path) -> None:

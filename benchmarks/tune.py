@@ -1,0 +1,222 @@
+"""What the searches of `tune` find, and what they cost.
+
+    python benchmarks/tune.py [--model BUNDLE --data URI] [--images 32] [--out DIR]
+    python benchmarks/tune.py --schedule MINUTES [--data URI] [--recipe FILE.yaml] [--steps 270] [--out DIR]
+
+Without data, faces are drawn (64 px, for --schedule 32 px); without a model, the recipe `demo` is trained on them for
+three minutes.
+
+The first measures a grid of some 200 sampler settings, lets `tune sampler` search the same rows with a quarter as many
+evaluations and an empty journal, and compares both fronts: at every cost of the grid's front, the best that each knows
+at that cost or below. The second begins `tune schedule` with a deliberately bad recipe, gives it so many minutes, then
+trains the bad recipe and the found one with `train`, equally long, and evaluates both. Both print markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
+from animediffusion.models.guidance import EVERYWHERE
+from animediffusion.models.sampler import SAMPLERS
+from animediffusion.pipelines.evaluate import evaluate
+from animediffusion.pipelines.front import draw_front
+from animediffusion.pipelines.ingest import prepare
+from animediffusion.pipelines.measure import Rows, load_rows, measure
+from animediffusion.pipelines.pareto import Point, pareto_front
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.schedule import tune_schedule
+from animediffusion.pipelines.space import SamplerSpace
+from animediffusion.pipelines.synthesize import synthesize
+from animediffusion.pipelines.train import train
+from animediffusion.pipelines.trials import Journal
+from animediffusion.pipelines.tune import search
+from animediffusion.platform import cluster
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
+
+STEPS = (1, 2, 3, 4, 6, 8)
+SHIFTS = (0.5, 1.0, 2.0, 4.0)
+GUIDANCE = ((1.0, EVERYWHERE), (1.5, EVERYWHERE), (2.5, EVERYWHERE), (2.5, (0.0, 0.5)))
+WITHIN_DB = 0.1
+BAD = """\
+# Everything about as wrong as a recipe can be that still trains.
+base: demo
+recipe: bad
+path: {name: linear}
+prediction: eps
+objective: {denoising: {time_distribution: uniform, drop_reference: 0.5}}
+optimizer: {learning_rate: 1.0e-4, muon_learning_rate: 1.0e-3}
+"""
+GAIN_DB = 0.5
+TRAIN_MINUTES = 3
+
+
+def grid(space: SamplerSpace) -> list[SamplerDefaults]:
+    """All combinations, what is the same only once."""
+    found: dict[SamplerDefaults, None] = {}
+    for name, steps, shift, (scale, interval) in itertools.product(SAMPLERS, STEPS, SHIFTS, GUIDANCE):
+        settings = SamplerDefaults(
+            name=name, steps=steps, shift=shift, guidance_scale=scale, guidance_interval=interval
+        )
+        found[space.simplest(settings)] = None
+    return list(found)
+
+
+def measure_all(bundle: Bundle, rows: Rows, settings: list[SamplerDefaults], journal: Journal) -> list[Point]:
+    """Each of the settings on Ray; what the journal has is not measured again."""
+    known = {Point.of(entry["measured"]).settings: Point.of(entry["measured"]) for entry in journal.read()}
+    shared = ray.put((bundle, rows.searched))
+
+    @ray.remote(num_cpus=1)
+    def one(task: Any, some: list[SamplerDefaults]) -> list[Point]:
+        return [measure(*task, sampler) for sampler in some]
+
+    missing = [one_setting for one_setting in settings if one_setting not in known]
+    tasks = [one.remote(shared, missing[start : start + 8]) for start in range(0, len(missing), 8)]
+    while tasks:
+        [done], tasks = ray.wait(tasks)
+        for point in ray.get(done):
+            journal.write({"measured": asdict(point)})
+            known[point.settings] = point
+        print(f"grid: {len(known)} of {len(settings)}", file=sys.stderr, flush=True)
+    return [known[one_setting] for one_setting in settings]
+
+
+def best_at(points: list[Point], cost: int) -> Point:
+    """The best of the points that cost no more."""
+    return max((point for point in points if point.evaluations <= cost), key=lambda point: point.psnr)
+
+
+def sampler_table(model: str, data: str, images: int, out: Path) -> bool:
+    """Print grid and search side by side; True if the search is never more than WITHIN_DB below."""
+    bundle, rows = load_bundle(model), load_rows(data, "val", images)
+    space = SamplerSpace(bundle.denoiser.path, bundle.config.sampler)
+    whole = measure_all(bundle, rows, grid(space), Journal(out / "grid" / "points.jsonl"))
+    quarter = len(whole) // 4
+    begun = time.monotonic()
+    shutil.rmtree(out / "search", ignore_errors=True)
+    found = search(bundle, rows.searched, out / "search", trials=quarter, progress=lambda s: print(s, file=sys.stderr))
+    seconds = time.monotonic() - begun
+    (out / "grid.png").write_bytes(draw_front(whole, whole[0]))
+    (out / "search.png").write_bytes(draw_front(found, found[0]))
+    path, made = bundle.config.path, bundle.config.provenance
+    print(
+        f"Recipe {made.get('recipe', '?')}, {path.name}, {bundle.config.prediction}, {made.get('steps', '?')} steps; "
+    )
+    print(f"{images} images; grid {len(whole)} points, search {len(found)} points in {seconds:.0f} s.\n")
+    print("| rows per image | grid, dB | search, dB | difference | the search's setting |")
+    print("|---|---|---|---|---|")
+    worst = 0.0
+    for point in pareto_front(whole):
+        ours = best_at(found, point.evaluations)
+        worst = min(worst, ours.psnr - point.psnr)
+        print(
+            f"| {point.evaluations} | {point.psnr:.2f} | {ours.psnr:.2f} | {ours.psnr - point.psnr:+.2f} | "
+            f"{ours.settings.describe()} |"
+        )
+    print(f"\nWorst difference {worst:+.2f} dB, allowed {-WITHIN_DB:.2f}: {'ok' if worst >= -WITHIN_DB else 'NOT ok'}")
+    return worst >= -WITHIN_DB
+
+
+def schedule_table(settings: Settings, data: str, minutes: float, steps: int, recipe: Path) -> bool:
+    """Print what the search found, and both recipes trained; True if the found one is GAIN_DB better."""
+    found = settings.workspace / "found.yaml"
+    begun = time.monotonic()
+    result = tune_schedule(
+        settings,
+        data,
+        recipe=str(recipe),
+        trials=10_000,
+        minutes=minutes,
+        steps=steps,
+        out=found,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    seconds = time.monotonic() - begun
+    print("| training steps | trials that came there | best, dB | the bad start, dB |")
+    print("|---|---|---|---|")
+    for rung in result["front"]:
+        base = "stopped early" if rung["base_psnr"] is None else f"{rung['base_psnr']:.2f}"
+        print(f"| {rung['steps']} | {rung['trials']} | {rung['psnr']:.2f} | {base} |")
+    print(
+        f"\n{result['trials']} trials in {seconds:.0f} s: {result['finished']} to the end, {result['stopped_early']} "
+        f"stopped early, {result['failed']} failed, {result['cut']} cut by the clock.\n"
+    )
+    # Of trials that the clock has cut, Ray keeps the CPUs reserved for minutes.
+    cluster.shutdown()
+    cluster.connect(settings)
+    scores = {}
+    for name, path in (("the bad start", recipe), ("the found recipe", found)):
+        run = train(settings, load_recipe(str(path), [f"data={data}", f"max_steps={steps}", "num_workers=1"]))
+        scores[name] = evaluate(settings, run["bundle"], data)["tracks"]
+    print(f"Both trained by `train` for {steps} steps, all rows of val:\n")
+    print("| | PSNR same | PSNR cross |\n|---|---|---|")
+    for name, tracks in scores.items():
+        print(f"| {name} | {tracks['same']['psnr']:.2f} | {tracks['cross']['psnr']:.2f} |")
+    gain = scores["the found recipe"]["cross"]["psnr"] - scores["the bad start"]["cross"]["psnr"]
+    print(f"\nGain {gain:+.2f} dB, wanted {GAIN_DB:+.2f}: {'ok' if gain >= GAIN_DB else 'NOT ok'}\n")
+    print(f"```yaml\n{found.read_text().rstrip()}\n```")
+    return gain >= GAIN_DB
+
+
+def drawn_faces(out: Path, size: int) -> str:
+    """A dataset of faces, drawn if it is not there yet."""
+    faces, data = str(out / f"faces-{size}"), str(out / f"data-{size}")
+    synthesize(faces, 2000, size, 0)
+    prepare(faces, data, size).run(lambda *_: None)
+    return data
+
+
+def trained(settings: Settings, data: str) -> str:
+    """A bundle of the recipe `demo` after some minutes."""
+    overrides = [f"data={data}", f"max_minutes={TRAIN_MINUTES}", "name=model"]
+    return str(train(settings, load_recipe("demo", overrides))["bundle"])
+
+
+def main() -> int:
+    """Run one of the two; 0 if it found what it should."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a dataset")
+    parser.add_argument("--model", help="a bundle that was trained at the size of the data")
+    parser.add_argument("--images", type=int, default=32, help="rows of val to measure on")
+    parser.add_argument("--schedule", type=float, metavar="MINUTES", help="search a recipe for so long")
+    parser.add_argument("--steps", type=int, default=270, help="of the longest trials")
+    parser.add_argument("--recipe", type=Path, help="the bad start; one of ours if left out")
+    parser.add_argument("--out", type=Path, help="folder to keep; a new search of the same goes on there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    out = (args.out or Path(tempfile.mkdtemp(prefix="tune-"))).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(workspace=out)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        if args.model is not None and (args.data is None or args.schedule is not None):
+            raise ConfigError("--model", "without --data, or with --schedule", "give --data, leave --schedule out")
+        cluster.connect(settings)
+        data = args.data or drawn_faces(out, 64 if args.schedule is None else 32)
+        if args.schedule is None:
+            return 0 if sampler_table(args.model or trained(settings, data), data, args.images, out) else 1
+        bad = args.recipe or out / "bad.yaml"
+        if args.recipe is None:
+            bad.write_text(BAD)
+        return 0 if schedule_table(settings, data, args.schedule, args.steps, bad) else 1
+    except AnimeDiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
