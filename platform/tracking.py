@@ -75,6 +75,9 @@ def connect(tracking_uri: str) -> MlflowClient:
     except RegistryError:
         raise
     except Exception as error:  # a database driver's own errors come through, too
+        if "error code 401" in str(error):
+            found, allowed = "asks who you are", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            raise RegistryError(place(tracking_uri), found, allowed) from error
         found = f"cannot be opened ({first_line(error)})"
         raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI, workspace") from error
     return client

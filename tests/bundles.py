@@ -23,13 +23,13 @@ def evaluation(psnr=20.0, ciede2000=8.0, data_hash="a" * 64):
     }
 
 
-def write_bundle(folder, seed=0, metrics=None, image_size=16, steps=4, **provenance):
+def write_bundle(folder, seed=0, metrics=None, image_size=16, sampler_steps=4, **provenance):
     """Write one, another for each seed; returns its folder."""
     torch.manual_seed(seed)
     config = BundleConfig(
         network=NETWORK,
         image_size=image_size,
-        sampler=SamplerDefaults(steps=steps),
+        sampler=SamplerDefaults(steps=sampler_steps),
         provenance={"recipe": "demo", **provenance},
     )
     save_bundle(folder, config.build(), config, metrics=metrics)

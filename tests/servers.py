@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-START_S = 90
+START_S = 240
 
 
 def free_port() -> int:
@@ -124,7 +124,7 @@ def _postgres(folder: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > until:
                 raise TimeoutError((folder / "log").read_text())
             time.sleep(0.1)
-        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)  # "fast": clients are thrown out
         process.wait(timeout=30)

@@ -49,7 +49,7 @@ def champion(tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         workspace = tmp_path_factory.mktemp("workspace")
         settings = new_model(workspace)
-        folder = write_bundle(workspace / "bundle", 1, evaluation(), steps=2)
+        folder = write_bundle(workspace / "bundle", 1, evaluation(), sampler_steps=2)
         release.promote(settings, release.register(settings, folder).version)
         yield settings, folder
 
