@@ -39,6 +39,7 @@ class RemotePainter:
 
         Raises:
             DataError: the server refuses this drawing.
+            ConfigError: it asks for another key.
             ClusterError: it cannot be reached, or fails.
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
@@ -74,6 +75,11 @@ class RemotePainter:
 
     def _refused(self, response: httpx.Response, thing: str) -> Exception:
         detail = _detail(response)
+        if response.status_code == 401:
+            found = (
+                "is not set" if "Authorization" not in self._client.headers else f"{self.url} does not know this key"
+            )
+            return ConfigError(API_KEY, found, "set it to a key that `animediffusion keys create` has shown")
         if response.status_code in (413, 415, 422):
             return DataError(thing, f"the server refuses it ({detail})", "see its /docs")
         return ClusterError(self.url, f"answers {response.status_code} ({detail})", "try again, or look at its log")

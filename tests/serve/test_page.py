@@ -83,6 +83,36 @@ def test_ones_own_files_work_with_the_keyboard_alone(page: Page, tmp_path: Path,
     expect(page.locator("#note")).to_contain_text("120 x 90 px")
 
 
+def test_a_server_with_keys_is_used_once_the_key_is_given(browser, closed_url: str, key: str):
+    page = browser.new_context().new_page()
+    page.goto(closed_url)
+    expect(page.locator("#status")).to_have_text("key needed")
+    field = page.get_by_label("asks for a key")
+    field.fill("ad_wrong")
+    field.press("Enter")
+    expect(page.locator("#key-form")).to_contain_text("does not know that key")
+    page.locator("#key").fill(key)
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("model 3")
+    expect(page.locator("#key-form")).to_be_hidden()
+    page.click("#sketch-examples button >> nth=0")
+    page.click("#reference-examples button >> nth=1")
+    page.click("#go")
+    expect(page.locator("#note")).to_contain_text("model version 3")
+    with page.expect_download():
+        page.click("#save-layer")
+    page.reload()
+    expect(page.locator("#status")).to_have_text("model 3")
+    assert key not in page.content()
+    assert page.evaluate("localStorage.length") == 0
+    page.context.close()
+
+
+def test_a_server_without_keys_asks_for_none(page: Page):
+    expect(page.locator("#status")).to_have_text("model 3")
+    expect(page.locator("#key-form")).to_be_hidden()
+
+
 def test_what_is_wrong_is_said_in_words(page: Page, tmp_path: Path):
     (tmp_path / "text.txt").write_text("hello")
     choose(page, "sketch", tmp_path / "text.txt")
