@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	if $$name -c '$(FITS)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench
+.PHONY: help install demo test check bench soak
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: $(STAMP)  ## style and types
 
 bench: $(STAMP)  ## every benchmark, each prints a table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+soak: $(STAMP)  ## 10,000 hostile requests against the server; ARGS="--ray" on Ray Serve
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv; install one, or set PYTHON=" >&2; exit 1; }

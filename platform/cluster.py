@@ -39,6 +39,9 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
+# Where a proxy of Ray Serve finds what makes problems of its errors; every actor of our jobs gets it, the proxy too.
+_PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares"}
+
 _PASSED_ON = ("OMP_NUM_THREADS", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", PATIENCE_VARIABLE)
 """Variables of the driver that its workers get."""
 
@@ -111,7 +114,7 @@ def cluster_address() -> str | None:
 def _runtime_env(settings: Settings) -> dict[str, Any]:
     """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
-    return {"env_vars": {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace), **passed_on}}
+    return {"env_vars": {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace), **_PROXY, **passed_on}}
 
 
 def _loopback_only(on: bool) -> None:

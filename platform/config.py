@@ -132,6 +132,8 @@ class Settings(Config):
     """Registered model name."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """auto, xformers or sdpa."""
+    keys: str | None = None
+    """File of the API keys' hashes, a path or s3://; in the workspace if left out."""
 
     @classmethod
     def from_environment(cls, **overrides: Any) -> Settings:
@@ -149,6 +151,12 @@ class Settings(Config):
     def tracking_uri(self) -> str:
         """MLFLOW_TRACKING_URI, else SQLite in the workspace."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.workspace / 'mlflow.db'}"
+
+    @property
+    def keys_uri(self) -> str:
+        """The file of API keys, meant the same from any working directory."""
+        given = self.keys or str(self.workspace / "keys.json")
+        return given if "://" in given else str(Path(given).expanduser().absolute())
 
     @property
     def artifact_root(self) -> Path:

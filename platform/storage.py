@@ -90,6 +90,12 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(Path(_parse(uri).path))
 
 
+def s3_object(uri: str) -> tuple[str, str, str | None, str | None]:
+    """(bucket, key, endpoint, region) of an s3:// URI, for what only boto3 can ask."""
+    location = _parse(uri)
+    return location.bucket, location.path.removeprefix(f"{location.bucket}/"), location.endpoint, location.region
+
+
 def expect(*uris: str) -> None:
     """Places that have answered, perhaps in another process: that they are silent now is a fault to wait out."""
     for uri in uris:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -16,19 +17,19 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from animediffusion.serve.form import ALLOWED, ColorizeForm, Parameters, read_form
-from animediffusion.serve.limits import RequestLimits
+from animediffusion.platform.keys import Keyring
+from animediffusion.serve.description import EVENTS, FORM, KEY, PICTURE, problems
+from animediffusion.serve.form import ALLOWED, ColorizeForm, read_form
+from animediffusion.serve.gate import KeyGate
+from animediffusion.serve.journal import CLIENT_LEFT, Journal
+from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, RequestLimits
 from animediffusion.serve.lines import Drawing, as_gray
 from animediffusion.serve.messages import Backend, Job, LateError, NoModelError
 from animediffusion.serve.pictures import read_picture, read_sketch, render
-from animediffusion.serve.problems import MEDIA_TYPE, ProblemError, add_handlers, unusable
+from animediffusion.serve.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.stream import events
 
 T = TypeVar("T")
-
-MAX_BODY_BYTES = 32 * 2**20
-CLIENT_LEFT = 499
-"""nginx's code for a client that closed the connection; nobody receives it."""
 
 FOLDER = Path(__file__).parent
 EXAMPLES = tuple(f"{kind}_{number}.png" for number in range(1, 5) for kind in ("sketch", "reference"))
@@ -37,28 +38,51 @@ EXAMPLES = tuple(f"{kind}_{number}.png" for number in range(1, 5) for kind in ("
 def create_app(
     backend: Backend,
     *,
+    keyring: Keyring | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    upload_timeout_s: float = UPLOAD_TIMEOUT_S,
     timeout_s: float = 60,
     num_threads: int = 2,
     names_requests: bool = True,
 ) -> FastAPI:
-    """The application for one backend.
+    """The application for one backend. No origin but its own may use it from a browser: CORS is off.
 
     Args:
         backend: where pictures are made.
+        keyring: the keys that let clients in; None lets in everybody.
         max_body_bytes: of a request.
+        upload_timeout_s: for the body of a request to arrive.
         timeout_s: for one picture, waiting included.
         num_threads: that decode uploads and finish pictures.
         names_requests: add the header X-Request-Id; False where the server in front does.
     """
+    keyring = keyring or Keyring(None)
+    # It warns of every malformed body, which is an answer of ours and no event of the server's.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with keyring.watching():
+            yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="AnimeDiffusion",
         version=version("animediffusion"),
-        description="Colors anime line art from a reference image.",
+        description="Colors anime line art from a reference image. A server that has API keys wants one with every "
+        "request, as the header Authorization: Bearer KEY.",
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(RequestLimits, max_body_bytes=max_body_bytes, names_requests=names_requests)
+    # The last one added is the outermost.
+    app.add_middleware(KeyGate, keyring=keyring)
+    app.add_middleware(
+        RequestLimits,
+        max_body_bytes=max_body_bytes,
+        upload_timeout_s=upload_timeout_s,
+        names_requests=names_requests,
+    )
+    app.add_middleware(Journal)
     add_handlers(app)
     _add_pages(app)
     _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s)
@@ -67,30 +91,38 @@ def create_app(
 
 
 def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
-    @app.post("/v1/colorize", response_class=Response, openapi_extra=_FORM, responses=_ANSWERS)
+    @app.post("/v1/colorize", response_class=Response, openapi_extra=FORM, responses=PICTURE, dependencies=[KEY])
     async def colorize(request: Request) -> Response:
         """Color a sketch with the colors of a reference; answers with a PNG."""
         form = await read_form(request)
         asked, loop = form.parameters, asyncio.get_running_loop()
         if asked.output == "both":
             raise unusable("output", "both", ALLOWED["output"])
-        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s)
+        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_client_leaves(request, backend.colorize(job), timeout_s)
+        request.state.model_version = answer.model_version
         png = await loop.run_in_executor(
             pool, lambda: render(answer.picture, drawing, output=asked.output, size=asked.size)[asked.output]
         )
         headers = {"X-Model-Version": answer.model_version, "X-Seed": str(asked.seed), "Cache-Control": "no-store"}
         return Response(png, media_type="image/png", headers=headers)
 
-    @app.post("/v1/colorize/stream", response_class=StreamingResponse, openapi_extra=_FORM, responses=_EVENTS)
+    @app.post(
+        "/v1/colorize/stream",
+        response_class=StreamingResponse,
+        openapi_extra=FORM,
+        responses=EVENTS,
+        dependencies=[KEY],
+    )
     async def colorize_stream(request: Request) -> StreamingResponse:
         """The same as server-sent events: `progress` with a preview after each step, then `result` or `error`."""
         form = await read_form(request)
-        drawing, job = await asyncio.get_running_loop().run_in_executor(pool, _to_job, form, timeout_s)
+        loop = asyncio.get_running_loop()
+        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         items = backend.stream(job)
         # Waiting for the first one keeps busy, late and unusable an ordinary answer with its status.
         first = await _unless_client_leaves(request, _first(items), timeout_s)
-        body = events(first, items, drawing, form.parameters, request.state.request_id, pool)
+        body = events(first, items, drawing, form.parameters, request.state, pool)
         headers = {"Cache-Control": "no-store", "X-Seed": str(form.parameters.seed)}
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
@@ -99,7 +131,12 @@ async def _first(items: AsyncIterator[T]) -> T:
     return await anext(items)
 
 
-def _to_job(form: ColorizeForm, timeout_s: float) -> tuple[Drawing, Job]:
+def _key(request: Request) -> str:
+    """The name of the key that the request came with; empty where none is asked for."""
+    return str(getattr(request.state, "key", ""))
+
+
+def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Job]:
     asked = form.parameters
     drawing = read_sketch(form.sketch)
     job = Job(
@@ -110,6 +147,7 @@ def _to_job(form: ColorizeForm, timeout_s: float) -> tuple[Drawing, Job]:
         guidance_scale=asked.guidance_scale,
         sampler=asked.sampler,
         timeout_s=timeout_s,
+        key=key,
     )
     return drawing, job
 
@@ -133,7 +171,7 @@ async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], 
 
 
 def _add_status(app: FastAPI, backend: Backend) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=problems(401), dependencies=[KEY])
     async def models() -> dict[str, Any]:
         """Which versions are wanted, which get traffic, and what every replica does."""
         return await backend.models()
@@ -143,7 +181,7 @@ def _add_status(app: FastAPI, backend: Backend) -> None:
         """Answers as long as the process does."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={503: {"description": "No model yet", "content": {MEDIA_TYPE: {}}}})
+    @app.get("/readyz", responses=problems(503))
     async def readyz() -> dict[str, str]:
         """200 once pictures can be made."""
         if not await backend.is_ready():
@@ -161,6 +199,7 @@ def _add_pages(app: FastAPI) -> None:
     page("/page.css", "page.css", "text/css")
     page("/page.js", "page.js", "text/javascript")
     page("/colorize.js", "colorize.js", "text/javascript")
+    page("/key.js", "key.js", "text/javascript")
     page("/docs", "docs.html")
 
     @app.get("/examples/{name}", include_in_schema=False)
@@ -172,69 +211,3 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/examples", include_in_schema=False)
     async def examples() -> JSONResponse:
         return JSONResponse({"examples": [name for name in EXAMPLES if (FOLDER / name).exists()]})
-
-
-def _form_schema() -> dict[str, Any]:
-    schema = Parameters.model_json_schema()
-    files = {
-        "sketch": {
-            "type": "string",
-            "format": "binary",
-            "description": "Line art: PNG, JPEG or WebP, up to 25 Mpixel.",
-        },
-        "reference": {"type": "string", "format": "binary", "description": "A picture with the wanted colors."},
-    }
-    return {"type": "object", "required": ["sketch", "reference"], "properties": {**files, **schema["properties"]}}
-
-
-_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}}
-
-_REASONS = {
-    400: "Not multipart, or a file is missing",
-    413: "The body is over the limit",
-    415: "The bytes are no PNG, JPEG or WebP",
-    422: "An image or a parameter is not usable; `errors` says which",
-    429: "Busy; `Retry-After` says when to come back",
-    503: "No model is loaded",
-    504: "Not finished in time",
-}
-_PROBLEM_SCHEMA = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "request_id"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "request_id": {"type": "string"},
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {name: {"type": "string"} for name in ("field", "found", "allowed")},
-            },
-        },
-    },
-}
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The picture",
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-        "headers": {
-            name: {"schema": {"type": "string"}, "description": what}
-            for name, what in {
-                "X-Model-Version": "Registry number, or sha256 and 12 hex digits",
-                "X-Seed": "The seed that was used",
-                "X-Request-Id": "Names this request in logs",
-            }.items()
-        },
-    },
-    **{
-        code: {"description": why, "content": {MEDIA_TYPE: {"schema": _PROBLEM_SCHEMA}}}
-        for code, why in _REASONS.items()
-    },
-}
-_EVENTS = {
-    **_ANSWERS,
-    200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
-}

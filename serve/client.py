@@ -46,6 +46,7 @@ class RemotePainter:
 
         Raises:
             DataError: the server refuses this drawing.
+            ConfigError: it asks for another key.
             ClusterError: it cannot be reached, or fails.
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
@@ -103,6 +104,10 @@ class RemotePainter:
         return ClusterError(self.url, f"does not answer ({error})", "start `animediffusion serve`")
 
     def _explain(self, refused: _RefusedError, thing: str) -> AnimeDiffusionError:
+        if refused.status == 401:
+            sent = "Authorization" in self._client.headers
+            found = f"{self.url} does not know this key" if sent else "is not set"
+            return ConfigError(API_KEY, found, "set it to a key that `animediffusion keys create` has shown")
         if refused.status in (413, 415, 422):
             return DataError(thing, f"the server refuses it ({refused.detail})", "see its /docs")
         return ClusterError(self.url, f"answers {refused.status} ({refused.detail})", "try again, or look at its log")

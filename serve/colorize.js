@@ -1,5 +1,7 @@
 // Asks the server for a picture: as a stream of events, again while it is busy, and with words for what is wrong.
 
+import {fetch_with_key} from "./key.js";
+
 const RETRIES = 30;
 const BUSY = [429, 503];
 const NAMES = {
@@ -35,7 +37,7 @@ export async function colorize(body, {signal, on_progress, on_wait}) {
 
 async function ask(body, signal, on_progress) {
   try {
-    const response = await fetch("v1/colorize/stream", {method: "POST", body, signal});
+    const response = await fetch_with_key("v1/colorize/stream", {method: "POST", body, signal});
     if (!response.ok) throw await refusal(response);
     for await (const {name, data} of read_events(response.body)) {
       if (name === "progress") on_progress(data);
@@ -56,6 +58,7 @@ async function refusal(response) {
 }
 
 function problem({status, detail, errors = []}, wait) {
+  if (status === 401) return new Problem("This server asks for a key. Please enter it at the top of the page.", {status});
   if (status === 429) return new Problem("The server is busy.", {status, wait});
   if (status === 503) return new Problem("The server has no model ready yet.", {status, wait});
   if (status === 413) return new Problem("The two pictures are too large together. Please make them smaller.", {status});

@@ -29,9 +29,12 @@ from ray.serve.handle import DeploymentHandle
 
 from animediffusion.models.attention import use_attention
 from animediffusion.platform.config import Config, Settings
-from animediffusion.serve import scaling
-from animediffusion.serve.api import MAX_BODY_BYTES, create_app
+from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.keys import Keyring, Keys
+from animediffusion.serve import journal, scaling
+from animediffusion.serve.api import create_app
 from animediffusion.serve.backend import RayBackend
+from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
 from animediffusion.serve.messages import Answer, Job, Preview
 from animediffusion.serve.metrics import Exporter
 from animediffusion.serve.replica import Replica
@@ -80,8 +83,16 @@ class ServeConfig(Config):
     """GPUs, or a fraction of one, of an engine; 1 where the cluster has any if left out."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of an engine's arithmetic on the CPU; its share of the machine if left out."""
+    keys: str | None = None
+    """File of the API keys' hashes, a path or s3://; in the workspace if left out. Read again every few seconds."""
+    allow_anonymous: bool = False
+    """Let everybody in while no key was ever made: for a server that only this machine reaches."""
+    request_log: Path | None = None
+    """File for the line of JSON about each request; the process's stderr if left out, which Ray keeps in its logs."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
-    """Of one request."""
+    """Of one request. Serve's proxy has a limit of its own, see serve/proxy.py."""
+    upload_timeout_s: Annotated[float, Field(gt=0)] = UPLOAD_TIMEOUT_S
+    """For the body of a request to arrive."""
     timeout_s: Annotated[float, Field(gt=0)] = 60
     """For one picture, waiting included."""
     poll_s: Annotated[float, Field(gt=0)] = 3
@@ -89,11 +100,16 @@ class ServeConfig(Config):
 
     def settings(self) -> Settings:
         """The settings that workers use."""
-        return Settings.from_environment(workspace=self.workspace, model_name=self.model_name)
+        return Settings.from_environment(workspace=self.workspace, model_name=self.model_name, keys=self.keys)
 
 
 def build_app(args: ServeConfig) -> serve.Application:
-    """The application, ready for serve.run."""
+    """The application, ready for serve.run.
+
+    Raises:
+        ConfigError: if there is no API key and nobody said that this is meant.
+    """
+    check_keys(args)
     engine = serve.deployment(EngineDeployment).options(
         name="engine",
         ray_actor_options={"num_cpus": args.engine_cpus, "num_gpus": _gpus(args)},
@@ -115,6 +131,17 @@ def build_app(args: ServeConfig) -> serve.Application:
     )
     application: serve.Application = ingress.bind(args, engine.bind(args))
     return application
+
+
+def check_keys(args: ServeConfig) -> None:
+    """Raise ConfigError if nobody, or without meaning it everybody, could use the server."""
+    uri = args.settings().keys_uri
+    keys = Keys(uri)
+    if not keys.active() and (keys.entries() or not args.allow_anonymous):
+        what_to_do = "make one with `animediffusion keys create NAME`"
+        if not args.allow_anonymous:
+            what_to_do += ", or set allow_anonymous where only this machine reaches the server"
+        raise ConfigError("API keys", f"none in {uri}", what_to_do)
 
 
 def _gpus(args: ServeConfig) -> float:
@@ -207,9 +234,12 @@ class IngressDeployment:
         """Called by Ray Serve once this object is made."""
         source = ModelSource(self.args.settings(), self.args.model)
         backend = RayBackend(self.engine, source, may_sleep=self.args.min_replicas == 0)
+        journal.write_to(self.args.request_log)
         return create_app(
             backend,
+            keyring=Keyring(self.args.settings().keys_uri, is_closed=not self.args.allow_anonymous),
             max_body_bytes=self.args.max_body_bytes,
+            upload_timeout_s=self.args.upload_timeout_s,
             timeout_s=self.args.timeout_s,
             names_requests=False,  # Serve's proxy does
         )

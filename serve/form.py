@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from animediffusion.serve.pictures import Output, Size
 from animediffusion.serve.problems import ProblemError, unusable
@@ -73,7 +73,7 @@ async def read_form(request: Request) -> ColorizeForm:
             return ColorizeForm(await _file(form, "sketch"), await _file(form, "reference"), _parameters(form))
     except MultiPartException as error:
         raise ProblemError(400, f"the multipart body cannot be read: {error.message}") from error
-    except ProblemError:
+    except (ProblemError, ClientDisconnect):
         raise
     except Exception as error:
         # Starlette turns what its parser says into an HTTPException of its own.

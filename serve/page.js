@@ -1,5 +1,6 @@
 // The page: choose two pictures, watch the coloring, compare, save. What the server is asked stands in colorize.js.
 import {colorize} from "./colorize.js";
+import {fetch_with_key, on_key} from "./key.js";
 
 const $ = id => document.getElementById(id);
 const KINDS = ["sketch", "reference"];
@@ -301,7 +302,8 @@ function set_status(text, state) {
 async function check_status() {
   if (document.hidden) return;
   try {
-    const response = await fetch("v1/models");
+    const response = await fetch_with_key("v1/models");
+    if (response.status === 401) return set_status("key needed", "down");
     if (!response.ok) return set_status("server has trouble", "down");
     const versions = Object.keys((await response.json()).traffic);
     set_status(versions.length ? `model ${versions.join(", ")}` : "no model yet", versions.length ? "ready" : "");
@@ -311,6 +313,7 @@ async function check_status() {
 }
 
 load_examples().catch(() => fail("The examples could not be loaded: the server cannot be reached."));
+on_key(check_status);
 check_status();
 setInterval(check_status, 10000);
 document.addEventListener("visibilitychange", check_status);

@@ -13,13 +13,17 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from animediffusion.platform.errors import ImageError
+from animediffusion.serve.journal import CLIENT_LEFT
 from animediffusion.serve.messages import BusyError, LateError, NoModelError, ServeError, UnusableError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
+TITLES = {CLIENT_LEFT: "Client Closed Request"}
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ class ProblemError(Exception):
         """The JSON object to send."""
         body: dict[str, Any] = {
             "type": "about:blank",
-            "title": responses.get(self.status, "Error"),
+            "title": TITLES.get(self.status) or responses.get(self.status, "Error"),
             "status": self.status,
             "detail": self.detail,
             "request_id": request_id,
@@ -64,8 +68,8 @@ def unusable(field: str, found: str, allowed: str) -> ProblemError:
     return ProblemError(422, f"{field}: {found}; {allowed}", [{"field": field, "found": found, "allowed": allowed}])
 
 
-def from_error(error: Exception) -> ProblemError:
-    """The problem that an error of ours is."""
+def from_error(error: Exception, request_id: str = "") -> ProblemError:
+    """The problem that an error of ours is; one that is nobody's is logged under the request's id."""
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, ImageError):
@@ -82,15 +86,17 @@ def from_error(error: Exception) -> ProblemError:
         return ProblemError(503, f"no model to answer with: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, LateError):
         return ProblemError(504, "the picture was not finished in time; try fewer steps, or later")
-    log.error("a request failed", exc_info=error)
+    if isinstance(error, ClientDisconnect):
+        return ProblemError(CLIENT_LEFT, "the client closed the connection")
+    log.error("request %s failed", request_id, exc_info=error)
     return ProblemError(500, "the server failed; the request may be tried again")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make every error of `app`, its own and ours, a problem."""
+    """Make every error of `app`, its own and ours, a problem; what nobody foresaw is left to limits.RequestLimits."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return response(request, from_error(error))
+        return response(request, from_error(error, _id(request.scope)))
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -99,7 +105,7 @@ def add_handlers(app: FastAPI) -> None:
     async def validation_error(request: Request, _: Exception) -> JSONResponse:
         return response(request, ProblemError(422, "the request is not usable"))
 
-    for kind in (ProblemError, ImageError, ServeError, Exception):
+    for kind in (ProblemError, ImageError, ServeError, ClientDisconnect):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
@@ -107,5 +113,14 @@ def add_handlers(app: FastAPI) -> None:
 
 def response(request: Request, problem: ProblemError) -> JSONResponse:
     """The answer for a problem."""
-    request_id = getattr(request.state, "request_id", "")
-    return JSONResponse(problem.body(request_id), problem.status, problem.headers, media_type=MEDIA_TYPE)
+    return JSONResponse(problem.body(_id(request.scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
+
+
+async def respond(problem: ProblemError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a problem, from a middleware."""
+    answer = JSONResponse(problem.body(_id(scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
+    await answer(scope, receive, send)
+
+
+def _id(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))

@@ -20,12 +20,14 @@ from typing import Any
 
 import httpx
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from animediffusion.models.bundle import verify
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
-from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app
+from animediffusion.platform.keys import Keys
+from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.versions import ModelSource
 
 READY_TIMEOUT_S = 120.0
@@ -45,7 +47,7 @@ def serve_app(
     Args:
         settings: workspace and registry.
         model: None is the champion, followed when it changes.
-        host: loopback only.
+        host: loopback, or any other where an API key exists.
         port: of HTTP.
         announce: is told, line by line, where the page is and that the server stops.
         options: further fields of ServeConfig.
@@ -53,10 +55,11 @@ def serve_app(
     Raises:
         AnimeDiffusionError: no such model, a damaged one, the port in use, or Ray cannot start.
     """
-    with running(settings, _config(settings, model, options), host=host, port=port) as url:
+    config = _config(settings, model, options)
+    with running(settings, config, host=host, port=port) as url:
         # Only now: Ray puts handlers of its own into place when it starts, and they end the process at once.
         with _signals() as received:
-            announce(f"serving at {url} (page /, API /docs); Ctrl-C stops it")
+            announce(f"serving at {url} (page /, API /docs), requests in {config.request_log}; Ctrl-C stops it")
             number = received.get()
         announce("stopping")
     return 128 + number
@@ -81,7 +84,8 @@ def _signals() -> Iterator[queue.SimpleQueue[int]]:
 @contextmanager
 def running(settings: Settings, config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """The URL of an application that is up and has its model; it and Serve end with the block."""
-    check_address(host, port)
+    check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
+    check_keys(_for_host(config, host))
     check_model(settings, config.model)
     cluster.connect(settings)
     try:
@@ -103,8 +107,14 @@ def start(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> 
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-        serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        # Longer than the application's own limits: only an ingress that hangs is cut off by the proxy.
+        patience = config.upload_timeout_s + config.timeout_s + 30
+        http = {"host": host, "port": port, "request_timeout_s": patience}
+        serve.start(http_options=http, logging_config=quiet)
+        _check_proxy(host)
+        serve.run(build_app(_for_host(config, host)), name=APP_NAME, route_prefix="/", logging_config=quiet)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ClusterError("serve", f"does not start ({_last_line(error)})", "see `animediffusion doctor`") from error
     url = f"http://{host}:{port}"
@@ -112,14 +122,13 @@ def start(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> 
     return url
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise ConfigError if the server may not, or cannot, listen there."""
+def check_address(host: str, port: int, *, is_open: bool = True) -> None:
+    """Raise ConfigError if the server may not, or cannot, listen there; an open one, without keys, may on loopback."""
     if not 1 <= port <= 65535:
         raise ConfigError("--port", str(port), "1 to 65535")
-    if not _is_loopback(host):
-        raise ConfigError(
-            "--host", f"{host!r} would open the server to the network", "127.0.0.1, behind your own proxy"
-        )
+    if is_open and not _is_loopback(host):
+        found = f"{host!r} would let the whole network in"
+        raise ConfigError("--host", found, "127.0.0.1, or make a key first with `animediffusion keys create NAME`")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -139,8 +148,26 @@ def check_model(settings: Settings, model: str | None) -> None:
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
-    given = {"model": _absolute(model), "workspace": settings.workspace, "model_name": settings.model_name}
+    given = {
+        "model": _absolute(model),
+        "workspace": settings.workspace,
+        "model_name": settings.model_name,
+        "keys": settings.keys_uri,
+        "request_log": settings.workspace / "logs" / "requests.jsonl",
+    }
     return ServeConfig.check({**given, **{key: value for key, value in options.items() if value is not None}})
+
+
+def _for_host(config: ServeConfig, host: str) -> ServeConfig:
+    """Who reaches a loopback address is on this machine already: no key is needed while none was ever made."""
+    return config.model_copy(update={"allow_anonymous": config.allow_anonymous or _is_loopback(host)})
+
+
+def _check_proxy(host: str) -> None:
+    """A Serve that was running already keeps its own address: what is open to all must not go behind that one."""
+    running_at = _get_global_client().http_config.host
+    if _is_loopback(host) and not _is_loopback(running_at):
+        raise ConfigError("--host", f"Serve runs on this cluster already, at {running_at}", "use `serve deploy` there")
 
 
 def _absolute(model: str | None) -> str | None:
@@ -162,15 +189,24 @@ def _wait_until_ready(url: str) -> None:
             try:
                 if client.get("/readyz").status_code == 200:
                     return
-                replicas = client.get("/v1/models").json().get("replicas", [])
+                replicas = _replicas()
                 problem = next((one["error"] for one in replicas if one["error"]), problem)
-            except (httpx.HTTPError, ValueError) as error:
+            except httpx.HTTPError as error:
                 problem = str(error)
             else:
                 if replicas and all(one["state"] == "failed" for one in replicas):
                     raise BundleError("model", problem, "serve another version, or train it again")
             time.sleep(0.2)
     raise ClusterError("serve", f"not ready after {READY_TIMEOUT_S:.0f} s ({problem})", "see `animediffusion doctor`")
+
+
+def _replicas() -> list[dict[str, Any]]:
+    """What the engines say of themselves, asked without HTTP and so without a key; none while none answers."""
+    try:
+        found = serve.get_deployment_handle("engine", APP_NAME).broadcast("describe").results(timeout_s=5)
+    except Exception:  # still starting, or one died just now
+        return []
+    return [one["replica"] for one in found]
 
 
 def _last_line(error: Exception) -> str:

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
 
+from starlette.datastructures import State
+
 from animediffusion.platform.images import encode_png
 from animediffusion.serve.form import Parameters
 from animediffusion.serve.lines import Drawing, Pixels
@@ -23,7 +25,7 @@ async def events(
     rest: AsyncIterator[Preview | Answer],
     drawing: Drawing,
     asked: Parameters,
-    request_id: str,
+    state: State,
     pool: Executor,
 ) -> AsyncIterator[str]:
     """The body of the answer; `rest` is closed at its end, or when the listener leaves.
@@ -33,7 +35,7 @@ async def events(
         rest: what it says then.
         drawing: the sketch.
         asked: parameters of the request.
-        request_id: names the request in the last event.
+        state: of the request: `request_id` names it in the last event, `model_version` is set once it is known.
         pool: where pictures are finished.
     """
     loop = asyncio.get_running_loop()
@@ -42,10 +44,11 @@ async def events(
             if isinstance(item, Preview):
                 yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
             else:
+                state.model_version = item.model_version
                 result = await loop.run_in_executor(pool, _result, item, drawing, asked)
-                yield _event("result", {**result, "request_id": request_id})
+                yield _event("result", {**result, "request_id": state.request_id})
     except Exception as error:
-        yield _event("error", from_error(error).body(request_id))
+        yield _event("error", from_error(error, state.request_id).body(state.request_id))
     finally:
         close = getattr(rest, "aclose", None)
         if close is not None:

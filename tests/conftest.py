@@ -27,6 +27,7 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
         # A private cluster of ours would switch them off for the whole process, if it came first.
         "RAY_enable_metrics_collection": "1",

@@ -64,6 +64,9 @@ WRONG_USAGE = [
     (["data", "ingest", "/nowhere", "out"], "/nowhere"),
     (["models", "promote", "models:/animediffusion@nobody"], "nobody"),
     (["models", "register", "/nowhere"], "/nowhere"),
+    (["keys", "create", "a b"], "NAME: 'a b'; up to 64 letters"),
+    (["keys", "revoke", "nobody"], "key 'nobody': does not exist; one of none"),
+    (["serve", "--host", "0.0.0.0"], "animediffusion keys create NAME"),
     (["colorize", "a.png", "--reference", "b.png", "--out", "o", "--size", "huge"], "--size: 'huge'; native or model"),
     (
         ["colorize", "a.png", "--reference", "b.png", "--out", "o", "--model", "m", "--url", "http://127.0.0.1:1"],
@@ -79,6 +82,31 @@ def test_wrong_usage_ends_with_2_and_one_line(command, words, expected):
     assert len(err) == 1
     assert err[0].startswith("error: ")
     assert expected in err[0]
+
+
+def test_a_key_is_made_shown_once_listed_and_revoked(command, tmp_path):
+    code, out, err = command("keys", "create", "studio", "--workspace", tmp_path)
+    assert code == 0
+    [key] = out
+    assert "ANIMEDIFFUSION_API_KEY" in err[0]
+    assert key not in "".join(err)
+    code, out, _ = command("keys", "list", "--workspace", tmp_path, "--json")
+    [row] = json.loads(out[-1])
+    assert (row["name"], row["revoked"]) == ("studio", None)
+    assert command("keys", "revoke", "studio", "--workspace", tmp_path)[0] == 0
+    code, out, _ = command("keys", "list", "--workspace", tmp_path)
+    assert out[1].startswith("studio")
+    assert key not in "".join(out)
+    code, out, _ = command("keys", "create", "other", "--workspace", tmp_path, "--json")
+    assert set(json.loads(out[-1])) == {"name", "key"}
+
+
+def test_a_demo_that_could_not_ask_its_own_server_says_so_before_it_trains(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("ANIMEDIFFUSION_API_KEY", raising=False)
+    command("keys", "create", "studio", "--workspace", tmp_path)
+    code, _, err = command("demo", "--workspace", tmp_path)
+    assert code == 2
+    assert err[0].startswith("error: ANIMEDIFFUSION_API_KEY: is not set, and")
 
 
 def test_debug_shows_where_an_error_comes_from(command):

@@ -20,6 +20,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from animediffusion import cli
 from animediffusion.pipelines.recipe import load_recipe, recipe_names
+from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.keys import Keys
 from animediffusion.serve.deployments import build_app
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ MAY_IMPORT = {
 MODELS_NEED = {"torch", "numpy", "safetensors"}
 MODELS_NEED_BESIDES = {"augment.py": {"kornia"}, "attention.py": {"xformers"}}
 
-VERBS = {"demo", "data", "train", "evaluate", "tune", "models", "colorize", "serve", "jobs", "doctor"}
+VERBS = {"demo", "data", "train", "evaluate", "tune", "models", "colorize", "serve", "keys", "jobs", "doctor"}
 
 
 def imports_of(path):
@@ -182,10 +184,14 @@ def test_every_secret_of_compose_comes_from_the_env_file_whose_example_has_none(
     assert "infra/.env" not in tracked_files()
 
 
-def test_the_serve_config_file_fits_ray_and_the_application():
+def test_the_serve_config_file_fits_ray_and_the_application(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANIMEDIFFUSION_KEYS", str(tmp_path / "keys.json"))
     config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "infra/serve.yaml").read_text()))
     [application] = config.applications
     assert application.import_path == f"{build_app.__module__}:{build_app.__name__}"
+    with pytest.raises(ConfigError, match="API keys"):
+        build(build_app, application.args)
+    Keys(str(tmp_path / "keys.json")).create("studio")
     assert build(build_app, application.args)
     with pytest.raises(ValueError, match="max_btch"):
         build(build_app, {**application.args, "max_btch": 4})

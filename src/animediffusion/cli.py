@@ -34,8 +34,9 @@ app = typer.Typer(
 data = typer.Typer(**_HELP, help="Make and look at datasets.")
 tune = typer.Typer(**_HELP, help="Search for better settings with Ray Tune.")
 models = typer.Typer(**_HELP, help="Register, promote and roll back models.")
+keys = typer.Typer(**_HELP, help="Make and revoke API keys.")
 jobs = typer.Typer(**_HELP, help="Run verbs on a Ray cluster.")
-for name, group in (("data", data), ("tune", tune), ("models", models), ("jobs", jobs)):
+for name, group in (("data", data), ("tune", tune), ("models", models), ("keys", keys), ("jobs", jobs)):
     app.add_typer(group, name=name)
 
 
@@ -572,6 +573,45 @@ def serve(
     settings = _settings()
     _use_attention(settings)
     return serve_app(settings, model, host, port, announce=_console().say)
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; servers log this name.")],
+) -> None:
+    """Make an API key and show it, once: only its hash is kept."""
+    from animediffusion.platform.keys import Keys
+
+    console = _console()
+    key = Keys(_settings().keys_uri).create(name)
+    console.note("clients set ANIMEDIFFUSION_API_KEY to this key, or send it as Authorization: Bearer KEY")
+    console.result({"name": name, "key": key}, key)
+
+
+@keys.command("list")
+def keys_list() -> None:
+    """All keys ever made, the oldest first; never the keys themselves."""
+    from animediffusion.platform.keys import Keys
+
+    console = _console()
+    found = [
+        {"name": key.name, "created": key.created, "revoked": key.revoked}
+        for key in Keys(_settings().keys_uri).entries()
+    ]
+    console.result(found, console.table(found, "no keys yet; `animediffusion keys create NAME` makes one"))
+
+
+@keys.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Make a key useless; running servers notice within 5 s."""
+    from animediffusion.platform.keys import Keys
+
+    console = _console()
+    Keys(_settings().keys_uri).revoke(name)
+    console.result({"name": name, "revoked": True}, f"key {name} is revoked")
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------

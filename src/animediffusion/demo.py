@@ -7,6 +7,7 @@ Each stage is the same call that its own verb makes, so a demo that was stopped 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -30,7 +31,8 @@ from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images import contact_sheet, decode_rgb, encode_png
-from animediffusion.serve.client import RemotePainter
+from animediffusion.platform.keys import Keys
+from animediffusion.serve.client import API_KEY, RemotePainter
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.painter import Options
 from animediffusion.serve.server import check_address, running
@@ -49,6 +51,8 @@ PORTS_TO_TRY = 20
 
 def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int, port: int, stay: bool) -> int:
     """Run all stages, print where everything is; returns the exit code."""
+    if Keys(settings.keys_uri).active() and not os.environ.get(API_KEY):
+        raise ConfigError(API_KEY, f"is not set, and {settings.keys_uri} has keys", "set it: the demo asks its server")
     started = time.monotonic()
     folder = settings.workspace / "demo"
     console.note(f"workspace {settings.workspace}")

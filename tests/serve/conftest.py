@@ -1,8 +1,8 @@
 """A small network with random weights: every condition, seed and setting shows in its pictures."""
 
+import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,9 @@ import uvicorn
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
 from animediffusion.models.unet import UNetConfig
+from animediffusion.platform.images import encode_png
+from animediffusion.platform.keys import Keyring, Keys
+from animediffusion.serve import journal
 from animediffusion.serve.api import create_app
 from animediffusion.serve.replica import Replica
 
@@ -66,10 +69,25 @@ def reference() -> np.ndarray:
     return colors.repeat(32, 0).repeat(32, 1)
 
 
+@pytest.fixture(scope="session")
+def files(sketch, reference):
+    """The two files of a good request."""
+    return {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
+
+
+@pytest.fixture(scope="module")
+def replica(bundle_folder):
+    """A real one with version 3, without Ray."""
+    replica = Replica()
+    assert replica.load("3", bundle_folder)
+    yield replica
+    replica.close()
+
+
 @contextmanager
-def over_http(replica: Replica) -> Iterator[str]:
-    """Address of the API over a replica, without Ray."""
-    server = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
+def served(app, **options):
+    """Address of an application on loopback."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -80,19 +98,58 @@ def over_http(replica: Replica) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-        replica.close()
 
 
 @pytest.fixture(scope="session")
 def serving():
-    """The context manager over_http, for a replica of one's own."""
-    return over_http
+    """A function that serves an application in a with block, and gives its address."""
+    return served
 
 
 @pytest.fixture(scope="module")
-def url(bundle_folder):
-    """Address of the API over a real replica with version 3."""
-    replica = Replica()
-    replica.load("3", bundle_folder)
-    with over_http(replica) as address:
-        yield address
+def url(replica):
+    """Address of the API, open to everybody."""
+    with served(create_app(replica)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory):
+    """Where the keys of the closed server are."""
+    return Keys(str(tmp_path_factory.mktemp("keys") / "keys.json"))
+
+
+@pytest.fixture(scope="module")
+def key(key_file):
+    """The key named studio."""
+    return key_file.create("studio")
+
+
+@pytest.fixture(scope="module")
+def closed_app(replica, key, key_file):
+    """The API with keys."""
+    return create_app(replica, keyring=Keyring(key_file.uri))
+
+
+@pytest.fixture(scope="module")
+def closed_url(closed_app):
+    """Its address."""
+    with served(closed_app) as url:
+        yield url
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A function that returns the journal's lines since the test began."""
+    file = tmp_path / "requests.jsonl"
+    journal.write_to(file)
+
+    def read(count=1):
+        """At least `count` of them: a line is written just after its answer was sent."""
+        end = time.monotonic() + 10
+        while len(found := file.read_text().splitlines()) < count and time.monotonic() < end:
+            time.sleep(0.01)
+        return [json.loads(line) for line in found]
+
+    yield read
+    journal.write_to(None)

@@ -27,22 +27,9 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def replica(bundle_folder):
-    replica = Replica()
-    assert replica.load("3", bundle_folder)
-    yield replica
-    replica.close()
-
-
-@pytest.fixture(scope="module")
 def client(replica):
     with TestClient(create_app(replica, max_body_bytes=2_000_000)) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def files(sketch, reference):
-    return {"sketch": ("s.png", encoded(sketch)), "reference": ("r.webp", encoded(reference, "WEBP"))}
 
 
 class Broken(Replica):
@@ -203,6 +190,11 @@ def test_an_unusable_sketch_is_named(client, files, data, status):
     assert "sketch" in check_problem(response, status)["detail"]
 
 
+def test_a_webp_is_taken(client, files, reference):
+    webp = ("r.webp", encoded(reference, "WEBP"))
+    assert client.post("/v1/colorize", files={**files, "reference": webp}).status_code == 200
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "LA", "I;16", "1", "L"])
 def test_every_kind_of_image_is_taken(client, files, mode):
     image = Image.fromarray(np.full((40, 30), 250, np.uint8))
@@ -238,10 +230,9 @@ def test_what_the_engine_says_becomes_a_problem(files, error, status):
 
 
 def test_a_failure_of_ours_tells_nothing_of_the_inside(files):
-    with TestClient(create_app(Broken(RuntimeError("secret path"))), raise_server_exceptions=False) as client:
+    with TestClient(create_app(Broken(RuntimeError("secret path")))) as client:
         response = client.post("/v1/colorize", files=files)
-    assert response.status_code == 500
-    assert response.headers["content-type"] == PROBLEM
+    check_problem(response, 500)
     assert "secret" not in response.text
 
 

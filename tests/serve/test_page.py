@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from animediffusion.platform.images import encode_png
+from animediffusion.serve.api import create_app
 from animediffusion.serve.messages import BusyError
 from animediffusion.serve.replica import Replica
 
@@ -106,6 +107,36 @@ def test_ones_own_files_work_with_the_keyboard_alone(page: Page, tmp_path: Path,
     expect(page.locator("#note")).to_contain_text("120 x 90 px")
 
 
+def test_a_server_with_keys_is_used_once_the_key_is_given(browser, closed_url: str, key: str):
+    page = browser.new_context().new_page()
+    page.goto(closed_url)
+    expect(page.locator("#status")).to_have_text("key needed")
+    field = page.get_by_label("asks for a key")
+    field.fill("ad_wrong")
+    field.press("Enter")
+    expect(page.locator("#key-form")).to_contain_text("does not know that key")
+    page.locator("#key").fill(key)
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("model 3")
+    expect(page.locator("#key-form")).to_be_hidden()
+    page.click("#sketch-examples button >> nth=0")
+    page.click("#reference-examples button >> nth=1")
+    page.click("#go")
+    expect(page.locator("#note")).to_contain_text("model version 3")
+    with page.expect_download():
+        page.click("#save-layer")
+    page.reload()
+    expect(page.locator("#status")).to_have_text("model 3")
+    assert key not in page.content()
+    assert page.evaluate("localStorage.length") == 0
+    page.context.close()
+
+
+def test_a_server_without_keys_asks_for_none(page: Page):
+    expect(page.locator("#status")).to_have_text("model 3")
+    expect(page.locator("#key-form")).to_be_hidden()
+
+
 def test_what_is_wrong_is_said_in_words(page: Page, tmp_path: Path):
     (tmp_path / "text.txt").write_text("hello")
     choose(page, "sketch", tmp_path / "text.txt")
@@ -191,7 +222,7 @@ def test_another_try_is_kept_beside_the_first(page: Page):
 
 def test_a_model_that_is_not_ready_is_waited_for(opened, serving, bundle_folder):
     replica = Replica()
-    with serving(replica) as url:
+    with serving(create_app(replica)) as url:
         page = opened(url)
         expect(page.locator("#status")).to_have_text("no model yet")
         choose_examples(page)
@@ -216,7 +247,7 @@ def test_a_busy_server_is_asked_again(opened, serving, bundle_folder):
 
     replica = BusyOnce()
     replica.load("3", bundle_folder)
-    with serving(replica) as url:
+    with serving(create_app(replica)) as url:
         page = opened(url)
         choose_examples(page)
         page.click("#go")
@@ -228,7 +259,7 @@ def test_a_busy_server_is_asked_again(opened, serving, bundle_folder):
 def test_a_server_that_is_gone_is_said_and_the_pictures_stay(opened, serving, bundle_folder):
     replica = Replica()
     replica.load("3", bundle_folder)
-    with serving(replica) as url:
+    with serving(create_app(replica)) as url:
         page = opened(url)
         choose_examples(page)
         page.click("#go")

@@ -13,8 +13,9 @@ from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
 from animediffusion.platform.images import encode_png
+from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
-from animediffusion.serve.deployments import ServeConfig
+from animediffusion.serve.deployments import ServeConfig, build_app
 from animediffusion.serve.server import check_address, check_model, start
 
 
@@ -37,6 +38,34 @@ def test_a_port_in_use_is_named():
 def test_only_loopback_is_served(host: str):
     with pytest.raises(ConfigError, match="--host"):
         check_address(host, free_port())
+
+
+def test_a_server_with_keys_may_listen_anywhere():
+    check_address("0.0.0.0", free_port(), is_open=False)
+
+
+def test_an_application_without_keys_is_not_built_unless_that_is_meant(tmp_path):
+    closed = ServeConfig(workspace=tmp_path, engine_gpus=0)
+    meant = ServeConfig(workspace=tmp_path, engine_gpus=0, allow_anonymous=True)
+    with pytest.raises(ConfigError, match=r"API keys: none in .*keys\.json; make one .* or set allow_anonymous"):
+        build_app(closed)
+    assert build_app(meant)
+    keys = Keys(str(tmp_path / "keys.json"))
+    keys.create("studio")
+    assert build_app(closed)
+    keys.revoke("studio")
+    for config in (closed, meant):  # a key was made once: that its owner wants it open to all is not to be guessed
+        with pytest.raises(ConfigError, match="API keys"):
+            build_app(config)
+
+
+def test_the_keys_of_a_cluster_may_be_in_a_store(moto_server, tmp_path):
+    uri = f"s3://bucket/{tmp_path.name}/keys.json"
+    config = ServeConfig(workspace=tmp_path, keys=uri, engine_gpus=0)
+    with pytest.raises(ConfigError, match=uri):
+        build_app(config)
+    Keys(uri).create("studio")
+    assert build_app(config)
 
 
 def test_a_free_port_is_fine():

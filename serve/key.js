@@ -1,0 +1,25 @@
+// Servers with keys: the key is asked for when one answers 401, kept for this tab, and sent to this server only.
+
+const form = document.getElementById("key-form"), field = document.getElementById("key");
+
+/** As the browser's fetch, with the key. */
+export async function fetch_with_key(input, init = {}) {
+  const key = sessionStorage.getItem("key"), headers = new Headers(init.headers);
+  if (key) headers.set("Authorization", `Bearer ${key}`);
+  const response = await fetch(input, {...init, headers});
+  if (response.status === 401) {
+    if (key) document.getElementById("key-text").textContent = "This server does not know that key. Please try another.";
+    form.hidden = false;
+  } else if (response.ok) form.hidden = true;
+  return response;
+}
+
+/** Calls `then` when a key was entered. */
+export function on_key(then) {
+  form.onsubmit = event => {
+    event.preventDefault();
+    sessionStorage.setItem("key", field.value.trim());
+    field.value = "";
+    then();
+  };
+}

@@ -1,0 +1,70 @@
+"""The whole application on Ray Serve with keys in a store, and what it leaves in the logs."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from animediffusion.platform.keys import Keys
+from animediffusion.serve.deployments import ServeConfig
+from animediffusion.serve.server import start
+
+
+@pytest.fixture
+def closed(ray_cluster, tmp_path, bundle_folder):
+    """(URL, key, keys, file of the journal)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    keys, log = Keys(f"s3://bucket/{tmp_path.name}/keys.json"), tmp_path / "logs" / "requests.jsonl"
+    key = keys.create("studio")
+    config = ServeConfig(model=str(bundle_folder), workspace=tmp_path, keys=keys.uri, request_log=log)
+    yield start(config, port=port), key, keys, log
+    serve.shutdown()
+
+
+@pytest.mark.ray
+def test_the_application_on_ray_asks_for_a_key_and_writes_a_line_for_every_request(closed, files):
+    url, key, keys, log = closed
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        refused = client.post("/v1/colorize", files=files)
+        assert (refused.status_code, refused.headers["content-type"]) == (401, "application/problem+json")
+        assert refused.headers["www-authenticate"].startswith("Bearer")
+        assert client.get("/v1/models").status_code == 401
+        assert [client.get(path).status_code for path in ("/healthz", "/readyz", "/", "/docs", "/examples")] == [
+            200
+        ] * 5
+        client.headers["Authorization"] = f"Bearer {key}"
+        before = len(log.read_text().splitlines())
+        named = {"X-Request-Id": "mine-4"}
+        picture = client.post("/v1/colorize", files=files, data={"seed": "1"}, headers=named)
+        assert (picture.status_code, picture.headers["x-request-id"]) == (200, "mine-4")
+        stream = client.post("/v1/colorize/stream", files=files, data={"seed": "1"})
+        assert "event: result" in stream.text
+        odd = client.get("/v1/models", headers={"X-Request-Id": "two words"})
+        keys.revoke("studio")
+        end = time.monotonic() + 5
+        while client.get("/v1/models").status_code == 200 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert client.get("/v1/models").status_code == 401
+    lines = [json.loads(line) for line in log.read_text().splitlines()][before:]
+    version = picture.headers["x-model-version"]
+    assert [(line["path"], line["status"], line["key"], line["version"]) for line in lines[:3]] == [
+        ("/v1/colorize", 200, "studio", version),
+        ("/v1/colorize/stream", 200, "studio", version),
+        ("/v1/models", 200, "studio", None),
+    ]
+    answers = [picture, stream, odd]
+    assert [line["request_id"] for line in lines[:3]] == [answer.headers["x-request-id"] for answer in answers]
+    assert lines[0]["request_id"] == "mine-4"
+    assert lines[2]["request_id"] != "two words"
+    time.sleep(1)  # Ray's processes write their logs with a delay
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    written = [path for path in session.rglob("*") if path.is_file() and not path.is_socket()]
+    assert any("ingress" in path.name for path in written)
+    assert [path for path in [*written, log] if key.encode() in path.read_bytes()] == []
