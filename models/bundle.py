@@ -36,8 +36,11 @@ class SamplerDefaults:
     guidance_scale: float = 1.0
     shift: float = 1.0
     """Spacing of the sampling times, see sample_times."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times at which guidance acts; outside of it the scale is 1 and an image costs one row, not two."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # a list where JSON was read
         if self.name not in SAMPLERS:
             raise ValueError(f"sampler name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
         if not 1 <= self.steps <= 1000:
@@ -46,6 +49,8 @@ class SamplerDefaults:
             raise ValueError(f"guidance_scale must be in 0..20, got {self.guidance_scale}")
         if self.shift <= 0:
             raise ValueError(f"sampler shift must be above 0, got {self.shift}")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two rising times in 0..1, got {self.guidance_interval}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def sample_images(
     null = None
     if settings.guidance_scale != 1:
         null = denoiser.encode(sketch, reference, torch.zeros(len(sketch), dtype=torch.bool, device=sketch.device))
-    denoise = guided(denoiser, condition, null, settings.guidance_scale)
+    denoise = guided(denoiser, condition, null, settings.guidance_scale, settings.guidance_interval)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift).to(noise.device)
     return sample(build_sampler(settings.name, denoiser.path), denoise, noise, times)
 

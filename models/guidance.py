@@ -41,6 +41,10 @@ def guided(
 
 def mix(without: Tensor, with_reference: Tensor, scale: Tensor, t: Tensor, interval: tuple[float, float]) -> Tensor:
     """The guided estimate of each row, for scales [B] at times [B]."""
-    inside = (t >= interval[0]) & (t <= interval[1])
-    weight = torch.where(inside, scale, 1.0).reshape(-1, 1, 1, 1)
+    weight = torch.where(is_guided(t, interval), scale, 1.0).reshape(-1, 1, 1, 1)
     return without + weight * (with_reference - without)
+
+
+def is_guided(t: Tensor, interval: tuple[float, float]) -> Tensor:
+    """bool [B]: the times [B] at which guidance acts."""
+    return (t >= interval[0]) & (t <= interval[1])
