@@ -33,7 +33,7 @@ LEAVES = 6
 """A request whose client leaves, and after how many turns in the batch."""
 LEAVES_AFTER = 5
 
-TURN, BAR, GAP = 9, 11, 4
+TURN, BAR, GAP = 15, 11, 4
 """Pixels: of a turn across, of a bar down, between bars."""
 LEFT, STRIP = 128, 84
 """Pixels: of the names at the left, of the curve below."""
@@ -59,7 +59,7 @@ def pattern() -> list[Asked]:
     asked += [
         Asked("studio", int(draw.choice(STEPS)), bool(draw.random() < 0.4), came) for came in (2, 3, 9, 12, 22, 30)
     ]
-    asked += [Asked("page", int(draw.choice(STEPS[:2])), False, came) for came in (5, 14, 24, 33)]
+    asked += [Asked("page", int(draw.choice(STEPS[:2])), False, came) for came in (5, 14, 19, 23, 27, 33)]
     return sorted(asked, key=lambda one: one.came)
 
 
@@ -102,8 +102,8 @@ def draw(asked: Sequence[Asked], turns: Sequence[Turn]) -> Array:
     """Requests as bars over turns, and the rows of each turn below."""
     width = LEFT + TURN * len(turns) + 2 * EDGE
     bars = len(asked) * (BAR + GAP)
-    board = Board(width, EDGE + 30 + bars + 26 + STRIP + 44)
-    top = EDGE + 30
+    top = EDGE + 56
+    board = Board(width, top + bars + 26 + STRIP + 44)
     _legend(board)
     for turn in range(0, len(turns) + 1, 10):
         board.lines([(_x(turn), top - 4), (_x(turn), top + bars + 26 + STRIP)], FAINT, 0.5)
@@ -130,7 +130,7 @@ def _bar(board: Board, asked: Asked, y: int) -> None:
         middle, end = y + BAR / 2, _x(asked.ended) + 7
         for slope in (-1, 1):
             board.lines([(end - 3, middle - 3 * slope), (end + 3, middle + 3 * slope)], INK, 1.5)
-    board.text(f"{asked.key}, {asked.steps}", LEFT + EDGE - 62, y + BAR / 2, 11)
+    board.text(f"{asked.key}, {asked.steps}", LEFT + EDGE - 8, y + BAR / 2, 11, "rm")
 
 
 def _rows(board: Board, turns: Sequence[Turn], top: int) -> None:
@@ -139,7 +139,7 @@ def _rows(board: Board, turns: Sequence[Turn], top: int) -> None:
     for turn in turns:
         height = round(STRIP * turn.num_evaluated / MAX_BATCH)
         _box(board, _x(turn.number - 1) + 1, _x(turn.number), bottom - height, height, FAINT)
-    board.text("rows of the network", LEFT + EDGE - 62, top + STRIP / 2, 11)
+    board.text("rows of the network", LEFT + EDGE - 24, top + STRIP / 2, 11, "rm")
     for rows in (0, MAX_BATCH):
         board.text(str(rows), LEFT + EDGE - 8, bottom - STRIP * rows / MAX_BATCH, 11, "rm")
 
@@ -151,7 +151,8 @@ def _legend(board: Board) -> None:
         _box(board, x, x + 18, EDGE - 6, BAR, color)
         board.text(words, x + 24, EDGE, 13, "lm")
         x += 60 + 7 * len(words)
-    board.text("two stripes: guided, two places      x: the client left", x, EDGE, 13, "lm")
+    words = "thin line through it: guided, takes two places      x: its client left      25: steps"
+    board.text(words, LEFT + EDGE, EDGE + 24, 13, "lm")
 
 
 def _box(board: Board, left: float, right: float, top: float, height: int, color: Any) -> None:

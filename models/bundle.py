@@ -118,8 +118,8 @@ def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     _write_checksums(folder)
 
 
-def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundle:
-    """Check every hash, then build the model in eval mode.
+def load_bundle(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """Check every hash, then build the model in eval mode, its weights in `dtype`.
 
     Raises:
         ValueError: missing file, changed byte, unknown format, or weights that do not fit the config.
@@ -134,7 +134,7 @@ def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundl
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder}/model.safetensors does not fit config.json: {reason}") from error
     metrics = json.loads((folder / "metrics.json").read_text())
-    return Bundle(config, denoiser.to(device).eval().requires_grad_(False), metrics, sha256, folder)
+    return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, sha256, folder)
 
 
 def verify(folder: Path) -> str:

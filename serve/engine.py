@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from itertools import count
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 from animediffusion.models.bundle import Bundle
 from animediffusion.serve.batch import NotFiniteError, Row, RunningBatch, new_row
 from animediffusion.serve.conditions import ConditionCache, pair_of
-from animediffusion.serve.evaluator import Evaluator, cuda_capture, few_sizes
+from animediffusion.serve.evaluator import build_evaluator
 from animediffusion.serve.fair import FairQueue
 from animediffusion.serve.forecast import Claim, Pace, turns_until_done
 from animediffusion.serve.tickets import (
@@ -88,12 +87,11 @@ class Engine:
         self.counts = Counts()
         self._clock, self._on_turn = clock, on_turn
         self._conditions = ConditionCache(bundle.denoiser, cache_size)
-        self._evaluator = _evaluator(bundle, max_batch, sizes)
+        self._evaluator = build_evaluator(bundle.denoiser, max_batch, sizes)
         self._batch = RunningBatch(self._evaluator, self._conditions)
         self._waiting = FairQueue[Ticket](patience=2 * max_batch)
         self._running: dict[Row, Ticket] = {}
         self._num_open = 0
-        self._numbers = count()
         self._pace = Pace()
         self._failed_turns = 0
         self._changed = threading.Condition(threading.RLock())  # futures end, and call back, inside of it
@@ -111,11 +109,14 @@ class Engine:
             QueueFullError: if max_batch + max_queue requests are here already, or so much work that this one would
                 miss its deadline.
         """
+        with self._changed:
+            self._refuse_if_full()  # before the work of preparing it
         ticket = self._ticket(request)
         with self._changed:
-            self._admit(ticket)
+            self._refuse_if_full()
+            self._refuse_if_late(ticket)
             self._num_open += 1
-            self.counts.submitted += 1
+            ticket.number, self.counts.submitted = self.counts.submitted, self.counts.submitted + 1
             ticket.future.add_done_callback(lambda _: self._count_end(ticket))
             if not self._is_over(ticket):
                 self._waiting.add(ticket, request.key)
@@ -132,6 +133,7 @@ class Engine:
             numbers = tuple(ticket.number for ticket in self._running.values())
             try:
                 ended = self._batch.turn()
+                self._evaluator.wait()
             except Exception as error:
                 log.exception("a turn failed; its requests are given up")
                 ended = self._give_up(error)
@@ -195,24 +197,26 @@ class Engine:
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
         pair, previews = pair_of(request.sketch, request.reference), request.on_progress is not None
         row = new_row(self.bundle.denoiser, pair, settings, request.seed, previews)
-        return Ticket(next(self._numbers), request, row)
+        return Ticket(request, row)
 
-    def _admit(self, ticket: Ticket) -> None:
-        """Raise QueueFullError if there is no place to wait, or no hope to be in time."""
-        try:
-            if self._closing:
-                raise QueueFullError("this engine is closing")
-            if self._num_open >= self.max_batch + self.max_queue:
-                wait_s = self._turns_until_done(list(self._waiting), (1, 0)) * self._pace.typical
-                raise QueueFullError(f"{len(self._waiting)} requests wait already", wait_s)
-            if ticket.request.deadline is not None:
-                turns = self._turns_until_done(self._waiting.before(ticket.request.key), ticket.claim)
-                wait_s, left_s = turns * self._pace.typical, ticket.request.deadline - self._clock()
-                if wait_s > left_s > ticket.row.num_left * self._pace.fastest:
-                    raise QueueFullError(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
-        except QueueFullError:
-            self.counts.refused += 1
-            raise
+    def _refuse_if_full(self) -> None:
+        if self._closing:
+            self._refuse("this engine is closing")
+        if self._num_open >= self.max_batch + self.max_queue:
+            turns = self._turns_until_done(list(self._waiting), (1, 0))
+            self._refuse(f"{len(self._waiting)} requests wait already", turns * self._pace.typical)
+
+    def _refuse_if_late(self, ticket: Ticket) -> None:
+        """If it would be late for the work before it; one that is late by itself is told so, see _is_over."""
+        if ticket.request.deadline is not None:
+            turns = self._turns_until_done(self._waiting.before(ticket.request.key), ticket.claim)
+            wait_s, left_s = turns * self._pace.typical, ticket.request.deadline - self._clock()
+            if wait_s > left_s > ticket.row.num_left * self._pace.fastest:
+                self._refuse(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
+
+    def _refuse(self, why: str, retry_after_s: float = 1.0) -> None:
+        self.counts.refused += 1
+        raise QueueFullError(why, retry_after_s)
 
     def _turns_until_done(self, before: list[Ticket], own: Claim) -> int:
         running = [ticket.claim for ticket in self._running.values()]
@@ -259,7 +263,8 @@ class Engine:
             for row in gone:
                 del self._running[row]
             for ticket in list(self._waiting):
-                self._is_over(ticket)  # ending it takes it out
+                if self._is_over(ticket):
+                    self._waiting.remove(ticket)
             joining = self._take_next()
             self._running |= {ticket.row: ticket for ticket in joining}
         self._batch.leave(gone)
@@ -315,10 +320,3 @@ class Engine:
             waiting = tuple(ticket.number for ticket in self._waiting)
         if self._on_turn is not None:
             self._on_turn(Turn(counts.turns, seconds, numbers, waiting, self._batch.num_evaluated))
-
-
-def _evaluator(bundle: Bundle, max_batch: int, sizes: tuple[int, ...] | None) -> Evaluator:
-    if next(bundle.denoiser.parameters()).device.type != "cuda":
-        return Evaluator(bundle.denoiser, sizes)
-    # A guided request alone takes two places even of one.
-    return Evaluator(bundle.denoiser, sizes or few_sizes(max(2, max_batch)), cuda_capture())

@@ -35,6 +35,14 @@ def few_sizes(largest: int) -> tuple[int, ...]:
     return (*small, *range(8, largest + 8, 8)) if largest > 4 else (*small, largest)
 
 
+def build_evaluator(denoiser: Denoiser, max_batch: int, sizes: Sequence[int] | None = None) -> Evaluator:
+    """With graphs of few sizes on CUDA; every size as it is on a CPU, unless `sizes` says otherwise."""
+    if next(denoiser.parameters()).device.type != "cuda":
+        return Evaluator(denoiser, sizes)
+    # A guided request alone takes two places even of one.
+    return Evaluator(denoiser, sizes or few_sizes(max(2, max_batch)), cuda_capture())
+
+
 class Evaluator:
     """The estimates of x_0 of a batch.
 
@@ -69,6 +77,11 @@ class Evaluator:
         padded_x, padded_t = (torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in (x, t))
         output = self._output(padded_x, padded_t, condition)[: len(x)]
         return self.denoiser.to_x0(output, x, t)
+
+    def wait(self) -> None:
+        """Until the device is done: a host that runs ahead would see neither how long turns take nor who has left."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def prepare(self, make_condition: Callable[[], Condition]) -> None:
         """Capture all sizes now, for conditions like the one that is made, so that no turn has to wait for it."""

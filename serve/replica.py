@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from animediffusion.serve.engine import DeadlineError, Engine, Progress, QueueFu
 from animediffusion.serve.lines import Pixels, for_network
 from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, UnusableError
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Replica:
     """Answers jobs with the version that is current; usable as an api.Backend in one process.
@@ -34,15 +36,24 @@ class Replica:
         max_queue: requests that may wait beside those.
         device: where the models live; CUDA where there is some by default.
         name: how /v1/models calls this replica.
+        precision: float32, or bfloat16: about twice as fast where the hardware has it, and pictures differ by some
+            8-bit levels.
     """
 
     def __init__(
-        self, *, max_batch: int = 8, max_queue: int = 32, device: str | None = None, name: str = "local"
+        self,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 32,
+        device: str | None = None,
+        name: str = "local",
+        precision: Precision = "float32",
     ) -> None:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = name
+        self.dtype = getattr(torch, precision)
         self.error: str | None = None
         """Why the version asked for last is not the one that answers."""
         self._current: tuple[str, Engine] | None = None
@@ -58,7 +69,7 @@ class Replica:
         """Load and try a version, then give it the traffic. False, with `error` set, if it does not work."""
         with self._lock:
             try:
-                bundle = load_bundle(folder, device=self.device)
+                bundle = load_bundle(folder, self.device, self.dtype)
                 smoke_sample(bundle)
             except Exception as error:  # whatever is wrong with it, the old version stays
                 self.error = f"version {version}: {error}"

@@ -92,9 +92,10 @@ class Counts:
 class Ticket:
     """A request from submission to its end."""
 
-    number: int
     request: Request
     row: Row
+    number: int = -1
+    """Of all that were accepted."""
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
 
     @property

@@ -1,10 +1,10 @@
 """What holds under any arrival pattern. Turns are made by hand and are the clock's unit, so nothing here sleeps."""
 
-import copy
 import dataclasses
 import functools
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from animediffusion.models.bundle import Bundle, SamplerDefaults
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.images import to_uint8
 from animediffusion.models.sampler import build_sampler
@@ -148,8 +148,7 @@ class Run:
         except QueueFullError:
             self.refused += 1
             return
-        number = len(self.futures)
-        self.futures[future] = (number + self.refused, asked)
+        self.futures[future] = (len(self.futures), asked)
         self.deadline[future] = deadline
         future.add_done_callback(lambda _: self.ended_at.setdefault(future, self.now))
         if asked.leaves_after is not None:
@@ -220,18 +219,14 @@ def check_pictures(run: Run, alone: Alone, levels: int) -> None:
             assert np.abs(future.result() - expected).max() <= levels
 
 
-def in_bfloat16(bundle: Bundle) -> Bundle:
-    return dataclasses.replace(bundle, denoiser=copy.deepcopy(bundle.denoiser).to(torch.bfloat16))
-
-
 @pytest.fixture(scope="module")
 def alone(bundle: Bundle) -> Alone:
     return Alone(bundle)
 
 
 @pytest.fixture(scope="module")
-def alone_bfloat16(bundle: Bundle) -> Alone:
-    return Alone(in_bfloat16(bundle))
+def alone_bfloat16(bundle_folder: Path) -> Alone:
+    return Alone(load_bundle(bundle_folder, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 4)], ids=["as-they-are", "filled-up"])
