@@ -45,7 +45,7 @@ class ServeConfig(Config):
     model_name: str | None = None
     """Registered model name."""
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests that an engine runs at the same time."""
+    """Places in an engine's batch; a guided request takes two."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
     """Engines that are always up; 0 lets the last one go when nobody asks."""
     max_replicas: Annotated[int, Field(ge=1)] = 1

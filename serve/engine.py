@@ -140,6 +140,7 @@ class Engine:
         broken = [row for row in ended if row.error is not None and not isinstance(row.error, NotFiniteError)]
         self._failed_turns = self._failed_turns + 1 if len(broken) == len(numbers) else 0
         self._answer(ended)
+        self._show_progress()
         self._note(begun, numbers)
         return True
 
@@ -293,7 +294,7 @@ class Engine:
         return rows
 
     def _answer(self, ended: list[Row]) -> None:
-        """Give results, errors and previews to those that wait for them."""
+        """Give results and errors to those that wait for them."""
         with self._changed:
             tickets = [(row, self._running.pop(row)) for row in ended]
         for row, ticket in tickets:
@@ -301,6 +302,8 @@ class Engine:
                 ticket.finish(row.picture)
             elif row.error is not None:
                 ticket.fail(row.error)
+
+    def _show_progress(self) -> None:
         for row, ticket in self._running.items():
             if row.preview is not None and ticket.request.on_progress is not None:
                 try:

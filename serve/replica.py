@@ -32,7 +32,7 @@ class Replica:
     """Answers jobs with the version that is current; usable as an api.Backend in one process.
 
     Args:
-        max_batch: requests that run at the same time.
+        max_batch: places in a running batch; a guided request takes two.
         max_queue: requests that may wait beside those.
         device: where the models live; CUDA where there is some by default.
         name: how /v1/models calls this replica.
