@@ -49,9 +49,9 @@ class SamplerDefaults:
             raise ValueError(f"guidance_scale must be in 0..20, got {self.guidance_scale}")
         if self.shift <= 0:
             raise ValueError(f"sampler shift must be above 0, got {self.shift}")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval must be (low, high) within 0..1, got {self.guidance_interval}")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be (low, high) within 0..1, got {interval}")
 
     def describe(self) -> str:
         """For example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
@@ -126,8 +126,8 @@ def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     _write_checksums(folder)
 
 
-def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundle:
-    """Check every hash, then build the model in eval mode.
+def load_bundle(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """Check every hash, then build the model in eval mode, its weights in `dtype`.
 
     Raises:
         ValueError: missing file, changed byte, unknown format, or weights that do not fit the config.
@@ -142,7 +142,7 @@ def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundl
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder}/model.safetensors does not fit config.json: {reason}") from error
     metrics = json.loads((folder / "metrics.json").read_text())
-    return Bundle(config, denoiser.to(device).eval().requires_grad_(False), metrics, sha256, folder)
+    return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, sha256, folder)
 
 
 def verify(folder: Path) -> str:

@@ -54,14 +54,10 @@ def sample_images(
 def guided_evaluations(path: Path, settings: SamplerDefaults) -> list[bool]:
     """For each network evaluation of one image, in order, whether it is guided and so costs two rows, not one."""
     sampler = build_sampler(settings.name, path)
-    # The times depend on nothing but the settings: the sampler itself, walked with an image of one pixel, says them.
-    state = sampler.start(torch.zeros(1, 3, 1, 1), sample_times(path, settings.steps, shift=settings.shift))
-    found = []
-    for _ in range(sampler.num_evaluations(settings.steps)):
-        x, t = sampler.query(state)
-        found.append(settings.guidance_scale != 1 and bool(is_guided(t, settings.guidance_interval)))
-        state = sampler.advance(state, x)
-    return found
+    times = sampler.evaluation_times(sample_times(path, settings.steps, shift=settings.shift))
+    if settings.guidance_scale == 1:
+        return [False] * len(times)
+    return [bool(inside) for inside in is_guided(times, settings.guidance_interval)]
 
 
 def network_rows(path: Path, settings: SamplerDefaults) -> int:

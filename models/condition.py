@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,25 @@ class Condition(NamedTuple):
     """[B, 3, H, W]: the image as the matcher alone would have it, for training; H = 0 for a network without one."""
 
 
-def cat_conditions(conditions: Sequence[Condition]) -> Condition:
-    """Rows of several conditions, one after the other."""
-    return Condition(*(torch.cat(parts) for parts in zip(*conditions, strict=True)))
+class Reference(NamedTuple):
+    """What of a condition depends on the reference alone, so made once for all sketches. B rows, batch first."""
+
+    picture: Tensor
+    """[B, 3, H, W] in [-1, 1]; a row without reference has the learned null."""
+    tokens: Tensor
+    """As in Condition."""
+    palette: Tensor
+    """As in Condition."""
 
 
-def select(condition: Condition, index: Tensor | slice) -> Condition:
+Rows = TypeVar("Rows", Condition, Reference)
+
+
+def cat_conditions(conditions: Sequence[Rows]) -> Rows:
+    """Rows of several conditions (or of several references), one after the other."""
+    return type(conditions[0])(*(torch.cat(parts) for parts in zip(*conditions, strict=True)))
+
+
+def select(condition: Rows, index: Tensor | slice) -> Rows:
     """The rows that `index` names (a slice, a bool mask [B] or row numbers)."""
-    return Condition(*(part[index] for part in condition))
+    return type(condition)(*(part[index] for part in condition))

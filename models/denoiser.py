@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from animediffusion.models.condition import Condition
+from animediffusion.models.condition import Condition, Reference
 from animediffusion.models.path import PathConfig, build_path, spread
 from animediffusion.models.unet import UNet, UNetConfig
 
@@ -56,7 +56,20 @@ class Denoiser(nn.Module):
 
     def encode(self, sketch: Tensor, reference: Tensor, keep_reference: Tensor | None = None) -> Condition:
         """See UNet.encode."""
-        return self.network.encode(sketch, reference, keep_reference)
+        return self.network.encode(self._narrow(sketch), self._narrow(reference), keep_reference)
+
+    def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
+        """See UNet.encode_reference."""
+        return self.network.encode_reference(self._narrow(reference), keep_reference)
+
+    def combine(self, sketch: Tensor, reference: Reference) -> Condition:
+        """See UNet.combine."""
+        return self.network.combine(self._narrow(sketch), reference)
+
+    def _narrow(self, images: Tensor) -> Tensor:
+        """In bfloat16 where `.to(torch.bfloat16)` made the weights so; else as they are."""
+        dtype = self.network.condition_input.weight.dtype
+        return images.to(dtype) if dtype.itemsize == 2 else images
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The estimate of x_0, in float32."""
@@ -66,7 +79,7 @@ class Denoiser(nn.Module):
         """What the network returns, in float32; its meaning is the prediction's."""
         if self.prediction == "edm":
             x_t = x_t / self._scale(spread(t))
-        return self.network.denoise(x_t, t, condition).float()
+        return self.network.denoise(self._narrow(x_t), t, condition).float()
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_0 from the network's output: solves x_t = alpha x_0 + sigma eps with what is known."""

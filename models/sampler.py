@@ -55,6 +55,10 @@ class Sampler(ABC):
         """Network evaluations of one image, guidance not counted."""
         return steps
 
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """Where the network will be asked, in turn: [num_evaluations] for times [N + 1]."""
+        return times[:-1]
+
     def start(self, noise: Tensor, times: Tensor) -> State:
         """Rows at their first time, t_max: pure noise (or the nearest the path has to it).
 
@@ -117,6 +121,9 @@ class Heun(Sampler):
 
     def num_evaluations(self, steps: int) -> int:
         return 2 * steps - 1
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        return times[:-1].repeat_interleave(2)[1:]
 
     def query(self, state: State) -> tuple[Tensor, Tensor]:
         second = state.stage == 1

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from animediffusion.models.attention import attention
-from animediffusion.models.condition import Condition
+from animediffusion.models.condition import Condition, Reference
 
 GROUPS = 32
 
@@ -163,24 +163,35 @@ class UNet(nn.Module):
         Raises:
             ValueError: if the sides are no multiple of `config.size_multiple`.
         """
-        height, width = sketch.shape[-2:]
-        if height % self.config.size_multiple or width % self.config.size_multiple:
-            raise ValueError(f"sides must be multiples of {self.config.size_multiple}, got {width}x{height}")
         if keep_reference is None:
             keep_reference = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
+        return self.combine(sketch, self.encode_reference(reference, keep_reference))
+
+    def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
+        """The part of `encode` that no sketch is needed for; arguments and errors as there."""
+        self._check_sides(reference)
         # where, not indexing: every parameter takes part in every step, as DDP expects.
-        reference = torch.where(keep_reference[:, None, None, None], reference, self.null_reference.to(reference.dtype))
-        folded = F.pixel_unshuffle(torch.cat([sketch, reference], 1), self.config.patch_size)
-        features = self.condition_input(folded)
+        picture = torch.where(keep_reference[:, None, None, None], reference, self.null_reference.to(reference.dtype))
         if self.reference_encoder is None:
-            batch = len(sketch)
-            nothing = features.new_zeros(batch, 3, 0, 0)
-            return Condition(features, features.new_zeros(batch, 0, 0), features.new_zeros(batch, 0), sketch, nothing)
-        tokens, palette = self.reference_encoder(reference)
+            rows = len(picture)
+            return Reference(picture, picture.new_zeros(rows, 0, 0), picture.new_zeros(rows, 0))
+        return Reference(picture, *self.reference_encoder(picture))
+
+    def combine(self, sketch: Tensor, reference: Reference) -> Condition:
+        """The rest of `encode`: sketches [B, 1, H, W] with the references of as many rows."""
+        self._check_sides(sketch)
+        folded = F.pixel_unshuffle(torch.cat([sketch, reference.picture], 1), self.config.patch_size)
+        features = self.condition_input(folded)
         if self.matcher is None:
-            return Condition(features, tokens, palette, sketch, features.new_zeros(len(sketch), 3, 0, 0))
-        found = self.matcher(sketch, tokens)
-        return Condition(features + found, tokens, palette, sketch, self.matcher.guess(found))
+            nothing = features.new_zeros(len(sketch), 3, 0, 0)
+            return Condition(features, reference.tokens, reference.palette, sketch, nothing)
+        found = self.matcher(sketch, reference.tokens)
+        return Condition(features + found, reference.tokens, reference.palette, sketch, self.matcher.guess(found))
+
+    def _check_sides(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        if height % self.config.size_multiple or width % self.config.size_multiple:
+            raise ValueError(f"sides must be multiples of {self.config.size_multiple}, got {width}x{height}")
 
     def denoise(self, x_t: Tensor, t: Tensor | None, condition: Condition) -> Tensor:
         """The network's output, whose meaning is the prediction type's.

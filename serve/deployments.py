@@ -37,7 +37,7 @@ from animediffusion.serve.backend import RayBackend
 from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
 from animediffusion.serve.messages import Answer, Job, Preview
 from animediffusion.serve.metrics import Exporter
-from animediffusion.serve.replica import Replica
+from animediffusion.serve.replica import Precision, Replica
 from animediffusion.serve.versions import Follower, ModelSource
 
 APP_NAME = "animediffusion"
@@ -64,7 +64,7 @@ class ServeConfig(Config):
     model_name: str | None = None
     """Registered model name."""
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests that an engine runs at the same time."""
+    """Places in an engine's batch; a guided request takes two."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
     """Engines that are always up; 0 lets the last one go when nobody asks, and the next request starts one."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
@@ -83,6 +83,8 @@ class ServeConfig(Config):
     """GPUs, or a fraction of one, of an engine; 1 where the cluster has any if left out."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of an engine's arithmetic on the CPU; its share of the machine if left out."""
+    precision: Precision = "float32"
+    """What the network computes in; bfloat16 is about twice as fast where the hardware has it."""
     keys: str | None = None
     """File of the API keys' hashes, a path or s3://; in the workspace if left out. Read again every few seconds."""
     allow_anonymous: bool = False
@@ -179,7 +181,13 @@ class EngineDeployment:
         # Serve admits 2 max_batch at most, so the engine's own queue never refuses anybody.
         use_attention(args.settings().attention)
         device = "cpu" if args.engine_gpus == 0 else None  # Ray hides no GPU from who asked for none
-        self.replica = Replica(max_batch=args.max_batch, max_queue=2 * args.max_batch, device=device, name=name)
+        self.replica = Replica(
+            max_batch=args.max_batch,
+            max_queue=2 * args.max_batch,
+            device=device,
+            name=name,
+            precision=args.precision,
+        )
         self.follower = Follower(self.replica, ModelSource(args.settings(), args.model), args.poll_s)
         self.follower.start(STARTING_PATIENCE_S)
         self.exporter = Exporter(self.follower)

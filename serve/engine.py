@@ -7,127 +7,51 @@ turn; finished, cancelled and late ones leave. The idea that made language-model
     future = engine.submit(Request(sketch, reference, seed=7))
     picture = future.result()           # uint8 [S, S, 3]; future.cancel() frees the place within one turn
 
-A result depends on its own inputs and seed; neighbours move it by rounding only, at most one 8-bit level in float32.
+What is promised:
+- A result depends on its own inputs and seed; neighbours move it by rounding only: at most one 8-bit level in float32.
+- A request runs in consecutive turns from its first to its last; one that nobody waits for is gone by the next turn.
+- `max_batch` counts rows of the network: a guided request, evaluated with and without its reference, takes two places.
+- Keys share the places evenly, and none starves: fair.py states the bound.
+- A request that could not make its deadline at the fastest recent pace takes no place, or gives it back.
+- An evaluation that fails is tried in halves, so that only the requests that cause it fail.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from animediffusion.models.bundle import Bundle, SamplerDefaults
-from animediffusion.models.colorize import noise_for
-from animediffusion.models.condition import Condition, cat_conditions
-from animediffusion.models.guidance import mix
-from animediffusion.models.images import to_uint8
-from animediffusion.models.sampler import Sampler, State, build_sampler, sample_times
+from animediffusion.models.bundle import Bundle
+from animediffusion.serve.batch import NotFiniteError, Row, RunningBatch, new_row
+from animediffusion.serve.conditions import ConditionCache, pair_of
+from animediffusion.serve.evaluator import build_evaluator
+from animediffusion.serve.fair import FairQueue
+from animediffusion.serve.forecast import Claim, Pace, turns_until_done
+from animediffusion.serve.tickets import (
+    Counts,
+    DeadlineError,
+    Progress,
+    QueueFullError,
+    Request,
+    Ticket,
+    Turn,
+    settings_for,
+)
 
-Progress = Callable[[int, int, NDArray[np.uint8]], None]
-"""(steps done, steps in all, estimate of the picture); called on the engine's thread, so it must return at once."""
+__all__ = ["Counts", "DeadlineError", "Engine", "Progress", "QueueFullError", "Request", "Turn", "settings_for"]
+
+MAX_FAILED_TURNS = 3
+"""So many in a row without a request that survived, and the device is taken for broken."""
 
 log = logging.getLogger(__name__)
-
-
-class QueueFullError(Exception):
-    """Too many requests wait already."""
-
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-        """When what is here now should be done."""
-
-
-class DeadlineError(Exception):
-    """The request was not finished by its deadline."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One picture to make. What is None comes from the bundle's sampler defaults."""
-
-    sketch: Tensor
-    """[1, S, S] in [-1, 1]."""
-    reference: Tensor
-    """[3, S, S] in [-1, 1]."""
-    seed: int
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    deadline: float | None = None
-    """Give up at this time of time.monotonic()."""
-    key: str = ""
-    """Who asks; places in the batch are shared fairly between keys."""
-    on_progress: Progress | None = None
-
-
-class Turn(NamedTuple):
-    """What happened in a turn."""
-
-    seconds: float
-    num_evaluated: int
-    """Rows of the network, guidance included."""
-
-
-@dataclass
-class Counts:
-    """What an engine has done since it was made."""
-
-    turns: int = 0
-    turn_seconds: float = 0.0
-    rows_evaluated: int = 0
-    """Rows of the network in all turns."""
-    reference_hits: int = 0
-    """Conditions that were encoded already."""
-    reference_misses: int = 0
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request from submission to its end."""
-
-    request: Request
-    settings: SamplerDefaults
-    work_left: int
-    """Rows of the network until it is finished; guidance doubles them."""
-    future: Future[NDArray[np.uint8]] = field(default_factory=Future)
-
-    def is_over(self) -> bool:
-        """True once nobody waits for it any more; a late one is told so."""
-        if self.request.deadline is not None and time.monotonic() > self.request.deadline:
-            self.fail(DeadlineError("not finished by its deadline"))
-        return self.future.done()
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-    def finish(self, picture: NDArray[np.uint8]) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(picture)
-
-
-@dataclass(eq=False)
-class _Row:
-    """A ticket in the running batch."""
-
-    ticket: _Ticket
-    sampler: Sampler
-    state: State
-    condition: Condition
-    null: Condition | None
-    """The sketch without the reference, where guidance needs it."""
 
 
 class Engine:
@@ -135,10 +59,14 @@ class Engine:
 
     Args:
         bundle: the model, already on its device.
-        max_batch: requests that run at the same time.
+        max_batch: places, that is, rows of the network in a turn. A guided request takes two; alone it runs even where
+            there is one.
         max_queue: requests that may wait beside those.
-        cache_size: conditions kept of recent (sketch, reference) pairs: another seed costs no second encoding.
+        cache_size: conditions kept of recent pairs of sketch and reference, and references beside them.
+        own_thread: False where the caller makes the turns, one call of turn() each.
+        clock: of deadlines, in seconds.
         on_turn: called after each turn on its thread; must return at once.
+        sizes: see Evaluator; a few on CUDA, all on a CPU if left out.
     """
 
     def __init__(
@@ -148,48 +76,73 @@ class Engine:
         max_batch: int = 8,
         max_queue: int = 32,
         cache_size: int = 64,
+        own_thread: bool = True,
+        clock: Callable[[], float] = time.monotonic,
         on_turn: Callable[[Turn], None] | None = None,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         self.bundle = bundle
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.counts = Counts()
-        self._on_turn = on_turn
-        self._conditions = _ConditionCache(bundle, cache_size)
-        self._device = next(bundle.denoiser.parameters()).device
-        self._waiting: list[_Ticket] = []
-        self._rows: list[_Row] = []
+        self._clock, self._on_turn = clock, on_turn
+        self._conditions = ConditionCache(bundle.denoiser, cache_size)
+        self._evaluator = build_evaluator(bundle.denoiser, max_batch, sizes)
+        self._batch = RunningBatch(self._evaluator, self._conditions)
+        self._waiting = FairQueue[Ticket](patience=2 * max_batch)
+        self._running: dict[Row, Ticket] = {}
         self._num_open = 0
-        self._joined: tuple[list[_Row], Condition] | None = None
+        self._pace = Pace()
+        self._failed_turns = 0
         self._changed = threading.Condition(threading.RLock())  # futures end, and call back, inside of it
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._prepare()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True) if own_thread else None
+        if self._thread is not None:
+            self._thread.start()
 
     def submit(self, request: Request) -> Future[NDArray[np.uint8]]:
         """The picture to come: uint8 [S, S, 3], or QueueFullError, DeadlineError, ValueError (not finite).
 
         Raises:
             ValueError: for unusable settings or shapes.
-            QueueFullError: if max_batch + max_queue requests are here already.
+            QueueFullError: if max_batch + max_queue requests are here already, or so much work that this one would
+                miss its deadline.
         """
-        settings = settings_for(
-            self.bundle, sampler=request.sampler, steps=request.steps, guidance_scale=request.guidance_scale
-        )
-        self._check_shapes(request)
-        steps = build_sampler(settings.name, self.bundle.denoiser.path).num_evaluations(settings.steps)
-        ticket = _Ticket(request, settings, steps * (1 if settings.guidance_scale == 1 else 2))
         with self._changed:
-            if self._closing:
-                raise QueueFullError("this engine is closing")
-            if self._num_open >= self.max_batch + self.max_queue:
-                wait_s = self.counts.turn_seconds / max(1, self.counts.turns) * self.work_left / self.max_batch
-                raise QueueFullError(f"{len(self._waiting)} requests wait already", wait_s)
+            self._refuse_if_full()  # before the work of preparing it
+        ticket = self._ticket(request)
+        with self._changed:
+            self._refuse_if_full()
+            self._refuse_if_late(ticket)
             self._num_open += 1
-            self._waiting.append(ticket)
-            self._changed.notify()
-        ticket.future.add_done_callback(self._count_down)
+            ticket.number, self.counts.submitted = self.counts.submitted, self.counts.submitted + 1
+            ticket.future.add_done_callback(lambda _: self._count_end(ticket))
+            if not self._is_over(ticket):
+                self._waiting.add(ticket, request.key)
+                self._changed.notify()
         return ticket.future
+
+    def turn(self) -> bool:
+        """One network evaluation for every running request; False if there is none. For `own_thread=False`."""
+        begun = self._clock()
+        with torch.inference_mode():
+            self._change_batch()
+            if not self._running:
+                return False
+            numbers = tuple(ticket.number for ticket in self._running.values())
+            try:
+                ended = self._batch.turn()
+                self._evaluator.wait()
+            except Exception as error:
+                log.exception("a turn failed; its requests are given up")
+                ended = self._give_up(error)
+        broken = [row for row in ended if row.error is not None and not isinstance(row.error, NotFiniteError)]
+        self._failed_turns = self._failed_turns + 1 if len(broken) == len(numbers) else 0
+        self._answer(ended)
+        self._show_progress()
+        self._note(begun, numbers)
+        return True
 
     @property
     def num_turns(self) -> int:
@@ -199,7 +152,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests in the batch."""
-        return len(self._rows)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -209,174 +162,164 @@ class Engine:
     @property
     def work_left(self) -> int:
         """Rows of the network until all that is here is done: what autoscaling should count."""
-        return sum(ticket.work_left for ticket in [*self._waiting, *(row.ticket for row in list(self._rows))])
+        with self._changed:
+            return sum(ticket.row.work_left for ticket in [*self._waiting, *self._running.values()])
 
     @property
     def is_alive(self) -> bool:
-        """False if the thread has ended, which it does on close() only."""
-        return self._thread.is_alive()
+        """False if the thread has ended, which it does on close() only, or if every request fails."""
+        runs = self._thread is None or self._thread.is_alive()
+        return runs and self._failed_turns < MAX_FAILED_TURNS
 
     def close(self, *, drain: bool = True, timeout_s: float = 60) -> None:
         """Take no more requests; finish those that are here, or fail them when `drain` is False."""
         with self._changed:
             self._closing = True
             if not drain:
-                for ticket in [*self._waiting, *(row.ticket for row in self._rows)]:
+                for ticket in [*self._waiting, *self._running.values()]:
                     ticket.fail(QueueFullError("this engine was closed"))
             self._changed.notify()
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
-    def _count_down(self, _: Future[NDArray[np.uint8]]) -> None:
-        with self._changed:
-            self._num_open -= 1
+    def _prepare(self) -> None:
+        with torch.inference_mode():
+            size = self.bundle.config.image_size
+            blank = pair_of(torch.ones(1, size, size), torch.zeros(3, size, size))
+            self._evaluator.prepare(lambda: self._conditions.get([blank])[0])
 
-    def _check_shapes(self, request: Request) -> None:
+    def _ticket(self, request: Request) -> Ticket:
+        settings = settings_for(
+            self.bundle, sampler=request.sampler, steps=request.steps, guidance_scale=request.guidance_scale
+        )
         size = self.bundle.config.image_size
         if request.sketch.shape != (1, size, size) or request.reference.shape != (3, size, size):
             found = f"{tuple(request.sketch.shape)} and {tuple(request.reference.shape)}"
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
+        pair, previews = pair_of(request.sketch, request.reference), request.on_progress is not None
+        row = new_row(self.bundle.denoiser, pair, settings, request.seed, previews)
+        return Ticket(request, row)
+
+    def _refuse_if_full(self) -> None:
+        if self._closing:
+            self._refuse("this engine is closing")
+        if self._num_open >= self.max_batch + self.max_queue:
+            turns = self._turns_until_done(list(self._waiting), (1, 0))
+            self._refuse(f"{len(self._waiting)} requests wait already", turns * self._pace.typical)
+
+    def _refuse_if_late(self, ticket: Ticket) -> None:
+        """If it would be late for the work before it; one that is late by itself is told so, see _is_over."""
+        if ticket.request.deadline is not None:
+            turns = self._turns_until_done(self._waiting.before(ticket.request.key), ticket.claim)
+            wait_s, left_s = turns * self._pace.typical, ticket.request.deadline - self._clock()
+            if wait_s > left_s > ticket.row.num_left * self._pace.fastest:
+                self._refuse(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
+
+    def _refuse(self, why: str, retry_after_s: float = 1.0) -> None:
+        self.counts.refused += 1
+        raise QueueFullError(why, retry_after_s)
+
+    def _turns_until_done(self, before: list[Ticket], own: Claim) -> int:
+        running = [ticket.claim for ticket in self._running.values()]
+        return turns_until_done(self.max_batch, running, [ticket.claim for ticket in before], own)
+
+    def _count_end(self, ticket: Ticket) -> None:
+        """Called once, when the future is done, on whatever thread made it so."""
+        with self._changed:
+            self._num_open -= 1
+            self._waiting.remove(ticket)
+            error = None if ticket.future.cancelled() else ticket.future.exception()
+            self.counts.cancelled += ticket.future.cancelled()
+            self.counts.late += isinstance(error, DeadlineError)
+            self.counts.failed += error is not None and not isinstance(error, DeadlineError)
+            self.counts.finished += not ticket.future.cancelled() and error is None
 
     def _work(self) -> None:
         while self._wait_for_work():
             try:
-                with torch.inference_mode():
-                    self._turn()
-            except Exception as error:
-                log.exception("a turn failed; its requests are given up")
-                for row in self._rows:
-                    row.ticket.fail(error)
+                self.turn()
+            except Exception as error:  # our own bug: nobody may wait for ever because of it
+                log.exception("the engine failed; its requests are given up")
+                self._answer(self._give_up(error))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._waiting and not self._rows and not self._closing:
+            while not len(self._waiting) and not self._running and not self._closing:
                 self._changed.wait()
-            return bool(self._waiting or self._rows)
+            return bool(len(self._waiting) or self._running)
 
-    def _turn(self) -> None:
-        """One network evaluation for every running request."""
-        self._rows = [row for row in self._rows if not row.ticket.is_over()]
-        for ticket in self._next_tickets():
-            self._join(ticket)
-        if not self._rows:
-            return
-        began, num_evaluated = time.perf_counter(), len(self._rows) + sum(row.null is not None for row in self._rows)
-        for row, x_0 in zip(self._rows, self._estimates(), strict=True):
-            row.state = row.sampler.advance(row.state, x_0)
-            row.ticket.work_left -= 1 if row.null is None else 2
-            _report(row)
-        self._note(Turn(time.perf_counter() - began, num_evaluated))
-        self._rows = [row for row in self._rows if not row.ticket.future.done()]
+    def _is_over(self, ticket: Ticket) -> bool:
+        """True once nobody waits for it any more, or in vain; the latter is told so."""
+        if ticket.request.deadline is not None:
+            if self._clock() > ticket.request.deadline:
+                ticket.fail(DeadlineError("not finished by its deadline"))
+            elif self._clock() + ticket.row.num_left * self._pace.fastest > ticket.request.deadline:
+                ticket.fail(DeadlineError("cannot be finished by its deadline"))
+        return ticket.future.done()
 
-    def _note(self, turn: Turn) -> None:
-        self.counts.turns += 1
-        self.counts.turn_seconds += turn.seconds
-        self.counts.rows_evaluated += turn.num_evaluated
-        self.counts.reference_hits, self.counts.reference_misses = self._conditions.hits, self._conditions.misses
-        if self._on_turn is not None:
-            self._on_turn(turn)
-
-    def _next_tickets(self) -> list[_Ticket]:
-        """Tickets for the free places: first come first served, but keys with fewer running requests before others."""
-        chosen: list[_Ticket] = []
+    def _change_batch(self) -> None:
+        """Those that are over leave, those that are next join."""
         with self._changed:
-            self._waiting = [ticket for ticket in self._waiting if not ticket.is_over()]
-            running = Counter(row.ticket.request.key for row in self._rows)
-            while self._waiting and len(self._rows) + len(chosen) < self.max_batch:
-                ticket = min(self._waiting, key=lambda waiting: running[waiting.request.key])
-                self._waiting.remove(ticket)
-                running[ticket.request.key] += 1
-                chosen.append(ticket)
-        return chosen
+            gone = [row for row, ticket in self._running.items() if self._is_over(ticket)]
+            for row in gone:
+                del self._running[row]
+            for ticket in list(self._waiting):
+                if self._is_over(ticket):
+                    self._waiting.remove(ticket)
+            joining = self._take_next()
+            self._running |= {ticket.row: ticket for ticket in joining}
+        self._batch.leave(gone)
+        self._batch.join([ticket.row for ticket in joining])
+        self._answer([ticket.row for ticket in joining if ticket.row.error is not None])
 
-    def _join(self, ticket: _Ticket) -> None:
-        request, settings = ticket.request, ticket.settings
-        try:
-            condition, null = self._conditions.get(request, guided=settings.guidance_scale != 1)
-            sampler = build_sampler(settings.name, self.bundle.denoiser.path)
-            noise = noise_for(request.seed, request.sketch.shape[-1])[None].to(self._device)
-            times = sample_times(self.bundle.denoiser.path, settings.steps, shift=settings.shift).to(self._device)
-            self._rows.append(_Row(ticket, sampler, sampler.start(noise, times), condition, null))
-        except Exception as error:  # this request's own fault: the others go on
-            ticket.fail(error)
+    def _take_next(self) -> list[Ticket]:
+        """Tickets for the free places. One that needs more than there are holds them: else it might wait for ever."""
+        taken: list[Ticket] = []
+        places = Counter[str]()
+        for ticket in self._running.values():
+            places[ticket.request.key] += ticket.row.places
+        while found := self._waiting.peek(places):
+            (ticket, key), used = found, places.total()
+            if used and used + ticket.row.places > self.max_batch:
+                break
+            taken.append(self._waiting.take(places))
+            places[key] += ticket.row.places
+        return taken
 
-    def _estimates(self) -> list[Tensor]:
-        """x_0 of every row, [1, 3, S, S] each, from one call of the network."""
-        rows, guided = self._rows, [row for row in self._rows if row.null is not None]
-        queries = {id(row): row.sampler.query(row.state) for row in rows}
-        x, t = (torch.cat([queries[id(row)][part] for row in [*rows, *guided]]) for part in (0, 1))
-        estimates = list(self.bundle.denoiser(x, t, self._batch_condition(rows, guided)).split(1))
-        for row, without in zip(guided, estimates[len(rows) :], strict=True):
-            number = rows.index(row)
-            scale = torch.full_like(t[number : number + 1], row.ticket.settings.guidance_scale)
-            interval = row.ticket.settings.guidance_interval
-            estimates[number] = mix(without, estimates[number], scale, t[number : number + 1], interval)
-        return estimates[: len(rows)]
+    def _give_up(self, error: Exception) -> list[Row]:
+        rows = list(self._running)
+        for row in rows:
+            row.error = error
+        self._batch.leave(rows)
+        return rows
 
-    def _batch_condition(self, rows: list[_Row], guided: list[_Row]) -> Condition:
-        """The conditions of all rows, joined anew only when the batch has changed."""
-        if self._joined is None or self._joined[0] != rows:
-            nulls = [row.null for row in guided if row.null is not None]
-            self._joined = (list(rows), cat_conditions([*(row.condition for row in rows), *nulls]))
-        return self._joined[1]
+    def _answer(self, ended: list[Row]) -> None:
+        """Give results and errors to those that wait for them."""
+        with self._changed:
+            tickets = [(row, self._running.pop(row)) for row in ended]
+        for row, ticket in tickets:
+            if row.picture is not None:
+                ticket.finish(row.picture)
+            elif row.error is not None:
+                ticket.fail(row.error)
 
+    def _show_progress(self) -> None:
+        for row, ticket in self._running.items():
+            if row.preview is not None and ticket.request.on_progress is not None:
+                try:
+                    ticket.request.on_progress(row.steps_done, row.settings.steps, row.preview)
+                except Exception as error:  # a listener that is gone must not hurt its neighbours
+                    ticket.fail(error)
 
-def settings_for(
-    bundle: Bundle, *, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None
-) -> SamplerDefaults:
-    """The bundle's sampler defaults with what was asked for in their place.
-
-    Raises:
-        ValueError: naming the one that is out of range.
-    """
-    own = bundle.config.sampler
-    return replace(
-        own,
-        name=own.name if sampler is None else sampler,
-        steps=own.steps if steps is None else steps,
-        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
-    )
-
-
-class _ConditionCache:
-    """Encoded conditions of the most recent pairs of sketch and reference."""
-
-    def __init__(self, bundle: Bundle, size: int) -> None:
-        self._denoiser = bundle.denoiser
-        self._device = next(bundle.denoiser.parameters()).device
-        self._size = size
-        self.hits = self.misses = 0
-        self._kept: OrderedDict[tuple[bytes, bool], Condition] = OrderedDict()
-
-    def get(self, request: Request, *, guided: bool) -> tuple[Condition, Condition | None]:
-        """The condition of a request and, for guidance, the one without its reference."""
-        digest = hashlib.sha256(request.sketch.numpy().tobytes() + request.reference.numpy().tobytes()).digest()
-        return self._encode(digest, request, True), self._encode(digest, request, False) if guided else None
-
-    def _encode(self, digest: bytes, request: Request, keep_reference: bool) -> Condition:
-        key = (digest, keep_reference)
-        if key in self._kept:
-            self.hits += 1
-        else:
-            self.misses += 1
-            keep = torch.tensor([keep_reference], device=self._device)
-            pictures = request.sketch[None].to(self._device), request.reference[None].to(self._device)
-            self._kept[key] = self._denoiser.encode(*pictures, keep)
-            if len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-
-def _report(row: _Row) -> None:
-    """Tell the request how far it is, or give it its result."""
-    if bool(row.sampler.done(row.state).all()):
-        if bool(torch.isfinite(row.state.x).all()):
-            row.ticket.finish(to_uint8(row.state.x)[0].cpu().numpy())
-        else:
-            row.ticket.fail(ValueError("the model's picture is not finite"))
-    elif row.ticket.request.on_progress is not None and bool((row.state.stage == 0).all()):
-        estimate = to_uint8(row.state.x_0)[0].cpu().numpy()
-        try:
-            row.ticket.request.on_progress(int(row.state.step[0]), row.ticket.settings.steps, estimate)
-        except Exception as error:  # a listener that is gone must not hurt its neighbours
-            row.ticket.fail(error)
+    def _note(self, begun: float, numbers: tuple[int, ...]) -> None:
+        seconds = self._clock() - begun
+        self._pace.add(seconds)
+        with self._changed:
+            counts = self.counts
+            counts.turns += 1
+            counts.turn_seconds += seconds
+            counts.rows_evaluated += self._batch.num_evaluated
+            counts.reference_hits, counts.reference_misses = self._conditions.hits, self._conditions.misses
+            waiting = tuple(ticket.number for ticket in self._waiting)
+        if self._on_turn is not None:
+            self._on_turn(Turn(counts.turns, seconds, numbers, waiting, self._batch.num_evaluated))

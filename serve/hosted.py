@@ -29,6 +29,7 @@ class Hosted:
         version: as X-Model-Version names it.
         folder: of the bundle.
         device: where the model lives.
+        dtype: of the network's weights.
         max_batch: as Engine's.
         max_queue: as Engine's.
         sha256: the identity it must have, if known.
@@ -44,12 +45,13 @@ class Hosted:
         folder: Path,
         *,
         device: str,
+        dtype: torch.dtype = torch.float32,
         max_batch: int,
         max_queue: int,
         sha256: str | None = None,
         on_turn: Callable[[Turn], None] | None = None,
     ) -> None:
-        bundle = load_bundle(folder, device=device)
+        bundle = load_bundle(folder, device, dtype)
         if sha256 and bundle.sha256 != sha256:
             raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
         smoke_sample(bundle)

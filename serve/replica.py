@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,25 +25,36 @@ from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoM
 from animediffusion.serve.pace import retry_after_s
 from animediffusion.serve.routing import draw, point
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Replica:
     """Answers jobs with the versions it hosts; usable as an api.Backend in one process.
 
     Args:
-        max_batch: requests that run at the same time, per version.
+        max_batch: places in a running batch, per version; a guided request takes two.
         max_queue: requests that may wait beside those, per version.
         device: where the models live; CUDA where there is some by default.
         name: how /v1/models calls this replica.
+        precision: float32, or bfloat16: about twice as fast where the hardware has it, and pictures differ by some
+            8-bit levels.
     """
 
     def __init__(
-        self, *, max_batch: int = 8, max_queue: int = 32, device: str | None = None, name: str = "local"
+        self,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 32,
+        device: str | None = None,
+        name: str = "local",
+        precision: Precision = "float32",
     ) -> None:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = name
         self.measures = Measures()
+        self.dtype = getattr(torch, precision)
         self.error: str | None = None
         """Why what is wanted is not what answers."""
         # Both are replaced and never changed, so that a request reads them without a lock.
@@ -83,6 +94,7 @@ class Replica:
                 version,
                 folder,
                 device=self.device,
+                dtype=self.dtype,
                 max_batch=self.max_batch,
                 max_queue=self.max_queue,
                 sha256=sha256,

@@ -106,7 +106,7 @@ def test_a_config_that_cannot_be_used_is_named(folder, change, message):
 
 
 def test_other_sampler_defaults_are_another_identity_with_the_same_weights(folder, tmp_path):
-    sampler = SamplerDefaults(name="dpmpp_2m", steps=7, guidance_scale=2.0)
+    sampler = SamplerDefaults(name="dpmpp_2m", steps=7, guidance_scale=2.0, guidance_interval=(0.1, 0.8))
     sha256 = with_sampler(folder, tmp_path / "tuned", sampler, {"psnr": 21.0})
     before, after = load_bundle(folder), load_bundle(tmp_path / "tuned")
     assert before.sha256 != after.sha256 == sha256
@@ -141,6 +141,8 @@ def test_the_smoke_sample_passes_a_sound_model_and_rejects_weights_that_are_no_n
         ({"steps": 0}, r"1\.\.1000, got 0"),
         ({"guidance_scale": 30.0}, r"0\.\.20, got 30"),
         ({"shift": 0.0}, "above 0"),
+        ({"guidance_interval": (0.7, 0.2)}, "two rising times"),
+        ({"guidance_interval": (0.0, 1.5)}, "two rising times"),
     ],
 )
 def test_impossible_sampler_defaults_are_refused(values, message):

@@ -79,6 +79,16 @@ def test_an_image_costs_two_rows_only_where_it_is_guided(parts, new_batch, name,
     assert network_rows(denoiser.path, settings) == sum(rows) / 2
 
 
+def test_the_defaults_interval_is_honored(parts, new_batch):
+    denoiser, batch = parts[0], new_batch(2)
+    images = [
+        sample_images(denoiser, batch.sketch, batch.reference, batch.target, SamplerDefaults(guidance_scale=s, **more))
+        for s, more in ((4.0, {"guidance_interval": (0.0, 0.0)}), (1.0, {}), (4.0, {}))
+    ]
+    torch.testing.assert_close(images[0], images[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(images[0], images[2], atol=1e-2)
+
+
 def test_guidance_without_a_null_condition_is_refused(parts):
     with pytest.raises(ValueError, match="scale 2"):
         guided(parts[0], parts[2], None, 2.0)

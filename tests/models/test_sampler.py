@@ -317,3 +317,18 @@ def test_every_sampler_starts_at_sigma_80_and_finds_the_solution(name):
     noise = seeded_noise()
     place = (80 * noise - 0.2) / (80**2 + 0.25) ** 0.5
     torch.testing.assert_close(sample_as_edm(name, 200), 0.2 + 0.5 * place, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_evaluation_times_are_those_at_which_the_network_is_asked(name, steps):
+    path, asked = build_path(PathConfig(name="flow")), []
+    sampler, times = build_sampler(name, path), sample_times(path, steps, shift=2.0)
+
+    def denoise(x, t):
+        asked.append(t[0])
+        return noise_like_network(x, t[0])
+
+    sample(sampler, denoise, seeded_noise().float(), times)
+    assert torch.equal(torch.stack(asked), sampler.evaluation_times(times))
+    assert len(asked) == sampler.num_evaluations(steps)

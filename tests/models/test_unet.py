@@ -29,6 +29,15 @@ def test_a_condition_holds_tokens_of_the_reference_and_rows_can_be_picked(new_de
     assert all(torch.equal(a, b) for a, b in zip(condition, again, strict=True))
 
 
+def test_a_reference_can_be_encoded_once_for_many_sketches(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch(3)
+    reference, keep = batch.reference[:1].expand(3, -1, -1, -1), torch.tensor([True, True, False])
+    once = denoiser.encode_reference(batch.reference[:1].expand(2, -1, -1, -1), torch.tensor([True, False]))
+    combined = denoiser.combine(batch.sketch, select(once, torch.tensor([0, 0, 1])))
+    for part, expected in zip(combined, denoiser.encode(batch.sketch, reference, keep), strict=True):
+        torch.testing.assert_close(part, expected)
+
+
 def test_reference_and_sketch_and_time_all_matter(new_denoiser, new_batch):
     denoiser, a, b = new_denoiser(), new_batch(1), new_batch(1, seed=1)
     t = torch.tensor([0.5])

@@ -31,6 +31,8 @@ def random_bundle(folder: Path, seed: int = 0) -> Path:
         patch_size=2,
         head_channels=32,
         reference_channels=32,
+        match_channels=32,
+        detail_channels=4,
     )
     sampler = SamplerDefaults(name="dpmpp_2m", steps=3, guidance_scale=1.5)
     config = BundleConfig(network=network, image_size=SIZE, sampler=sampler)
