@@ -158,9 +158,8 @@ class Outbox:
             if self._own is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
-                file = path.open("a")
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._own = (path, file)
+                self._own = (path, path.open("a"))
+                fcntl.flock(self._own[1], fcntl.LOCK_EX)
             file = self._own[1]
             file.writelines(json.dumps(entry) + "\n" for entry in self._queue)
             file.flush()

@@ -6,6 +6,7 @@ MLflow's own thread ends when the store does not answer once.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -21,6 +22,8 @@ class SystemMetrics(SystemMetricsMonitor):  # type: ignore[misc]
         tracking_uri: its store, which is asked for the last sample of a run that goes on, if it answers.
         record: takes the numbers of a sample, and its step.
     """
+
+    _process: threading.Thread | None
 
     def __init__(self, run_id: str, tracking_uri: str, record: Callable[[dict[str, float], int], None]) -> None:
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)

@@ -143,7 +143,8 @@ def _enlarged(small: Floats, width: int, height: int) -> Floats:
     if small.ndim == 3:
         return np.stack([_enlarged(plane, width, height) for plane in np.moveaxis(small, 2, 0)], axis=2)
     plane = Image.fromarray(np.ascontiguousarray(small)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(plane), 0, 1)
+    enlarged: Floats = np.clip(np.asarray(plane), 0, 1)
+    return enlarged
 
 
 def _trust(darkness: Floats, scale: float) -> Floats:
@@ -156,11 +157,12 @@ def _trust(darkness: Floats, scale: float) -> Floats:
 
 def _box_mean(plane: Floats, side: int) -> Floats:
     """Means over squares of an odd side, edges repeated: [H, W]. scipy has it, too; an exported model does not."""
+    means = plane.astype(np.float64)
     for _ in range(2):
-        padded = np.pad(plane, ((side // 2 + 1, side // 2), (0, 0)), mode="edge")
-        total = np.cumsum(padded, axis=0, dtype=np.float64)
-        plane = ((total[side:] - total[:-side]) / side).T
-    return plane.astype(np.float32)
+        padded = np.pad(means, ((side // 2 + 1, side // 2), (0, 0)), mode="edge")
+        total = np.cumsum(padded, axis=0)
+        means = ((total[side:] - total[:-side]) / side).T
+    return means.astype(np.float32)
 
 
 def _flow(color: Floats, weight: Floats, darkness: Floats, reach: float) -> Floats:
