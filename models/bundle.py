@@ -51,7 +51,7 @@ class SamplerDefaults:
             raise ValueError(f"sampler shift must be above 0, got {self.shift}")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be (low, high) within 0..1, got {interval}")
+            raise ValueError(f"guidance_interval must be two rising times in 0..1, got {interval}")
 
     def describe(self) -> str:
         """For example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
