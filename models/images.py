@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -13,6 +15,11 @@ def to_tensor(images: Tensor) -> Tensor:
     channels_first = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     # A permuted view would make every layer after it work channels last, which costs a CPU a quarter of a step.
     return channels_first.contiguous().float().div_(127.5).sub_(1)
+
+
+def from_pixels(pixels: NDArray[np.uint8]) -> Tensor:
+    """One picture, uint8 [H, W, 3] or [H, W], as float32 [1, C, H, W] in [-1, 1]."""
+    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])
 
 
 def to_uint8(images: Tensor) -> Tensor:

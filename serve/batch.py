@@ -17,18 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.colorize import noise_for
+from animediffusion.models.colorize import guided_evaluations, noise_for
 from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.guidance import is_guided, mix
+from animediffusion.models.guidance import EVERYWHERE, mix
 from animediffusion.models.images import to_uint8
 from animediffusion.models.sampler import Sampler, State, build_sampler, cat_states, sample_times, select_states
 from animediffusion.serve.conditions import ConditionCache, Pair
 from animediffusion.serve.evaluator import Evaluator
 
 log = logging.getLogger(__name__)
-
-ALWAYS = (0.0, 1.0)
 
 
 class NotFiniteError(ValueError):
@@ -85,9 +83,9 @@ def new_row(denoiser: Denoiser, pair: Pair, settings: SamplerDefaults, seed: int
     """A row at its start; touches the processor only, so any thread may make it."""
     sampler = build_sampler(settings.name, denoiser.path)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift)
-    guided = is_guided(sampler.evaluation_times(times), settings.guidance_interval) & (settings.guidance_scale != 1)
+    guided = guided_evaluations(denoiser.path, settings)
     noise = noise_for(seed, pair.sketch.shape[-1])
-    return Row(pair, sampler, settings, noise, times, guided.tolist(), shows_previews)
+    return Row(pair, sampler, settings, noise, times, guided, shows_previews)
 
 
 @dataclass(eq=False)
@@ -217,7 +215,7 @@ class RunningBatch:
         index, num_rows = layout.index, len(layout.rows)
         found = self._evaluate(layout.condition, torch.cat([x, x[index]]), torch.cat([t, t[index]]))
         estimates, without = found[:num_rows], found[num_rows:]
-        mixed = mix(without, estimates[index], layout.scale, t[index], ALWAYS)  # the others are not in `index`
+        mixed = mix(without, estimates[index], layout.scale, t[index], EVERYWHERE)  # the others are not in `index`
         return estimates.index_copy(0, index, mixed)
 
     def _evaluate(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from animediffusion.models.bundle import load_bundle, smoke_sample
-from animediffusion.models.images import to_tensor
+from animediffusion.models.images import from_pixels
 from animediffusion.models.sampler import build_sampler
 from animediffusion.platform.images import letterbox
 from animediffusion.serve.engine import Engine, Progress, Request, Turn
@@ -64,8 +63,8 @@ class Hosted:
         """The picture to come; see Engine.submit."""
         size = self.engine.bundle.config.image_size
         request = Request(
-            sketch=_tensor(for_network(job.lines, size)),
-            reference=_tensor(letterbox(job.reference, size)[0]),
+            sketch=from_pixels(for_network(job.lines, size))[0],
+            reference=from_pixels(letterbox(job.reference, size)[0])[0],
             seed=job.seed,
             steps=job.steps,
             guidance_scale=job.guidance_scale,
@@ -92,7 +91,3 @@ class Hosted:
             self._seen = (self.engine.num_turns, time.monotonic())
         elif time.monotonic() - since > STUCK_S:
             raise RuntimeError(f"the engine of version {self.version} has been in one turn for {STUCK_S:.0f} s")
-
-
-def _tensor(pixels: Pixels) -> torch.Tensor:
-    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])[0]

@@ -16,15 +16,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
-from animediffusion.models.images import to_tensor, to_uint8
+from animediffusion.models.images import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.images import letterbox
-from animediffusion.serve.lines import Pixels, as_gray, for_network
+from animediffusion.serve.lines import as_gray, for_network
 from animediffusion.serve.pictures import Size, read_picture, read_sketch, render
 
 
@@ -55,8 +54,8 @@ def paint(
         ImageError: one of the two is not usable.
     """
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
-    lines = _tensor(for_network(as_gray(drawing), side))
-    colors = _tensor(letterbox(read_picture(reference), side)[0])
+    lines = from_pixels(for_network(as_gray(drawing), side))
+    colors = from_pixels(letterbox(read_picture(reference), side)[0])
     with turn or nullcontext():
         painted = to_uint8(colorize(bundle, lines, colors, seeds=[seed], sampler=sampler))[0].cpu().numpy()
     made = render(painted, drawing, output="both", size=size)
@@ -111,7 +110,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="the model's own default if left out")
     parser.add_argument("--size", choices=["native", "model"], default="native", help="the sketch's, or the model's")
     return parser
-
-
-def _tensor(pixels: Pixels) -> torch.Tensor:
-    return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])
