@@ -29,12 +29,13 @@ from animediffusion.pipelines.checkpoints import list_steps
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
+EVERY = 57  # workers agree every 10 steps: what a notice saves is not what was due anyway
 RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
 sampler: {{steps: 2}}
 batch_size: 4
 cpus_per_worker: 2
 max_steps: 600
-checkpoint_every: 50
+checkpoint_every: {EVERY}
 keep_checkpoints: 100
 log_every: 1
 num_samples: 0
@@ -139,7 +140,7 @@ def main(data, workspace):
         victim = stage.busy()[0]
         stage.warn(victim, 60)
         end = time.monotonic() + WAIT_S
-        while not any(step % 50 for step in stage.steps("storm")) and time.monotonic() < end:
+        while not any(step % EVERY for step in stage.steps("storm")) and time.monotonic() < end:
             time.sleep(0.05)
         stage.lose(victim)
 
@@ -155,7 +156,7 @@ def main(data, workspace):
             {
                 "equal": stage.weights("calm", calm["steps"]) == stage.weights("storm", stormy["steps"]),
                 "steps": [calm["steps"], stormy["steps"], shrunk["steps"]],
-                "saved": stage.steps("storm"),
+                "off_the_beat": [step for step in stage.steps("storm")[:-1] if step % EVERY],
                 "warnings": reports[-1]["warnings"],
                 "workers": [shrunk_reports[0].get("workers", 2), shrunk["num_workers"]],
             }
