@@ -22,8 +22,9 @@ install: $(STAMP)  ## the package and its tools, into .venv
 demo: $(STAMP)  ## every stage once, ends with the page; ARGS="--no-serve" ends there
 	@$(BIN)/animediffusion demo $(ARGS)
 
+# Two processes, each with a Ray of its own: most of the time goes into waiting for Ray's processes to start.
 test: $(STAMP)  ## all tests; ARGS="tests/serve -x" for some
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## style and types
 	@$(BIN)/ruff check --quiet .
