@@ -20,13 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import train
 
 from animediffusion.models import authors
 from animediffusion.models.augment import Batch
@@ -34,11 +34,10 @@ from animediffusion.models.bundle import SamplerDefaults, save_bundle
 from animediffusion.models.colorize import noise_for, sample_images
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.images import to_uint8
-from animediffusion.models.training import Step, TrainState, fit
 from animediffusion.pipelines.dataset import Manifest, read_split
 from animediffusion.pipelines.metrics import detail, score, trivial_results
 from animediffusion.pipelines.perceptual import perceptual, require
-from animediffusion.pipelines.recipe import TrainConfig, load_recipe
+from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.pipelines.tracks import TRACKS, build
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images import contact_sheet, encode_png
@@ -59,7 +58,6 @@ TRIVIAL = ("copy_reference", "mean_color", "sketch")
 EVALUATIONS = (1, 2, 4, 10, 25)
 COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1", "lpips", "fid")
 CHUNK = 25
-NUM_TIMED = 12
 CORES = os.cpu_count() or 1
 PICTURES = 6
 
@@ -81,55 +79,6 @@ class Run:
 def parts_of(recipe: str) -> list[tuple[str, float]]:
     """The recipes, by name or YAML file, that a row of the table is made of."""
     return RECIPES.get(recipe, [(recipe, 1.0)])
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
-
-
-def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole batches of a split that is in memory, in a new order every epoch."""
-    tensors = {key: torch.from_numpy(value).to(device) for key, value in rows.items() if key != "id"}
-    generator = torch.Generator().manual_seed(config.seed)
-    size = min(config.batch_size, len(rows["target"]))
-    while True:
-        order = torch.randperm(len(rows["target"]), generator=generator)
-        for start in range(0, len(order) - size + 1, size):
-            index = order[start : start + size].to(device)
-            yield {key: value[index] for key, value in tensors.items()}
-
-
-def train(
-    config: TrainConfig, start: Denoiser | None, rows: dict[str, Any], seconds: float, device: torch.device
-) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged model after `seconds`, and what the training took."""
-    torch.manual_seed(config.seed)
-    denoiser = start or config.bundle_config(rows["target"].shape[1]).build().to(device)
-    denoiser.train().requires_grad_(True)
-    state = TrainState(denoiser, config.optimizer, 1_000_000)
-    objective = config.objective.build(denoiser, config.sampler or SamplerDefaults(), config.seed)
-    stream = batches(rows, config, device)
-    begun = clock(device)
-
-    def go(until: int) -> None:
-        fit(state, objective, stream, until, on_step, augment=config.augment, seed=config.seed)
-
-    def on_step(step: Step) -> bool:
-        if step.step % 100 == 0:
-            print(f"  step {step.step} loss {float(step.loss.total.detach()):.4f}", file=sys.stderr, flush=True)
-        return clock(device) - begun > 1.1 * seconds
-
-    go(3)
-    timed = clock(device)
-    go(3 + NUM_TIMED)
-    per_step = (clock(device) - timed) / NUM_TIMED
-    state.max_steps = max(state.step + 1, state.step + int((seconds - (clock(device) - begun)) / per_step))
-    go(state.max_steps)
-    spent = clock(device) - begun
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    images = state.step * min(config.batch_size, len(rows["target"]))
-    return state.averaged(), {"steps": state.step, "images": images, "seconds": round(spent), "parameters": parameters}
 
 
 @torch.no_grad()

@@ -25,10 +25,8 @@ import itertools
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from authors import given_noise
+from common import clock, hardware, matmul_flops, peak_mb
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,11 +47,9 @@ from animediffusion.models.augment import Batch, make_batch
 from animediffusion.models.authors_weights import from_authors
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.objective import ReconstructionObjective
-from animediffusion.models.training import Rows, TrainState, fit, step_generator
-from animediffusion.pipelines.dataset import read_split
+from animediffusion.models.training import MALLOC, Rows, TrainState, fit, step_generator
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe
 from animediffusion.pipelines.synthesize import make_row
-from animediffusion.pipelines.train import MALLOC
 
 BLOCK = 2
 """Steps of a turn; the first turn of a side is not counted."""
@@ -277,6 +274,9 @@ def _rows(job: Job, device: torch.device) -> list[Rows]:
         arrays = {name: np.stack([getattr(row, name) for row in drawn]) for name in drawn[0]._fields}
         arrays |= {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
     else:
+        # Imported where it is needed: the rest runs where there is neither Ray nor pyarrow (gpu.py).
+        from animediffusion.pipelines.dataset import read_split
+
         arrays = read_split(job.data, "train", limit=count)
         arrays.pop("id")
         if arrays["target"].shape[1] != job.size:
@@ -294,33 +294,6 @@ def _batches(job: Job, device: torch.device) -> Iterator[tuple[Batch, Tensor, Te
         batch = make_batch(rows, augment, generator)
         noise = torch.randn(batch.target.shape, device=device, generator=generator)
         yield batch, noise, torch.randint(1000, (len(noise),), device=device, generator=generator)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def peak_mb(device: torch.device) -> float:
-    """Most memory so far: of the process on a CPU, in tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def matmul_flops(device: torch.device, repeats: int = 10) -> float:
-    """Operations per second of a large product of bf16 matrices; the best of some."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    taken = []
-    for _ in range(repeats):
-        begun = clock(device)
-        a @ b
-        taken.append(clock(device) - begun)
-    return 2 * side**3 / min(taken)
 
 
 def table(job: Job, found: dict[str, Found], peak_flops: float) -> str:
@@ -351,15 +324,6 @@ def verdicts(job: Job, found: dict[str, Found]) -> list[tuple[str, bool]]:
         off = abs(ours.late_loss / found["theirs"].late_loss - 1)
         checks.append((f"phase 1: loss differs by {off:.2%}, at most {LOSS_TOLERANCE:.0%}", off <= LOSS_TOLERANCE))
     return checks
-
-
-def hardware(device: torch.device) -> str:
-    """The device by name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -28,6 +28,10 @@ Rows = Mapping[str, Tensor]
 WEIGHTS, NUMBERS = "state.safetensors", "state.json"
 """Files of a saved state."""
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""For the environment of a process that trains: glibc keeps what a step frees for the next one, and does
+not ask the kernel for zeroed pages each time, 3 to 4 % of a step on a CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

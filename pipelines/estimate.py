@@ -27,9 +27,10 @@ from typing import Any
 import torch
 
 import animediffusion
+from animediffusion.models.training import MALLOC
 from animediffusion.pipelines.plan import Plan
 from animediffusion.pipelines.recipe import TrainConfig, plain
-from animediffusion.pipelines.train import MALLOC, threads_per_worker
+from animediffusion.pipelines.train import threads_per_worker
 from animediffusion.platform.cluster import cluster_address
 
 # The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from animediffusion.models.attention import attention_used
 from animediffusion.models.bundle import identity, load_bundle, save_bundle
-from animediffusion.models.training import averaged_weights
+from animediffusion.models.training import MALLOC, averaged_weights
 from animediffusion.pipelines.card import model_card
 from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, outlast, read_scores
 from animediffusion.pipelines.dataset import read_split, training_dataset
@@ -44,9 +44,6 @@ from animediffusion.platform.tracking import TRAINING, Run, send_left
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
 POLL_S = 0.5
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""glibc keeps what a step frees for the next one, and does not ask the kernel for zeroed pages each time: 3 to 4 % of a
-step on a CPU."""
 
 UNSENT = "unsent"
 """Folder of a run for records that wait for MLflow."""

@@ -1,0 +1,104 @@
+"""What several benchmarks need: the clock, the machine, training for a given time.
+
+Not a benchmark: it prints nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.training import Step, TrainState, fit
+from animediffusion.pipelines.recipe import TrainConfig
+
+NUM_TIMED = 12
+"""Steps that are timed to know how many there is time for."""
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak_mb(device: torch.device) -> float:
+    """Most memory so far: of the process on a CPU, in tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def matmul_flops(device: torch.device, repeats: int = 10) -> float:
+    """Operations per second of a large product of bf16 matrices; the best of some."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    taken = []
+    for _ in range(repeats):
+        begun = clock(device)
+        a @ b
+        taken.append(clock(device) - begun)
+    return 2 * side**3 / min(taken)
+
+
+def hardware(device: torch.device) -> str:
+    """The device by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole batches of a split that is in memory, in a new order every epoch."""
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in rows.items() if key != "id"}
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(config.batch_size, len(rows["target"]))
+    while True:
+        order = torch.randperm(len(rows["target"]), generator=generator)
+        for start in range(0, len(order) - size + 1, size):
+            index = order[start : start + size].to(device)
+            yield {key: value[index] for key, value in tensors.items()}
+
+
+def train(
+    config: TrainConfig, start: Denoiser | None, rows: dict[str, Any], seconds: float, device: torch.device
+) -> tuple[Denoiser, dict[str, Any]]:
+    """The averaged model after `seconds`, and what the training took."""
+    torch.manual_seed(config.seed)
+    denoiser = start or config.bundle_config(rows["target"].shape[1]).build().to(device)
+    denoiser.train().requires_grad_(True)
+    state = TrainState(denoiser, config.optimizer, 1_000_000)
+    objective = config.objective.build(denoiser, config.sampler or SamplerDefaults(), config.seed)
+    stream = batches(rows, config, device)
+    begun = clock(device)
+
+    def go(until: int) -> None:
+        fit(state, objective, stream, until, on_step, augment=config.augment, seed=config.seed)
+
+    def on_step(step: Step) -> bool:
+        if step.step % 100 == 0:
+            print(f"  step {step.step} loss {float(step.loss.total.detach()):.4f}", file=sys.stderr, flush=True)
+        return clock(device) - begun > 1.1 * seconds
+
+    go(3)
+    timed = clock(device)
+    go(3 + NUM_TIMED)
+    per_step = (clock(device) - timed) / NUM_TIMED
+    state.max_steps = max(state.step + 1, state.step + int((seconds - (clock(device) - begun)) / per_step))
+    go(state.max_steps)
+    spent = clock(device) - begun
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    images = state.step * min(config.batch_size, len(rows["target"]))
+    return state.averaged(), {"steps": state.step, "images": images, "seconds": round(spent), "parameters": parameters}

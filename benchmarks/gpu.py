@@ -1,0 +1,456 @@
+"""A GPU in one command: first whether everything is right on it, then how fast, then a training run on pictures.
+
+    python benchmarks/gpu.py [--pictures FOLDER] [--authors PATH_OF_CLONE] [--seconds 100] [--parts ...] [--out DIR]
+
+    right      attention backends, bf16 and the engine against float32 and the same request alone; exits with 1 if not
+    attention  forward and backward of each backend at the networks' shapes
+    training   images/s of our networks, and of the authors' as we train it: float32, bf16, xformers, compiled; with
+               --authors also beside their code (training.py)
+    sampling   latency of one picture by steps
+    engine     pictures/s of the serving engine by places in its batch
+    faces      recipes trained for --seconds each on FOLDER/train, measured on FOLDER/val; a picture and a bf16 bundle
+
+FOLDER holds square pictures of one size, in subfolders train and val; drawn faces without it. OUT gets report.md, the
+picture and the bundle. Needs torch, NumPy, Pillow, safetensors, kornia, pydantic and PyYAML, and neither Ray nor
+MLflow, so it runs where only those are. On a CPU it does the same in small, to be tried before a GPU is paid for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import clock, hardware, matmul_flops, peak_mb, train
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from animediffusion.models.attention import Backend, attention, use_attention
+from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
+from animediffusion.models.colorize import noise_for, sample_images
+from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.images import to_uint8
+from animediffusion.models.training import TrainState, fit
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.synthesize import make_row
+from animediffusion.pipelines.tracks import build
+from animediffusion.platform.images import contact_sheet, encode_png
+from animediffusion.serve.engine import Engine, Request
+
+HERE = Path(__file__).parent
+PARTS = ("right", "attention", "training", "sampling", "engine", "faces")
+ROWS_OF_FACES = {
+    "flow-v": [(str(HERE / "recipes/flow-v.yaml"), 1.0)],
+    "flow-x0": [(str(HERE / "recipes/flow-x0.yaml"), 1.0)],
+    "ours": [("phase1", 1.0)],
+    "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
+}
+BUNDLE = "ours-2"
+STEPS = (1, 4, 10, 25)
+PLACES = (1, 2, 4, 8, 16, 32)
+CHUNK, PICTURES = 50, 6
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    networks: tuple[tuple[str, int, int], ...]
+    """(recipe, px, rows) of training."""
+    served: tuple[str, int]
+    """(recipe, px) of sampling and the engine."""
+    places: tuple[int, ...]
+    repeats: int
+    rows: int
+    """Drawn faces, where no pictures are given."""
+
+
+ON_GPU = Scale(
+    networks=(
+        *(("phase1", 128, 64), ("small", 128, 64), ("base", 256, 16)),
+        *(("animediffusion", 128, 32), ("animediffusion", 256, 16)),
+    ),
+    served=("small", 128),
+    places=PLACES,
+    repeats=20,
+    rows=2000,
+)
+ON_CPU = Scale(
+    networks=(("phase1", 32, 4), ("animediffusion", 32, 2)),
+    served=("phase1", 32),
+    places=PLACES[:3],
+    repeats=3,
+    rows=40,
+)
+
+
+class Bench:
+    """The device, and what is printed about it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.args = args
+        self.scale = ON_GPU if self.on_gpu else ON_CPU
+        self.failed: list[str] = []
+        self.report: list[str] = []
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is one."""
+        return self.device.type == "cuda"
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """Of attention, that can run here."""
+        try:
+            use_attention("xformers")
+        except ValueError:
+            return ("sdpa",)
+        finally:
+            use_attention("auto")
+        return ("sdpa", "xformers")
+
+    def show(self, text: str) -> None:
+        """Print it, and keep it in OUT/report.md, so that a run that is cut off leaves what it had."""
+        print(f"{text}\n", flush=True)
+        self.report.append(f"{text}\n")
+        (self.args.out / "report.md").write_text("\n".join(self.report))
+
+    def check(self, what: str, found: float, most: float) -> None:
+        """One line on something that must be small."""
+        good = found <= most
+        self.failed += [] if good else [what]
+        self.show(f"- {what}: {found:.2g}, at most {most:g}: {'yes' if good else 'NO'}")
+
+    def seconds(self, work: Callable[[], object], warm: int = 3) -> float:
+        """The median time of a call."""
+        taken = []
+        for call in range(warm + self.scale.repeats):
+            begun = clock(self.device)
+            work()
+            taken += [clock(self.device) - begun] if call >= warm else []
+        return statistics.median(taken)
+
+    def autocast(self, precision: str) -> Any:
+        """The context of bf16 or fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def right(bench: Bench) -> None:
+    """Whether fast ways give what slow ones give."""
+    bench.show("**Is it right**")
+    for shape in _attention_shapes(bench):
+        query, key, value = (x.double() for x in _qkv(bench, shape, torch.float32))
+        weights = torch.softmax(torch.einsum("bmhk,bnhk->bhmn", query * query.shape[-1] ** -0.5, key), -1)
+        truth = torch.einsum("bhmn,bnhk->bmhk", weights, value)
+        for backend in bench.backends:
+            use_attention(backend)
+            for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+                found = attention(*(x.to(dtype) for x in (query, key, value))).double()
+                name = f"attention {shape}, {backend}, {str(dtype).removeprefix('torch.')}, largest error"
+                bench.check(name, float((found - truth).abs().max()), most)
+        use_attention("auto")
+    recipe, size = bench.scale.served
+    bundle = _bundle(bench, recipe, size)
+    batch = build(_drawn(PICTURES, size), "same")
+    noise = torch.stack([noise_for(seed, size) for seed in range(PICTURES)])
+    alone = _sample(bundle.denoiser.cpu(), batch, noise, "cpu", "fp32", 4)
+    for precision, most in (("fp32", 1.0), ("bf16", 8.0)):
+        same = _sample(bundle.denoiser.to(bench.device), batch, noise, bench.device, precision, 4)
+        levels = float((same.int() - alone.int()).abs().max())
+        bench.check(f"4 steps, {precision} on {bench.device.type} beside float32 on a CPU, 8-bit levels", levels, most)
+    engine = Engine(bundle, max_batch=4, max_queue=PICTURES)
+    requests = [Request(sketch=s, reference=r, seed=i, steps=4) for i, (_, s, r) in enumerate(zip(*batch, strict=True))]
+    pictures = [future.result() for future in [engine.submit(request) for request in requests]]
+    engine.close()
+    levels = max(int(np.abs(p.astype(int) - a.numpy()).max()) for p, a in zip(pictures, alone, strict=True))
+    bench.check("the engine, rows in a running batch beside rows alone on a CPU, 8-bit levels", levels, 1)
+
+
+def attention_table(bench: Bench) -> None:
+    """Forward and backward by backend and shape."""
+    lines = ["| attention, [rows, queries, keys, heads, channels] | bf16, ms | times sdpa |", "|---|---|---|"]
+    for shape in _attention_shapes(bench):
+        taken = {}
+        for backend in bench.backends:
+            use_attention(backend)
+            qkv = [x.requires_grad_() for x in _qkv(bench, shape, torch.bfloat16)]
+            taken[backend] = bench.seconds(lambda qkv=qkv: attention(*qkv).float().sum().backward())
+        use_attention("auto")
+        lines += [f"| {shape}, {name} | {1e3 * one:.2f} | {taken['sdpa'] / one:.2f} |" for name, one in taken.items()]
+    bench.show("\n".join(lines))
+
+
+def training_table(bench: Bench) -> None:
+    """Images/s of each network, in each way it can be trained."""
+    peak = matmul_flops(bench.device)
+    bench.show(f"bf16 matrix products: {peak / 1e12:,.2f} TFLOP/s. The share is of that.")
+    lines = [
+        "| training | px | rows | images/s | times float32 | peak, MB | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe, size, rows in bench.scale.networks:
+        slow = 0.0
+        for precision, backend, compiled in _ways(bench):
+            name = ", ".join([recipe, precision, backend] + ["compiled"] * compiled)
+            seconds, flops, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
+            slow = slow or seconds
+            share = f"{flops / seconds / peak:.2f}" if precision == "bf16" else ""
+            line = (
+                f"| {name} | {size} | {rows} | {rows / seconds:,.1f} | {slow / seconds:.2f} | {memory:,.0f} | {share} |"
+            )
+            print(line, file=sys.stderr, flush=True)
+            lines.append(line)
+    bench.show("\n".join(lines))
+    if bench.args.authors:
+        command = [sys.executable, str(HERE / "training.py"), "--authors", str(bench.args.authors), "--steps", "8"]
+        command += [] if bench.on_gpu else ["--sizes", "32", "--batch", "2", "--phases", "1"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        bench.show(f"**Beside the authors' code**\n\n{done.stdout.strip()}")
+
+
+def _ways(bench: Bench) -> Iterator[tuple[str, Backend, bool]]:
+    yield "fp32", "sdpa", False
+    for backend in bench.backends:
+        yield "bf16", backend, False
+    if bench.on_gpu:
+        yield "bf16", "sdpa", True
+
+
+def _training_step(
+    bench: Bench, recipe: str, size: int, rows: int, precision: str, backend: Backend, compiled: bool
+) -> tuple[float, float, float]:
+    """Seconds, floating-point operations and peak memory of a step."""
+    use_attention(backend)
+    config = load_recipe(recipe, [f"optimizer.precision={precision}", "max_steps=1000000"])
+    denoiser = config.bundle_config(size).build().to(bench.device)
+    state = TrainState(denoiser, config.optimizer, 1_000_000)
+    objective = config.objective.build(denoiser, SamplerDefaults(), 0)
+    if compiled:
+        denoiser.network.denoise = torch.compile(denoiser.network.denoise)
+    drawn = {name: torch.from_numpy(x).to(bench.device) for name, x in _drawn(rows, size).items()}
+
+    def step() -> None:
+        fit(state, objective, [drawn], state.step + 1, lambda _: None, augment=config.augment, seed=0)
+
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = bench.seconds(step)
+    memory = peak_mb(bench.device)
+    flops = 0.0
+    if not compiled:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops = float(counter.get_total_flops())
+        _counted[recipe, size, rows] = flops
+    use_attention("auto")
+    return seconds, _counted.get((recipe, size, rows), flops), memory
+
+
+_counted: dict[tuple[str, int, int], float] = {}
+"""Operations of a step as counted with torch's own attention, which the counter sees all of."""
+
+
+def sampling_table(bench: Bench) -> None:
+    """Latency of one picture."""
+    recipe, size = bench.scale.served
+    denoiser = _bundle(bench, recipe, size).denoiser.to(bench.device)
+    batch = build(_drawn(2, size), "same", range(1))
+    noise = noise_for(0, size)[None]
+    lines = [f"| one picture, {recipe}, {size} px, steps | fp32, ms | bf16, ms |", "|---|---|---|"]
+    for steps in STEPS:
+        taken = [
+            1e3 * bench.seconds(lambda p=precision, n=steps: _sample(denoiser, batch, noise, bench.device, p, n))
+            for precision in ("fp32", "bf16")
+        ]
+        lines.append(f"| {steps} | {taken[0]:.2f} | {taken[1]:.2f} |")
+    bench.show("\n".join(lines))
+
+
+def engine_table(bench: Bench) -> None:
+    """Pictures a second of requests that are all there at once, by places; bf16 weights."""
+    recipe, size = bench.scale.served
+    lines = [
+        f"| engine, {recipe}, {size} px, bf16, 4 steps, places | pictures/s | times one place | turn, ms |",
+        "|---|---|---|---|",
+    ]
+    first = 0.0
+    for places in bench.scale.places:
+        bundle = _bundle(bench, recipe, size, torch.bfloat16)
+        engine = Engine(bundle, max_batch=places, max_queue=1000)
+        batch = build(_drawn(PICTURES, size), "same")
+        count = 8 * places * (4 if bench.on_gpu else 1)
+
+        def submit(number: int, engine: Engine = engine, batch: Any = batch) -> Any:
+            row = number % PICTURES
+            request = Request(sketch=batch.sketch[row], reference=batch.reference[row], seed=number, steps=4)
+            return engine.submit(request)
+
+        for warm in [submit(n) for n in range(places)]:
+            warm.result()
+        turns, begun = engine.num_turns, clock(bench.device)
+        for future in [submit(n) for n in range(count)]:
+            future.result()
+        seconds = clock(bench.device) - begun
+        first = first or count / seconds
+        turn = 1e3 * seconds / (engine.num_turns - turns)
+        engine.close()
+        lines.append(f"| {places} | {count / seconds:,.1f} | {count / seconds / first:.2f} | {turn:.2f} |")
+    bench.show("\n".join(lines))
+
+
+def faces_table(bench: Bench) -> None:
+    """Recipes, each trained for the same time."""
+    rows, val = _faces(bench)
+    size = rows["target"].shape[1]
+    lines = [
+        f"| {len(rows['target'])} pictures, {size} px, {bench.args.seconds:g} s each | images seen | bent, 1 | bent, 4 "
+        "| recolored, 4 |",
+        "|---|---|---|---|---|",
+    ]
+    columns: dict[str, Any] = {}
+    for name, parts in ROWS_OF_FACES.items():
+        denoiser, seen = None, 0
+        for recipe, share in parts:
+            config = load_recipe(recipe, ["seed=0", "max_steps=1000000"])
+            denoiser, took = train(config, denoiser, rows, share * bench.args.seconds, bench.device)
+            seen += took["images"]
+        assert denoiser is not None
+        found = {}
+        for track, steps in (("same", 1), ("same", 4), ("recolored", 4)):
+            batch = build(val, track)
+            noise = torch.stack([noise_for(i, size) for i in range(len(batch.target))])
+            image = _sample(denoiser, batch, noise, bench.device, "bf16", steps)
+            found[track, steps] = _psnr(image, to_uint8(batch.target))
+            columns[name] = image[:PICTURES].numpy()
+        lines.append(f"| {name} | {seen} | {' | '.join(f'{value:.2f}' for value in found.values())} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+        if name == BUNDLE:
+            config = load_recipe(parts[0][0]).bundle_config(size)
+            save_bundle(bench.args.out / "bundle", denoiser.to(torch.bfloat16), config)
+    batch = build(val, "recolored", range(min(PICTURES, len(val["target"]))))
+    sketch, reference, truth = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), *batch[::-2]))
+    sheet = contact_sheet(
+        list(zip(sketch, reference, *columns.values(), truth, strict=True)), ["sketch", "reference", *columns, "truth"]
+    )
+    (bench.args.out / "faces.png").write_bytes(encode_png(sheet))
+    size_mb = (bench.args.out / "bundle" / "model.safetensors").stat().st_size / 2**20
+    bench.show("PSNR in dB by track and network evaluations.\n\n" + "\n".join(lines))
+    bench.check("bundle, MiB", size_mb, 16)
+
+
+def _attention_shapes(bench: Bench) -> list[tuple[int, int, int, int, int]]:
+    """[rows, queries, keys, heads, channels]: phase1's at 64 px, small's at 128, the authors' bottleneck at 256."""
+    if not bench.on_gpu:
+        return [(4, 64, 128, 2, 64)]
+    return [(64, 64, 320, 2, 64), (64, 256, 1280, 4, 64), (16, 1024, 1024, 4, 128)]
+
+
+def _qkv(bench: Bench, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    rows, queries, keys, heads, channels = shape
+    generator = torch.Generator(bench.device).manual_seed(0)
+    sides = ((rows, n, heads, channels) for n in (queries, keys, keys))
+    return [torch.randn(side, generator=generator, device=bench.device).to(dtype) for side in sides]
+
+
+def _bundle(bench: Bench, recipe: str, size: int, dtype: torch.dtype = torch.float32) -> Bundle:
+    """A network with the random weights of a fixed seed, as a server loads it."""
+    torch.manual_seed(0)
+    config: BundleConfig = load_recipe(recipe).bundle_config(size)
+    folder = bench.args.out / "untrained"
+    save_bundle(folder, config.build(), config)
+    return load_bundle(folder, bench.device, dtype)
+
+
+@torch.inference_mode()
+def _sample(
+    denoiser: Denoiser, batch: Any, noise: torch.Tensor, device: torch.device | str, precision: str, steps: int
+) -> torch.Tensor:
+    """uint8 [B, S, S, 3] on the CPU."""
+    parts = []
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    for start in range(0, len(noise), CHUNK):
+        some = slice(start, start + CHUNK)
+        given = (x[some].to(device) for x in (batch.sketch, batch.reference, noise))
+        with autocast:
+            image = sample_images(denoiser, *given, SamplerDefaults(steps=steps))
+        parts.append(to_uint8(image.clamp(-1, 1)).cpu())
+    return torch.cat(parts)
+
+
+def _psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
+    """The mean over pictures, dB."""
+    error = ((images.float() - truths.float()) / 255).square().mean((1, 2, 3))
+    return float((-10 * error.clamp(min=1e-10).log10()).mean())
+
+
+def _drawn(count: int, size: int, first: int = 0) -> dict[str, Any]:
+    """Faces drawn by the platform, with all pictures of a row."""
+    drawn = [make_row(0, first + index, size) for index in range(count)]
+    arrays = {name: np.stack([getattr(row, name) for row in drawn]) for name in drawn[0]._fields}
+    return arrays | {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+
+
+def _faces(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows to train on and to measure on."""
+    if bench.args.pictures is None:
+        size = 128 if bench.on_gpu else 32
+        return _drawn(bench.scale.rows, size), _drawn(CHUNK if bench.on_gpu else PICTURES, size, bench.scale.rows)
+    train_rows, val_rows = (_pictures(bench.args.pictures / split) for split in ("train", "val"))
+    return train_rows, val_rows
+
+
+def _pictures(folder: Path) -> dict[str, Any]:
+    """A folder as rows that have a target only."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise SystemExit(f"error: {folder}: no pictures; give a folder with train and val")
+    target = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    if len({picture.shape for picture in target}) > 1 or target[0].shape[0] != target[0].shape[1]:
+        raise SystemExit(f"error: {folder}: pictures differ in size or are not square; make them one square size")
+    arrays = {"target": np.stack(target)}
+    arrays |= {name: np.zeros_like(arrays["target"]) for name in ("reference", "cross_reference")}
+    arrays["sketch"] = np.zeros(arrays["target"].shape[:3], np.uint8)
+    return arrays | {flag: np.zeros(len(files), bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+
+
+TABLES = dict(
+    zip(PARTS, (right, attention_table, training_table, sampling_table, engine_table, faces_table), strict=True)
+)
+
+
+def main() -> None:
+    """Run the parts; exit with 1 if something is not right."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--pictures", type=Path, help="folder with train and val; drawn faces if left out")
+    parser.add_argument("--authors", type=Path, help="clone of the authors' repository")
+    parser.add_argument("--seconds", type=float, help="of training for each recipe; 100 on a GPU, 5 on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    args.seconds = args.seconds or (100 if bench.on_gpu else 5)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    bench.show(f"`{' '.join(['python', *sys.argv])}`, {datetime.date.today()}, {hardware(bench.device)}, {versions}.")
+    for part in args.parts:
+        TABLES[part](bench)
+        if part == "right" and bench.failed:
+            break
+    sys.exit(f"error: not as it should be: {'; '.join(bench.failed)}" if bench.failed else 0)
+
+
+if __name__ == "__main__":
+    main()
