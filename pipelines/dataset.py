@@ -16,13 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from animediffusion.pipelines.order import Stream, Visit, choose_visit_rows, visits
@@ -51,6 +52,14 @@ class Shard(_Part):
     rows: int
     sha256: str
     num_bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        """A manifest from elsewhere must not name files that are not the dataset's."""
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"{path!r} is not within the dataset")
+        return path
 
 
 class Split(_Part):

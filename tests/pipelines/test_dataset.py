@@ -140,6 +140,17 @@ def test_an_unknown_split_names_those_there_are(tmp_path: Path) -> None:
         read_split(str(tmp_path), "val")
 
 
+@pytest.mark.parametrize("path", ["../other/train-00000.parquet", "/etc/passwd", "train/../../x"])
+def test_a_manifest_that_names_files_elsewhere_is_one_line(tmp_path: Path, path: str) -> None:
+    write_dataset(str(tmp_path), train=(2,))
+    there = Manifest.load(str(tmp_path)).split("train").shards[0].path
+    text = read_bytes(str(tmp_path / "manifest.json"))
+    write_bytes(str(tmp_path / "manifest.json"), text.replace(there.encode(), path.encode()))
+
+    with pytest.raises(DataError, match=r"is not within the dataset"):
+        Manifest.load(str(tmp_path))
+
+
 def test_a_manifest_survives_its_own_file(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), train=(2,))
 
