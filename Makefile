@@ -31,8 +31,13 @@ check: $(STAMP)  ## style and types
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy -p animediffusion
 
-bench: $(STAMP)  ## every benchmark, each prints a table
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(STAMP)  ## one benchmark: NAME=quality ARGS="--data URI"; without NAME, which there are
+ifdef NAME
+	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+else
+	@awk 'FNR == 1 { name = FILENAME; gsub(/benchmarks\/|\.py/, "", name); gsub(/"""/, ""); \
+		if (name != "common" && name != "serving_sides") printf "%-11s %s\n", name, $$0 }' benchmarks/*.py
+endif
 
 soak: $(STAMP)  ## 10,000 hostile requests against the server; ARGS="--ray" on Ray Serve
 	@$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -1,16 +1,17 @@
 """The pictures of docs/method.md, drawn with a model.
 
-    python docs/pictures.py --model BUNDLE [--data DATASET_URI] [--out docs/images]
+    python docs/pictures.py --model BUNDLE [--data DATASET_URI] [--ladder OUT] [--out docs/images]
 
 Everything in them is a tensor that the model met or made; the faces are drawn ones that no demo trains on. With --data
-the rows of its `val` come in place of them, except where one face is needed in several colors. Not here: what the
-ingredients of the method gain, see benchmarks/quality.py.
+the rows of its `val` come in place of them, except where one face is needed in several colors. OUT is what
+benchmarks/quality.py left of the recipes in LADDER, seed 0: what each ingredient gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,15 @@ PATHS = {"linear": PathConfig(name="linear"), "cosine": PathConfig(name="cosine"
 NOISY = (0.5, 0.9)
 """Times at which phase 1 is shown, in units of t_max."""
 GRADIENT_STEPS = 2
+LADDER = {
+    "flow-v": "flow, v",
+    "flow-x0": "x0, noisy times",
+    "muon": "+ Muon",
+    "tokens": "+ tokens",
+    "ours": "+ matcher",
+    "ours-2": "+ phase 2",
+}
+"""Recipes of benchmarks/quality.py, each with one ingredient more than the one before, and what it is."""
 
 CELL, GAP, EDGE = 118, 58, 28
 PAPER, INK, FAINT = (246, 244, 240), (92, 86, 82), (186, 180, 172)
@@ -268,6 +278,18 @@ def references(bundle: Bundle) -> Array:
     return contact_sheet(rows, labels, names=["reference", "colored", "truth"], cell=128)
 
 
+def ingredients(ladder: Path, batch: Batch) -> Array:
+    """The same faces by models that were trained for the same time, each with one ingredient more."""
+    columns, labels = [_arrays(batch.sketch), _arrays(batch.reference)], ["sketch", "reference"]
+    for recipe, name in LADDER.items():
+        bundle = load_bundle(ladder / "bundles" / f"{recipe}-0")
+        columns.append(_color(bundle, batch.sketch, batch.reference, SamplerDefaults(steps=4)))
+        scores = json.loads((ladder / f"{recipe}-0.json").read_text())["scores"]
+        track = "cross 4" if "cross 4" in scores else "recolored 4"
+        labels.append(f"{name}: {scores[track]['psnr']:.1f} dB")
+    return contact_sheet(list(zip(*columns, _arrays(batch.target), strict=True)), [*labels, "truth"], cell=128)
+
+
 def _unrelated(rng: np.random.Generator, size: int) -> Array:
     """A picture of nobody: colored noise, large."""
     return np.array(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size)))
@@ -328,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, help="a bundle folder")
     parser.add_argument("--data", help="URI of a dataset whose val is shown in place of drawn faces")
+    parser.add_argument("--ladder", type=Path, help="folder of benchmarks/quality.py with the recipes in LADDER")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
     bundle = load_bundle(args.model)
@@ -340,6 +363,8 @@ def main() -> None:
         "steps": lambda: steps(bundle, batch),
         "references": lambda: references(bundle),
     }
+    if args.ladder:
+        pictures["ingredients"] = lambda: ingredients(args.ladder, batch)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, make in pictures.items():
         path = args.out / f"method-{name}.png"
