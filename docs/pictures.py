@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from animediffusion.models.sampler import build_sampler, sample_times
 from animediffusion.models.shuffle import patch_order, shuffle
 from animediffusion.pipelines.dataset import read_split
 from animediffusion.pipelines.faces import draw, random_character, random_geometry
+from animediffusion.pipelines.metrics import score
 from animediffusion.pipelines.palette import random_palette
 from animediffusion.pipelines.synthesize import make_row
 from animediffusion.pipelines.tracks import build
@@ -63,6 +63,8 @@ LADDER = {
     "ours-2": "+ phase 2",
 }
 """Recipes of benchmarks/quality.py, each with one ingredient more than the one before, and what it is."""
+LADDER_SAMPLER, SCORED = SamplerDefaults(steps=4), 60
+"""How they color, and how many other faces their PSNR is measured on."""
 
 CELL, GAP, EDGE = 118, 58, 28
 PAPER, INK, FAINT = (246, 244, 240), (92, 86, 82), (186, 180, 172)
@@ -281,12 +283,12 @@ def references(bundle: Bundle) -> Array:
 def ingredients(ladder: Path, batch: Batch) -> Array:
     """The same faces by models that were trained for the same time, each with one ingredient more."""
     columns, labels = [_arrays(batch.sketch), _arrays(batch.reference)], ["sketch", "reference"]
+    others = _drawn(range(FACES, FACES + SCORED), batch.target.shape[-1])
     for recipe, name in LADDER.items():
         bundle = load_bundle(ladder / "bundles" / f"{recipe}-0")
-        columns.append(_color(bundle, batch.sketch, batch.reference, SamplerDefaults(steps=4)))
-        scores = json.loads((ladder / f"{recipe}-0.json").read_text())["scores"]
-        track = "cross 4" if "cross 4" in scores else "recolored 4"
-        labels.append(f"{name}: {scores[track]['psnr']:.1f} dB")
+        columns.append(_color(bundle, batch.sketch, batch.reference, LADDER_SAMPLER))
+        scores = score(_color(bundle, others.sketch, others.reference, LADDER_SAMPLER), _arrays(others.target))
+        labels.append(f"{name}: {scores['psnr']:.1f}")
     return contact_sheet(list(zip(*columns, _arrays(batch.target), strict=True)), [*labels, "truth"], cell=128)
 
 
@@ -319,7 +321,11 @@ def faces(size: int, data: str | None) -> Batch:
     if data is not None:
         rows = read_split(data, "val", FACES)
         return build(rows, "cross" if rows["has_cross"].all() else "recolored")
-    drawn = [make_row(SEED, number, size) for number in range(FACES)]
+    return _drawn(range(FACES), size)
+
+
+def _drawn(numbers: Sequence[int], size: int) -> Batch:
+    drawn = [make_row(SEED, number, size) for number in numbers]
     columns = zip(*((row.target, row.sketch, row.cross_reference) for row in drawn), strict=True)
     return Batch(*(_tensor(column) for column in columns))
 
