@@ -1,6 +1,7 @@
 """infra/kubernetes: what is built from it, whether Kubernetes and KubeRay will take it, and what it lets in."""
 
 import copy
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -8,11 +9,18 @@ from pathlib import Path
 import manifests
 import pytest
 import yaml
-from manifests import FOLDERS, KUBERNETES, ROOT, build, containers, pods
+from manifests import FOLDERS, KUBERNETES, RAY_KINDS, ROOT, build, containers, pods
 
 PLATFORM = ("small", "gpu")
 SECRETS = {"storage", "postgres", "redis", "ray-token"}
 NOT_OURS = {"postgres", "redis", "minio/minio"}
+
+
+@pytest.fixture(scope="module")
+def crds() -> Path:
+    if not os.environ.get("KUBERAY_CRDS"):  # the tests of manifests.check are about the same objects
+        pytest.skip("KUBERAY_CRDS names no folder, see manifests.py")
+    return Path(os.environ["KUBERAY_CRDS"])
 
 
 def found(folder: str, kind: str) -> list[dict]:
@@ -52,6 +60,13 @@ def test_every_object_fits_the_schema_of_its_kind(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
+def test_the_operators_own_schemas_say_the_same(folder: str, crds: Path) -> None:
+    for one in build(KUBERNETES / folder):
+        if one["kind"] in RAY_KINDS:
+            manifests.check_by_operator(one, crds)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_kustomize_builds_the_same(folder: str) -> None:
     theirs = manifests.rendered_by_kustomize(KUBERNETES / folder)
     if theirs is None:  # the tests above and below are about the same objects, built by manifests.build
@@ -63,22 +78,45 @@ def test_kustomize_builds_the_same(folder: str) -> None:
     assert sorted(theirs, key=key) == sorted(build(KUBERNETES / folder), key=key)
 
 
+SLIPS = [
+    ("RayCluster", lambda spec: spec.update(authOption={}), "authOption"),
+    ("RayCluster", lambda spec: spec["authOptions"].update(mode="tokn"), "authOptions"),
+    ("RayCluster", lambda spec: containers(spec)[0].update(imag=""), "imag"),
+    ("RayCluster", lambda spec: containers(spec)[0]["resources"]["limits"].update(cpu="2 cores"), "2 cores"),
+    ("RayService", lambda spec: cluster_in(spec)["workerGroupSpecs"][0].update(replica=1), "replica"),
+    ("RayService", lambda spec: cluster_in(spec).pop("headGroupSpec"), "headGroupSpec"),
+    ("RayJob", lambda spec: spec.update(entryPoint="doctor"), "entryPoint"),
+]
+
+
+def cluster_in(spec: dict) -> dict:
+    return spec["rayClusterConfig"]
+
+
+def spoiled(kind: str, spoil) -> dict:
+    one = copy.deepcopy(found("train" if kind == "RayJob" else "gpu", kind)[0])
+    spoil(one["spec"])
+    return one
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "named"),
     [
-        ("RayCluster", lambda spec: spec.update(authOption={}), "authOption"),
-        ("RayCluster", lambda spec: spec["authOptions"].update(mode="tokn"), "authOptions"),
-        ("RayCluster", lambda spec: containers(spec)[0].update(imag=""), "imag"),
+        *SLIPS,
         ("RayService", lambda spec: spec.pop("serveConfigV2"), "serveConfigV2"),
         ("Deployment", lambda spec: spec.update(replica=1), "replica"),
         ("NetworkPolicy", lambda spec: spec.update(policyTypes="Ingress"), "policyTypes"),
     ],
 )
 def test_a_slip_in_an_object_is_found(kind: str, spoil, named: str) -> None:
-    one = copy.deepcopy(found("gpu", kind)[0])
-    spoil(one["spec"])
     with pytest.raises(ValueError, match=named):
-        manifests.check(one)
+        manifests.check(spoiled(kind, spoil))
+
+
+@pytest.mark.parametrize(("kind", "spoil", "named"), SLIPS)
+def test_a_slip_is_found_by_the_operators_own_schemas(kind: str, spoil, named: str, crds: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        manifests.check_by_operator(spoiled(kind, spoil), crds)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
