@@ -57,7 +57,8 @@ def connect(
     """Connect this process to Ray; does nothing when it already is.
 
     Args:
-        settings: the workspace is told to the workers, so that both sides mean the same folder.
+        settings: the workspace is told to the workers, so that both sides mean the same folder; but see
+            `own_workspaces`.
         num_cpus: logical CPUs of an embedded cluster, the machine's own number if None.
         include_dashboard: start the dashboard of an embedded cluster, which takes a second and 200 MB.
         object_store_memory: bytes, of an embedded cluster.
@@ -111,10 +112,20 @@ def cluster_address() -> str | None:
     return None if address in ("", "local") or address.startswith(("http://", "https://")) else address
 
 
+def own_workspaces() -> bool:
+    """Whether each node has a workspace of its own: on a cluster with an MLflow server, where nodes may share no disk.
+
+    The driver's may be a path that no other node has, nor can make.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://"))
+    return server and cluster_address() is not None
+
+
 def _runtime_env(settings: Settings) -> dict[str, Any]:
     """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
-    return {"env_vars": {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace), **_PROXY, **passed_on}}
+    workspace = {} if own_workspaces() else {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
+    return {"env_vars": {**workspace, **_PROXY, **passed_on}}
 
 
 def _loopback_only(on: bool) -> None:

@@ -214,7 +214,12 @@ class Run:
         unsent: Path | None = None,
         warn: Warn | None = None,
     ) -> Run:
-        """Write to a run that another process started; the store may be away for now."""
+        """Write to a run that another process started; the store may be away for now.
+
+        Without `unsent` where the folder that it belongs into is not there: on another machine, nobody would look.
+        """
+        if unsent is not None and not unsent.parent.is_dir():
+            unsent = None
         return cls(tracking_uri, run_id, system_metrics=system_metrics, unsent=unsent, warn=warn)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:

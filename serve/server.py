@@ -59,7 +59,8 @@ def serve_app(
     with running(settings, config, host=host, port=port) as url:
         # Only now: Ray puts handlers of its own into place when it starts, and they end the process at once.
         with _signals() as received:
-            announce(f"serving at {url} (page /, API /docs), requests in {config.request_log}; Ctrl-C stops it")
+            where = config.request_log or "the logs of Ray"
+            announce(f"serving at {url} (page /, API /docs), requests in {where}; Ctrl-C stops it")
             number = received.get()
         announce("stopping")
     return 128 + number
@@ -148,19 +149,24 @@ def check_model(settings: Settings, model: str | None) -> None:
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
+    elsewhere = cluster.own_workspaces()
     given = {
         "model": _absolute(model),
-        "workspace": settings.workspace,
+        "workspace": None if elsewhere else settings.workspace,
         "model_name": settings.model_name,
         "keys": settings.keys_uri,
-        "request_log": settings.workspace / "logs" / "requests.jsonl",
+        "request_log": None if elsewhere else settings.workspace / "logs" / "requests.jsonl",
     }
     return ServeConfig.check({**given, **{key: value for key, value in options.items() if value is not None}})
 
 
 def _for_host(config: ServeConfig, host: str) -> ServeConfig:
-    """Who reaches a loopback address is on this machine already: no key is needed while none was ever made."""
-    return config.model_copy(update={"allow_anonymous": config.allow_anonymous or _is_loopback(host)})
+    """Who reaches a loopback address is on this machine already: no key is needed while none was ever made.
+
+    Looked up here: an ingress on a node that does not have the file would take it for no key at all.
+    """
+    is_open = config.allow_anonymous or (_is_loopback(host) and not Keys(config.settings().keys_uri).entries())
+    return config.model_copy(update={"allow_anonymous": is_open})
 
 
 def _check_proxy(host: str) -> None:

@@ -70,3 +70,20 @@ def test_an_address_nobody_answers_at_is_named_at_once(monkeypatch: pytest.Monke
 def test_only_a_cluster_address_is_joined(value: str, address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", value)
     assert cluster.cluster_address() == address
+
+
+@pytest.mark.parametrize(
+    ("address", "mlflow", "own"),
+    [
+        ("ray:6379", "https://mlflow.example", True),
+        ("ray:6379", "sqlite:////shared/mlflow.db", False),
+        ("ray:6379", "", False),
+        ("", "https://mlflow.example", False),
+    ],
+)
+def test_nodes_have_their_own_workspaces_where_all_that_they_share_is_on_servers(
+    address: str, mlflow: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    assert cluster.own_workspaces() is own

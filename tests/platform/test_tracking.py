@@ -152,6 +152,16 @@ def test_what_a_server_that_stays_away_did_not_get_is_sent_by_the_next_run(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_kept_where_the_runs_folder_is_not(settings: Settings, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    elsewhere = tmp_path / "of-another-machine"
+    gone = Run.attach("http://127.0.0.1:9", "1", unsent=elsewhere / "unsent", warn=warnings.append)
+    gone.log({"loss": 1.0}, 1)
+    assert gone.finish(patience_s=0.1) == 2
+    assert "2 records are lost" in warnings[-1]
+    assert not elsewhere.exists()
+
+
 def test_a_record_that_no_store_would_take_does_not_hold_up_the_others(settings: Settings) -> None:
     warnings: list[str] = []
     run = Run.start(settings, TRAINING, "r")

@@ -16,7 +16,7 @@ from animediffusion.platform.images import encode_png
 from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
-from animediffusion.serve.server import check_address, check_model, start
+from animediffusion.serve.server import _config, _for_host, check_address, check_model, start
 
 
 def free_port() -> int:
@@ -66,6 +66,23 @@ def test_the_keys_of_a_cluster_may_be_in_a_store(moto_server, tmp_path):
         build_app(config)
     Keys(uri).create("studio")
     assert build_app(config)
+
+
+def test_engines_on_other_nodes_use_the_workspaces_of_those(tmp_path, monkeypatch):
+    settings = Settings(workspace=tmp_path)
+    assert _config(settings, None, {}).workspace == tmp_path
+    monkeypatch.setenv("RAY_ADDRESS", "ray:6379")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    config = _config(settings, None, {})
+    assert (config.workspace, config.request_log) == (None, None)
+    assert config.keys == str(tmp_path / "keys.json")
+
+
+def test_an_ingress_on_a_node_without_the_keys_lets_nobody_in(tmp_path):
+    config = ServeConfig(workspace=tmp_path)
+    assert _for_host(config, "127.0.0.1").allow_anonymous
+    Keys(str(tmp_path / "keys.json")).create("studio")
+    assert not _for_host(config, "127.0.0.1").allow_anonymous
 
 
 def test_a_free_port_is_fine():
