@@ -1,4 +1,4 @@
-"""Servers of others that tests talk to, as processes on loopback: MLflow and PostgreSQL."""
+"""Servers of others that tests talk to, as processes of their own: MLflow and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -35,12 +35,19 @@ class MlflowServer:
         folder: its own.
         options: of the command, in place of SQLite and files in the folder.
         environment: more variables for it.
+        host: the address at which it listens.
     """
 
-    def __init__(self, folder: Path, options: list[str] | None = None, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        options: list[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+    ):
         self.folder = folder
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.host, self.port = host, free_port()
+        self.url = f"http://{self.host}:{self.port}"
         self.options = options or [
             f"--backend-store-uri=sqlite:///{folder}/mlflow.db",
             f"--artifacts-destination={folder / 'files'}",
@@ -59,10 +66,10 @@ class MlflowServer:
 
     def start(self) -> None:
         """Return when it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1"]
+        command = [sys.executable, "-m", "mlflow", "server", f"--host={self.host}", f"--port={self.port}"]
         with open(self.folder / "log", "a") as log:
             self._process = subprocess.Popen(
-                [*command, *self.options],
+                [*command, "--workers=1", *self.options],
                 env=self.environment,
                 cwd=self.folder,
                 stdout=log,

@@ -1,0 +1,357 @@
+"""Four machines that share nothing but a network train, tune and serve, and lose two of theirs; prints it as JSON.
+
+    PYTHONPATH=tests python tests/infra/machines.py
+
+A machine is a set of Linux namespaces: its own processes, name, address, memory for objects, and its own disk, an
+overlay over this one's, so that what one writes no other can read. At home, under a path that the others do not have
+and cannot make, it has its workspace. S3 and MLflow are servers on the same network. A machine that is lost says
+nothing: its wire is cut first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import numpy as np
+import psutil
+import yaml
+from moto.server import ThreadedMotoServer
+from servers import MlflowServer
+from tiny import NETWORK
+
+from animediffusion.pipelines.checkpoints import latest_step
+from animediffusion.pipelines.synthesize import synthesize
+from animediffusion.platform import storage
+from animediffusion.platform.images import encode_png
+
+ROOT = Path(__file__).parents[2]
+NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+"""What a process needs to make machines, and what all that it started ends with."""
+HUB = "10.77.0.1"
+WAIT_S = 300
+STEPS = 300
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
+sampler: {{steps: 2}}
+data: s3://bucket/faces
+storage: s3://bucket/runs
+name: far
+batch_size: 4
+num_workers: 2
+use_gpu: true
+max_steps: {STEPS}
+checkpoint_every: 25
+keep_checkpoints: 100
+num_samples: 0
+"""
+
+# What a machine called $2 with the hosts $4 has, on a new disk in the folder $1; the program, in $3, may come from
+# another disk.
+DISK = """set -e
+mount -t tmpfs disk "$1"
+cd "$1"
+mkdir upper work root
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" root
+mount -t proc proc root/proc
+mount --rbind /dev root/dev
+mount -t tmpfs objects root/dev/shm
+mkdir -p root/home
+mount -t tmpfs home root/home
+mkdir "root/home/$2"
+mount -t tmpfs home "root/home/$2"
+for place in $3; do mkdir -p "root$place"; mount --bind -o ro "$place" "root$place"; done
+mount -o remount,ro root/home
+hostname "$2"
+rm -f root/etc/hosts
+echo "127.0.0.1 localhost\n$4" > root/etc/hosts
+exec chroot root sleep infinity
+"""
+
+# The command line, several times in one process. The GPUs are numbers: what torch would do there, it does on the CPU.
+VERBS = """
+import json, sys
+from ray.train.torch import TorchConfig
+from animediffusion import cli
+from animediffusion.pipelines import train
+from animediffusion.pipelines.worker import train_worker
+
+def on_the_cpu(config):
+    import ray.train.torch, torch
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    train_worker(config)
+
+train.TorchConfig = lambda backend: TorchConfig(backend="gloo")
+train.train_worker = on_the_cpu
+for words in json.loads(sys.argv[1]):
+    code = cli.run([*words, "--json"])
+    if code:
+        sys.exit(code)
+    sys.stdout.flush()
+"""
+
+
+class Machine:
+    """One of the network; up to `lose` it can be told to run things."""
+
+    def __init__(self, name: str, address: str, folder: Path, hosts: str) -> None:
+        self.name, self.address = name, address
+        self.environment: dict[str, str] = {}
+        disk = folder / name
+        disk.mkdir()
+        places = " ".join(str(place) for place in {ROOT, Path(sys.prefix), Path(sys.base_prefix)})
+        own = ["--uts", "--ipc", "sh", "-c", DISK, "sh", str(disk), name, places, hosts]
+        unshare = subprocess.Popen([*NAMESPACES, *own])
+        self.pid = until(lambda: next(iter(psutil.Process(unshare.pid).children()), None)).pid
+        ip(f"link add name {name} type veth peer name eth0 netns {self.pid}")
+        ip(f"link set {name} master lan up")
+        inside = ["nsenter", f"--target={self.pid}", "--net"]
+        ip("link set lo up", inside)
+        ip(f"addr add {address}/24 dev eth0", inside)
+        ip("link set eth0 up", inside)
+        ip(f"route add default via {HUB}", inside)
+        until(lambda: psutil.Process(self.pid).cmdline()[:1] == ["sleep"])
+
+    @property
+    def home(self) -> Path:
+        return Path("/home", self.name)
+
+    def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        """A program on this machine, which has the machine's environment and no other."""
+        inside = ["nsenter", f"--target={self.pid}", "--all", "--root", f"--wdns={self.home}"]
+        variables = {
+            "HOME": str(self.home),
+            "ANIMEDIFFUSION_WORKSPACE": str(self.home / "workspace"),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin", "/usr/sbin", "/sbin"]),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            **self.environment,
+        }
+        return subprocess.Popen([*inside, *command], env=variables, text=True, **options)
+
+    def has(self, title: str) -> bool:
+        """Whether one of its processes is called so."""
+        mine = Path("/proc", str(self.pid), "ns/pid").readlink()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                here = Path("/proc", str(process.pid), "ns/pid").readlink() == mine
+                if here and title in " ".join(process.cmdline()):
+                    return True
+        return False
+
+    def workspace(self) -> list[str]:
+        """What lies there."""
+        folder = Path(f"/proc/{self.pid}/root{self.home}/workspace")
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+    def lose(self) -> None:
+        """As if somebody pulled its plugs: to the others it says nothing more."""
+        ip(f"link set {self.name} down")
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def ip(words: str, inside: list[str] | None = None) -> None:
+    subprocess.run([*(inside or []), "ip", *words.split()], check=True)
+
+
+def until(found: Callable[[], Any], seconds: float = WAIT_S) -> Any:
+    """What `found` returns, as soon as it is something."""
+    end = time.monotonic() + seconds
+    while True:
+        value = found()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise TimeoutError(f"nothing after {seconds:g} s")
+        time.sleep(0.1)
+
+
+class Network:
+    """Machines on a bridge, with S3 and MLflow at its own address; a Ray cluster on the machines."""
+
+    def __init__(self, folder: Path, mlflow: str, store: str) -> None:
+        token = secrets.token_hex(16)
+        names = ["front", "first", "second", "third"]
+        addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 2)}
+        hosts = "\n".join(f"{address} {name}" for name, address in addresses.items())
+        self.machines = {name: Machine(name, address, folder, hosts) for name, address in addresses.items()}
+        self.front = self.machines["front"]
+        common = {
+            "AWS_ENDPOINT_URL_S3": store,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "MLFLOW_TRACKING_URI": mlflow,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "ANIMEDIFFUSION_KEYS": "s3://bucket/keys.json",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_metrics_collection": "0",
+            "OMP_NUM_THREADS": "1",
+            # A machine that is silent for so long is lost: 24 seconds, in place of a minute.
+            "RAY_health_check_period_ms": "2000",
+            "RAY_health_check_timeout_ms": "6000",
+            "RAY_health_check_failure_threshold": "3",
+        }
+        self.token, self.dashboard = token, f"http://{self.front.address}:8265"
+        self.folder = folder
+        for machine in self.machines.values():
+            machine.environment = {**common}
+        self.front.environment["RAY_ADDRESS"] = f"{self.front.address}:6379"
+        head = ["--head", "--port=6379", "--num-cpus=1", "--include-dashboard=true", "--dashboard-host=0.0.0.0"]
+        self.join([self.front], head)
+
+    def join(self, machines: list[Machine], options: list[str]) -> None:
+        """Make them nodes."""
+        begun = []
+        for machine in machines:
+            own = [f"--node-ip-address={machine.address}", "--object-store-memory=100000000", "--block"]
+            log = self.folder / f"{machine.name}.log"
+            with log.open("w") as output:
+                begun.append((log, machine.start("ray", "start", *options, *own, stdout=output, stderr=output)))
+
+        def up() -> bool:
+            for log, node in begun:
+                if node.poll() is not None:
+                    raise RuntimeError(log.read_text()[-3000:])
+            return all("Ray runtime started" in log.read_text() for log, _ in begun)
+
+        until(up)
+
+    def verbs(self, *commands: list[str]) -> subprocess.Popen[str]:
+        """The command line on the front machine; each command prints a line of JSON."""
+        return self.front.start("python", "-c", VERBS, json.dumps(commands), stdout=subprocess.PIPE)
+
+    def having(self, title: str) -> list[str]:
+        return [machine.name for machine in self.machines.values() if machine.has(title)]
+
+    def lose(self, name: str) -> None:
+        self.machines.pop(name).lose()
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """As `serve deploy` does."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        url = f"{self.dashboard}/api/serve/applications/"
+        httpx.put(url, json=config, headers=headers, timeout=60).raise_for_status()
+
+        def runs() -> bool:
+            found = httpx.get(url, headers=headers, timeout=60).json()["applications"]["animediffusion"]
+            if found["status"] == "DEPLOY_FAILED":
+                raise RuntimeError(json.dumps(found)[:5000])
+            return bool(found["status"] == "RUNNING")
+
+        until(runs)
+
+
+@contextmanager
+def network(folder: Path) -> Iterator[Network]:
+    ip("link set lo up")
+    ip("link add lan type bridge")
+    ip(f"addr add {HUB}/24 dev lan")
+    ip("link set lan up")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address=HUB, port=9000, verbose=False)
+    server.start()
+    store = f"http://{HUB}:9000"
+    os.environ |= {"AWS_ENDPOINT_URL_S3": store, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    mlflow = MlflowServer(folder, host=HUB)
+    # One after the other: the head gives its dashboard little time to start.
+    found = Network(folder, mlflow.url, store)
+    with mlflow:
+        others = [machine for machine in found.machines.values() if machine is not found.front]
+        found.join(others, [f"--address={found.front.address}:6379", "--num-cpus=2", "--num-gpus=1"])
+        yield found
+    server.stop()
+
+
+def answers(command: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that it prints."""
+    for line in command.stdout or []:
+        if line.startswith("{"):
+            yield json.loads(line)
+    if command.wait():
+        raise RuntimeError(f"a command ended with {command.returncode}")
+
+
+def train(there: Network, folder: Path) -> dict[str, Any]:
+    """From pictures to a champion; one of two machines is lost when there is a checkpoint."""
+    synthesize(str(folder / "drawn"), 40, 32, workers=1)
+    storage.upload_folder(folder / "drawn", "s3://bucket/drawn")
+    there.front.start("tee", "recipe.yaml", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).communicate(RECIPE)
+    verbs = there.verbs(
+        ["keys", "create", "tests"],
+        ["data", "ingest", "s3://bucket/drawn", "s3://bucket/faces", "--size=32"],
+        ["train", "recipe.yaml"],
+        ["tune", "sampler", "workspace/runs/far/bundle", "s3://bucket/faces", "--trials=3"],
+        ["models", "promote", "1", "--force"],
+    )
+    answer = answers(verbs)
+    found = {"key": next(answer)["key"], "ingested": next(answer)}
+    until(lambda: verbs.poll() is not None or latest_step("s3://bucket/runs/far/checkpoints") >= 50)
+    found["trainers"] = there.having("RayTrainWorker")
+    there.lose(found["trainers"][0])
+    found["trainers_after"] = until(lambda: two(there.having("RayTrainWorker")))
+    return found | {"trained": next(answer), "tuned": next(answer), "promoted": next(answer)}
+
+
+def two(names: list[str]) -> list[str] | None:
+    return names if len(names) == 2 else None
+
+
+def serve(there: Network, key: str) -> dict[str, Any]:
+    """An engine on each of two machines; the one that has an ingress, too, is lost."""
+    config = yaml.safe_load((ROOT / "infra/serve.yaml").read_text())
+    replicas = {"min_replicas": 2, "max_replicas": 2, "engine_gpus": 1, "num_ingress_replicas": 2}
+    config["applications"][0]["args"] |= replicas
+    there.deploy(config)
+    files = dict.fromkeys(("sketch", "reference"), encode_png(np.full((48, 48, 3), 255, np.uint8)))
+    authorized = {"Authorization": f"Bearer {key}"}
+    url = f"http://{there.front.address}:8000"
+    with httpx.Client(base_url=url, headers=authorized, timeout=WAIT_S, trust_env=False) as client:
+
+        def color() -> int:
+            return client.post("/v1/colorize", files=files).status_code
+
+        found = {"answers": [color() for _ in range(4)], "engines": there.having("animediffusion:engine")}
+        found["disks"] = {machine.name: machine.workspace() for machine in there.machines.values()}
+        ingresses = there.having("animediffusion:ingress")
+        there.lose(max(found["engines"], key=ingresses.__contains__))
+        lost, after = time.monotonic(), [color()]
+        while after[-3:] != [200] * 3 and time.monotonic() < lost + WAIT_S:
+            after.append(color())
+    return found | {"answers_after": after, "engines_after": there.having("animediffusion:engine")}
+
+
+def main() -> None:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="machines-", dir="/tmp") as name, network(Path(name)) as there:
+        found = train(there, Path(name))
+        found |= serve(there, found.pop("key"))
+    print(json.dumps({**found, "seconds": time.monotonic() - begun}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["inside"]:
+        main()
+    elif not (shutil.which("unshare") and shutil.which("ip")) or subprocess.run([*NAMESPACES, "true"]).returncode:
+        print(json.dumps({"missing": "Linux namespaces, which root can make, with unshare and ip"}))
+    else:
+        os.execvp(NAMESPACES[0], [*NAMESPACES, sys.executable, __file__, "inside"])

@@ -1,0 +1,61 @@
+"""What machines.py saw; see there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("machines.py")
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    if "missing" in seen:
+        pytest.skip(f"needs {seen['missing']}")
+    return seen
+
+
+def test_pictures_in_a_store_become_a_dataset_there(found):
+    assert found["ingested"]["splits"] == {"train": 36, "val": 4}
+    assert found["ingested"]["num_rejects"] == 0
+
+
+def test_a_run_on_two_machines_goes_on_when_one_is_lost(found):
+    lost = found["trainers"][0]
+    assert len(found["trainers"]) == len(found["trainers_after"]) == 2
+    assert lost not in found["trainers_after"]
+    assert (found["trained"]["steps"], found["trained"]["num_workers"]) == (300, 2)
+
+
+def test_a_search_on_two_machines_ends_with_a_version_that_is_promoted(found):
+    assert found["tuned"]["trials"] == 3
+    assert found["promoted"]["version"] == found["tuned"]["version"] == 1
+
+
+def test_an_application_on_two_machines_goes_on_when_one_is_lost(found):
+    assert found["answers"] == [200] * 4
+    assert len(found["engines"]) == 2
+    assert found["answers_after"][-3:] == [200] * 3
+    assert set(found["answers_after"]) <= {200, 503, 504}
+    assert len(found["engines_after"]) == 1
+
+
+def test_each_machine_has_what_it_made_itself(found):
+    assert {"runs", "tune"} <= set(found["disks"]["front"])
+    assert [found["disks"][name] for name in found["engines"]] == [["cache"]] * 2
