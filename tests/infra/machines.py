@@ -203,6 +203,7 @@ class Network:
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "OMP_NUM_THREADS": "1",
             # A machine that is silent for so long is lost: 24 seconds, in place of a minute.
             "RAY_health_check_period_ms": "2000",
@@ -219,18 +220,21 @@ class Network:
 
     def join(self, machines: list[Machine], options: list[str]) -> None:
         """Make them nodes."""
-        begun = []
-        for machine in machines:
+        logs = {machine: self.folder / f"{machine.name}.log" for machine in machines}
+
+        def begin(machine: Machine) -> subprocess.Popen[str]:
             own = [f"--node-ip-address={machine.address}", "--object-store-memory=100000000", "--block"]
-            log = self.folder / f"{machine.name}.log"
-            with log.open("w") as output:
-                begun.append((log, machine.start("ray", "start", *options, *own, stdout=output, stderr=output)))
+            with logs[machine].open("w") as output:
+                return machine.start("ray", "start", *options, *own, stdout=output, stderr=output)
+
+        running = {machine: begin(machine) for machine in machines}
 
         def up() -> bool:
-            for log, node in begun:
-                if node.poll() is not None:
-                    raise RuntimeError(log.read_text()[-3000:])
-            return all("Ray runtime started" in log.read_text() for log, _ in begun)
+            for machine, node in running.items():
+                if node.poll() is not None:  # Ray gives a node 30 s to start: not enough on a computer that is busy
+                    print(logs[machine].read_text()[-2000:], file=sys.stderr)
+                    running[machine] = begin(machine)
+            return all("Ray runtime started" in log.read_text() for log in logs.values())
 
         until(up)
 
