@@ -1,4 +1,6 @@
-"""What machines.py saw; see there."""
+"""What machines.py saw; see there. Several minutes of both cores, and Ray's limits at start do not wait for a busy
+machine: asked for by MACHINES=1, on one that has nothing else to do.
+"""
 
 import json
 import os
@@ -10,7 +12,11 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("machines.py")
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not os.environ.get("MACHINES"), reason="asked for by MACHINES=1"),
+]
 
 
 @pytest.fixture(scope="module")
