@@ -13,7 +13,7 @@ from animediffusion.platform.images import decode_rgb
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_demo_ends_with_drawings_colored_over_http(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "animediffusion", "demo", "--minutes", "0.2", "--rows", "120", "--no-serve"]
     # Its own HOME and Ray, as on a new machine.
