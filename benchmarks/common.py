@@ -13,13 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.training import Step, TrainState, fit
 from animediffusion.pipelines.recipe import TrainConfig
+from animediffusion.pipelines.synthesize import make_row
 
+HERE = Path(__file__).parent / "recipes"
+RECIPES: dict[str, list[tuple[str, float]]] = {
+    "authors": [("animediffusion-strict", 1.0)],
+    "ours-their-network": [(str(HERE / "ours-their-network.yaml"), 1.0)],
+    "theirs-our-network": [(str(HERE / "theirs-our-network.yaml"), 1.0)],
+    "flow-v": [(str(HERE / "flow-v.yaml"), 1.0)],
+    "flow-x0": [(str(HERE / "flow-x0.yaml"), 1.0)],
+    "regression": [(str(HERE / "regression.yaml"), 1.0)],
+    "ours": [("phase1", 1.0)],
+    "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
+}
+"""Name -> recipes that follow each other, with their shares of the time. Any other name is a recipe of its own."""
 NUM_TIMED = 12
 """Steps that are timed to know how many there is time for."""
 
@@ -102,3 +116,10 @@ def train(
     parameters = sum(p.numel() for p in denoiser.parameters())
     images = state.step * min(config.batch_size, len(rows["target"]))
     return state.averaged(), {"steps": state.step, "images": images, "seconds": round(spent), "parameters": parameters}
+
+
+def drawn(count: int, size: int, first: int = 0) -> dict[str, Any]:
+    """Faces drawn by the platform, with all pictures of a row."""
+    faces = [make_row(0, first + index, size) for index in range(count)]
+    arrays = {name: np.stack([getattr(row, name) for row in faces]) for name in faces[0]._fields}
+    return arrays | {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}

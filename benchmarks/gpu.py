@@ -24,14 +24,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import clock, hardware, matmul_flops, peak_mb, train
+from common import RECIPES, clock, drawn, hardware, matmul_flops, peak_mb, train
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,19 +41,14 @@ from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.images import to_uint8
 from animediffusion.models.training import TrainState, fit
 from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.synthesize import make_row
 from animediffusion.pipelines.tracks import build
 from animediffusion.platform.images import contact_sheet, encode_png
 from animediffusion.serve.engine import Engine, Request
 
 HERE = Path(__file__).parent
 PARTS = ("right", "attention", "training", "sampling", "engine", "faces")
-ROWS_OF_FACES = {
-    "flow-v": [(str(HERE / "recipes/flow-v.yaml"), 1.0)],
-    "flow-x0": [(str(HERE / "recipes/flow-x0.yaml"), 1.0)],
-    "ours": [("phase1", 1.0)],
-    "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
-}
+FACES = ("flow-v", "flow-x0", "ours", "ours-2")
+"""Rows of common.RECIPES."""
 BUNDLE = "ours-2"
 STEPS = (1, 4, 10, 25)
 PLACES = (1, 2, 4, 8, 16, 32)
@@ -142,10 +136,6 @@ class Bench:
             taken += [clock(self.device) - begun] if call >= warm else []
         return statistics.median(taken)
 
-    def autocast(self, precision: str) -> Any:
-        """The context of bf16 or fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
 
 def right(bench: Bench) -> None:
     """Whether fast ways give what slow ones give."""
@@ -163,7 +153,7 @@ def right(bench: Bench) -> None:
         use_attention("auto")
     recipe, size = bench.scale.served
     bundle = _bundle(bench, recipe, size)
-    batch = build(_drawn(PICTURES, size), "same")
+    batch = build(drawn(PICTURES, size), "same")
     noise = torch.stack([noise_for(seed, size) for seed in range(PICTURES)])
     alone = _sample(bundle.denoiser.cpu(), batch, noise, "cpu", "fp32", 4)
     for precision, most in (("fp32", 1.0), ("bf16", 8.0)):
@@ -201,11 +191,12 @@ def training_table(bench: Bench) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for recipe, size, rows in bench.scale.networks:
-        slow = 0.0
+        slow = flops = 0.0
         for precision, backend, compiled in _ways(bench):
             name = ", ".join([recipe, precision, backend] + ["compiled"] * compiled)
-            seconds, flops, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
-            slow = slow or seconds
+            seconds, counted, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
+            # Of the first, with torch's own attention, which the counter sees all of.
+            slow, flops = slow or seconds, flops or counted
             share = f"{flops / seconds / peak:.2f}" if precision == "bf16" else ""
             line = (
                 f"| {name} | {size} | {rows} | {rows / seconds:,.1f} | {slow / seconds:.2f} | {memory:,.0f} | {share} |"
@@ -239,10 +230,10 @@ def _training_step(
     objective = config.objective.build(denoiser, SamplerDefaults(), 0)
     if compiled:
         denoiser.network.denoise = torch.compile(denoiser.network.denoise)
-    drawn = {name: torch.from_numpy(x).to(bench.device) for name, x in _drawn(rows, size).items()}
+    batch = {name: torch.from_numpy(x).to(bench.device) for name, x in drawn(rows, size).items()}
 
     def step() -> None:
-        fit(state, objective, [drawn], state.step + 1, lambda _: None, augment=config.augment, seed=0)
+        fit(state, objective, [batch], state.step + 1, lambda _: None, augment=config.augment, seed=0)
 
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -253,20 +244,15 @@ def _training_step(
         with FlopCounterMode(display=False) as counter:
             step()
         flops = float(counter.get_total_flops())
-        _counted[recipe, size, rows] = flops
     use_attention("auto")
-    return seconds, _counted.get((recipe, size, rows), flops), memory
-
-
-_counted: dict[tuple[str, int, int], float] = {}
-"""Operations of a step as counted with torch's own attention, which the counter sees all of."""
+    return seconds, flops, memory
 
 
 def sampling_table(bench: Bench) -> None:
     """Latency of one picture."""
     recipe, size = bench.scale.served
     denoiser = _bundle(bench, recipe, size).denoiser.to(bench.device)
-    batch = build(_drawn(2, size), "same", range(1))
+    batch = build(drawn(2, size), "same", range(1))
     noise = noise_for(0, size)[None]
     lines = [f"| one picture, {recipe}, {size} px, steps | fp32, ms | bf16, ms |", "|---|---|---|"]
     for steps in STEPS:
@@ -289,7 +275,7 @@ def engine_table(bench: Bench) -> None:
     for places in bench.scale.places:
         bundle = _bundle(bench, recipe, size, torch.bfloat16)
         engine = Engine(bundle, max_batch=places, max_queue=1000)
-        batch = build(_drawn(PICTURES, size), "same")
+        batch = build(drawn(PICTURES, size), "same")
         count = 8 * places * (4 if bench.on_gpu else 1)
 
         def submit(number: int, engine: Engine = engine, batch: Any = batch) -> Any:
@@ -320,9 +306,9 @@ def faces_table(bench: Bench) -> None:
         "|---|---|---|---|---|",
     ]
     columns: dict[str, Any] = {}
-    for name, parts in ROWS_OF_FACES.items():
+    for name in FACES:
         denoiser, seen = None, 0
-        for recipe, share in parts:
+        for recipe, share in RECIPES[name]:
             config = load_recipe(recipe, ["seed=0", "max_steps=1000000"])
             denoiser, took = train(config, denoiser, rows, share * bench.args.seconds, bench.device)
             seen += took["images"]
@@ -337,7 +323,7 @@ def faces_table(bench: Bench) -> None:
         lines.append(f"| {name} | {seen} | {' | '.join(f'{value:.2f}' for value in found.values())} |")
         print(lines[-1], file=sys.stderr, flush=True)
         if name == BUNDLE:
-            config = load_recipe(parts[0][0]).bundle_config(size)
+            config = load_recipe(RECIPES[name][0][0]).bundle_config(size)
             save_bundle(bench.args.out / "bundle", denoiser.to(torch.bfloat16), config)
     batch = build(val, "recolored", range(min(PICTURES, len(val["target"]))))
     sketch, reference, truth = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), *batch[::-2]))
@@ -395,18 +381,11 @@ def _psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
     return float((-10 * error.clamp(min=1e-10).log10()).mean())
 
 
-def _drawn(count: int, size: int, first: int = 0) -> dict[str, Any]:
-    """Faces drawn by the platform, with all pictures of a row."""
-    drawn = [make_row(0, first + index, size) for index in range(count)]
-    arrays = {name: np.stack([getattr(row, name) for row in drawn]) for name in drawn[0]._fields}
-    return arrays | {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
-
-
 def _faces(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows to train on and to measure on."""
     if bench.args.pictures is None:
         size = 128 if bench.on_gpu else 32
-        return _drawn(bench.scale.rows, size), _drawn(CHUNK if bench.on_gpu else PICTURES, size, bench.scale.rows)
+        return drawn(bench.scale.rows, size), drawn(CHUNK if bench.on_gpu else PICTURES, size, bench.scale.rows)
     train_rows, val_rows = (_pictures(bench.args.pictures / split) for split in ("train", "val"))
     return train_rows, val_rows
 

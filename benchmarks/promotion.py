@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import hardware
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
 from animediffusion.pipelines.recipe import load_recipe
@@ -184,13 +184,6 @@ def turn_at(sample: Sample, samples: list[Sample]) -> float:
     return statistics.median(one.seconds / one.steps for one in near)
 
 
-def hardware() -> str:
-    """The processor's name and cores."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     """Print the table; exit with 1 if a request failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -202,7 +195,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="promotion-") as folder:
         samples, events = asyncio.run(measure(make_registry(Path(folder)), options.requests, options.clients))
-    head = f"{hardware()}, torch {torch.__version__}, {options.threads} thread, {options.clients} clients"
+    machine = f"{hardware(torch.device('cpu'))}, {os.cpu_count()} cores"
+    head = f"{machine}, torch {torch.__version__}, {options.threads} thread, {options.clients} clients"
     text = "\n".join([head, "", *report(samples, events)])
     print(text)
     if options.out is not None:

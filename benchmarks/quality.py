@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import train
+from common import RECIPES, train
 
 from animediffusion.models import authors
 from animediffusion.models.augment import Batch
@@ -42,18 +42,6 @@ from animediffusion.pipelines.tracks import TRACKS, build
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images import contact_sheet, encode_png
 
-HERE = Path(__file__).parent / "recipes"
-RECIPES: dict[str, list[tuple[str, float]]] = {
-    "authors": [("animediffusion-strict", 1.0)],
-    "ours-their-network": [(str(HERE / "ours-their-network.yaml"), 1.0)],
-    "theirs-our-network": [(str(HERE / "theirs-our-network.yaml"), 1.0)],
-    "flow-v": [(str(HERE / "flow-v.yaml"), 1.0)],
-    "flow-x0": [(str(HERE / "flow-x0.yaml"), 1.0)],
-    "regression": [(str(HERE / "regression.yaml"), 1.0)],
-    "ours": [("phase1", 1.0)],
-    "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
-}
-"""Name -> recipes that follow each other, with their shares of the time. Any other name is a recipe of its own."""
 TRIVIAL = ("copy_reference", "mean_color", "sketch")
 EVALUATIONS = (1, 2, 4, 10, 25)
 COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge_f1", "lpips", "fid")

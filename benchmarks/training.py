@@ -34,11 +34,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from authors import given_noise
-from common import clock, hardware, matmul_flops, peak_mb
+from common import clock, drawn, hardware, matmul_flops, peak_mb
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +48,6 @@ from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.objective import ReconstructionObjective
 from animediffusion.models.training import MALLOC, Rows, TrainState, fit, step_generator
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe
-from animediffusion.pipelines.synthesize import make_row
 
 BLOCK = 2
 """Steps of a turn; the first turn of a side is not counted."""
@@ -270,9 +268,7 @@ def _rows(job: Job, device: torch.device) -> list[Rows]:
     """Decoded batches; of drawn faces if there is no data."""
     count = NUM_BATCHES * job.batch
     if job.data is None:
-        drawn = [make_row(0, index, job.size) for index in range(count)]
-        arrays = {name: np.stack([getattr(row, name) for row in drawn]) for name in drawn[0]._fields}
-        arrays |= {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+        arrays = drawn(count, job.size)
     else:
         # Imported where it is needed: the rest runs where there is neither Ray nor pyarrow (gpu.py).
         from animediffusion.pipelines.dataset import read_split
