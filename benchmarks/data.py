@@ -13,8 +13,9 @@ process on loopback and on the same cores, so S3 is a lower bound).
   and makes batches as `phase1` does: line art, warps, colors. Theirs is their Dataset in a DataLoader: it decodes a
   picture and its line art of 256 px, both JPEG, warps at 256 px, and resizes. The sides take turns.
 - training: steps of `phase1` on rows that are read, beside steps on one batch that is kept; one core, no Ray, in turn.
-- ray: images/s that `animediffusion train phase1` reports with two workers, and the share of the time it waits for
-  rows; beside two bare processes on a kept batch, before and after. By the wall's clock: needs an idle machine.
+- ray: images/s that `animediffusion train phase1` reports with one and with two workers, and the share of the time it
+  waits for rows; beside as many bare processes on a kept batch (two under DDP, as in the run), before and after. By the
+  wall's clock: needs an idle machine.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import ray.data
 import ray.train
 import torch
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 from animediffusion.models.augment import make_batch
 from animediffusion.models.bundle import SamplerDefaults
@@ -216,38 +218,51 @@ def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
     return [f"| {name} | {rate:.1f} | {rate / base:.3f} |" for name, rate in rates.items()]
 
 
-def bare_rate(uri: str, size: int, steps: int) -> float:
+def bare_rate(uri: str, size: int, steps: int, workers: int, common_gradients: bool = False) -> float:
     """Images per second by the wall's clock on one kept batch, of as many processes as the verb has workers."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(WORLD_SIZE) as pool:
-        return sum(pool.starmap(_bare_process, [(uri, size, steps)] * WORLD_SIZE))
+    with tempfile.TemporaryDirectory() as folder, context.Pool(workers) as pool:
+        meeting = f"file://{folder}/meeting" if common_gradients else None
+        tasks = [(uri, size, steps, workers, rank, meeting) for rank in range(workers)]
+        return sum(pool.starmap(_bare_process, tasks, chunksize=1))
 
 
-def _bare_process(uri: str, size: int, steps: int) -> float:
+def _bare_process(uri: str, size: int, steps: int, workers: int, rank: int, meeting: str | None) -> float:
     torch.set_num_threads(1)
-    trainer = Trainer(size, load_recipe("phase1").batch_size // WORLD_SIZE)
+    trainer = Trainer(size, load_recipe("phase1").batch_size // workers)
+    if meeting is not None:
+        torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=workers)
+        trainer.objective = DistributedDataParallel(trainer.objective, gradient_as_bucket_view=True)
     kept = itertools.repeat(next(decoded(uri, trainer.batch_rows)))
     trainer.steps(kept, 5)
     begun = time.perf_counter()
     return trainer.steps(kept, steps) / (time.perf_counter() - begun)
 
 
-def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
-    """Table rows: the verb beside bare processes."""
-    before = bare_rate(uri, size, steps)
+def verb_rate(uri: str, steps: int, workers: int, workspace: str) -> tuple[float, float]:
+    """Images per second in the second half of a run of `train`, and the share of the time that it waits for rows."""
     command = [sys.executable, "-m", "animediffusion", "--json", "--workspace", workspace, "train", "phase1"]
     settings = [f"data={uri}", f"max_steps={2 * steps}", f"log_every={steps}", "num_samples=0"]
     done = subprocess.run(
-        [*command, *settings, f"num_workers={WORLD_SIZE}"], check=True, stdout=subprocess.PIPE, text=True
+        [*command, *settings, f"num_workers={workers}"], check=True, stdout=subprocess.PIPE, text=True
     )
     result = json.loads(done.stdout)
-    after = bare_rate(uri, size, steps)
-    bare = (before + after) / 2
-    return [
-        f"| two bare processes, one kept batch each; before, after | {before:.1f}, {after:.1f} | | |",
-        f"| `animediffusion train phase1` | {result['images_per_s']:.1f} | {result['images_per_s'] / bare:.3f} "
-        f"| {result['metrics']['data_wait']:.3f} |",
-    ]
+    return result["images_per_s"], result["metrics"]["data_wait"]
+
+
+def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
+    """Table rows: the verb beside bare processes with the same gradients, which take turns; then each alone."""
+    lines = []
+    for workers in (1, WORLD_SIZE):
+        common = workers > 1
+        before = bare_rate(uri, size, steps, workers, common)
+        rate, wait = verb_rate(uri, steps, workers, f"{workspace}-{workers}")
+        after = bare_rate(uri, size, steps, workers, common)
+        share = 2 * rate / (before + after)
+        lines.append(f"| bare, one kept batch; before, after | {workers} | {before:.1f}, {after:.1f} | | |")
+        lines.append(f"| `animediffusion train phase1` | {workers} | {rate:.1f} | {share:.3f} | {wait:.3f} |")
+    alone = bare_rate(uri, size, steps, WORLD_SIZE)
+    return [*lines, f"| bare, each with gradients of its own | {WORLD_SIZE} | {alone:.1f} | | |"]
 
 
 @contextmanager
@@ -314,8 +329,8 @@ def measure(args: argparse.Namespace, folder: str) -> None:
         show(f"Training `phase1`, {args.size} px, one core, no Ray", "| rows | images/s | share |", lines)
     if "ray" in args.parts:
         lines = time_verb(datasets[args.size]["local"], args.size, args.steps, f"{folder}/runs")
-        header = "| | images/s | share | waiting for rows |"
-        show(f"Training `phase1`, {args.size} px, two workers, by the wall's clock", header, lines)
+        header = "| | workers | images/s | share | waiting for rows |"
+        show(f"Training `phase1`, {args.size} px, batch 32, by the wall's clock", header, lines)
 
 
 def main() -> None:
