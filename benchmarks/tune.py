@@ -114,9 +114,9 @@ def sampler_table(model: str, data: str, images: int, out: Path) -> bool:
     (out / "search.png").write_bytes(draw_front(found, found[0]))
     path, made = bundle.config.path, bundle.config.provenance
     print(
-        f"Recipe {made.get('recipe', '?')}, {path.name}, {bundle.config.prediction}, {made.get('steps', '?')} steps; "
+        f"Recipe {made.get('recipe', 'unknown')}, {path.name}, {bundle.config.prediction}; {images} images; "
+        f"grid {len(whole)} points, search {len(found)} points in {seconds:.0f} s.\n"
     )
-    print(f"{images} images; grid {len(whole)} points, search {len(found)} points in {seconds:.0f} s.\n")
     print("| rows per image | grid, dB | search, dB | difference | the search's setting |")
     print("|---|---|---|---|---|")
     worst = 0.0
