@@ -22,8 +22,8 @@ install: $(STAMP)  ## the package and its tools, into .venv
 demo: $(STAMP)  ## every stage once, ends with the page; ARGS="--no-serve" ends there
 	@$(BIN)/animediffusion demo $(ARGS)
 
-# Two processes, each with a Ray of its own: most of the time goes into waiting for Ray's processes to start. In the order
-# of the files: the longest tests are alone in theirs, and would come last if files with many tests went first.
+# Two processes, each with a Ray of its own: most of the time goes into waiting for Ray's processes to start. A file stays in
+# one of them, and the order is that of tests/conftest.py.
 test: $(STAMP)  ## all tests; ARGS="tests/serve -x" for some
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

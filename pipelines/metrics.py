@@ -12,10 +12,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from skimage.color import deltaE_ciede2000, rgb2lab
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from animediffusion.models.images import to_tensor
 from animediffusion.models.lineart import LUMA, blur, xdog
@@ -35,6 +31,12 @@ _INK = 0.5
 
 def score(result: Images, truth: Images) -> dict[str, float | None]:
     """Means over images: psnr (dB), ssim, ms_ssim (None for small images), ciede2000 (0 is equal, 1 just visible)."""
+    # A second of processor time, which workers that train would pay for nothing.
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure,
+        structural_similarity_index_measure,
+    )
+
     if result.shape != truth.shape:
         raise ValueError(f"results are {result.shape}, truths {truth.shape}")
     a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (result, truth))

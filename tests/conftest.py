@@ -18,6 +18,22 @@ from animediffusion.pipelines.shards import PICTURES
 from animediffusion.pipelines.synthesize import make_row
 from animediffusion.platform.images import encode_lossless
 
+LONGEST = (
+    "test_walkthrough.py",
+    "test_cluster_faults.py",
+    "test_demo.py",
+    "test_jobs.py",
+    "test_train.py",
+    "test_live.py",
+    "test_schedule.py",
+)
+"""Files of minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a file stays in one process, and the others fill up what is left of both."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

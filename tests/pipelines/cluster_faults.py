@@ -34,7 +34,7 @@ RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
 sampler: {{steps: 2}}
 batch_size: 4
 cpus_per_worker: 2
-max_steps: 600
+max_steps: 300
 checkpoint_every: {EVERY}
 keep_checkpoints: 100
 log_every: 1
@@ -150,7 +150,7 @@ def main(data, workspace):
         until(60)
         stage.lose(stage.busy()[0])
 
-    shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]", max_steps=200)
+    shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]", max_steps=150)
     print(
         json.dumps(
             {
