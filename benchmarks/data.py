@@ -42,7 +42,6 @@ import ray.data
 import ray.train
 import torch
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 
 from animediffusion.models.augment import make_batch
 from animediffusion.models.bundle import SamplerDefaults
@@ -55,6 +54,7 @@ from animediffusion.pipelines.order import Stream, Visit
 from animediffusion.pipelines.recipe import load_recipe
 from animediffusion.pipelines.shards import PICTURES
 from animediffusion.pipelines.synthesize import synthesize
+from animediffusion.pipelines.worker import _ddp
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.images import decode_rgb, fit_square
@@ -232,7 +232,7 @@ def _bare_process(uri: str, size: int, steps: int, workers: int, rank: int, meet
     trainer = Trainer(size, load_recipe("phase1").batch_size // workers)
     if meeting is not None:
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=workers)
-        trainer.objective = DistributedDataParallel(trainer.objective, gradient_as_bucket_view=True)
+        trainer.objective = _ddp(trainer.objective, torch.device("cpu"))
     kept = itertools.repeat(next(decoded(uri, trainer.batch_rows)))
     trainer.steps(kept, 5)
     begun = time.perf_counter()
@@ -330,7 +330,8 @@ def measure(args: argparse.Namespace, folder: str) -> None:
     if "ray" in args.parts:
         lines = time_verb(datasets[args.size]["local"], args.size, args.steps, f"{folder}/runs")
         header = "| | workers | images/s | share | waiting for rows |"
-        show(f"Training `phase1`, {args.size} px, batch 32, by the wall's clock", header, lines)
+        batch = load_recipe("phase1").batch_size
+        show(f"Training `phase1`, {args.size} px, batch {batch}, by the wall's clock", header, lines)
 
 
 def main() -> None:
