@@ -1,7 +1,8 @@
 """A bundle: the folder that colors images. It is what is trained into, registered, served and exported.
 
 config.json model.safetensors metrics.json card.md checksums.json; no pickle anywhere. Its identity is
-the sha256 of config.json and model.safetensors.
+the sha256 of config.json and model.safetensors. What coloring does not need may lie beside: averages.safetensors, see
+models/averages.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from animediffusion.models.denoiser import Denoiser, Prediction
 from animediffusion.models.path import PathConfig
@@ -25,6 +27,8 @@ from animediffusion.models.unet import UNetConfig
 FORMAT = 1
 IDENTITY_FILES = ("config.json", "model.safetensors")
 FILES = (*IDENTITY_FILES, "metrics.json", "card.md")
+AVERAGES = "averages.safetensors"
+"""Optional, and listed in checksums.json all the same: a copy that is only to color may come without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,13 @@ class Bundle:
 
 
 def save_bundle(
-    folder: Path, denoiser: Denoiser, config: BundleConfig, metrics: dict[str, Any] | None = None, card: str = ""
+    folder: Path,
+    denoiser: Denoiser,
+    config: BundleConfig,
+    metrics: dict[str, Any] | None = None,
+    card: str = "",
+    *,
+    averages: dict[str, Tensor] | None = None,
 ) -> str:
     """Write the folder whole (through a neighbour and a rename) and return its sha256."""
     temporary = folder.with_name(folder.name + ".partial")
@@ -100,6 +110,8 @@ def save_bundle(
     temporary.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     save_file(weights, temporary / "model.safetensors")
+    if averages:
+        save_file(averages, temporary / AVERAGES)
     _write_json(temporary / "config.json", {"format": FORMAT, **asdict(config)})
     _write_json(temporary / "metrics.json", metrics or {})
     (temporary / "card.md").write_text(card)
@@ -160,7 +172,7 @@ def verify(folder: Path) -> str:
         expected = json.loads((folder / "checksums.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder}/checksums.json is damaged: {error}") from error
-    for name in FILES:
+    for name in _present(folder):
         if not isinstance(expected, dict) or expected.get(name) != file_sha256(folder / name):
             raise ValueError(f"{folder}/{name} was changed after it was written (sha256 differs)")
     return identity(folder)
@@ -221,7 +233,11 @@ def _seal(temporary: Path, folder: Path) -> str:
 
 
 def _write_checksums(folder: Path) -> None:
-    _write_json(folder / "checksums.json", {name: file_sha256(folder / name) for name in FILES})
+    _write_json(folder / "checksums.json", {name: file_sha256(folder / name) for name in _present(folder)})
+
+
+def _present(folder: Path) -> list[str]:
+    return [*FILES, *([AVERAGES] if (folder / AVERAGES).is_file() else [])]
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from animediffusion.models.augment import AugmentConfig, make_batch
+from animediffusion.models.averages import exponent
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.objective import Loss
 
@@ -53,6 +54,9 @@ class OptimizerConfig:
     """None is no clipping."""
     ema_decay: float = 0.995
     """0 is no average: the last weights."""
+    ema_lengths: tuple[float, ...] = (0.04, 0.08, 0.16)
+    """Averages that are kept beside it, so that any length between can be chosen after the run: standard deviations of
+    their profiles as shares of the run, see models/averages.py. () keeps none."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
 
@@ -61,6 +65,10 @@ class OptimizerConfig:
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for length in self.ema_lengths:
+            exponent(length)
+        if len(set(self.ema_lengths)) != len(self.ema_lengths):
+            raise ValueError(f"ema_lengths must differ, got {self.ema_lengths}")
         if self.learning_rate <= 0 or (self.max_grad_norm is not None and self.max_grad_norm <= 0):
             raise ValueError(
                 f"learning_rate and max_grad_norm must be above 0, got {self.learning_rate} and {self.max_grad_norm}"
@@ -84,7 +92,7 @@ class Step(NamedTuple):
 
 
 class TrainState:
-    """All that must survive a restart: weights, their average, optimizer, step.
+    """All that must survive a restart: weights, their averages, optimizer, step.
 
     Args:
         denoiser: on its device.
@@ -100,9 +108,11 @@ class TrainState:
         self.config = config
         self.max_steps = max_steps
         self.step = 0
+        self.names = [name for name, _ in denoiser.named_parameters()]
         self.parameters = list(denoiser.parameters())
         # Without an average it is the weights themselves.
         self.average = [p.detach().clone() if config.ema_decay else p.detach() for p in self.parameters]
+        self.kept = {length: [p.detach().clone() for p in self.parameters] for length in config.ema_lengths}
         hidden = denoiser.network.hidden_weights() if config.muon_learning_rate else []
         # torch's Muon takes matrices: a kernel [out, in, k, k] is one of out rows, by a view that shares its memory.
         self.matrices = {parameter: parameter.detach().flatten(1) for parameter in hidden}
@@ -149,11 +159,19 @@ class TrainState:
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
+        self._average()
+        return norm
+
+    def _average(self) -> None:
+        weights = [p.detach() for p in self.parameters]
         if self.config.ema_decay:
             # A young run has a short memory, else its first weights would stay in the average.
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-        return norm
+            torch._foreach_lerp_(self.average, weights, 1 - decay)
+        for length, average in self.kept.items():
+            # Gives the weights of step t the share t^exponent: Karras et al. 2024, section 3.
+            decay = (1 - 1 / self.step) ** (exponent(length) + 1)
+            torch._foreach_lerp_(average, weights, 1 - decay)
 
     def _clip(self) -> Tensor:
         limit = self.config.max_grad_norm
@@ -191,11 +209,13 @@ class TrainState:
     def save(self, folder: Path) -> None:
         """state.safetensors and state.json; readable with safetensors alone."""
         tensors: dict[str, Tensor] = {}
-        for (name, parameter), average in zip(self.denoiser.named_parameters(), self.average, strict=True):
+        for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             tensors[f"model.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
             for key, value in self._slots(parameter).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        for length, kept in self.kept.items():
+            tensors |= {f"{_prefix(length)}{name}": tensor for name, tensor in zip(self.names, kept, strict=True)}
         folder.mkdir(parents=True, exist_ok=True)
         # Contiguous, since safetensors stores no strides; restore() copies back into channels_last.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / WEIGHTS)
@@ -211,12 +231,17 @@ class TrainState:
         numbers = json.loads((folder / NUMBERS).read_text())
         self.step, self.max_steps = numbers["step"], numbers["max_steps"]
         with torch.no_grad():
-            for (name, parameter), average in zip(self.denoiser.named_parameters(), self.average, strict=True):
+            for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
                 if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != parameter.shape:
                     raise ValueError(f"{folder}: the checkpoint is of another network, {name} does not fit")
                 parameter.copy_(tensors[f"model.{name}"])
                 average.copy_(tensors[f"average.{name}"])
                 self._restore_optimizer(name, parameter, tensors)
+            for length, kept in self.kept.items():
+                for name, average in zip(self.names, kept, strict=True):
+                    if _prefix(length) + name not in tensors:
+                        raise ValueError(f"{folder}: the checkpoint has no average of length {length:g}")
+                    average.copy_(tensors[_prefix(length) + name])
 
     def _restore_optimizer(self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         if self.step and not any(f"optimizer.{key}.{name}" in tensors for key in ("exp_avg", "momentum_buffer")):
@@ -233,8 +258,20 @@ class TrainState:
 
 def averaged_weights(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a saved state, by the denoiser's names."""
-    prefix = "average."
+    return _tensors(load_file(folder / WEIGHTS), "average.")
+
+
+def kept_averages(folder: Path, lengths: Iterable[float]) -> dict[float, dict[str, Tensor]]:
+    """The averages that a saved state keeps beside it, by length and the denoiser's names."""
     tensors = load_file(folder / WEIGHTS)
+    return {length: _tensors(tensors, _prefix(length)) for length in lengths}
+
+
+def _prefix(length: float) -> str:
+    return f"average_{length:g}."
+
+
+def _tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -110,8 +110,10 @@ def lineage(registry: Registry, version: Version) -> list[dict[str, Any]]:
 
 def made(version: Version, parent: Version | None) -> str:
     """How a version came about, in a word or two: tuned, phase 1, phase 2, imported."""
-    weights = version.tags.get("weights_sha256")
-    if parent is not None and weights and weights == parent.tags.get("weights_sha256"):
+    # The same weights, or another average of the same run's.
+    if parent is not None and any(
+        version.tags.get(tag) and version.tags[tag] == parent.tags.get(tag) for tag in ("weights_sha256", "run")
+    ):
         return "tuned"
     if version.tags.get("source"):
         return "imported"

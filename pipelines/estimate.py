@@ -114,6 +114,9 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
     saves = math.ceil(steps / config.checkpoint_every)
     training = steps * per_step
     start = START_S + START_IMPORTS * first["import_s"]
+    # A bundle has the weights and the averages that are kept; a checkpoint also those in training and two moments.
+    kept = len(config.optimizer.ema_lengths)
+    bundle_mb = first["checkpoint_mb"] * (1 + kept) / (4 + kept)
     return {
         "device": first["device"],
         "num_workers": workers,
@@ -130,7 +133,7 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
         "memory_per_worker_mb": memory,
         "memory_mb": workers * memory + (0.0 if cuda else RAY_MEMORY_MB),
         "checkpoint_mb": first["checkpoint_mb"],
-        "disk_mb": first["checkpoint_mb"] * min(saves, config.keep_checkpoints + 1) + first["checkpoint_mb"] / 4,
+        "disk_mb": first["checkpoint_mb"] * min(saves, config.keep_checkpoints + 1) + bundle_mb,
     }
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from animediffusion.models.augment import Batch
+from animediffusion.models.averages import Averages
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.images import to_uint8
@@ -80,7 +81,7 @@ def _name(axes: Axes, point: Point, text: str, below: int) -> None:
     )
 
 
-def draw_strip(bundle: Bundle, batch: Batch, front: Sequence[Point], chosen: Point) -> bytes:
+def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence[Point], chosen: Point) -> bytes:
     """A PNG: some rows, colored by points along the front, between sketch and reference and the truth."""
     some = Batch(*(part[:STRIP_ROWS] for part in batch))
     points = _along(front, chosen)
@@ -88,7 +89,10 @@ def draw_strip(bundle: Bundle, batch: Batch, front: Sequence[Point], chosen: Poi
     seeds = range(len(some.target))
     with torch.no_grad():
         columns += [
-            colorize(bundle, some.sketch, some.reference, seeds=seeds, sampler=point.settings).cpu() for point in points
+            colorize(
+                averages.use(bundle, point.ema_length), some.sketch, some.reference, seeds=seeds, sampler=point.settings
+            ).cpu()
+            for point in points
         ]
     pictures = [to_uint8(column).numpy() for column in (*columns, some.target)]
     labels = ["sketch", "reference", *(_label(point, chosen) for point in points), "truth"]

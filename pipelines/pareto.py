@@ -31,6 +31,8 @@ class Point:
     seconds_per_image: float
     shift: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    ema_length: float | None = None
+    """Of the weights' average, a share of the run (models/averages.py); None is the one that training chose."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -93,7 +95,8 @@ def choose(points: Sequence[Point], prefer: Prefer) -> Point:
 
 def describe(point: Point) -> str:
     """One line about a point."""
+    average = "" if point.ema_length is None else f", average over {point.ema_length:.0%} of the run"
     return (
-        f"{point.settings.describe()}: {point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, "
+        f"{point.settings.describe()}{average}: {point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, "
         f"{point.evaluations} evaluation{'s' if point.evaluations > 1 else ''}"
     )

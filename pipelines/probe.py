@@ -40,7 +40,7 @@ ROWS_READ = 64
 MEMORY_SHARE = 0.7
 """Of the free memory that the trial may take."""
 STATE_BYTES = 20
-"""Of a parameter: itself, its average, its gradient and two moments, 4 bytes each."""
+"""Of a parameter: itself, its average, its gradient and two moments, 4 bytes each; as many for each further average."""
 MB = 2**20
 
 
@@ -82,7 +82,8 @@ class _Probe:
         self.encoded = _encoded_rows(self.config.data, min(self.rows, ROWS_READ))
         self.base_mb = self._peak_mb()
         denoiser = bundle.build()
-        self.state_mb = sum(parameter.numel() for parameter in denoiser.parameters()) * STATE_BYTES / MB
+        state_bytes = STATE_BYTES + 4 * len(self.config.optimizer.ema_lengths)
+        self.state_mb = sum(parameter.numel() for parameter in denoiser.parameters()) * state_bytes / MB
         if self.state_mb > self._free_mb():
             raise MemoryError(
                 f"weights and optimizer alone need {self.state_mb:.0f} MB, {self._free_mb():.0f} are free"

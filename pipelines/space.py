@@ -1,8 +1,8 @@
 """The settings that a finished model can be sampled with, as Optuna's parameters and as points.
 
 Several settings can mean the same: with one step all samplers and shifts do, without guidance all its intervals. A
-point is the simplest of them, so that what is the same is measured once. Not searched is the length of the weights'
-average: a bundle holds one set of weights. Not here: measuring, see pipelines/measure.py.
+point is the simplest of them, so that what is the same is measured once. Where the model's run kept averages of its
+weights, their length is a setting, too. Not here: measuring, see pipelines/measure.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MOST_STEPS = 8
 SCALES = (1.1, 4.0)
 SHIFTS = (0.25, 6.0)
 INTERVALS = (EVERYWHERE, (0.0, 0.5), (0.0, 0.8), (0.2, 0.8), (0.5, 1.0))
+LENGTH_STEP = 0.01
+"""Between two lengths of an average that are tried, shares of the run; what lies closer cannot be told apart."""
 LADDER = (1, 2, 4, 3, 6, 8)
 """Steps of euler without guidance that are tried first: the plain front, from which the search looks for more."""
 
@@ -33,11 +35,20 @@ class SamplerSpace:
     Args:
         path: the model's.
         defaults: its own settings, which are part of the space wherever they lie.
+        lengths: the shortest and the longest average of its weights to try, shares of the run; None: it has one only.
+        length: of its own average; None where that is the one that training chose.
     """
 
-    def __init__(self, path: Path, defaults: SamplerDefaults) -> None:
+    def __init__(
+        self,
+        path: Path,
+        defaults: SamplerDefaults,
+        lengths: tuple[float, float] | None = None,
+        length: float | None = None,
+    ) -> None:
         self.path = path
         self.defaults = defaults
+        self.lengths, self.length = lengths, length
         self.intervals = {_name(interval): interval for interval in (*INTERVALS, defaults.guidance_interval)}
         scales = SCALES if defaults.guidance_scale == 1 else (*SCALES, defaults.guidance_scale)
         shifts = (*SHIFTS, defaults.shift)
@@ -49,6 +60,9 @@ class SamplerSpace:
             "guidance_scale": FloatDistribution(min(scales), max(scales)),
             "guidance_interval": CategoricalDistribution(list(self.intervals)),
         }
+        if lengths is not None:
+            self.distributions["averaged"] = CategoricalDistribution(["as trained", "over ema_length"])
+            self.distributions["ema_length"] = FloatDistribution(*lengths, step=LENGTH_STEP)
 
     def point(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The point that Optuna's parameters mean."""
@@ -59,15 +73,17 @@ class SamplerSpace:
             guidance_scale=round(chosen["guidance_scale"], 2) if chosen["guided"] else 1.0,
             guidance_interval=self.intervals[chosen["guidance_interval"]],
         )
-        return to_point(self.simplest(settings))
+        length = round(chosen["ema_length"], 2) if chosen.get("averaged") == "over ema_length" else None
+        return to_point(self.simplest(settings), length)
 
     def first(self) -> list[dict[str, Any]]:
         """Parameters of the points to begin with: the model's own settings, then the ladder."""
         plain = SamplerDefaults(name="euler", guidance_scale=1.0)
-        return [self.parameters(self.defaults), *(self.parameters(replace(plain, steps=steps)) for steps in LADDER)]
+        own = self.parameters(self.defaults, self.length)
+        return [own, *(self.parameters(replace(plain, steps=steps)) for steps in LADDER)]
 
-    def parameters(self, settings: SamplerDefaults) -> dict[str, Any]:
-        """Optuna's parameters of these settings."""
+    def parameters(self, settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
+        """Optuna's parameters of these settings with the average of this length."""
         guided = settings.guidance_scale != 1
         return {
             "sampler": settings.name,
@@ -76,7 +92,15 @@ class SamplerSpace:
             "guided": guided,
             "guidance_scale": settings.guidance_scale if guided else 1.5,
             "guidance_interval": _name(settings.guidance_interval),
+            **self._average(length),
         }
+
+    def _average(self, length: float | None) -> dict[str, Any]:
+        if self.lengths is None:
+            return {}
+        if length is None:
+            return {"averaged": "as trained", "ema_length": self.lengths[0]}
+        return {"averaged": "over ema_length", "ema_length": length}
 
     def simplest(self, settings: SamplerDefaults) -> SamplerDefaults:
         """The first of all settings that give the same images as these."""
@@ -94,9 +118,10 @@ class SamplerSpace:
         return settings
 
 
-def to_point(settings: SamplerDefaults) -> dict[str, Any]:
-    """Settings as plain values."""
-    return {**asdict(settings), "guidance_interval": list(settings.guidance_interval)}
+def to_point(settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
+    """Settings, and the length of the average where it is not the trained one, as plain values."""
+    point = {**asdict(settings), "guidance_interval": list(settings.guidance_interval)}
+    return point if length is None else {**point, "ema_length": length}
 
 
 def _name(interval: tuple[float, float]) -> str:

@@ -28,8 +28,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from animediffusion.models.attention import attention_used
+from animediffusion.models.averages import pack
 from animediffusion.models.bundle import identity, load_bundle, save_bundle
-from animediffusion.models.training import MALLOC, averaged_weights
+from animediffusion.models.training import MALLOC, averaged_weights, kept_averages
 from animediffusion.pipelines.card import model_card
 from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, outlast, read_scores
 from animediffusion.pipelines.dataset import read_split, training_dataset
@@ -331,6 +332,7 @@ def _write_bundle(work: Plan, step: int, latest: dict[str, Any], seconds: float)
     with tempfile.TemporaryDirectory() as folder:
         outlast(lambda: fetch(work.checkpoints, step, Path(folder)))
         denoiser.load_state_dict(averaged_weights(Path(folder)))
+        averages = pack(kept_averages(Path(folder), config.optimizer.ema_lengths))
     provenance = {
         "run": work.run,
         "recipe": config.recipe,
@@ -347,7 +349,7 @@ def _write_bundle(work: Plan, step: int, latest: dict[str, Any], seconds: float)
     # Of a resumed run only the last part is known. Not in the provenance: equal runs are to have equal bundles.
     card = model_card(bundle_config, parameters, None if work.start_step else seconds)
     folder_path = work.folder / "bundle"
-    save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card)
+    save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card, averages=averages)
     return folder_path, parameters
 
 

@@ -1,8 +1,9 @@
 """`tune sampler`: how a finished model is best sampled, searched with Ray Tune and Optuna.
 
-Settings of a fixed bundle, on fixed rows and fixed noise, so that two trials differ by their settings alone. Two
-objectives: PSNR, and network rows per image; the result is a front, and one point of it. All that was ever measured of
-these weights on these rows is in a journal, so a search that was killed goes on, and one that is repeated is free.
+Settings of a fixed bundle, on fixed rows and fixed noise, so that two trials differ by their settings alone; one of
+them is which average of the run's weights the model gets. Two objectives: PSNR, and network rows per image; the result
+is a front, and one point of it. All that was ever measured of these weights on these rows is in a journal, so a search
+that was killed goes on, and one that is repeated is free.
 Not here: which settings there are (pipelines/space.py), how trials run (pipelines/trials.py), searches that train
 (pipelines/schedule.py).
 """
@@ -13,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,16 +25,17 @@ import torch
 from ray import tune
 
 from animediffusion.models.augment import Batch
-from animediffusion.models.bundle import Bundle, SamplerDefaults, file_sha256, with_metrics, with_sampler
+from animediffusion.models.averages import Averages, read_averages
+from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
 from animediffusion.pipelines import release
 from animediffusion.pipelines.front import draw_front, draw_strip
 from animediffusion.pipelines.measure import Rows, load_rows, measure
 from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, floor, pareto_front
-from animediffusion.pipelines.space import SamplerSpace
+from animediffusion.pipelines.space import SamplerSpace, to_point
 from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
+from animediffusion.platform.errors import BundleError, ClusterError, ConfigError, Interrupted
 from animediffusion.platform.registry import Registry
 from animediffusion.platform.tracking import TUNING, Run
 
@@ -52,6 +54,7 @@ class _Task:
     """What every trial needs; sent to the workers once, through Ray's object store."""
 
     bundle: Bundle
+    averages: Averages
     batch: Batch
 
 
@@ -100,15 +103,16 @@ def tune_sampler(
         raise ConfigError("--trials", str(trials), "at least 1")
     rows = load_rows(data, split, num_images)
     registry = Registry(settings)
-    bundle = release.check_bundle(registry.fetch(model))
-    name = f"sampler-{_search_key(bundle, rows)}"
+    bundle = release.check_bundle(registry.fetch(model, averages=True))
+    averages = _averages(bundle)
+    name = f"sampler-{_search_key(bundle, averages, rows)}"
     folder = settings.workspace / "tune" / name
     cluster.connect(settings)
     record = Run.start(settings, TUNING, name, {"model": str(model), "data": data, "trials": trials, "prefer": prefer})
     try:
         known = len(read_points(folder))
-        points = search(bundle, rows.searched, folder, trials=trials, minutes=minutes, progress=progress)
-        chosen, unseen = confirm(bundle, rows, points, prefer)
+        points = search(bundle, averages, rows.searched, folder, trials=trials, minutes=minutes, progress=progress)
+        chosen, unseen = confirm(bundle, averages, rows, points, prefer)
         result = {
             "trials": len(points),
             "measured": len(points) - known,
@@ -116,11 +120,11 @@ def tune_sampler(
             "best": asdict(chosen),
             "front": [asdict(point) for point in pareto_front(points)],
             "unseen": unseen,
-            **_show(bundle, rows.searched, points, chosen, folder),
+            **_show(bundle, averages, rows.searched, points, chosen, folder),
         }
         _record(record, points, result)
         if register:
-            result |= _register(registry, bundle, chosen.settings, record.run_id, evaluate)
+            result |= _register(registry, bundle, averages, chosen, record.run_id, evaluate)
     except BaseException as error:
         record.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
@@ -130,6 +134,7 @@ def tune_sampler(
 
 def search(
     bundle: Bundle,
+    averages: Averages,
     batch: Batch,
     folder: Path,
     *,
@@ -138,7 +143,7 @@ def search(
     progress: Progress | None = None,
 ) -> list[Point]:
     """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first."""
-    space = SamplerSpace(bundle.denoiser.path, bundle.config.sampler)
+    space = _space(bundle, averages)
     study = Study(
         new_study(_optuna_sampler(), ["maximize", "minimize"]),
         space.distributions,
@@ -148,12 +153,12 @@ def search(
         space.first(),
         "measured",
     )
-    own = space.simplest(bundle.config.sampler)
-    known = any(point.settings == own for point in read_points(folder))
+    own = (space.simplest(bundle.config.sampler), averages.length)
+    known = any((point.settings, point.ema_length) == own for point in read_points(folder))
     device = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
     run_trials(
         folder.name,
-        tune.with_resources(tune.with_parameters(_trial, task=_Task(bundle, batch)), {device: 1}),
+        tune.with_resources(tune.with_parameters(_trial, task=_Task(bundle, averages, batch)), {device: 1}),
         study,
         # Of a model that was tuned before all may be known but its new defaults.
         trials=max(trials, study.num_known + (not known)),
@@ -164,7 +169,7 @@ def search(
         place=folder,
     )
     points = read_points(folder)
-    first = next((point for point in points if point.settings == own), None)
+    first = next((point for point in points if (point.settings, point.ema_length) == own), None)
     if first is None:
         raise ClusterError("tune sampler", "the model's defaults were not measured", "give more --minutes")
     return [first, *(point for point in points if point is not first)]
@@ -181,7 +186,9 @@ def read_points(folder: Path) -> list[Point]:
     return [Point.of(entry["measured"]) for entry in Journal(folder / "points.jsonl").read() if "measured" in entry]
 
 
-def confirm(bundle: Bundle, rows: Rows, points: list[Point], prefer: Prefer) -> tuple[Point, dict[str, float] | None]:
+def confirm(
+    bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer
+) -> tuple[Point, dict[str, float] | None]:
     """The point to use, and its and the defaults' PSNR on rows that the search did not see.
 
     A point that is worse than the defaults there was good by chance; the next best takes its place.
@@ -189,11 +196,13 @@ def confirm(bundle: Bundle, rows: Rows, points: list[Point], prefer: Prefer) -> 
     defaults = points[0]
     if rows.unseen is None:
         return choose(points, prefer), None
-    own = measure(bundle, rows.unseen, defaults.settings).psnr
+    unseen = _Task(bundle, averages, rows.unseen)
+    own = _measure(unseen, to_point(defaults.settings, defaults.ema_length)).psnr
     while True:
         chosen = choose(points, prefer)
-        found = own if chosen == defaults else measure(bundle, rows.unseen, chosen.settings).psnr
-        if chosen == defaults or found >= floor(own, prefer) - CONFIRM_DB:
+        same = chosen == defaults
+        found = own if same else _measure(unseen, to_point(chosen.settings, chosen.ema_length)).psnr
+        if same or found >= floor(own, prefer) - CONFIRM_DB:
             return chosen, {"defaults": own, "best": found}
         points = [point for point in points if point != chosen]
 
@@ -202,7 +211,14 @@ def _trial(config: dict[str, Any], *, task: _Task) -> None:
     """One trial, in a worker that the next trials use, too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
-    tune.report({"measured": json.dumps(asdict(measure(task.bundle, task.batch, SamplerDefaults(**config))))})
+    tune.report({"measured": json.dumps(asdict(_measure(task, config)))})
+
+
+def _measure(task: _Task, point: Mapping[str, Any]) -> Point:
+    """What the settings of a point give, see `to_point`."""
+    length = point.get("ema_length")
+    sampler = SamplerDefaults(**{key: value for key, value in point.items() if key != "ema_length"})
+    return replace(measure(task.averages.use(task.bundle, length), task.batch, sampler), ema_length=length)
 
 
 def _judge(
@@ -234,37 +250,55 @@ class _Report(tune.Callback):
             self._progress(f"trial {self._study.num_known}/{self._total}  {trial.config} failed")
 
 
-def _show(bundle: Bundle, batch: Batch, points: list[Point], chosen: Point, folder: Path) -> dict[str, str]:
+def _show(
+    bundle: Bundle, averages: Averages, batch: Batch, points: list[Point], chosen: Point, folder: Path
+) -> dict[str, str]:
     """front.png and strip.png in the search's folder."""
     picture, strip = folder / "front.png", folder / "strip.png"
     picture.write_bytes(draw_front(points, chosen))
-    strip.write_bytes(draw_strip(bundle, batch, pareto_front(points), chosen))
+    strip.write_bytes(draw_strip(bundle, averages, batch, pareto_front(points), chosen))
     return {"folder": str(folder), "picture": str(picture), "strip": str(strip)}
 
 
-def _search_key(bundle: Bundle, rows: Rows) -> str:
+def _averages(bundle: Bundle) -> Averages:
+    try:
+        return read_averages(bundle)
+    except ValueError as error:
+        raise BundleError(str(bundle.folder), str(error), "give a folder as training wrote it") from error
+
+
+def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:
+    return SamplerSpace(bundle.denoiser.path, bundle.config.sampler, averages.range, averages.length)
+
+
+def _search_key(bundle: Bundle, averages: Averages, rows: Rows) -> str:
     """12 hex of what decides a measurement: weights, how they are run, rows; not the defaults that they come with."""
     config = asdict(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
-    facts = [FORMAT, file_sha256(bundle.folder / "model.safetensors"), config, rows.key]
+    facts = [FORMAT, averages.sha256(), config, rows.key]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _register(
     registry: Registry,
     bundle: Bundle,
-    sampler: SamplerDefaults,
+    averages: Averages,
+    chosen: Point,
     run_id: str,
     evaluate: Callable[[Path], dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """The version with these defaults: the model's own where they are unchanged, else a new one."""
-    settings = registry.settings
-    if sampler == SamplerSpace(bundle.denoiser.path, bundle.config.sampler).simplest(bundle.config.sampler):
+    """The version with the chosen settings: the model's own where they are unchanged, else a new one."""
+    settings, sampler = registry.settings, chosen.settings
+    same_weights = chosen.ema_length == averages.length
+    if same_weights and sampler == _space(bundle, averages).simplest(bundle.config.sampler):
         return {"version": release.register(settings, bundle.folder).version, "changed": False}
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
         # Never the old metrics: they were measured with the old defaults.
-        sha256 = with_sampler(bundle.folder, copy, sampler, metrics={})
+        if same_weights:
+            sha256 = with_sampler(bundle.folder, copy, sampler, metrics={})
+        else:
+            sha256 = averages.save(bundle, copy, chosen.ema_length, sampler)
         if evaluate is not None:
             with_metrics(copy, {**evaluate(copy), "model": f"sha256:{sha256[:12]}"})
         version = release.register(settings, copy, run_id=run_id, parent=known.version if known else None)

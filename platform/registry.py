@@ -27,7 +27,15 @@ from animediffusion.platform import storage, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.flavor import write_flavor
-from animediffusion.platform.version import Version, bundle_files, evaluation_tags, headline, read_version
+from animediffusion.platform.version import (
+    ASIDE,
+    Version,
+    bundle_files,
+    evaluation_tags,
+    headline,
+    listed,
+    read_version,
+)
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
@@ -122,12 +130,13 @@ class Registry:
             return f"models:/{self.name}/{model}"
         return f"models:/{self.name}@{model}" if model in ALIASES else model
 
-    def fetch(self, model: str | Path, cache_dir: Path | None = None) -> Path:
+    def fetch(self, model: str | Path, cache_dir: Path | None = None, *, averages: bool = False) -> Path:
         """The local folder of a bundle, downloaded once per version.
 
         Args:
             model: a bundle folder, the URI of one (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
             cache_dir: parent of downloads, WORKSPACE/cache if None.
+            averages: of a version, bring also the file that coloring does not need, where it has one.
 
         Raises:
             BundleError: no such folder.
@@ -139,20 +148,38 @@ class Registry:
             return fetch_folder(model, cache)
         version = self.get(str(model))
         destination = cache / version.name / f"{version.version}-{version.sha256[:12]}"
-        if not destination.is_dir():
-            with self._reported(f"downloading {model}"), _whole_folder(destination) as temporary:
-                # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
-                location = self.client.get_model_version_download_uri(version.name, str(version.version))
-                arrived = mlflow.artifacts.download_artifacts(
-                    location, dst_path=str(temporary / "all"), tracking_uri=self.tracking_uri
-                )
-                for path in bundle_files(Path(arrived)):
-                    path.rename(temporary / path.name)
-                shutil.rmtree(temporary / "all")
+        with self._reported(f"downloading {model}"):
+            if not destination.is_dir():
+                with _whole_folder(destination) as temporary:
+                    self._download(version.version, temporary)
+            if averages:
+                self._add_aside(version.version, destination)
         return destination
+
+    def _download(self, version: int, folder: Path) -> None:
+        """A version's bundle without what is kept aside."""
+        held = self.file_names(version)
+        if "checksums.json" in held:
+            self._bring(version, "checksums.json", folder)
+        names = listed(folder)
+        for name in sorted((held if names is None else held & names) - ASIDE - {"checksums.json"}):
+            self._bring(version, name, folder)
+
+    def _add_aside(self, version: int, folder: Path) -> None:
+        missing = {name for name in ASIDE & (listed(folder) or set()) if not (folder / name).exists()}
+        if missing:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                for name in missing & self.file_names(version):
+                    self._bring(version, name, Path(temporary)).rename(folder / name)
+
+    def _bring(self, version: int, name: str, folder: Path) -> Path:
+        """Download one file of a version."""
+        place = f"{self.location(version).rstrip('/')}/{name}"
+        return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
 
     def location(self, version: int) -> str:
         """URI of the folder that holds a version's files."""
+        # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
         with self._reported(f"version {version}"):
             return str(self.client.get_model_version_download_uri(self.name, str(version)))
 
@@ -161,9 +188,7 @@ class Registry:
         with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
             if name not in self.file_names(version):
                 return None
-            place = f"{self.location(version).rstrip('/')}/{name}"
-            arrived = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=self.tracking_uri)
-            return Path(arrived).read_bytes()
+            return self._bring(version, name, Path(folder)).read_bytes()
 
     def file_names(self, version: int) -> set[str]:
         """Names of the files in a version's folder."""

@@ -10,6 +10,9 @@ from typing import Any
 
 _EVALUATION = "evaluation."
 
+ASIDE = frozenset({"averages.safetensors"})
+"""Files of a bundle that coloring does not need (models/bundle.py): large, and brought here only where asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
@@ -83,8 +86,13 @@ def evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
 
 def bundle_files(folder: Path) -> list[Path]:
     """The files that a bundle's checksums.json names, and itself; all files where there is no such list."""
+    names = listed(folder)
+    return [path for path in folder.iterdir() if path.is_file() and (names is None or path.name in names)]
+
+
+def listed(folder: Path) -> set[str] | None:
+    """Names of the files of a bundle by its checksums.json, which is one of them; None where there is no such list."""
     try:
-        names = [*json.loads((folder / "checksums.json").read_text()), "checksums.json"]
-        return [folder / name for name in names if (folder / name).is_file()]
+        return {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
     except (OSError, ValueError, TypeError):
-        return [path for path in folder.iterdir() if path.is_file()]
+        return None

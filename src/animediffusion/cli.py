@@ -319,7 +319,7 @@ def tune_sampler(
     prefer: Annotated[str, typer.Option(help="knee, fast or best.")] = "knee",
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
-    """Search sampler, steps, guidance and shift on a fixed model; register it with the best as defaults."""
+    """Search sampler, steps, guidance, shift and the weights' average of a fixed model; register it with the best."""
     from animediffusion.pipelines.evaluate import evaluate as measure
     from animediffusion.pipelines.tune import tune_sampler as search
 

@@ -176,6 +176,7 @@ class Console:
                 "sharpness": f"{point['sharpness']:.2f}",
                 **{key: point[key] for key in ("sampler", "steps", "shift", "guidance_scale")},
                 "interval": "-" if point["guidance_scale"] == 1 else "{:g} to {:g}".format(*point["guidance_interval"]),
+                "average": "trained" if point["ema_length"] is None else f"{point['ema_length']:.0%} of the run",
             }
             for point in [*([] if own in result["front"] else [own]), *result["front"]]
         ]

@@ -70,3 +70,14 @@ def test_every_choice_of_parameters_is_a_point():
     for _ in range(100):
         point = SPACE.point(study.ask(fixed_distributions=SPACE.distributions).params)
         assert SPACE.simplest(SamplerDefaults(**point)) == SamplerDefaults(**point)
+
+
+def test_a_model_with_averages_has_their_length_as_a_setting():
+    space = SamplerSpace(PATH, PLAIN, (0.04, 0.16), 0.07)
+    own = space.point(space.first()[0])
+    assert own == to_point(PLAIN, 0.07)
+    assert all(space.point(params).keys() == to_point(PLAIN).keys() for params in space.first()[1:])
+    study = create_study(directions=["maximize", "minimize"], sampler=RandomSampler(seed=0))
+    points = [space.point(study.ask(fixed_distributions=space.distributions).params) for _ in range(200)]
+    lengths = {point.get("ema_length") for point in points}
+    assert lengths == {None, *(number / 100 for number in range(4, 17))}

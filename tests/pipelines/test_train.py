@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import NETWORK
 
 from animediffusion import cli
+from animediffusion.models.averages import read_averages
 from animediffusion.models.bundle import load_bundle, smoke_sample
 from animediffusion.pipelines.checkpoints import fetch, latest_step
 from animediffusion.pipelines.evaluate import evaluate
@@ -95,6 +96,10 @@ def test_a_run_leaves_its_settings_checkpoints_and_a_bundle_that_colors(straight
     average = weights(settings, result["run"], 20)
     for name, parameter in bundle.denoiser.named_parameters():
         assert torch.equal(parameter, average[f"average.{name}"])
+    averages = read_averages(bundle)
+    assert averages.kept.keys() == {0.04, 0.08, 0.16}
+    for length, kept in averages.kept.items():
+        assert all(torch.equal(tensor, average[f"average_{length:g}.{name}"]) for name, tensor in kept.items())
 
 
 def test_the_result_has_the_keys_of_the_contract(straight):

@@ -9,16 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from animediffusion.models.bundle import BundleConfig, SamplerDefaults, load_bundle, save_bundle
+from animediffusion.models.averages import pack, read_averages
+from animediffusion.models.bundle import (
+    AVERAGES,
+    BundleConfig,
+    SamplerDefaults,
+    load_bundle,
+    save_bundle,
+    with_metrics,
+)
 from animediffusion.models.unet import UNetConfig
 from animediffusion.pipelines import release, tune
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
 from animediffusion.pipelines.measure import load_rows, measure
-from animediffusion.pipelines.pareto import Point, Prefer, choose, knee, pareto_front
+from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, knee, pareto_front
+from animediffusion.pipelines.space import to_point
 from animediffusion.platform import tracking
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ConfigError, DataError, Interrupted
+from animediffusion.platform.errors import BundleError, ConfigError, DataError, Interrupted
 from animediffusion.platform.images import decode_rgb, encode_lossless
 from animediffusion.platform.registry import Registry
 
@@ -96,13 +106,17 @@ def bundle(tmp_path: Path) -> Path:
     sizes = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}
     network = UNetConfig(channel_multipliers=(1, 1), **sizes)
     sampler = SamplerDefaults(name="heun", steps=12, guidance_scale=3.0, shift=1.5)
-    config = BundleConfig(network=network, image_size=SIZE, sampler=sampler)
+    config = BundleConfig(network=network, image_size=SIZE, sampler=sampler, provenance={"run": "first"})
     folder = tmp_path / "bundle"
     denoiser = config.build()
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    save_bundle(folder, denoiser, config, metrics={"tracks": {"same": {"psnr": 1.0}}})
+    kept = {
+        length: {name: (1 + length) * tensor for name, tensor in denoiser.state_dict().items()}
+        for length in (0.04, 0.16)
+    }
+    save_bundle(folder, denoiser, config, metrics={"tracks": {"same": {"psnr": 1.0}}}, averages=pack(kept))
     return folder
 
 
@@ -155,6 +169,7 @@ def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothi
     assert version.metrics == {**measured, "steps": best["steps"], "model": f"sha256:{version.sha256[:12]}"}
     tuned = load_bundle(Registry(settings).fetch("models:/animediffusion/2"))
     assert tuned.config.sampler == Point.of(best).settings
+    assert tuned.config.provenance.get("ema_length") == best["ema_length"]
     assert tuned.sha256 != first.sha256
     run = tracking.setup(settings).get_run(version.run)
     assert (run.info.status, run.data.params["trials"]) == ("FINISHED", "6")
@@ -171,6 +186,51 @@ def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothi
     assert len(lines) == 6
 
 
+def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others(
+    settings: Settings, bundle: Path, data: str
+) -> None:
+    release.register(settings, bundle)
+    registry, rows = Registry(settings), load_rows(data, "val", 8)
+    loaded = load_bundle(bundle)
+    averages = read_averages(loaded)
+    task = tune._Task(loaded, averages, rows.searched)
+    sampler = SamplerDefaults(steps=2)
+    trained, chosen = (tune._measure(task, to_point(sampler, length)) for length in (None, 0.1))
+    assert trained.psnr != chosen.psnr
+    assert "average over 10% of the run" in describe(chosen)
+    run = tracking.Run.start(settings, tracking.TUNING, "test", {})
+    made = tune._register(registry, loaded, averages, chosen, run.run_id, None)
+    assert made == {"version": 2, "changed": True}
+
+    # Who only colors gets the weights that were measured, and not the others.
+    folder = registry.fetch("models:/animediffusion/2")
+    assert not (folder / AVERAGES).exists()
+    tuned = release.check_bundle(folder)
+    assert replace(measure(tuned, rows.searched, sampler), seconds_per_image=0) == replace(
+        chosen, ema_length=None, seconds_per_image=0
+    )
+    assert release.show(settings, 2)["lineage"][0]["made"] == "tuned"
+
+    # Who tunes it again gets them all, also after that, and the same journal.
+    again = load_bundle(registry.fetch("models:/animediffusion/2", averages=True))
+    found = read_averages(again)
+    assert (again.folder, found.length) == (folder, 0.1)
+    assert tune._search_key(again, found, rows) == tune._search_key(loaded, averages, rows)
+    assert tune._register(registry, again, found, chosen, run.run_id, None) == {"version": 2, "changed": False}
+    back = tune._register(registry, again, found, trained, run.run_id, None)
+    assert load_bundle(registry.fetch(f"models:/animediffusion/{back['version']}")).config == replace(
+        loaded.config, sampler=sampler
+    )
+    run.finish()
+
+
+def test_averages_that_do_not_fit_are_told_in_one_line(settings: Settings, bundle: Path, data: str) -> None:
+    save_file({"0.04/other": torch.zeros(1)}, bundle / AVERAGES)
+    with_metrics(bundle, {})  # seals the folder as it is now
+    with pytest.raises(BundleError, match=r"averages\.safetensors does not fit the model"):
+        tune.tune_sampler(settings, bundle, data, num_images=4)
+
+
 def test_a_measurement_depends_on_the_settings_alone(bundle: Path, data: str) -> None:
     rows = load_rows(data, "val", 8)
     loaded = load_bundle(bundle)
@@ -181,12 +241,13 @@ def test_a_measurement_depends_on_the_settings_alone(bundle: Path, data: str) ->
 
 def test_a_point_that_is_good_by_chance_is_not_chosen(bundle: Path, data: str) -> None:
     loaded, rows = load_bundle(bundle), load_rows(data, "val", 4)
+    averages = read_averages(loaded)
     assert rows.unseen is not None
     settings = [SamplerDefaults(steps=1), SamplerDefaults(steps=2), SamplerDefaults(name="heun", steps=4)]
     unseen = sorted((measure(loaded, rows.unseen, one) for one in settings), key=lambda point: point.psnr)
     assert unseen[1].psnr - unseen[0].psnr > tune.CONFIRM_DB
     worst, defaults = replace(unseen[0], psnr=99.0), replace(unseen[1], psnr=20.0)
-    chosen, found = tune.confirm(loaded, rows, [defaults, worst], "best")
+    chosen, found = tune.confirm(loaded, averages, rows, [defaults, worst], "best")
     assert chosen == defaults
     assert found == {"defaults": unseen[1].psnr, "best": unseen[1].psnr}
 
