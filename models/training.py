@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from animediffusion.models.augment import AugmentConfig, make_batch
 from animediffusion.models.averages import exponent
+from animediffusion.models.bfloat16 import Float32Muon, has_bfloat16
 from animediffusion.models.denoiser import Denoiser
 from animediffusion.models.objective import Loss
 
@@ -58,7 +59,7 @@ class OptimizerConfig:
     """Averages that are kept beside it, so that any length between can be chosen after the run: standard deviations of
     their profiles as shares of the run, see models/averages.py. () keeps none."""
     precision: str = "bf16"
-    """bf16 (autocast) or fp32."""
+    """bf16 (autocast, on a CPU only where it has instructions for it, see bfloat16.py) or fp32."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
@@ -120,7 +121,8 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(
             rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.muon = torch.optim.Muon(self.matrices.values(), weight_decay=config.weight_decay) if hidden else None
+        muon = torch.optim.Muon if has_bfloat16(self.parameters[0].device) else Float32Muon
+        self.muon = muon(self.matrices.values(), weight_decay=config.weight_decay) if hidden else None
 
     def learning_rate(self) -> float:
         """AdamW's, of the next step."""
@@ -303,12 +305,13 @@ def fit(
             DDP all ranks raise at the same step, since one bad row makes the averaged gradients bad on all of them.
     """
     device = state.parameters[0].device
+    reduced = state.config.precision == "bf16" and has_bfloat16(device)
     for rows in batches:
         if state.step >= until_step:
             return
         generator = step_generator(seed, state.step, rank, device)
         batch = make_batch(rows, augment, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             loss: Loss = objective(batch, generator, state.step)
         # Backward first, finite or not: the other ranks wait there for these gradients.
         torch.autograd.backward(loss.total)
