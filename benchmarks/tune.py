@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,7 @@ def measure_all(
     @ray.remote(num_cpus=1)
     def one(task: Any, some: list[Setting]) -> list[Point]:
         model, weights, batch = task
-        return [
-            replace(measure(weights.use(model, length), batch, sampler), ema_length=length) for sampler, length in some
-        ]
+        return [measure(weights.use(model, length), batch, sampler, length) for sampler, length in some]
 
     missing = [setting for setting in settings if setting not in known]
     tasks = [one.remote(shared, missing[start : start + 8]) for start in range(0, len(missing), 8)]

@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +36,7 @@ LONGEST = 0.28
 _TRAINED = "trained"
 
 
+@cache
 def exponent(length: float) -> float:
     """Of the profile t^exponent on [0, 1] whose standard deviation is `length`.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -260,21 +261,23 @@ class TrainState:
 
 def averaged_weights(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a saved state, by the denoiser's names."""
-    return _tensors(load_file(folder / WEIGHTS), "average.")
+    return _tensors(folder, "average.")
 
 
 def kept_averages(folder: Path, lengths: Iterable[float]) -> dict[float, dict[str, Tensor]]:
     """The averages that a saved state keeps beside it, by length and the denoiser's names."""
-    tensors = load_file(folder / WEIGHTS)
-    return {length: _tensors(tensors, _prefix(length)) for length in lengths}
+    return {length: _tensors(folder, _prefix(length)) for length in lengths}
 
 
 def _prefix(length: float) -> str:
     return f"average_{length:g}."
 
 
-def _tensors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Those with this prefix; the rest of the file, optimizer and all, is not read."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no dictionary
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def fit(

@@ -47,8 +47,15 @@ def load_rows(data: str, split: str, num_images: int) -> Rows:
 
 
 @torch.no_grad()
-def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults) -> Point:
-    """Color the rows with these settings and compare with the truth; row i has noise i."""
+def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults, ema_length: float | None = None) -> Point:
+    """Color the rows with these settings and compare with the truth; row i has noise i.
+
+    Args:
+        bundle: the model.
+        batch: the rows.
+        sampler: in place of its defaults.
+        ema_length: of the average that its weights are, for the point.
+    """
     started = time.perf_counter()
     images = []
     for start in range(0, len(batch.target), _ROWS_PER_BATCH):
@@ -67,4 +74,5 @@ def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults) -> Point:
         seconds_per_image=seconds / len(batch.target),
         shift=sampler.shift,
         guidance_interval=sampler.guidance_interval,
+        ema_length=ema_length,
     )

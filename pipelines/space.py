@@ -73,7 +73,7 @@ class SamplerSpace:
             guidance_scale=round(chosen["guidance_scale"], 2) if chosen["guided"] else 1.0,
             guidance_interval=self.intervals[chosen["guidance_interval"]],
         )
-        length = round(chosen["ema_length"], 2) if chosen.get("averaged") == "over ema_length" else None
+        length = round(chosen["ema_length"], 4) if chosen.get("averaged") == "over ema_length" else None
         return to_point(self.simplest(settings), length)
 
     def first(self) -> list[dict[str, Any]]:

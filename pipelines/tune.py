@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +31,7 @@ from animediffusion.pipelines import release
 from animediffusion.pipelines.front import draw_front, draw_strip
 from animediffusion.pipelines.measure import Rows, load_rows, measure
 from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, floor, pareto_front
-from animediffusion.pipelines.space import SamplerSpace, to_point
+from animediffusion.pipelines.space import SamplerSpace
 from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
@@ -197,11 +197,11 @@ def confirm(
     if rows.unseen is None:
         return choose(points, prefer), None
     unseen = _Task(bundle, averages, rows.unseen)
-    own = _measure(unseen, to_point(defaults.settings, defaults.ema_length)).psnr
+    own = _measure(unseen, defaults.settings, defaults.ema_length).psnr
     while True:
         chosen = choose(points, prefer)
         same = chosen == defaults
-        found = own if same else _measure(unseen, to_point(chosen.settings, chosen.ema_length)).psnr
+        found = own if same else _measure(unseen, chosen.settings, chosen.ema_length).psnr
         if same or found >= floor(own, prefer) - CONFIRM_DB:
             return chosen, {"defaults": own, "best": found}
         points = [point for point in points if point != chosen]
@@ -211,14 +211,12 @@ def _trial(config: dict[str, Any], *, task: _Task) -> None:
     """One trial, in a worker that the next trials use, too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
-    tune.report({"measured": json.dumps(asdict(_measure(task, config)))})
+    sampler = SamplerDefaults(**{key: value for key, value in config.items() if key != "ema_length"})
+    tune.report({"measured": json.dumps(asdict(_measure(task, sampler, config.get("ema_length"))))})
 
 
-def _measure(task: _Task, point: Mapping[str, Any]) -> Point:
-    """What the settings of a point give, see `to_point`."""
-    length = point.get("ema_length")
-    sampler = SamplerDefaults(**{key: value for key, value in point.items() if key != "ema_length"})
-    return replace(measure(task.averages.use(task.bundle, length), task.batch, sampler), ema_length=length)
+def _measure(task: _Task, sampler: SamplerDefaults, length: float | None) -> Point:
+    return measure(task.averages.use(task.bundle, length), task.batch, sampler, length)
 
 
 def _judge(

@@ -158,23 +158,23 @@ class Registry:
 
     def _download(self, version: int, folder: Path) -> None:
         """A version's bundle without what is kept aside."""
-        held = self.file_names(version)
+        held, location = self.file_names(version), self.location(version)
         if "checksums.json" in held:
-            self._bring(version, "checksums.json", folder)
+            self._bring(location, "checksums.json", folder)
         names = listed(folder)
         for name in sorted((held if names is None else held & names) - ASIDE - {"checksums.json"}):
-            self._bring(version, name, folder)
+            self._bring(location, name, folder)
 
     def _add_aside(self, version: int, folder: Path) -> None:
         missing = {name for name in ASIDE & (listed(folder) or set()) if not (folder / name).exists()}
         if missing:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 for name in missing & self.file_names(version):
-                    self._bring(version, name, Path(temporary)).rename(folder / name)
+                    self._bring(self.location(version), name, Path(temporary)).rename(folder / name)
 
-    def _bring(self, version: int, name: str, folder: Path) -> Path:
-        """Download one file of a version."""
-        place = f"{self.location(version).rstrip('/')}/{name}"
+    def _bring(self, location: str, name: str, folder: Path) -> Path:
+        """Download one file of a version's folder."""
+        place = f"{location.rstrip('/')}/{name}"
         return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
 
     def location(self, version: int) -> str:
@@ -188,7 +188,7 @@ class Registry:
         with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
             if name not in self.file_names(version):
                 return None
-            return self._bring(version, name, Path(folder)).read_bytes()
+            return self._bring(self.location(version), name, Path(folder)).read_bytes()
 
     def file_names(self, version: int) -> set[str]:
         """Names of the files in a version's folder."""

@@ -25,7 +25,6 @@ from animediffusion.pipelines import release, tune
 from animediffusion.pipelines.dataset import Manifest, Split, write_shard
 from animediffusion.pipelines.measure import load_rows, measure
 from animediffusion.pipelines.pareto import Point, Prefer, choose, describe, knee, pareto_front
-from animediffusion.pipelines.space import to_point
 from animediffusion.platform import tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, DataError, Interrupted
@@ -195,7 +194,7 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     averages = read_averages(loaded)
     task = tune._Task(loaded, averages, rows.searched)
     sampler = SamplerDefaults(steps=2)
-    trained, chosen = (tune._measure(task, to_point(sampler, length)) for length in (None, 0.1))
+    trained, chosen = (tune._measure(task, sampler, length) for length in (None, 0.1))
     assert trained.psnr != chosen.psnr
     assert "average over 10% of the run" in describe(chosen)
     run = tracking.Run.start(settings, tracking.TUNING, "test", {})
