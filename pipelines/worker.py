@@ -33,14 +33,13 @@ from animediffusion.pipelines.checkpoints import (
 )
 from animediffusion.pipelines.dataset import decode_rows
 from animediffusion.pipelines.gauges import Gauges
+from animediffusion.pipelines.pace import Pace
 from animediffusion.pipelines.recipe import TrainConfig
 from animediffusion.pipelines.rungs import Rungs
 from animediffusion.pipelines.scoring import Scorer
 from animediffusion.platform import storage
 from animediffusion.platform.tracking import Run
 
-TIMED_STEPS = 20
-"""After so many steps (and so many before them to warm up) max_minutes becomes max_steps."""
 AGREE_EVERY = 10
 """Steps between two looks of all ranks at what rank 0 decided."""
 UNKNOWN_LENGTH = 1 << 40
@@ -244,7 +243,7 @@ class _Log:
         self.answer: Any = None
         self.begun = time.monotonic()
         self.last = (rank.state.step, self.begun, 0.0)
-        self.timed: float | None = None
+        self.pace = Pace((self.config.max_minutes or 0) * 60)
         self.values: dict[str, float] = {}
         self.gauges = Gauges(rank.shared["run_name"])
         self.bins, self.counts = torch.zeros(8), torch.zeros(8)
@@ -256,8 +255,7 @@ class _Log:
     def step(self, step: Step) -> None:
         self.bins += step.loss.bins.cpu()
         self.counts += step.loss.counts.cpu()
-        if step.step - self.rank.first_step == TIMED_STEPS:
-            self.timed = time.monotonic()
+        self.pace.step()
         if step.step % self.config.log_every == 0:
             self._report(step)
 
@@ -315,11 +313,8 @@ class _Log:
         if self.rank.rungs is not None and self.rank.rungs.stopped():
             stop = 1
         max_steps = self.rank.state.max_steps
-        done = self.rank.state.step - self.rank.first_step
-        if max_steps == UNKNOWN_LENGTH and self.timed is not None and done >= 2 * TIMED_STEPS:
-            seconds_per_step = (time.monotonic() - self.timed) / (done - TIMED_STEPS)
-            left = (self.config.max_minutes or 0) * 60 - (time.monotonic() - self.begun)
-            max_steps = self.rank.state.step + max(1, int(left / seconds_per_step))
+        if max_steps == UNKNOWN_LENGTH and (more := self.pace.more()) is not None:
+            max_steps = self.rank.state.step + more
         return [max_steps, stop]
 
     def checkpoint(self) -> None:
