@@ -95,7 +95,7 @@ def choose(points: Sequence[Point], prefer: Prefer) -> Point:
 
 def describe(point: Point) -> str:
     """One line about a point."""
-    average = "" if point.ema_length is None else f", average over {point.ema_length:.0%} of the run"
+    average = "" if point.ema_length is None else f", average over {100 * point.ema_length:.3g}% of the run"
     return (
         f"{point.settings.describe()}{average}: {point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, "
         f"{point.evaluations} evaluation{'s' if point.evaluations > 1 else ''}"

@@ -27,6 +27,9 @@ LENGTH_STEP = 0.01
 """Between two lengths of an average that are tried, shares of the run; what lies closer cannot be told apart."""
 LADDER = (1, 2, 4, 3, 6, 8)
 """Steps of euler without guidance that are tried first: the plain front, from which the search looks for more."""
+GUIDED_LADDER, GUIDED_SCALE = (2, 1, 4, 3), 2.0
+"""Then with it. It doubles the cost, and a search that meets it late, with a bad shift, keeps to what is plain: some
+ended 1.2 dB below a grid (benchmarks/results/tune.md)."""
 
 
 class SamplerSpace:
@@ -77,10 +80,11 @@ class SamplerSpace:
         return to_point(self.simplest(settings), length)
 
     def first(self) -> list[dict[str, Any]]:
-        """Parameters of the points to begin with: the model's own settings, then the ladder."""
-        plain = SamplerDefaults(name="euler", guidance_scale=1.0)
+        """Parameters of the points to begin with: the model's own settings, then the ladders."""
+        plain = [SamplerDefaults(name="euler", steps=steps, guidance_scale=1.0) for steps in LADDER]
+        guided = [SamplerDefaults(name="euler", steps=steps, guidance_scale=GUIDED_SCALE) for steps in GUIDED_LADDER]
         own = self.parameters(self.defaults, self.length)
-        return [own, *(self.parameters(replace(plain, steps=steps)) for steps in LADDER)]
+        return [own, *map(self.parameters, [*plain, *guided])]
 
     def parameters(self, settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
         """Optuna's parameters of these settings with the average of this length."""

@@ -141,11 +141,15 @@ def search(
     trials: int,
     minutes: float | None = None,
     progress: Progress | None = None,
+    seed: int = 0,
 ) -> list[Point]:
-    """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first."""
+    """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first.
+
+    `seed`: of Optuna's draws. With trials side by side, their order of ending decides, too.
+    """
     space = _space(bundle, averages)
     study = Study(
-        new_study(_optuna_sampler(), ["maximize", "minimize"]),
+        new_study(_optuna_sampler(seed), ["maximize", "minimize"]),
         space.distributions,
         space.point,
         _judge,
@@ -175,10 +179,10 @@ def search(
     return [first, *(point for point in points if point is not first)]
 
 
-def _optuna_sampler() -> optuna.samplers.BaseSampler:
+def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=0, multivariate=True, constant_liar=True)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
 def read_points(folder: Path) -> list[Point]:

@@ -65,6 +65,14 @@ def test_the_defaults_are_part_of_the_space_and_its_first_point(defaults):
     assert space.point(first) == to_point(space.simplest(defaults))
 
 
+def test_a_search_begins_with_its_defaults_and_both_plain_fronts():
+    points = [SamplerDefaults(**SPACE.point(params)) for params in SPACE.first()]
+    assert points[0] == PLAIN
+    assert {point.steps for point in points if point.guidance_scale == 1} >= {1, 2, 4, 8}
+    assert {point.steps for point in points if point.guidance_scale == 2} >= {1, 2, 4}
+    assert all(point.guidance_interval == (0.0, 1.0) for point in points)
+
+
 def test_every_choice_of_parameters_is_a_point():
     study = create_study(directions=["maximize", "minimize"], sampler=RandomSampler(seed=0))
     for _ in range(100):
