@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import free_port
+from ports import free_port
 
 from animediffusion.platform.images import decode_rgb
 

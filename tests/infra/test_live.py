@@ -20,9 +20,10 @@ import pytest
 import ray
 import torch
 import yaml
-from head import Head, free_port, ray_head
+from head import Head, ray_head
 from manifests import KUBERNETES, ROOT
 from PIL import Image
+from ports import free_port
 from tiny import NETWORK
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle

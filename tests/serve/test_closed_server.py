@@ -1,13 +1,13 @@
 """The whole application on Ray Serve with keys in a store, and what it leaves in the logs."""
 
 import json
-import socket
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 import ray
+from ports import free_port
 from ray import serve
 
 from animediffusion.platform.keys import Keys
@@ -18,13 +18,10 @@ from animediffusion.serve.server import start
 @pytest.fixture
 def closed(ray_cluster, tmp_path, bundle_folder):
     """(URL, key, keys, file of the journal)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     keys, log = Keys(f"s3://bucket/{tmp_path.name}/keys.json"), tmp_path / "logs" / "requests.jsonl"
     key = keys.create("studio")
     config = ServeConfig(model=str(bundle_folder), workspace=tmp_path, keys=keys.uri, request_log=log)
-    yield start(config, port=port), key, keys, log
+    yield start(config, port=free_port()), key, keys, log
     serve.shutdown()
 
 

@@ -1,6 +1,5 @@
 """The application on a real Ray, while versions come and go: one deployment for all tests here, in their order."""
 
-import socket
 import threading
 import time
 from collections import Counter
@@ -10,6 +9,7 @@ import httpx
 import pytest
 import ray
 from breakage import broken_copy, not_finite
+from ports import free_port
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
@@ -25,12 +25,6 @@ from animediffusion.serve.server import start
 pytestmark = pytest.mark.ray
 
 FOLLOWS_WITHIN_S = 10.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Studio:

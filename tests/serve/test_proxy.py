@@ -2,10 +2,10 @@
 
 import asyncio
 import os
-import socket
 
 import httpx
 import pytest
+from ports import free_port
 from ray import serve
 from ray.serve._private.http_util import convert_object_to_asgi_messages
 
@@ -146,9 +146,7 @@ def test_only_what_serve_says_itself_is_in_the_proxys_journal(lines):
 
 @pytest.fixture
 def real_proxy(ray_cluster):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 2})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

@@ -7,6 +7,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from ports import free_port
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
@@ -17,12 +18,6 @@ from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
 from animediffusion.serve.server import _config, _for_host, check_address, check_model, start
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_port_in_use_is_named():
