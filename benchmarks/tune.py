@@ -224,6 +224,8 @@ def main() -> int:
     try:
         if args.model is not None and (args.data is None or args.schedule is not None):
             raise ConfigError("--model", "without --data, or with --schedule", "give --data, leave --schedule out")
+        if args.searches < 1:
+            raise ConfigError("--searches", str(args.searches), "at least 1")
         cluster.connect(settings)
         data = args.data or drawn_faces(out, 64 if args.schedule is None else 32)
         if args.schedule is None:
