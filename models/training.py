@@ -318,8 +318,9 @@ def fit(
             loss: Loss = objective(batch, generator, state.step)
         # Backward first, finite or not: the other ranks wait there for these gradients.
         torch.autograd.backward(loss.total)
-        if not math.isfinite(float(loss.total.detach())):
-            raise FloatingPointError(f"step {state.step}: the loss is {float(loss.total.detach()):g}")
+        total = float(loss.total.detach())
+        if not math.isfinite(total):
+            raise FloatingPointError(f"step {state.step}: the loss is {total:g}")
         learning_rate = state.learning_rate()
         norm = state.apply_gradients()
         if on_step(Step(state.step, loss, norm, learning_rate)) or state.step >= until_step:

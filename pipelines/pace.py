@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 ENOUGH = 40
 """After so many steps it is told, the first half of them taken as a warm-up."""
@@ -31,8 +32,7 @@ class Pace:
         left = self._end - self._clock()
         # On a slow machine those first steps may be more than the time is for. The fastest step tells: compiling and
         # other first costs are not in it, so that a short run on a fast machine is not taken for one on a slow one.
-        fastest = min(later - earlier for earlier, later in zip(self._ends, self._ends[1:], strict=False))
-        if left > (ENOUGH - done) * fastest and done < ENOUGH:
+        if done < ENOUGH and left > (ENOUGH - done) * min(end - start for start, end in pairwise(self._ends)):
             return None
         warm = done // 2 - 1
         per_step = (self._ends[-1] - self._ends[warm]) / (done - 1 - warm)
