@@ -33,6 +33,8 @@ VERSIONS = ("1.31.0", "1.37.0")
 """Of Kubernetes: the oldest and the newest that we say it runs on."""
 QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(m|k|[KMGTPE]i|[MGTPE])?")
 """Of a resource; Kubernetes' own schema takes any text for one."""
+UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
+"""Those that our quantities have."""
 RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 
@@ -93,8 +95,28 @@ def pods(value: Any) -> list[dict[str, Any]]:
 
 
 def containers(value: Any) -> list[dict[str, Any]]:
-    """Every container inside an object."""
-    return [container for spec in pods(value) for container in spec["containers"]]
+    """Every container inside an object; those that run first and end come last."""
+    return [one for spec in pods(value) for one in [*spec["containers"], *spec.get("initContainers", [])]]
+
+
+def environment(container: dict[str, Any], settings: dict[str, str], secrets: dict[str, str]) -> dict[str, str]:
+    """Variables of a container, from the ConfigMap's data and the values of the secrets by their names."""
+    found = dict(settings) if "envFrom" in container else {}
+    for entry in container.get("env", []):
+        value = secrets[entry["valueFrom"]["secretKeyRef"]["name"]] if "valueFrom" in entry else entry["value"]
+        found[entry["name"]] = expand(value, found)
+    return found
+
+
+def expand(text: str, variables: dict[str, str]) -> str:
+    """Put variables into a command or a value as Kubernetes does: $(NAME)."""
+    return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
+
+
+def amount(quantity: str) -> float:
+    """Cores or bytes, from a quantity."""
+    [(number, unit)] = QUANTITY.findall(str(quantity))
+    return float(number) * UNITS[unit]
 
 
 @functools.cache

@@ -9,7 +9,9 @@ from pathlib import Path
 import manifests
 import pytest
 import yaml
-from manifests import FOLDERS, KUBERNETES, RAY_KINDS, ROOT, build, containers, pods
+from manifests import FOLDERS, KUBERNETES, RAY_KINDS, ROOT, amount, build, containers, pods
+from ray._private import ray_constants, services, utils
+from sqlalchemy import make_url
 
 PLATFORM = ("small", "gpu")
 SECRETS = {"storage", "postgres", "redis", "ray-token"}
@@ -139,7 +141,7 @@ def test_nothing_runs_as_root_or_without_limits(folder: str) -> None:
 @pytest.mark.parametrize("folder", PLATFORM)
 def test_everything_that_stays_up_is_probed(folder: str) -> None:
     staying = [one for one in build(KUBERNETES / folder) if one["kind"] not in ("Job", "RayJob")]
-    probed = [container for one in staying for container in containers(one)]
+    probed = [container for one in staying for pod in pods(one) for container in pod["containers"]]
     assert len(probed) >= 5
     for container in probed:
         assert {"readinessProbe", "livenessProbe"} <= set(container), container["name"]
@@ -211,12 +213,14 @@ def test_every_pod_is_behind_the_rule_that_refuses_and_every_server_behind_one_o
             assert any(policy["spec"].get("ingress") for policy in own), labels
 
 
-def test_no_pod_that_needs_none_holds_a_token_of_kubernetes() -> None:
-    for folder in FOLDERS:
-        for one in build(KUBERNETES / folder):
-            for pod in pods(one):
-                head = pod["containers"][0]["name"] == "ray-head"
-                assert head or pod["automountServiceAccountToken"] is False, one["metadata"]["name"]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_only_a_head_with_an_autoscaler_holds_a_token_of_kubernetes(folder: str) -> None:
+    for one in build(KUBERNETES / folder):
+        scales = one["kind"] in ("RayCluster", "RayService") and cluster(folder, one["kind"])
+        for pod in pods(one):
+            head = pod["containers"][0]["name"] == "ray-head"
+            needed = head and scales.get("enableInTreeAutoscaling", False)
+            assert pod["automountServiceAccountToken"] is needed, one["metadata"]["name"]
 
 
 def test_gpu_heads_stay_and_compute_nothing_and_spot_machines_come_first() -> None:
@@ -265,3 +269,126 @@ def test_the_training_job_runs_on_the_cluster_that_is_there() -> None:
     assert words[:2] == ["animediffusion", "train"]
     assert {"data", "storage", "name"} <= {word.partition("=")[0] for word in words}
     assert not Path(KUBERNETES / "train" / "rayjob.yaml").read_text().count("runtimeEnvYAML")
+
+
+def ray_pods(folder: str) -> list[tuple[dict, dict]]:
+    """The group and the pod of every kind of Ray node."""
+    groups = []
+    for kind in ("RayCluster", "RayService"):
+        spec = cluster(folder, kind)
+        groups += [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]
+    return [(group, group["template"]["spec"]) for group in groups]
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_ray_keeps_its_objects_in_memory(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own choice of the store's size and place, in a pod of which nothing is used yet."""
+    for group, pod in ray_pods(folder):
+        [shm] = [amount(one["emptyDir"]["sizeLimit"]) for one in pod["volumes"] if one["name"] == "shm"]
+        memory = amount(pod["containers"][0]["resources"]["limits"]["memory"])
+        named = group["rayStartParams"].get("object-store-memory")
+        monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda shm=shm: int(shm))
+        monkeypatch.setattr("ray._common.utils.get_system_memory", lambda memory=memory: int(memory))
+        size = utils.resolve_object_store_memory(int(memory), int(named) if named else None)
+        place, _, _ = services.determine_plasma_store_config(size, "/tmp")
+        assert place == "/dev/shm", pod["containers"][0]
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_a_ray_pod_has_the_time_that_ray_takes_to_drain_it(folder: str) -> None:
+    for _, pod in ray_pods(folder):
+        variables = {one["name"]: one["value"] for one in pod["containers"][0].get("env", [])}
+        drain = float(variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30))
+        assert pod["terminationGracePeriodSeconds"] >= drain + 15
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S == 30
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_no_disruption_budget_blocks_every_drain(folder: str) -> None:
+    """KubeRay's clusters have no scale subresource: only a number of pods counts, and more pods than that must run."""
+    running = []
+    for kind in ("RayCluster", "RayService"):
+        spec = cluster(folder, kind)
+        groups = [("head", 1, spec["headGroupSpec"])]
+        groups += [("worker", one["minReplicas"], one) for one in spec.get("workerGroupSpecs", [])]
+        running += [(group, number, type_) for type_, number, group in groups]
+    for budget in found(folder, "PodDisruptionBudget"):
+        least = budget["spec"]["minAvailable"]
+        assert isinstance(least, int)
+        assert "maxUnavailable" not in budget["spec"]
+        picked = [
+            number
+            for group, number, kind in running
+            if selects(
+                budget["spec"]["selector"], {**group["template"]["metadata"]["labels"], "ray.io/node-type": kind}
+            )
+        ]
+        assert sum(picked) > least
+
+
+def test_the_application_fills_the_serving_pods_that_always_run() -> None:
+    [service] = found("gpu", "RayService")
+    [application] = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["minReplicas"] == application["args"]["min_replicas"] == application["args"]["num_ingress_replicas"]
+    assert application["deployments"] == [{"name": "ingress", "max_replicas_per_node": 1}]
+
+
+@pytest.mark.parametrize("folder", PLATFORM)
+def test_a_shell_is_replaced_by_the_server_that_it_starts(folder: str) -> None:
+    """Else the shell gets the signal to stop, and ignores it."""
+    for one in build(KUBERNETES / folder):
+        for container in containers(one):
+            if container.get("command", [])[:2] == ["sh", "-c"]:
+                [script] = container["args"]
+                assert script.startswith("exec ")
+                assert "|" not in script
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_job_goes_when_it_is_done(folder: str) -> None:
+    assert all(one["spec"]["ttlSecondsAfterFinished"] <= 300 for one in found(folder, "Job"))
+
+
+RESERVED = {"cpu": 1.0, "memory": 2**30}
+"""For the operator and what Kubernetes itself runs on a node."""
+
+
+def requests(pod: dict, resource: str) -> float:
+    own = sum(amount(one["resources"]["requests"][resource]) for one in pod["containers"])
+    first = [amount(one["resources"]["requests"][resource]) for one in pod.get("initContainers", [])]
+    return max(own, *first) if first else own
+
+
+def test_the_node_that_the_manual_names_holds_a_second_serving_cluster_while_pods_change() -> None:
+    [words] = re.findall(r"one node with (\d+) cores and (\d+) GiB", (ROOT / "docs/cluster.md").read_text())
+    size = {"cpu": float(words[0]), "memory": float(words[1]) * 2**30}
+    serving = pods(cluster("small", "RayService"))
+    every = [pod for one in build(KUBERNETES / "small") for pod in pods(one)]
+    for resource, there in size.items():
+        assert sum(requests(pod, resource) for pod in [*every, *serving]) + RESERVED[resource] <= there
+
+
+def test_the_policy_for_cloud_identities_fits_its_schema_and_is_not_built() -> None:
+    policy = yaml.safe_load((KUBERNETES / "gpu/identity.yaml").read_text())
+    policy["metadata"]["namespace"] = "animediffusion"
+    manifests.check(policy)
+    built = [one["metadata"]["name"] for one in found("gpu", "NetworkPolicy")]
+    assert policy["metadata"]["name"] not in built
+
+
+def test_a_training_job_asks_for_the_gpus_that_the_autoscaler_brings() -> None:
+    [job] = found("train", "RayJob")
+    assert "use_gpu=true" in job["spec"]["entrypoint"].split()
+
+
+def test_the_driver_of_every_database_is_installed() -> None:
+    """An address without a driver means SQLAlchemy's default one, which is another in each release."""
+    files = [path for path in (ROOT / "infra").rglob("*") if path.is_file()]
+    files += [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    text = "\n".join(path.read_text() for path in files)
+    schemes = re.findall(r"\b((?:postgres|postgresql|mysql)(?:\+\w+)?)://", text)
+    assert len(schemes) >= 2
+    for scheme in schemes:
+        assert make_url(f"{scheme}://user@host/name").get_dialect().import_dbapi()
+        assert scheme.partition("+")[2] in (ROOT / "infra/docker/Dockerfile").read_text()

@@ -1,0 +1,87 @@
+"""Builds the image of infra/docker/Dockerfile without a container daemon.
+
+    python tests/infra/image.py FOLDER
+
+buildah builds it in FOLDER, on a Debian base that debootstrap makes there and that has the name of the Dockerfile's own
+base. pip in the build has the configuration of pip here. Needs root, both programs (Debian packages of the same name),
+12 GB and a quarter of an hour. Prints where the image's files are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "infra/docker/Dockerfile"
+PACKAGES = "python3,python3-pip,python-is-python3,ca-certificates"
+SUITE = "bookworm"
+TOOLS = ("buildah", "debootstrap")
+IMAGE = "animediffusion"
+
+
+def build(folder: Path) -> Path:
+    """Return the root directory of the image, built new, with an existing base where FOLDER has one."""
+    base = folder / "base"
+    if not base.exists():
+        _make_base(base)
+    shutil.rmtree(folder / "context", ignore_errors=True)
+    config = folder / "pip.conf"
+    text, places = pip_configuration()
+    config.write_text(text)
+    volumes = [f"--volume={place}:{place}:ro" for place in places]
+    _name_base(folder, base)
+    options = ["--isolation=chroot", "--network=host", "--layers=false", "--pull-never", f"--tag={IMAGE}"]
+    _buildah(folder, "build", *options, f"--volume={config}:/etc/pip.conf:ro", *volumes, f"--file={DOCKERFILE}", ROOT)
+    container = _buildah(folder, "from", "--pull-never", IMAGE)
+    return Path(_buildah(folder, "mount", container))
+
+
+def pip_configuration() -> tuple[str, list[Path]]:
+    """What pip here is configured to do, as a pip.conf, and the directories and files that it names.
+
+    An index in a directory links to files beside it, so its parent is among them.
+    """
+    command = [sys.executable, "-m", "pip", "--isolated", "config", "list"]
+    command.remove("--isolated")
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    settings = dict(re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, flags=re.MULTILINE))
+    named = {Path(path).parent if url else Path(path) for value in settings.values() for url, path in _paths(value)}
+    lines = [f"{name} = {' '.join(value.split())}" for name, value in settings.items()]
+    return "\n".join(["[global]", *lines, ""]), sorted(path for path in named if path.exists())
+
+
+def _paths(value: str) -> list[tuple[str, str]]:
+    return re.findall(r"(?:^|\s)(file://)?(/[^\s]+)", value)
+
+
+def _make_base(base: Path) -> None:
+    """Write a Debian with Python and pip that installs outside of a virtual environment, as the official image does."""
+    subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(base)], check=True)
+    for marker in base.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
+        marker.unlink()
+
+
+def _name_base(folder: Path, base: Path) -> None:
+    """Make an image of it under the name that the Dockerfile gives its base."""
+    text = DOCKERFILE.read_text()
+    [version] = re.findall(r"^ARG PYTHON_VERSION=(\S+)$", text, flags=re.MULTILINE)
+    [name] = set(re.findall(r"^FROM (\S+)", text, flags=re.MULTILINE))
+    empty = _buildah(folder, "from", "scratch")
+    _buildah(folder, "add", "--quiet", empty, base, "/")
+    _buildah(folder, "config", "--env=PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", empty)
+    _buildah(folder, "commit", "--quiet", empty, "docker.io/library/" + name.replace("${PYTHON_VERSION}", version))
+    _buildah(folder, "rm", empty)
+
+
+def _buildah(folder: Path, *words: str | Path) -> str:
+    stores = ["--storage-driver=vfs", f"--root={folder / 'store'}", f"--runroot={folder / 'run'}"]
+    command = ["buildah", *stores, *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().rpartition("\n")[2]
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
