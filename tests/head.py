@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ class Head:
     address: str
     """URL of the dashboard, which has the jobs API."""
     token: str
+    gcs: str
+    """Address for other nodes."""
     metrics: str
     """URL that Prometheus would scrape."""
     folder: Path
@@ -52,29 +54,45 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
         options: of `ray start`, besides those for addresses.
         environment: further variables, which its jobs and workers have, too.
     """
-    token, port, metrics = secrets.token_hex(16), free_port(), free_port()
+    token, port, gcs, metrics = secrets.token_hex(16), free_port(), free_port(), free_port()
     # Ray's sockets live below this folder, and their paths may not be long.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=0", *options]
-    command += ["--include-dashboard=true", f"--dashboard-port={port}", f"--temp-dir={folder}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command = ["--head", f"--port={gcs}", "--include-dashboard=true", f"--dashboard-port={port}"]
+    command += [f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
+    command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", *options]
+    head = Head(f"http://127.0.0.1:{port}", token, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", folder)
+    try:
+        with _started(command, folder / "log", token, environment):
+            _wait(head, folder / "log")
+            yield head
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def ray_node(head: Head, *options: str, **environment: str) -> Iterator[None]:
+    """Join one more node; arguments as for `ray_head`."""
+    command = [f"--address={head.gcs}", f"--metrics-export-port={free_port()}", *options]
+    with _started(command, head.folder / "log-of-node", head.token, environment):
+        yield
+
+
+@contextmanager
+def _started(options: list[str], log: Path, token: str, environment: Mapping[str, str]) -> Iterator[None]:
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **environment}
     variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on loopback, as in platform/cluster.py
-    head = Head(f"http://127.0.0.1:{port}", token, f"http://127.0.0.1:{metrics}/metrics", folder)
-    log = folder / "log"
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
-        _wait(head, log)
-        yield head
+        yield
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=15)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(head: Head, log: Path) -> None:

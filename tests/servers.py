@@ -97,17 +97,17 @@ class MlflowServer:
 
 
 @contextmanager
-def postgres() -> Iterator[str]:
+def postgres(port: int | None = None) -> Iterator[str]:
     """URI of an empty database of a PostgreSQL that is started for it; Debian's package, or what is on the PATH."""
     with tempfile.TemporaryDirectory(prefix="postgres-") as name:
-        yield from _postgres(Path(name))
+        yield from _postgres(Path(name), port or free_port())
 
 
-def _postgres(folder: Path) -> Iterator[str]:
+def _postgres(folder: Path, port: int) -> Iterator[str]:
     places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
     found = shutil.which("initdb", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
     assert found is not None, "no PostgreSQL: install the package postgresql"
-    tools, data, port = Path(found).parent, folder / "data", free_port()
+    tools, data = Path(found).parent, folder / "data"
     owner: dict[str, object] = {}
     if os.getuid() == 0:  # PostgreSQL refuses to be root
         user = pwd.getpwnam("postgres" if any(u.pw_name == "postgres" for u in pwd.getpwall()) else "nobody")

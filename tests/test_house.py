@@ -167,7 +167,7 @@ def test_a_recipe_loads(recipe):
 
 def test_compose_names_its_services_and_publishes_on_loopback_only():
     services = yaml.safe_load((ROOT / "infra/compose.yaml").read_text())["services"]
-    assert set(services) == {"minio", "buckets", "postgres", "mlflow", "ray", "serve"}
+    assert set(services) == {"minio", "buckets", "migrate", "postgres", "mlflow", "ray", "serve"}
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)

@@ -1,18 +1,17 @@
 """Builds the image of infra/docker/Dockerfile without a container daemon.
 
-    python tests/infra/image.py FOLDER
-
-buildah builds it in FOLDER, on a Debian base that debootstrap makes there and that has the name of the Dockerfile's own
-base. pip in the build has the configuration of pip here. Needs root, both programs (Debian packages of the same name),
-12 GB and a quarter of an hour. Prints where the image's files are.
+buildah builds it on a Debian base that debootstrap makes and that has the name of the Dockerfile's own base. pip in the
+build has the configuration of pip here. Needs root, both programs (Debian packages of the same names), 12 GB and a
+quarter of an hour.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,30 +22,45 @@ TOOLS = ("buildah", "debootstrap")
 IMAGE = "animediffusion"
 
 
-def build(folder: Path) -> Path:
-    """Return the root directory of the image, built new, with an existing base where FOLDER has one."""
+@dataclass(frozen=True)
+class Image:
+    """A built image."""
+
+    root: Path
+    """Directory with its files."""
+    variables: dict[str, str]
+    """Environment of its containers."""
+
+
+def build(folder: Path) -> Image:
+    """Build in a directory, which keeps the base and the image."""
     base = folder / "base"
     if not base.exists():
         _make_base(base)
-    shutil.rmtree(folder / "context", ignore_errors=True)
+        _name_base(folder, base)
     config = folder / "pip.conf"
     text, places = pip_configuration()
     config.write_text(text)
     volumes = [f"--volume={place}:{place}:ro" for place in places]
-    _name_base(folder, base)
     options = ["--isolation=chroot", "--network=host", "--layers=false", "--pull-never", f"--tag={IMAGE}"]
     _buildah(folder, "build", *options, f"--volume={config}:/etc/pip.conf:ro", *volumes, f"--file={DOCKERFILE}", ROOT)
+    return existing(folder)
+
+
+def existing(folder: Path) -> Image:
+    """The image that was built there."""
+    listed = json.loads(_buildah(folder, "inspect", "--type=image", IMAGE))["OCIv1"]["config"]["Env"]
     container = _buildah(folder, "from", "--pull-never", IMAGE)
-    return Path(_buildah(folder, "mount", container))
+    root = Path(_buildah(folder, "mount", container))
+    return Image(root, dict(entry.split("=", 1) for entry in listed))
 
 
 def pip_configuration() -> tuple[str, list[Path]]:
-    """What pip here is configured to do, as a pip.conf, and the directories and files that it names.
+    """The configuration of pip here as a pip.conf, and the directories and files that it names.
 
-    An index in a directory links to files beside it, so its parent is among them.
+    The pages of an index in a directory link to files outside of it, so its parent is taken.
     """
-    command = [sys.executable, "-m", "pip", "--isolated", "config", "list"]
-    command.remove("--isolated")
+    command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     settings = dict(re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, flags=re.MULTILINE))
     named = {Path(path).parent if url else Path(path) for value in settings.values() for url, path in _paths(value)}
@@ -80,8 +94,4 @@ def _name_base(folder: Path, base: Path) -> None:
 def _buildah(folder: Path, *words: str | Path) -> str:
     stores = ["--storage-driver=vfs", f"--root={folder / 'store'}", f"--runroot={folder / 'run'}"]
     command = ["buildah", *stores, *map(str, words)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().rpartition("\n")[2]
-
-
-if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()

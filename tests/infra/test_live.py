@@ -1,15 +1,17 @@
-"""What infra/ says of a running cluster, against one: Serve configurations are deployed, dashboards and alerts name
-metrics that are scraped, `doctor` asks every node. One real head on loopback; its GPU is a number."""
+"""What infra/ brings up, on one machine: MLflow on PostgreSQL, Redis, a Ray head with the CPUs that compose gives it,
+jobs while the application serves. Serve configurations are deployed, dashboards and alerts name metrics that are
+scraped, `doctor` asks every node. All on loopback; GPUs are numbers."""
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from importlib import import_module
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,16 +22,20 @@ import pytest
 import ray
 import torch
 import yaml
-from head import Head, ray_head
+from head import Head, ray_head, ray_node
 from manifests import KUBERNETES, ROOT
 from PIL import Image
 from ports import free_port
+from stack import Stack, composed, stack
 from tiny import NETWORK
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
 from animediffusion.models.unet import UNetConfig
+from animediffusion.pipelines.gauges import GAUGES, PREFIX
+from animediffusion.pipelines.synthesize import synthesize
 from animediffusion.platform import jobs
 from animediffusion.platform.config import Settings
+from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
 
 pytestmark = pytest.mark.ray
@@ -49,8 +55,16 @@ def serve_configs() -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose champion is a network with random weights."""
+def services(moto_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with stack(tmp_path_factory.mktemp("services")) as there, pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "ANIMEDIFFUSION_KEYS"):
+            patch.setenv(name, there.environment[name])
+        yield there
+
+
+@pytest.fixture(scope="module")
+def workspace(services: Stack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the head; the registry's champion is a network with random weights."""
     folder = tmp_path_factory.mktemp("live")
     torch.manual_seed(0)
     network = UNetConfig(**yaml.safe_load(NETWORK)["network"])
@@ -63,21 +77,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(workspace: Path) -> Iterator[httpx.Client]:
-    """One that may ask, where the application asks for a key."""
-    headers = {}
-    if find_spec("animediffusion.platform.keys"):
-        keys = import_module("animediffusion.platform.keys").Keys(str(workspace / "keys.json"))
-        headers["Authorization"] = f"Bearer {keys.create('tests')}"
+def client(services: Stack) -> Iterator[httpx.Client]:
+    """One with a key."""
+    key = Keys(services.environment["ANIMEDIFFUSION_KEYS"]).create("tests")
+    headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(headers=headers, timeout=60, trust_env=False, base_url=f"http://127.0.0.1:{PORT}") as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def head(workspace: Path) -> Iterator[Head]:
-    settings = {"ANIMEDIFFUSION_WORKSPACE": str(workspace), "MLFLOW_DISABLE_TELEMETRY": "true"}
+def head(services: Stack, workspace: Path) -> Iterator[Head]:
+    """With what compose gives the head, and a GPU."""
+    given = [one for one in composed()["ray"]["command"] if one.startswith(("--num-cpus=", "--object-store-memory="))]
+    options = [*given, "--num-gpus=1", f"--redis-password={services.redis_password}"]
+    settings = {"ANIMEDIFFUSION_WORKSPACE": str(workspace), **services.environment}
     with (
-        ray_head("--num-cpus=8", "--num-gpus=1", RAY_metrics_report_interval_ms="1000", **settings) as there,
+        ray_head(*options, RAY_metrics_report_interval_ms="1000", **settings) as there,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("RAY_API_SERVER_ADDRESS", there.address)
@@ -95,20 +110,49 @@ def pictures() -> dict[str, bytes]:
     return found
 
 
-def deploy(head: Head, config: dict) -> None:
-    """As `serve deploy` does; only the place is another: loopback, and a port that nobody has."""
-    config = {**config, "http_options": {"host": "127.0.0.1", "port": PORT}}
+def here(config: dict) -> dict:
+    """A Serve configuration for loopback, and a port that nobody has."""
+    return {**config, "http_options": {"host": "127.0.0.1", "port": PORT}}
+
+
+def applications(head: Head, method: str = "GET", **arguments) -> httpx.Response:
     headers = {"Authorization": f"Bearer {head.token}"}
     url = f"{head.address}/api/serve/applications/"
-    httpx.put(url, json=config, headers=headers, timeout=60).raise_for_status()
-    end = time.monotonic() + 150
+    return httpx.request(method, url, headers=headers, timeout=60, **arguments).raise_for_status()
+
+
+def deploy(head: Head, config: dict) -> None:
+    """As `serve deploy` does."""
+    applications(head, "PUT", json=here(config))
+    until_running(head)
+
+
+def until_running(head: Head) -> None:
+    end = time.monotonic() + 240
     while time.monotonic() < end:
-        found = httpx.get(url, headers=headers, timeout=60).json()["applications"]["animediffusion"]
+        found = applications(head).json()["applications"].get("animediffusion", {"status": "missing"})
         if found["status"] == "RUNNING":
             return
         assert found["status"] != "DEPLOY_FAILED", found["message"]
         time.sleep(0.5)
     raise TimeoutError(json.dumps(found)[:3000])
+
+
+@contextmanager
+def deployed_by_compose(head: Head, folder: Path) -> Iterator[None]:
+    """The service `serve` of compose at work."""
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump(here(yaml.safe_load((ROOT / "infra/serve.yaml").read_text()))))
+    script, _ = composed()["serve"]["command"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_DASHBOARD_ADDRESS": head.address, "PATH": path}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-c", script, str(config)], env=variables, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def until_colored(client: httpx.Client, pictures: dict[str, bytes]) -> httpx.Response:
@@ -122,9 +166,21 @@ def until_colored(client: httpx.Client, pictures: dict[str, bytes]) -> httpx.Res
         time.sleep(0.5)
 
 
+def run_while_serving(client: httpx.Client, pictures: dict[str, bytes], *words: str) -> None:
+    """A job; whenever it says something, a picture is colored."""
+    log: list[str] = []
+
+    def hear(text: str) -> None:
+        log.append(text)
+        assert until_colored(client, pictures).status_code == 200
+
+    assert jobs.follow(jobs.submit(list(words)), hear) == 0, "".join(log)
+
+
 @pytest.fixture(scope="module")
-def scraped(head: Head, faces_dataset: str, client: httpx.Client, pictures: dict[str, bytes]) -> dict[str, str]:
-    """Every metric, name to type, that the node showed while it trained and served."""
+def scraped(head: Head, client: httpx.Client, pictures: dict[str, bytes], workspace: Path) -> dict[str, str]:
+    """Every metric, name to type, that the node showed while it served, ingested and trained."""
+    synthesize(str(workspace / "drawn"), 40, 32, workers=1)
     deploy(head, serve_configs()["small"])
     until_colored(client, pictures)
     client.post("/v1/colorize")  # an error, to be counted
@@ -137,26 +193,54 @@ def scraped(head: Head, faces_dataset: str, client: httpx.Client, pictures: dict
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    recipe = ["train", "demo", f"data={faces_dataset}", "max_steps=60", "batch_size=4", "log_every=5", "name=watched"]
-    code = jobs.follow(
-        jobs.submit([*recipe, "num_samples=0", "use_gpu=false"]), lambda _: until_colored(client, pictures)
-    )
-    time.sleep(3)
-    done.set()
-    watcher.join()
-    assert code == 0
+    try:
+        run_while_serving(client, pictures, "data", "ingest", str(workspace / "drawn"), "s3://data/faces", "--size=32")
+        recipe = ["train", "demo", "data=s3://data/faces", "storage=s3://runs", "name=watched", "use_gpu=false"]
+        numbers = ["max_steps=60", "batch_size=4", "log_every=5", "num_samples=0"]
+        run_while_serving(client, pictures, *recipe, *numbers)
+        time.sleep(3)
+    finally:
+        done.set()
+        watcher.join()
     return dict(re.findall(r"^# TYPE (\S+) (\w+)$", "\n".join(text), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["compose", "small", "gpu"])
-def test_a_serve_configuration_deploys_and_colors_a_picture(
-    name: str, head: Head, client: httpx.Client, pictures: dict[str, bytes]
-) -> None:
-    deploy(head, serve_configs()[name])
+def check_colors(client: httpx.Client, pictures: dict[str, bytes]) -> None:
     answer = until_colored(client, pictures)
     assert answer.status_code == 200, answer.text
     assert Image.open(io.BytesIO(answer.content)).size == (48, 48)
     assert answer.headers["X-Model-Version"] == "1"
+
+
+def test_compose_deploys_the_application_and_again_when_it_is_gone(
+    head: Head, client: httpx.Client, pictures: dict[str, bytes], tmp_path: Path
+) -> None:
+    with deployed_by_compose(head, tmp_path):
+        for _ in range(2):
+            until_running(head)
+            check_colors(client, pictures)
+            applications(head, "DELETE")  # as after a reboot: a head with nothing on it
+
+
+def test_nobody_colors_without_a_key(head: Head, client: httpx.Client, pictures: dict[str, bytes]) -> None:
+    deploy(head, serve_configs()["small"])
+    check_colors(client, pictures)
+    url = f"http://127.0.0.1:{PORT}/v1/colorize"
+    assert httpx.post(url, files=pictures, timeout=60, trust_env=False).status_code == 401
+
+
+def test_the_application_of_the_gpu_nodes_has_an_engine_and_an_ingress_on_each(
+    head: Head, client: httpx.Client, pictures: dict[str, bytes]
+) -> None:
+    [service] = [one for one in manifests.build(KUBERNETES / "gpu") if one["kind"] == "RayService"]
+    [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = manifests.containers(group)[0]["resources"]["limits"]
+    with ray_node(head, f"--num-cpus={limits['cpu']}", f"--num-gpus={limits['nvidia.com/gpu']}"):
+        deploy(head, serve_configs()["gpu"])
+        check_colors(client, pictures)
+        deployments = applications(head).json()["applications"]["animediffusion"]["deployments"]
+        for name in ("engine", "ingress"):
+            assert len({replica["node_id"] for replica in deployments[name]["replicas"]}) == 2
 
 
 def expressions() -> list[str]:
@@ -187,8 +271,6 @@ def test_dashboards_and_alerts_are_in_promql() -> None:
 
 def test_dashboards_and_alerts_name_what_ray_exports(scraped: dict[str, str]) -> None:
     named = set().union(*(metrics_in(expression) for expression in expressions()))
-    if not (ROOT / "serve/metrics.py").exists():
-        named -= {name for name in named if name.startswith("ray_animediffusion_") and "_train_" not in name}
     there = {name + suffix for name, kind in scraped.items() for suffix in suffixes(kind)}
     # Of GPUs a machine without one shows nothing; Ray's own dashboards name the same.
     panels = (
@@ -203,8 +285,6 @@ def suffixes(kind: str) -> tuple[str, ...]:
 
 
 def test_training_shows_its_own_numbers(scraped: dict[str, str]) -> None:
-    from animediffusion.pipelines.gauges import GAUGES, PREFIX
-
     assert {f"ray_{PREFIX}{name}" for name in GAUGES} <= set(scraped)
 
 
