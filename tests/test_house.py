@@ -171,8 +171,9 @@ def test_compose_names_its_services_and_publishes_on_loopback_only():
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
-    depended = {name for service in services.values() for name in service.get("depends_on", {})}
-    needs_health = depended - {"buckets"}
+    depended = [pair for service in services.values() for pair in service.get("depends_on", {}).items()]
+    needs_health = {name for name, how in depended if how["condition"] == "service_healthy"}
+    assert needs_health == {"minio", "postgres", "mlflow", "ray"}
     assert all("healthcheck" in services[name] for name in needs_health)
 
 
