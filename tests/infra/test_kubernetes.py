@@ -350,6 +350,15 @@ def test_a_job_goes_when_it_is_done(folder: str) -> None:
     assert all(one["spec"]["ttlSecondsAfterFinished"] <= 300 for one in found(folder, "Job"))
 
 
+@pytest.mark.parametrize("folder", ["gpu", "train"])
+def test_a_registry_may_ask_for_a_login(folder: str) -> None:
+    for one in build(KUBERNETES / folder):
+        for pod in pods(one):
+            if "animediffusion" in pod["containers"][0]["image"]:
+                assert pod["imagePullSecrets"] == [{"name": "registry"}], one["metadata"]["name"]
+    assert "create secret docker-registry registry " in (ROOT / "docs/cluster.md").read_text()
+
+
 RESERVED = {"cpu": 1.0, "memory": 2**30}
 """For the operator and what Kubernetes itself runs on a node."""
 
