@@ -41,6 +41,9 @@ NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", 
 ADDRESS = "10.88.0.2"
 HOSTS = f"127.0.0.1 localhost postgres redis minio\n{ADDRESS} pod mlflow ray\n"
 WAIT_S = 300
+"""For a server to answer."""
+PATIENCE_S = 1200
+"""For a program to end, on a machine with other work."""
 
 # A container from the image $1, which keeps what it writes in $2, with $3 of shared memory, the user $4, directories in
 # memory $5; its root is read-only if $6 says ro.
@@ -90,7 +93,7 @@ class Container:
     def run(self, *command: str) -> str:
         """What it prints; it has to end well."""
         process = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=PATIENCE_S)
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)[:200]}: {process.returncode}: {output[-3000:]}")
         return output

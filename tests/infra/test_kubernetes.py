@@ -296,10 +296,12 @@ def test_ray_keeps_its_objects_in_memory(folder: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("folder", PLATFORM)
 def test_a_ray_pod_has_the_time_that_ray_takes_to_drain_it(folder: str) -> None:
-    for _, pod in ray_pods(folder):
+    for group, pod in ray_pods(folder):
         variables = {one["name"]: one["value"] for one in pod["containers"][0].get("env", [])}
         drain = float(variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30))
         assert pod["terminationGracePeriodSeconds"] >= drain + 15
+        if "groupName" in group:  # a machine that is taken with a notice of two minutes: a run has to save
+            assert drain >= 90
     assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S == 30
 
 
