@@ -61,8 +61,9 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     command += [f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
     command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", *options]
     head = Head(f"http://127.0.0.1:{port}", token, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", folder)
+    variables = {**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all on loopback, as in platform/cluster.py
     try:
-        with _started(command, folder / "log", token, environment):
+        with _started(command, folder / "log", token, variables):
             _wait(head, folder / "log")
             yield head
     finally:
@@ -71,22 +72,27 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
 
 @contextmanager
 def ray_node(head: Head, *options: str, **environment: str) -> Iterator[None]:
-    """Join one more node; arguments as for `ray_head`."""
-    command = [f"--address={head.gcs}", f"--metrics-export-port={free_port()}", *options]
-    with _started(command, head.folder / "log-of-node", head.token, environment):
+    """Join one more node on loopback; arguments as for `ray_head`."""
+    command = [f"--address={head.gcs}", "--node-ip-address=127.0.0.1", f"--metrics-export-port={free_port()}"]
+    log = head.folder / "log-of-node"
+    with _started([*command, "--object-store-memory=100000000", *options], log, head.token, environment) as process:
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
         yield
 
 
 @contextmanager
-def _started(options: list[str], log: Path, token: str, environment: Mapping[str, str]) -> Iterator[None]:
+def _started(
+    options: list[str], log: Path, token: str, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
     command += [f"--dashboard-agent-listen-port={free_port()}"]
     variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **environment}
-    variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on loopback, as in platform/cluster.py
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
