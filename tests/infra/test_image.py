@@ -1,5 +1,5 @@
-"""The image is built and run, see image.py and containers.py. A quarter of an hour and 12 GB: asked for by IMAGE=1, or
-by IMAGE=FOLDER, which keeps the image, and its base for the next build."""
+"""The image is built and run, see tests/image.py and tests/containers.py. A quarter of an hour and 12 GB: asked for by
+IMAGE=1, or by IMAGE=FOLDER, which keeps the image, and its base for the next build."""
 
 import json
 import os
@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import containers
 import image
 import pytest
 import stack
 
-SCRIPT = Path(__file__).with_name("containers.py")
+SCRIPT = Path(containers.__file__)
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,14 +37,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[image.Image]:
 
 @pytest.fixture(scope="module")
 def found(built: image.Image) -> dict:
-    from containers import NAMESPACES
-
     variables = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [*NAMESPACES, sys.executable, str(SCRIPT), str(built.root), json.dumps(built.variables)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1500)
+    command = [*containers.NAMESPACES, sys.executable, str(SCRIPT), str(built.root), json.dumps(built.variables)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "infra/docker/Dockerfile"
 PACKAGES = "python3,python3-pip,python-is-python3,ca-certificates"
 SUITE = "bookworm"
@@ -44,12 +44,8 @@ def build(folder: Path) -> Image:
     volumes = [f"--volume={place}:{place}:ro" for place in places]
     options = ["--isolation=chroot", "--network=host", "--layers=false", "--pull-never", f"--tag={IMAGE}"]
     _buildah(folder, "build", *options, f"--volume={config}:/etc/pip.conf:ro", *volumes, f"--file={DOCKERFILE}", ROOT)
-    return existing(folder)
-
-
-def existing(folder: Path) -> Image:
-    """The image that was built there."""
     listed = json.loads(_buildah(folder, "inspect", "--type=image", IMAGE))["OCIv1"]["config"]["Env"]
+    _buildah(folder, "rm", "--all")
     container = _buildah(folder, "from", "--pull-never", IMAGE)
     root = Path(_buildah(folder, "mount", container))
     return Image(root, dict(entry.split("=", 1) for entry in listed))

@@ -1,6 +1,6 @@
 """Runs the image as the manifests say, without a container engine, and prints what it saw as JSON.
 
-    PYTHONPATH=tests python tests/infra/containers.py ROOT VARIABLES
+    PYTHONPATH=tests python tests/containers.py ROOT VARIABLES
 
 ROOT is the directory of the image's files, VARIABLES its environment as JSON. A container is a set of Linux namespaces
 and an overlay over ROOT, with its own /dev/shm and without capabilities. The addresses, ports and names are those of
