@@ -28,3 +28,9 @@ def test_the_image_runs_as_the_user_that_the_pods_name() -> None:
     lines = DOCKERFILE.read_text().splitlines()
     assert [line for line in lines if line.startswith("USER ")] == ["USER 1000"]
     assert "--uid 1000" in DOCKERFILE.read_text()
+
+
+def test_nothing_in_the_image_reports_to_others() -> None:
+    text = DOCKERFILE.read_text()
+    assert "RAY_USAGE_STATS_ENABLED=0" in text
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in text
