@@ -206,14 +206,15 @@ def cluster(image: Path, variables: dict[str, str], folder: Path) -> dict[str, A
     own = {**variables, **settings, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     outside = Container(image, {**own, "RAY_API_SERVER_ADDRESS": "http://ray:8265"}, folder)
-    own |= {"RAY_REDIS_ADDRESS": "redis:6379", "REDIS_PASSWORD": password, "RAY_ADDRESS": "127.0.0.1:6379"}
+    # All pods have one address here, where 6379 is Ray's.
+    own |= {"RAY_REDIS_ADDRESS": "redis:6380", "REDIS_PASSWORD": password, "RAY_ADDRESS": "127.0.0.1:6379"}
     own |= {"RAY_external_storage_namespace": "serve", "RAY_GCS_SERVER_PORT": "6379", "RAY_PORT": "6379"}
     options = " ".join(f"--{name}={value}" for name, value in spec["rayStartParams"].items())
     start = f"ulimit -n 65536; ray start --head --block --dashboard-host=0.0.0.0 --metrics-export-port=8080 {options} "
     head = Container(image, own, folder, shm=str(int(manifests.amount(shm))), memory=["/workspace"])
     log = folder / "head.log"
     with (
-        stack.redis(folder / "redis", password, 6379),
+        stack.redis(folder / "redis", password, 6380),
         head.running(log, "/bin/bash", "-c", "--", start + "--redis-password=$REDIS_PASSWORD") as process,
     ):
         until(lambda: httpx.get(f"http://{ADDRESS}:52365/api/healthz"))
