@@ -89,6 +89,7 @@ def _started(
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
     command += [f"--dashboard-agent-listen-port={free_port()}"]
     variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **environment}
+    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody waits for what a test leaves behind
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
