@@ -1,4 +1,4 @@
-"""The image is built and run, see tests/image.py and tests/containers.py. A quarter of an hour and 12 GB: asked for by
+"""The image is built and run, see tests/image.py and image_roles.py. A quarter of an hour and 12 GB: asked for by
 IMAGE=1, or by IMAGE=FOLDER, which keeps the image, and its base for the next build."""
 
 import json
@@ -14,7 +14,7 @@ import image
 import pytest
 import stack
 
-SCRIPT = Path(containers.__file__)
+SCRIPT = Path(__file__).with_name("image_roles.py")
 
 pytestmark = [
     pytest.mark.ray,
@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[image.Image]:
 def found(built: image.Image) -> dict:
     variables = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     command = [*containers.NAMESPACES, sys.executable, str(SCRIPT), str(built.root), json.dumps(built.variables)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=2400)
