@@ -55,16 +55,22 @@ def until(answers: Callable[[], httpx.Response], code: int = 200) -> httpx.Respo
 
 @contextmanager
 def ray_head(box: Container, log: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
-    """Start it until it answers: Ray gives a node 30 s, which is not enough on a busy machine; a pod would start again."""
+    """Start it until it answers: a busy machine may exceed the 30 s that Ray gives a node; a pod, too, starts again."""
     for _ in range(5):
         with box.running(log, *command) as process:
             while process.poll() is None:
-                with suppress(httpx.TransportError):
-                    if httpx.get(f"http://{ADDRESS}:52365/api/healthz").status_code == 200:
-                        yield process
-                        return
+                if healthy():
+                    yield process
+                    return
                 time.sleep(1)
     raise TimeoutError(log.read_text()[-3000:])
+
+
+def healthy() -> bool:
+    """Whether the node says that it and the head's store are."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://{ADDRESS}:52365/api/healthz").status_code == 200
+    return False
 
 
 def foreign_user(image: Path, variables: dict[str, str], folder: Path) -> dict[str, Any]:
