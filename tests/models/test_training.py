@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from animediffusion.models.augment import AugmentConfig
 from animediffusion.models.objective import DenoisingConfig, DenoisingObjective, Loss
-from animediffusion.models.training import OptimizerConfig, TrainState, averaged_weights, fit, step_generator
+from animediffusion.models.training import OptimizerConfig, TrainState, averaged_weights, fit, step_generator, write
 
 AUGMENT = AugmentConfig()
 
@@ -53,6 +53,28 @@ def test_a_checkpoint_is_safetensors_and_json(new_denoiser, tmp_path):
     new_state(new_denoiser).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
     assert json.loads((tmp_path / "state.json").read_text()) == {"step": 0, "max_steps": 6}
+
+
+def test_a_snapshot_stays_as_it_is_while_training_continues(new_denoiser, new_rows, tmp_path):
+    state = new_state(new_denoiser, muon_learning_rate=0.02)
+    train(state, new_rows, 2)
+    state.save(tmp_path / "saved")
+    snapshot = state.snapshot()
+    train(state, new_rows, 4)
+    write(snapshot, tmp_path / "written")
+    for name in ("state.safetensors", "state.json"):
+        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_muon_trains_the_weights_themselves(new_denoiser, monkeypatch, on_gpu):
+    denoiser = new_denoiser()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: on_gpu))
+    state = TrainState(denoiser, OptimizerConfig(muon_learning_rate=0.02), 9)
+    monkeypatch.undo()
+    assert state.matrices
+    for parameter, matrix in state.matrices.items():
+        assert parameter.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr(), tuple(parameter.shape)
 
 
 def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
