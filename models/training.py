@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from animediffusion.models.augment import AugmentConfig, make_batch
 from animediffusion.models.averages import exponent
-from animediffusion.models.bfloat16 import Float32Muon, has_bfloat16
+from animediffusion.models.bfloat16 import has_bfloat16
 from animediffusion.models.compile import plain_copy
 from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.muon import Muon
 from animediffusion.models.objective import Loss
 
 Rows = Mapping[str, Tensor]
@@ -122,14 +123,13 @@ class TrainState:
         self.average = [p.detach().clone() if config.ema_decay else p.detach() for p in self.parameters]
         self.kept = {length: [p.detach().clone() for p in self.parameters] for length in config.ema_lengths}
         hidden = denoiser.network.hidden_weights() if config.muon_learning_rate else []
-        # torch's Muon takes matrices: a kernel [out, in, k, k] is one of out rows, by a view that shares its memory.
-        self.matrices = {parameter: parameter.detach().flatten(1) for parameter in hidden}
-        rest = [parameter for parameter in self.parameters if parameter not in self.matrices]
+        dtype = torch.bfloat16 if has_bfloat16(self.parameters[0].device) else torch.float32
+        self.muon = Muon(hidden, config.weight_decay, dtype) if hidden else None
+        self.momentum = self.muon.momentum if self.muon is not None else {}
+        rest = [parameter for parameter in self.parameters if parameter not in self.momentum]
         self.optimizer = torch.optim.AdamW(
             rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        muon = torch.optim.Muon if has_bfloat16(self.parameters[0].device) else Float32Muon
-        self.muon = muon(self.matrices.values(), weight_decay=config.weight_decay) if hidden else None
 
     def learning_rate(self) -> float:
         """AdamW's, of the next step."""
@@ -164,7 +164,8 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
-        self._step_muon()
+        if self.muon is not None:
+            self.muon.step((self.config.muon_learning_rate or 0.0) * self._decay())
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
@@ -188,22 +189,11 @@ class TrainState:
             return nn.utils.clip_grad_norm_(self.parameters, limit)
         return nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
 
-    def _step_muon(self) -> None:
-        if self.muon is None:
-            return
-        for parameter, matrix in self.matrices.items():
-            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-        for group in self.muon.param_groups:
-            group["lr"] = (self.config.muon_learning_rate or 0.0) * self._decay()
-        self.muon.step()  # type: ignore[no-untyped-call]
-        self.muon.zero_grad(set_to_none=True)
-
     def _slots(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What its optimizer remembers of a parameter."""
-        if self.muon is not None and parameter in self.matrices:
-            slot: dict[str, Any] = self.muon.state[self.matrices[parameter]]
-        else:
-            slot = self.optimizer.state[parameter]
+        if parameter in self.momentum:
+            return {"momentum_buffer": self.momentum[parameter]}
+        slot: dict[str, Any] = self.optimizer.state[parameter]
         return slot
 
     def averaged(self) -> Denoiser:
@@ -259,14 +249,16 @@ class TrainState:
                     average.copy_(tensors[_prefix(length) + name])
 
     def _restore_optimizer(self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        if self.step and not any(f"optimizer.{key}.{name}" in tensors for key in ("exp_avg", "momentum_buffer")):
+        keys = ("momentum_buffer",) if parameter in self.momentum else ("exp_avg", "exp_avg_sq")
+        found = {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
+        if self.step and len(found) < len(keys):
             raise ValueError(f"the checkpoint is of another optimizer, it has no memory of {name}")
-        slot = self._slots(parameter)
-        like = self.matrices.get(parameter, parameter)
-        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if f"optimizer.{key}.{name}" in tensors:
-                slot[key] = torch.zeros_like(like, memory_format=torch.preserve_format)
-                slot[key].copy_(tensors[f"optimizer.{key}.{name}"])
+        if parameter in self.momentum:
+            for value in found.values():
+                self.momentum[parameter].copy_(value)
+            return
+        slot = self.optimizer.state[parameter]
+        slot |= {key: value.to(parameter.device, copy=True) for key, value in found.items()}
         if f"optimizer.step.{name}" in tensors:
             slot["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
 

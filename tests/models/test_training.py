@@ -72,8 +72,8 @@ def test_muon_trains_the_weights_themselves(new_denoiser, monkeypatch, on_gpu):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: on_gpu))
     state = TrainState(denoiser, OptimizerConfig(muon_learning_rate=0.02), 9)
     monkeypatch.undo()
-    assert state.matrices
-    for parameter, matrix in state.matrices.items():
+    assert state.muon.matrices
+    for parameter, matrix in state.muon.matrices.items():
         assert parameter.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr(), tuple(parameter.shape)
 
 
@@ -108,7 +108,7 @@ def test_the_average_can_be_read_without_the_rest(new_denoiser, new_rows, tmp_pa
 def test_muon_moves_hidden_kernels_along_all_directions_alike_and_leaves_the_rest_to_adamw(new_denoiser, new_rows):
     state = new_state(new_denoiser, muon_learning_rate=0.02, weight_decay=0.0, warmup_steps=0)
     names = {id(p): name for name, p in state.denoiser.named_parameters()}
-    hidden = {names[id(p)] for p in state.matrices}
+    hidden = {names[id(p)] for p in state.muon.matrices}
     assert "network.bottom.layers.0.conv1.weight" in hidden
     assert not any(word in name for name in hidden for word in ("input", "time_embedding", "null", "detail", "bias"))
     kernel = state.denoiser.network.bottom.layers[0].conv1.weight
