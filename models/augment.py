@@ -1,7 +1,8 @@
 """From decoded rows to training batches, on the device: line art, references by warping, shared recoloring.
 
 Every random number comes from the generator of the step, so a step can be repeated exactly. What is switched off draws
-none, so a new option leaves the numbers of runs without it alone.
+none, so a new option leaves the numbers of runs without it alone. Numbers are drawn on the host, which therefore knows
+which rows change without waiting for a GPU; pictures stay where they are.
 Not here: decoding (pipelines/dataset.py); what only changes pixels, see models/lineart.py, recolor.py, shuffle.py.
 B rows, S pixels a side.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animediffusion.models.authors_warp import draw_points, warp_diagonal
-from animediffusion.models.images import to_tensor
+from animediffusion.models.images import onto, to_tensor
 from animediffusion.models.lineart import PEN_RANGES, STYLES, Pens, XDoGConfig, blur, line_art, xdog
 from animediffusion.models.recolor import NUM_ORDERS, apply_gamma, apply_matrix, order_matrix, turn_matrix
 from animediffusion.models.shuffle import CELLS, SIDES, patch_order, shuffle
@@ -102,18 +103,18 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
 
     Args:
         rows: uint8 target, reference, cross_reference [B, S, S, 3], sketch [B, S, S]; bool has_sketch,
-            has_reference, has_cross [B] (images of rows without are zero).
+            has_reference, has_cross [B] (images of rows without are zero). Best with the flags on the host.
         config: what to vary.
-        generator: on the rows' device.
+        generator: of the host.
     """
-    target = to_tensor(rows["target"])
-    chance = Chance(len(target), target.device, generator)
+    rows, target = _with_flags(rows), to_tensor(rows["target"])
+    chance = Chance(len(target), generator.device, generator)
     sketch = _soften(_sketches(rows, target, config, chance), config, chance)
     reference = _references(rows, config, chance)
     target, reference = recolor(target, reference, config, chance)
     mirrored = chance(config.flip)
-    target, sketch = (torch.where(mirrored, x.flip(-1), x) for x in (target, sketch))
-    return Batch(target, sketch, torch.where(chance(config.flip), reference.flip(-1), reference))
+    target, sketch = (_either(mirrored, x.flip(-1), x) for x in (target, sketch))
+    return Batch(target, sketch, _either(chance(config.flip), reference.flip(-1), reference))
 
 
 def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generator) -> Batch:
@@ -121,22 +122,22 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
 
     Rows without a cross reference are recolored instead: target and warped reference together.
     """
-    target = to_tensor(rows["target"])
+    rows, target = _with_flags(rows), to_tensor(rows["target"])
     config = EVALUATION
-    chance = Chance(len(target), target.device, generator)
+    chance = Chance(len(target), generator.device, generator)
     if not bool(rows["has_sketch"].all()):
         chance.uniform(0, 1)  # once drawn for the line art: the numbers after it must stay
     sketch = fixed_sketch(rows, target, config)
     warped = bend(target, *draw_warp(config, chance))
     if track == "same":
         given = _mask(rows["has_reference"])
-        return Batch(target, sketch, torch.where(given, to_tensor(rows["reference"]), warped))
+        return Batch(target, sketch, _either(given, to_tensor(rows["reference"]), warped))
     recolored_target, recolored = recolor(target, warped, config, chance)
     given = _mask(rows["has_cross"])
     return Batch(
-        torch.where(given, target, recolored_target),
+        _either(given, target, recolored_target),
         sketch,
-        torch.where(given, to_tensor(rows["cross_reference"]), recolored),
+        _either(given, to_tensor(rows["cross_reference"]), recolored),
     )
 
 
@@ -170,6 +171,16 @@ def _mask(flags: Tensor) -> Tensor:
     return flags.reshape(-1, 1, 1, 1)
 
 
+def _with_flags(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows with their flags on the host."""
+    names = [name for name in rows if name.startswith("has_")]
+    return {**rows, **dict(zip(names, torch.stack([rows[name] for name in names]).cpu(), strict=True))}
+
+
+def _either(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(onto(chosen, one), one, other)
+
+
 def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
     if bool(rows["has_sketch"].all()):
         return to_tensor(rows["sketch"])
@@ -178,7 +189,7 @@ def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig,
         drawn = line_art(target, _pens(sigma, config, chance), config.xdog)
     else:
         drawn = xdog(target, sigma, config.xdog)
-    return torch.where(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
+    return _either(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
 
 
 def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:
@@ -192,21 +203,21 @@ def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:
 
 def fixed_sketch(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig) -> Tensor:
     """[B, 1, S, S]: the rows' own line art, or XDoG of the target with the middle blur where there is none."""
-    drawn = xdog(target, torch.full((len(target),), sum(config.xdog.sigma) / 2, device=target.device), config.xdog)
-    return torch.where(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
+    drawn = xdog(target, torch.full((len(target),), sum(config.xdog.sigma) / 2), config.xdog)
+    return _either(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
 
 
 def _soften(sketch: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
     chosen, sigma = chance(config.soften), chance.uniform(0.3, 0.9)
-    return torch.where(chosen, blur(sketch, sigma), sketch) if config.soften else sketch
+    return _either(chosen, blur(sketch, sigma), sketch) if config.soften else sketch
 
 
 def _references(rows: Mapping[str, Tensor], config: AugmentConfig, chance: Chance) -> Tensor:
     given, cross = _mask(rows["has_reference"]), _mask(rows["has_cross"])
     take_cross = cross & chance(config.cross_reference)
     # Chosen while they are bytes, which are a quarter of the memory, and of the three one becomes a tensor of floats.
-    reference = torch.where(given, rows["reference"], rows["target"])
-    reference = to_tensor(torch.where(take_cross, rows["cross_reference"], reference))
+    reference = _either(given, rows["reference"], rows["target"])
+    reference = to_tensor(_either(take_cross, rows["cross_reference"], reference))
     again = chance(config.rewarp) | (~given & ~take_cross)
     if config.warp_kind == "diagonal":
         drawn = draw_points(chance.rows, chance.generator, chance.device)
@@ -229,7 +240,8 @@ def _changed(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], draw
     index = chosen.flatten().nonzero().flatten()
     if not len(index):
         return images
-    return images.index_copy(0, index, change(images[index], *(part[index] for part in drawn)))
+    rows = onto(index, images)
+    return images.index_copy(0, rows, change(images[rows], *(part[index] for part in drawn)))
 
 
 class Warp(NamedTuple):
@@ -265,7 +277,8 @@ def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Ten
     """Each image [3, S, S] turned, enlarged, shifted, and bent by a thin-plate spline (Bookstein 1989), read once."""
     # The transform is solved from destination to source: where each output pixel is read. kornia puts the kernels
     # at the second argument's points.
-    kernel, affine = kornia.geometry.transform.get_tps_transform(moved, points)
+    solved = kornia.geometry.transform.get_tps_transform(moved, points)
+    points, kernel, affine, back, shift = (onto(small, images) for small in (points, *solved, back, shift))
     # On every fourth pixel, then bilinear between: the spline is smooth, and costs a logarithm a point.
     height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
     places = _lattice(height, width, images.device).expand(len(images), -1, -1)

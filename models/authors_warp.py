@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from animediffusion.models.images import onto
+
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
 NUM_DRAWS = 4
 """They draw anew while the two points meet, about once in 40; four times in a row is not worth a loop."""
@@ -32,14 +34,14 @@ def draw_points(rows: int, generator: torch.Generator, device: torch.device) -> 
 def warp_diagonal(images: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Images [B, 3, S, S] whose points `before` [B, 2] of the main diagonal are at `after`; black from outside."""
     height, width = images.shape[-2:]
-    corners = images.new_tensor(CORNERS, dtype=torch.float64).expand(len(images), -1, -1)
+    corners = torch.tensor(CORNERS, dtype=torch.float64, device=before.device).expand(len(images), -1, -1)
     source, centers = (torch.cat([corners, p.double()[..., None].expand(-1, -1, 2)], 1) for p in (before, after))
     ys, xs = (torch.linspace(0, 1, n, device=images.device, dtype=torch.float64) for n in (height, width))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, -1, 2).expand(len(images), -1, -1)
     read = grid + _spline(centers, source - centers, grid)
     # They multiply by S where the last pixel is S - 1, so the image grows a little and ends in a black line.
-    pixels = read * read.new_tensor([width, height])
-    relative = 2 * pixels / read.new_tensor([width - 1, height - 1]) - 1
+    size = onto(torch.tensor([width, height], dtype=read.dtype), read)
+    relative = 2 * (read * size) / (size - 1) - 1
     places = relative.reshape(len(images), height, width, 2).to(images.dtype)
     # grid_sample reads 0 outside, which is gray in [-1, 1].
     moved = F.grid_sample(images + 1, places, mode="bicubic", padding_mode="zeros", align_corners=True) - 1
@@ -53,7 +55,7 @@ def _spline(centers: Tensor, values: Tensor, points: Tensor) -> Tensor:
     top = torch.cat([_kernel(centers, centers), affine], 2)
     system = torch.cat([top, torch.cat([affine.transpose(1, 2), zeros], 2)], 1)
     right = torch.cat([values, values.new_zeros(len(values), 3, 2)], 1)
-    solved = torch.linalg.solve(system, right)
+    solved, centers = (onto(small, points) for small in (torch.linalg.solve(system, right), centers))
     basis = torch.cat([_kernel(points, centers), torch.ones_like(points[..., :1]), points], -1)
     spline: Tensor = basis @ solved
     return spline

@@ -17,6 +17,11 @@ def to_tensor(images: Tensor) -> Tensor:
     return channels_first.contiguous().float().div_(127.5).sub_(1)
 
 
+def onto(small: Tensor, images: Tensor) -> Tensor:
+    """A small tensor of the host on the images' device. The host does not wait, as it would for `.to(device)` alone."""
+    return small.to(images.device, non_blocking=True)
+
+
 def from_pixels(pixels: NDArray[np.uint8]) -> Tensor:
     """One picture, uint8 [H, W, 3] or [H, W], as float32 [1, C, H, W] in [-1, 1]."""
     return to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))[None])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from animediffusion.models.images import onto
+
 LUMA = (0.299, 0.587, 0.114)
 
 STYLES = ("xdog", "thin", "thick", "blurred", "binarized", "pencil")
@@ -66,17 +68,18 @@ def line_art(images: Tensor, pens: Pens, config: XDoGConfig | None = None) -> Te
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        pens: the rows' styles and constants; with style `xdog` and a config's constants, it is what xdog() makes.
+        pens: the rows' styles and constants, on the host; with style `xdog` and a config's constants, it is what xdog() makes.
         config: XDoG's threshold and steepness.
     """
     gray = _gray(images)
     small, large = blur(gray, pens.sigma), blur(gray, pens.k * pens.sigma)
     drawn = torch.empty_like(gray)
     for number, draw in enumerate((_filled, _thin, _thick, _blurred, _binarized, _pencil)):
-        rows = (pens.style == number).nonzero().flatten()
-        if len(rows):
-            p, width = pens.p[rows, None, None, None], pens.width[rows]
-            drawn[rows] = draw(_Tones(gray[rows], small[rows], large[rows], p, width, config or XDoGConfig()))
+        chosen = (pens.style == number).nonzero().flatten()
+        if len(chosen):
+            rows, p = onto(chosen, gray), onto(pens.p[chosen, None, None, None], gray)
+            tones = _Tones(gray[rows], small[rows], large[rows], p, pens.width[chosen], config or XDoGConfig())
+            drawn[rows] = draw(tones)
     return 2 * drawn - 1
 
 
@@ -146,7 +149,7 @@ def xdog(images: Tensor, sigma: Tensor, config: XDoGConfig | None = None) -> Ten
 
 
 def _gray(images: Tensor) -> Tensor:
-    luma = torch.tensor(LUMA, device=images.device, dtype=images.dtype).reshape(1, 3, 1, 1)
+    luma = onto(torch.tensor(LUMA, dtype=images.dtype), images).reshape(1, 3, 1, 1)
     return ((images + 1) / 2 * luma).sum(1, keepdim=True)
 
 
@@ -156,10 +159,10 @@ def _threshold(response: Tensor, config: XDoGConfig) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of each row [C, H, W] with its own sigma in pixels, borders reflected."""
+    """Gaussian blur of each row [C, H, W] with its own sigma in pixels (of the host), borders reflected."""
     radius = max(1, int((3 * sigma.max()).ceil()))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma.to(images.dtype)[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offsets / onto(sigma.to(images.dtype), images)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)[:, None]
     flat = F.pad(images.flatten(0, 1)[None], [radius] * 4, mode="reflect")
     groups = flat.shape[1]

@@ -11,6 +11,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from animediffusion.models.images import onto
+
 NUM_ORDERS = 6
 """Orders of three channels; 0 leaves them as they are."""
 CLUSTER_ROUNDS = 8
@@ -45,12 +47,12 @@ def order_matrix(order: Tensor) -> Tensor:
 
 def apply_matrix(images: Tensor, matrix: Tensor) -> Tensor:
     """The images with their RGB in 0..1 multiplied by each row's [3, 3]."""
-    return (torch.einsum("bij,bjhw->bihw", matrix, (images + 1) / 2) * 2 - 1).clamp(-1, 1)
+    return (torch.einsum("bij,bjhw->bihw", onto(matrix, images), (images + 1) / 2) * 2 - 1).clamp(-1, 1)
 
 
 def apply_gamma(images: Tensor, gamma: Tensor) -> Tensor:
     """The images with each channel in 0..1 raised to its own power, [B, 3]: black and white stay."""
-    return ((images + 1) / 2).clamp(0, 1) ** gamma[:, :, None, None] * 2 - 1
+    return ((images + 1) / 2).clamp(0, 1) ** onto(gamma, images)[:, :, None, None] * 2 - 1
 
 
 def apply_regions(images: Tensor, centers: Tensor, matrices: Tensor) -> Tensor:
@@ -93,4 +95,4 @@ def find_regions(images: Tensor, num: int) -> Tensor:
 def cluster_space(color: Tensor) -> Tensor:
     """RGB in 0..1, [..., 3], as half the gray and two chroma axes: light and shadow of a thing stay together."""
     axes = [[0.289, 0.289, 0.289], [0.707, -0.707, 0.0], [0.408, 0.408, -0.816]]
-    return color @ color.new_tensor(axes).T
+    return color @ onto(torch.tensor(axes, dtype=color.dtype), color).T

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from animediffusion.models.images import onto
+
 SIDES = (2, 4, 8)
 """How many patches a side an image may be cut into."""
 CELLS = 8
@@ -22,7 +24,7 @@ def shuffle(images: Tensor, order: Tensor) -> Tensor:
     side = size // CELLS
     tiles = images.reshape(rows, channels, CELLS, side, CELLS, side).permute(0, 2, 4, 1, 3, 5)
     tiles = tiles.reshape(rows, CELLS**2, channels * side**2)
-    mixed = tiles.gather(1, order[..., None].expand_as(tiles))
+    mixed = tiles.gather(1, onto(order, tiles)[..., None].expand_as(tiles))
     return mixed.reshape(rows, CELLS, CELLS, channels, side, side).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 

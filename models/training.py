@@ -335,8 +335,9 @@ def fit(
     for rows in batches:
         if state.step >= until_step:
             return
-        generator = step_generator(seed, state.step, rank, device)
-        batch = make_batch(rows, augment, generator)
+        drawn = step_generator(seed, state.step, rank)
+        batch = make_batch(rows, augment, drawn)
+        generator = drawn if device.type == "cpu" else step_generator(seed, state.step, rank, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             loss: Loss = objective(batch, generator, state.step)
         # Backward first, finite or not: the other ranks wait there for these gradients.
