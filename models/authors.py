@@ -17,6 +17,7 @@ from torch import Tensor
 
 from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.images import onto
 from animediffusion.models.path import LinearPath, PathConfig, spread
 
 NUM_STEPS = 10
@@ -135,4 +136,4 @@ def _full(like: Tensor, n: int) -> Tensor:
 
 def _at(gamma: Tensor, n: Tensor) -> Tensor:
     """Entries [B, 1, 1, 1] of the table."""
-    return spread(gamma.to(n.device)[n])
+    return spread(onto(gamma, n)[n])

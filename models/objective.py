@@ -18,6 +18,7 @@ from animediffusion.models.augment import Batch
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.condition import Condition
 from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.images import onto
 from animediffusion.models.sampler import build_sampler, sample_times
 
 NUM_BINS = 8
@@ -173,7 +174,7 @@ class ReconstructionObjective(nn.Module):
         condition = self.denoiser.encode(batch.sketch, batch.reference)
         sampler = build_sampler(self.settings.name, self.denoiser.path)
         times = sample_times(self.denoiser.path, self.settings.steps, shift=self.settings.shift)
-        state = sampler.start(_normal(batch.target, generator), times.to(batch.target.device))
+        state = sampler.start(_normal(batch.target, generator), onto(times, batch.target))
         num = sampler.num_evaluations(self.settings.steps)
         first_with_gradient = num - sampler.num_evaluations(gradient_steps)
         for evaluation in range(num):

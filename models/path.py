@@ -134,9 +134,17 @@ class LinearPath(Path):
             first, last = self.table[0], self.table[-1]
             self.table = (self.table - last) * first / (first - last)
         self.t_max = (num - 1) / num
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table there, copied from the host once: a copy would wait for a GPU, and end the capture of a graph."""
+        if (device, dtype) not in self._copies:
+            with torch.inference_mode(False):  # training may use it, too
+                self._copies[device, dtype] = self.table.to(device, dtype)
+        return self._copies[device, dtype]
 
     def _neighbours(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = self.table.to(device=t.device, dtype=t.dtype)
+        table = self._table(t.device, t.dtype)
         place = (t * len(table)).clamp(0, len(table) - 1)
         # A time made from n / N in float32 may lie just beside n: take the entry itself.
         place = torch.where((place - place.round()).abs() < 1e-3, place.round(), place)

@@ -152,15 +152,17 @@ class TrainState:
         done = min(1.0, (self.step - warmup) / max(1, self.max_steps - warmup))
         return 0.5 * (1 + math.cos(math.pi * done))
 
-    def apply_gradients(self) -> Tensor:
+    def apply_gradients(self, loss: Tensor | None = None) -> Tensor:
         """Clip, step the optimizer, move the average; returns the gradient norm before clipping.
 
+        Args:
+            loss: what the gradients are of, to be named where it is not finite.
+
         Raises:
-            FloatingPointError: the norm is not finite; weights, average and optimizer are as before.
+            FloatingPointError: the loss or the norm is not finite; weights, average and optimizer are as before.
         """
         norm = self._clip()
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"step {self.step}: the norm of the gradients is {float(norm):g}")
+        self._require_finite(norm, norm if loss is None else loss.detach())
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -171,6 +173,13 @@ class TrainState:
         self.step += 1
         self._average()
         return norm
+
+    def _require_finite(self, norm: Tensor, loss: Tensor) -> None:
+        # Both in one read: the host waits for a GPU here, in each step.
+        numbers = torch.stack([loss.float(), norm.float()]).tolist()
+        for name, number in zip(("loss", "norm of the gradients"), numbers, strict=True):
+            if not math.isfinite(number):
+                raise FloatingPointError(f"step {self.step}: the {name} is {number:g}")
 
     def _average(self) -> None:
         weights = [p.detach() for p in self.parameters]
@@ -340,13 +349,11 @@ def fit(
         generator = drawn if device.type == "cpu" else step_generator(seed, state.step, rank, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             loss: Loss = objective(batch, generator, state.step)
-        # Backward first, finite or not: the other ranks wait there for these gradients.
-        torch.autograd.backward(loss.total)
-        total = float(loss.total.detach())
-        if not math.isfinite(total):
-            raise FloatingPointError(f"step {state.step}: the loss is {total:g}")
+        # Backward, finite or not: the other ranks wait there for these gradients. A loss that is not finite makes them
+        # all NaN, since inf * 0 is, and so those of the other ranks, which stop at the same step.
+        torch.autograd.backward(loss.total, 0 * loss.total.detach() + 1)
         learning_rate = state.learning_rate()
-        norm = state.apply_gradients()
+        norm = state.apply_gradients(loss.total)
         if on_step(Step(state.step, loss, norm, learning_rate)) or state.step >= until_step:
             return
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from animediffusion.models.attention import attention_used, use_attention
+from animediffusion.models.objective import NUM_BINS
 from animediffusion.models.training import Step, TrainState, fit
 from animediffusion.pipelines.checkpoints import (
     CheckpointWriter,
@@ -246,15 +247,16 @@ class _Log:
         self.pace = Pace((self.config.max_minutes or 0) * 60)
         self.values: dict[str, float] = {}
         self.gauges = Gauges(rank.shared["run_name"])
-        self.bins, self.counts = torch.zeros(8), torch.zeros(8)
+        self.bins, self.counts = torch.zeros(2, NUM_BINS, device=rank.device)
         place, run = rank.shared["checkpoints"], rank.run_config
         self.scorer = Scorer(place, rank.shared) if rank.shared["samples"] is not None else None
         self.writer = CheckpointWriter(place, run.keep_checkpoints, rank._warn, self._saved)
         self.known_scores = read_scores(place) if rank.state.step else {}
 
     def step(self, step: Step) -> None:
-        self.bins += step.loss.bins.cpu()
-        self.counts += step.loss.counts.cpu()
+        # Where they are made: to read them here would wait for a GPU in each step.
+        self.bins += step.loss.bins
+        self.counts += step.loss.counts
         self.pace.step()
         if step.step % self.config.log_every == 0:
             self._report(step)
@@ -274,7 +276,8 @@ class _Log:
         }
         means = enumerate(zip(self.bins.tolist(), self.counts.tolist(), strict=True))
         by_level = {f"loss_by_noise/{i}": total / count for i, (total, count) in means if count}
-        self.bins, self.counts = torch.zeros(8), torch.zeros(8)
+        self.bins.zero_()
+        self.counts.zero_()
         self.run.log({**self.values, **by_level}, step.step)
         self.gauges.set(step=step.step, workers=self.rank.world_size, **self.values)
         if self.scorer is not None:
