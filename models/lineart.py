@@ -68,7 +68,8 @@ def line_art(images: Tensor, pens: Pens, config: XDoGConfig | None = None) -> Te
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        pens: the rows' styles and constants, on the host; with style `xdog` and a config's constants, it is what xdog() makes.
+        pens: the rows' styles and constants, on the host; with style `xdog` and a config's constants, it is what xdog()
+            makes.
         config: XDoG's threshold and steepness.
     """
     gray = _gray(images)

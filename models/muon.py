@@ -1,15 +1,15 @@
 """Muon (Jordan et al. 2024): momentum, then an update whose singular values are all near 1.
 
-Matrices of one shape are orthogonalized together, and under DDP each rank does a share of them: the work is the same for
-all ranks and grows with the network, not with the batch. A kernel [out, in, k, k] counts as a matrix of `out` rows.
-torch.optim.Muon does the same one matrix at a time, on every rank.
+Matrices of one shape are orthogonalized together, and under DDP each rank does a share of them, since all need the
+same updates. A kernel [out, in, k, k] counts as a matrix of `out` rows. torch.optim.Muon orthogonalizes one matrix at a
+time, and all of them on each rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,8 @@ class Muon:
     @property
     def momentum(self) -> dict[nn.Parameter, Tensor]:
         """What it remembers of each weight, bfloat16 [rows, columns]."""
-        return {weight: one for group in self.groups for weight, one in zip(group.matrices, group.momentum, strict=True)}
+        pairs = (zip(group.matrices, group.momentum, strict=True) for group in self.groups)
+        return dict(chain.from_iterable(pairs))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -70,7 +71,7 @@ class Muon:
     def _parts(self, updates: Tensor) -> Iterator[Tensor]:
         """Each group's share of a flat tensor, [matrices, rows, columns]."""
         sizes = [group.momentum.numel() for group in self.groups]
-        for group, part in zip(self.groups, updates.split(sizes), strict=True):
+        for group, part in zip(self.groups, torch.split(updates, sizes), strict=True):
             yield part.view(group.momentum.shape)
 
     def _owners(self, ranks: int) -> list[int]:
@@ -99,7 +100,7 @@ class _Group:
         self.momentum.copy_(momentum)
         nesterov = gradient[mine].lerp_(momentum[mine], MOMENTUM).to(into.dtype)
         size = max(1, BATCH_BYTES.get(into.device.type, 2**29) // (self.momentum[0].numel() * into.element_size()))
-        for batch, place in zip(nesterov.split(size), into[mine].split(size), strict=True):
+        for batch, place in zip(torch.split(nesterov, size), torch.split(into[mine], size), strict=True):
             place.copy_(orthogonalize(batch))
 
     def apply(self, update: Tensor, learning_rate: float, weight_decay: float) -> None:

@@ -6,7 +6,7 @@ import torch
 
 
 def choose_numerics(device: torch.device, *, exact: bool = False) -> str:
-    """Set this process's float32 products and convolutions on CUDA; returns `tf32` or `float32`, which is what they are.
+    """Set how this process computes float32 products and convolutions on CUDA; returns `tf32` or `float32`.
 
     TF32 keeps float32's range and rounds products to 11 bits; sums stay float32. bfloat16 is not affected, and
     neither is a CPU. cuDNN measures its algorithms once per shape, which pays since shapes repeat.

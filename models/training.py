@@ -57,9 +57,10 @@ class OptimizerConfig:
     """None is no clipping."""
     ema_decay: float = 0.995
     """0 is no average: the last weights."""
-    ema_lengths: tuple[float, ...] = (0.04, 0.08, 0.16)
-    """Averages that are kept beside it, so that any length between can be chosen after the run: standard deviations of
-    their profiles as shares of the run, see models/averages.py. () keeps none."""
+    ema_lengths: tuple[float, ...] = ()
+    """Averages that are kept beside it, so that one of them, or any length between two, can be chosen after the run:
+    standard deviations of their profiles as shares of the run, see models/averages.py. Each makes a checkpoint larger
+    by the size of the weights."""
     precision: str = "bf16"
     """bf16 (autocast, on a CPU only where it has instructions for it, see bfloat16.py) or fp32."""
 
@@ -162,7 +163,7 @@ class TrainState:
             FloatingPointError: the loss or the norm is not finite; weights, average and optimizer are as before.
         """
         norm = self._clip()
-        self._require_finite(norm, norm if loss is None else loss.detach())
+        self._require_finite(({} if loss is None else {"loss": loss}) | {"norm of the gradients": norm})
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -174,10 +175,10 @@ class TrainState:
         self._average()
         return norm
 
-    def _require_finite(self, norm: Tensor, loss: Tensor) -> None:
-        # Both in one read: the host waits for a GPU here, in each step.
-        numbers = torch.stack([loss.float(), norm.float()]).tolist()
-        for name, number in zip(("loss", "norm of the gradients"), numbers, strict=True):
+    def _require_finite(self, scalars: dict[str, Tensor]) -> None:
+        # All in one read: the host waits for a GPU here, in each step.
+        numbers = torch.stack([scalar.detach().float() for scalar in scalars.values()]).tolist()
+        for name, number in zip(scalars, numbers, strict=True):
             if not math.isfinite(number):
                 raise FloatingPointError(f"step {self.step}: the {name} is {number:g}")
 

@@ -114,9 +114,7 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
     saves = math.ceil(steps / config.checkpoint_every)
     training = steps * per_step
     start = START_S + START_IMPORTS * first["import_s"]
-    # A bundle has the weights and the averages that are kept; a checkpoint also those in training and two moments.
-    kept = len(config.optimizer.ema_lengths)
-    bundle_mb = first["checkpoint_mb"] * (1 + kept) / (4 + kept)
+    bundle_mb = first["weights_mb"] * (1 + len(config.optimizer.ema_lengths))
     return {
         "device": first["device"],
         "num_workers": workers,

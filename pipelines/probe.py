@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from animediffusion.models.attention import use_attention
+from animediffusion.models.numerics import choose_numerics
 from animediffusion.models.training import TrainState, fit
 from animediffusion.pipelines.dataset import Manifest, decode_rows
 from animediffusion.pipelines.recipe import TrainConfig
@@ -78,6 +79,7 @@ class _Probe:
         self.rank, self.world_size, self.folder = rank, int(order["world_size"]), folder
         self.device = torch.device("cuda", rank) if order["cuda"] else torch.device("cpu")
         use_attention(self.config.attention)
+        choose_numerics(self.device, exact=self.config.objective.strict)
         bundle = self.config.bundle_config(order["image_size"])
         self.encoded = _encoded_rows(self.config.data, min(self.rows, ROWS_READ))
         self.base_mb = self._peak_mb()
@@ -170,7 +172,9 @@ class _Probe:
         begun, place = time.monotonic(), self.folder / "checkpoint"
         self.state.save(place)
         seconds = time.monotonic() - begun
-        return {"checkpoint_s": seconds, "checkpoint_mb": sum(path.stat().st_size for path in place.iterdir()) / MB}
+        checkpoint_mb = sum(path.stat().st_size for path in place.iterdir()) / MB
+        weights_mb = sum(parameter.nbytes for parameter in self.state.parameters) / MB
+        return {"checkpoint_s": seconds, "checkpoint_mb": checkpoint_mb, "weights_mb": weights_mb}
 
     def _peak_mb(self) -> float:
         if self.device.type == "cuda":

@@ -30,7 +30,7 @@ BUDGET = frozenset({"max_steps", "max_minutes"})
 """One of them is set."""
 
 NOT_IDENTITY = frozenset(
-    {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention"}
+    {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention", "compile"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures", "bundle"}
 )
 """Budget, workers, addresses and logging: changing them continues the same run."""
@@ -77,6 +77,8 @@ class TrainConfig(Config):
     storage: str | None = None
     """URI for checkpoints that all nodes reach; the workspace if None."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    compile: bool = False
+    """Compile the network with torch.compile: a faster step after minutes of compiling; needs a C++ compiler."""
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from animediffusion.models.attention import attention_used, use_attention
+from animediffusion.models.compile import compiled
+from animediffusion.models.numerics import choose_numerics
 from animediffusion.models.objective import NUM_BINS
 from animediffusion.models.training import Step, TrainState, fit
 from animediffusion.pipelines.checkpoints import (
@@ -96,6 +98,7 @@ class _Rank:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         use_attention(self.run_config.attention)
+        choose_numerics(self.device, exact=self.run_config.objective.strict)
         self.bundle_config = self.run_config.bundle_config(config["image_size"])
         self.state = self._state()
         self.first_step = self.state.step
@@ -141,7 +144,16 @@ class _Rank:
     def _warn(self, line: str) -> None:
         self.shared["progress"].warn.remote(line)
 
+    def _compile(self) -> None:
+        try:
+            compiled(self.state.denoiser)
+        except ValueError as error:
+            if self.rank == 0:
+                self._warn(f"{error}; training goes on without")
+
     def run(self) -> None:
+        if self.run_config.compile:
+            self._compile()
         objective = self.run_config.objective.build(
             self.state.denoiser, self.bundle_config.sampler, self.run_config.seed
         )

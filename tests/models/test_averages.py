@@ -19,6 +19,7 @@ from animediffusion.models.training import OptimizerConfig, TrainState, averaged
 
 TIMES = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 OWN = SamplerDefaults(steps=2)
+LENGTHS = (0.04, 0.08, 0.16)
 
 
 def profile(length):
@@ -53,7 +54,7 @@ def test_a_length_that_no_average_has_is_refused(length):
         OptimizerConfig(ema_lengths=(0.05, 0.05))
 
 
-@pytest.mark.parametrize("kept", [OptimizerConfig().ema_lengths, (0.16, 0.04)])
+@pytest.mark.parametrize("kept", [LENGTHS, (0.16, 0.04)])
 @pytest.mark.parametrize("length", [0.04, 0.05, 0.07, 0.1, 0.12, 0.159, 0.16])
 def test_a_mix_has_the_length_that_is_wanted_and_leaves_what_stands_still(kept, length):
     parts = mix(kept, length)
@@ -93,27 +94,26 @@ def test_a_kept_average_weighs_each_step_by_its_profile(new_denoiser):
 
 
 def test_a_length_mixed_after_the_run_is_nearly_that_kept_in_it(new_denoiser):
-    lengths = OptimizerConfig().ema_lengths
-    state, _ = walk(new_denoiser, 100, ema_lengths=(*lengths, 0.06, 0.12))
+    state, _ = walk(new_denoiser, 100, ema_lengths=(*LENGTHS, 0.06, 0.12))
     kept = {length: torch.cat([p.flatten() for p in average]) for length, average in state.kept.items()}
     for length in (0.06, 0.12):
-        mixed = sum(part * kept[one] for part, one in zip(mix(lengths, length), lengths, strict=True))
-        nearest = min((kept[one] - kept[length]).norm() for one in lengths)
+        mixed = sum(part * kept[one] for part, one in zip(mix(LENGTHS, length), LENGTHS, strict=True))
+        nearest = min((kept[one] - kept[length]).norm() for one in LENGTHS)
         assert (mixed - kept[length]).norm() < 0.6 * nearest
 
 
 def test_a_run_without_kept_averages_saves_none(new_denoiser, tmp_path):
-    state, _ = walk(new_denoiser, 2, ema_lengths=())
+    state, _ = walk(new_denoiser, 2)
     state.save(tmp_path)
     assert not any(name.startswith("average_") for name in load_file(tmp_path / "state.safetensors"))
     with pytest.raises(ValueError, match=r"no average of length 0\.04"):
-        TrainState(new_denoiser(), OptimizerConfig(), 2).restore(tmp_path)
+        TrainState(new_denoiser(), OptimizerConfig(ema_lengths=LENGTHS), 2).restore(tmp_path)
 
 
 @pytest.fixture
 def folder(new_denoiser, network, tmp_path):
     """A bundle as a run writes it."""
-    state, _ = walk(new_denoiser, 5)
+    state, _ = walk(new_denoiser, 5, ema_lengths=LENGTHS)
     state.save(tmp_path / "state")
     config = BundleConfig(network=network, image_size=16, sampler=OWN, provenance={"run": "first"})
     denoiser = config.build()

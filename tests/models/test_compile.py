@@ -38,7 +38,7 @@ def test_a_machine_without_a_compiler_is_named_in_one_line(new_denoiser):
         raise RuntimeError("g++ was not found\nand more lines")
 
     denoiser = new_denoiser()
-    with pytest.raises(ValueError, match=r"^compile on cpu: no compiler works here .*install a C\+\+ compiler") as caught:
+    with pytest.raises(ValueError, match=r"^compile on cpu: no compiler works .*install a C\+\+ compiler") as caught:
         compiled(denoiser, backend=broken)
     assert "\n" not in str(caught.value)
     assert not denoiser.network.__dict__.keys() & {"encode", "denoise"}

@@ -1,4 +1,4 @@
-"""Every recipe's training step on tensors of an accelerator that is not there: no devices mix, and the host hardly waits.
+"""A training step of each recipe on tensors of an accelerator that is not there: no devices mix, the host rarely waits.
 
 FakeTensorMode knows shapes, dtypes and devices and computes nothing. torch builds without CUDA cannot run backward for
 "cuda", so the accelerator is a Python-only one, named gpu. It stays for the life of a process: this file runs itself.
@@ -8,7 +8,6 @@ import contextlib
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ def main(recipe):
             for name in ("target", "reference", "cross_reference")
         }
         flags = {
-            name: torch.zeros(4, dtype=torch.bool, device="gpu") for name in ("has_sketch", "has_reference", "has_cross")
+            f"has_{name}": torch.zeros(4, dtype=torch.bool, device="gpu") for name in ("sketch", "reference", "cross")
         }
         rows = {**pictures, **flags, "sketch": pictures["target"][..., 0]}
         before = len(waits)

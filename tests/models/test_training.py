@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from animediffusion.models.augment import AugmentConfig
 from animediffusion.models.objective import DenoisingConfig, DenoisingObjective, Loss
 from animediffusion.models.training import OptimizerConfig, TrainState, averaged_weights, fit, step_generator, write
+from animediffusion.pipelines.recipe import load_recipe
 
 AUGMENT = AugmentConfig()
 
@@ -64,6 +66,19 @@ def test_a_snapshot_stays_as_it_is_while_training_continues(new_denoiser, new_ro
     write(snapshot, tmp_path / "written")
     for name in ("state.safetensors", "state.json"):
         assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["demo", "phase2", "animediffusion", "ssimbad", "animediffusion-strict"])
+def test_a_checkpoint_takes_at_most_four_times_the_weights(recipe):
+    config = load_recipe(recipe, ["max_steps=9"])
+    network = dataclasses.replace(config.network, base_channels=32, head_channels=32, detail_channels=0)
+    denoiser = config.model_copy(update={"network": network}).bundle_config(32).build()
+    state = TrainState(denoiser, config.optimizer, 9)
+    for parameter in state.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    state.apply_gradients()
+    saved = sum(tensor.nbytes for tensor in state.snapshot().tensors.values())
+    assert 3 < saved / sum(parameter.nbytes for parameter in state.parameters) < 4.001
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
