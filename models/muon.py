@@ -20,7 +20,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; of the first, third and fifth power."""
 ITERATIONS = 5
 EPSILON = 1e-7
-BATCH_BYTES = {"cpu": 2**19, "cuda": 2**29}
+BATCH_BYTES = {"cpu": 2**21, "cuda": 2**29}
 """Largest batch of matrices by kind of device: on a CPU it should stay in the cache, on a GPU it takes memory."""
 
 
