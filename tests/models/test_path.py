@@ -118,3 +118,14 @@ def test_noise_is_added_with_each_rows_own_time():
 def test_an_impossible_path_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PathConfig(**values)
+
+
+def test_the_table_is_copied_to_a_device_once_and_serves_training_after_sampling():
+    path, t = build_path(PathConfig(name="linear")), torch.full((2,), 0.3)
+    with torch.inference_mode():
+        sampled = path.alpha(t)
+    table = path._table(t.device, t.dtype)
+    scale = torch.ones(2, requires_grad=True)
+    (path.alpha(t) * scale).sum().backward()
+    assert torch.equal(scale.grad, sampled)
+    assert path._table(t.device, t.dtype) is table

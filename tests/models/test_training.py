@@ -33,7 +33,7 @@ def train(state, new_rows, until, on_step=go_on):
 def test_a_restored_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     new_denoiser, new_rows, tmp_path, precision, muon
 ):
-    values = {"precision": precision, "muon_learning_rate": muon}
+    values = {"precision": precision, "muon_learning_rate": muon, "ema_lengths": (0.08,)}
     whole = new_state(new_denoiser, **values)
     train(whole, new_rows, 6)
     killed = new_state(new_denoiser, **values)
@@ -249,6 +249,33 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(new_denoiser,
         fit(state, Broken(), [new_rows(2)], 6, go_on, augment=AUGMENT, seed=0)
     assert state.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+
+
+def test_a_loss_that_is_not_finite_leaves_no_finite_gradient_for_the_other_ranks(new_denoiser, new_rows):
+    state = new_state(new_denoiser)
+
+    class Overflow(torch.nn.Module):
+        def forward(self, *_inputs):
+            total = float("inf") + sum(parameter.sum() for parameter in state.parameters)
+            return Loss(total, torch.zeros(8), torch.zeros(8))
+
+    with pytest.raises(FloatingPointError, match="step 0: the loss is inf"):
+        fit(state, Overflow(), [new_rows(2)], 6, go_on, augment=AUGMENT, seed=0)
+    assert not any(parameter.grad.isfinite().any() for parameter in state.parameters)
+
+
+def test_a_checkpoint_with_momentum_in_float32_is_restored(new_denoiser, new_rows, tmp_path):
+    state = new_state(new_denoiser, muon_learning_rate=0.02)
+    train(state, new_rows, 2)
+    state.save(tmp_path)
+    tensors = load_file(tmp_path / "state.safetensors")
+    old = {key: value.float() if ".momentum_buffer." in key else value for key, value in tensors.items()}
+    save_file(old, tmp_path / "state.safetensors")
+    restored = new_state(new_denoiser, muon_learning_rate=0.02)
+    restored.restore(tmp_path)
+    for name, parameter in zip(restored.names, restored.parameters, strict=True):
+        if parameter in restored.momentum:
+            assert torch.equal(restored.momentum[parameter], tensors[f"optimizer.momentum_buffer.{name}"])
 
 
 def test_gradients_that_are_no_numbers_change_nothing(new_denoiser, new_rows):
