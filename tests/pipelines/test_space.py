@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from optuna import create_study
-from optuna.samplers import RandomSampler
+from optuna.samplers import RandomSampler, TPESampler
 
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.path import FlowPath
@@ -89,3 +89,14 @@ def test_a_model_with_averages_has_their_length_as_a_setting():
     points = [space.point(study.ask(fixed_distributions=space.distributions).params) for _ in range(200)]
     lengths = {point.get("ema_length") for point in points}
     assert lengths == {None, *(number / 100 for number in range(4, 17))}
+
+
+def test_of_one_average_the_search_chooses_whether_to_use_it():
+    space = SamplerSpace(PATH, PLAIN, (0.08, 0.08))
+    study = create_study(directions=["maximize", "minimize"], sampler=TPESampler(seed=0, n_startup_trials=4))
+    lengths = set()
+    for number in range(12):
+        trial = study.ask(fixed_distributions=space.distributions)
+        lengths.add(space.point(trial.params).get("ema_length"))
+        study.tell(trial, [number % 3, number % 4])
+    assert lengths == {None, 0.08}
