@@ -31,7 +31,7 @@ from animediffusion.pipelines.layout import LAYOUTS, is_junk, plan_folder, plan_
 from animediffusion.pipelines.parts import Part, Record, drop_rows, make_part, raise_failed, read_record, record_path
 from animediffusion.pipelines.samples import Plan
 from animediffusion.pipelines.tally import Tally, find_twins
-from animediffusion.platform import storage
+from animediffusion.platform import cluster, storage
 from animediffusion.platform.errors import ConfigError, DataError
 
 MIN_PART_ROWS = 256
@@ -55,16 +55,25 @@ Spread = Callable[[Callable[..., Any], list[dict[str, Any]], dict[str, Any]], It
 """Calls a function of one-row batches for every row of a table, with keyword arguments; rows in any order."""
 
 
-def over_ray(work: Callable[..., Any], table: list[dict[str, Any]], where: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def over_ray(
+    work: Callable[..., Any],
+    table: list[dict[str, Any]],
+    where: dict[str, Any],
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
     """The Spread of the cluster: one task a row; the task of a worker that dies is done again by another.
 
     Not Ray Data's own CheckpointConfig: it skips rows by an id that the driver reads back in full, and its writers name
     files by task, so that a second run would cut other shards; a record beside each shard is one name in a listing.
+    `tell` gets a line where the cluster has no room for a task.
     """
     if table:
         silence_ray_data()
         rows = ray.data.from_items(table, override_num_blocks=len(table))
-        yield from rows.map_batches(work, batch_size=1, fn_kwargs=where).iter_rows()
+        with cluster.waits(tell) as moved:
+            for row in rows.map_batches(work, batch_size=1, fn_kwargs=where).iter_rows():
+                moved()
+                yield row
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from animediffusion.pipelines.train import Signals
+from animediffusion.platform import cluster
 from animediffusion.platform.errors import Interrupted
 
 REPEATS, MOST_REPEATS = 20, 200
@@ -202,6 +203,7 @@ def run_trials(
     callback: tune.Callback | None = None,
     reuse: bool = False,
     place: Path,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Run trials until the study knows `trials` points, the time is over, or a signal comes.
 
@@ -216,6 +218,7 @@ def run_trials(
         callback: told of every result.
         reuse: a process that has done one trial does the next.
         place: an existing folder for Ray Tune's own notes, which are deleted at the end.
+        tell: gets a line where the cluster has no room for a trial.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; what is finished is in the journal.
@@ -245,14 +248,14 @@ def run_trials(
         ),
     )
     try:
-        heard = _watch(tuner, stop)
+        heard = _watch(tuner, stop, study, tell or (lambda _: None))
     finally:
         shutil.rmtree(notes, ignore_errors=True)
     if heard:
         raise Interrupted(heard[0], name, study.num_known, unit="trial")
 
 
-def _watch(tuner: tune.Tuner, stop: threading.Event) -> list[int]:
+def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callable[[str], None]) -> list[int]:
     """fit() in a thread, so that this one can hear signals; returns those that it heard."""
     failed: list[BaseException] = []
 
@@ -264,10 +267,14 @@ def _watch(tuner: tune.Tuner, stop: threading.Event) -> list[int]:
 
     heard: list[int] = []
     thread = threading.Thread(target=body, name="tune", daemon=True)
-    with Signals(heard, stop.set):
+    known = study.num_known
+    with Signals(heard, stop.set), cluster.waits(tell) as moved:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
+            if study.num_known != known:
+                known = study.num_known
+                moved()
     if failed and not heard:
         raise failed[0]
     return heard

@@ -9,12 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.state import state
+from ray.autoscaler.v2.schema import ResourceDemandSummary
+from ray.autoscaler.v2.sdk import get_cluster_status
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
@@ -23,6 +31,10 @@ from animediffusion.platform.storage import PATIENCE_VARIABLE
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
+
+WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
+"""Seconds between two looks at what the cluster has no room for, of one at most, and between two lines about it."""
+_COUNTED = ("CPU", "GPU")
 
 _WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
 
@@ -110,6 +122,80 @@ def cluster_address() -> str | None:
     """
     address = os.environ.get("RAY_ADDRESS", "").strip()
     return None if address in ("", "local") or address.startswith(("http://", "https://")) else address
+
+
+def resources() -> tuple[dict[str, float], dict[str, float]]:
+    """What the cluster has now, and the most that it can have: more where an autoscaler adds nodes."""
+    has: dict[str, float] = ray.cluster_resources()
+    limits: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    return has, {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in has | limits}
+
+
+@contextmanager
+def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
+    """While work inside the block makes no progress for `after_s`, `tell` gets a line on what has no room, if anything.
+
+    Yields:
+        a function to call at every progress.
+    """
+    progress, done = [time.monotonic()], threading.Event()
+
+    def moved() -> None:
+        progress[0] = time.monotonic()
+
+    def watch() -> None:
+        said, again = "", 0.0
+        while not done.wait(WATCH_S):
+            now = time.monotonic()
+            if now - progress[0] >= after_s and now >= again and (line := no_room()) not in ("", said):
+                said, again = line, now + AGAIN_S
+                tell(line)
+
+    thread = threading.Thread(target=watch, name="waits", daemon=True)
+    thread.start()
+    try:
+        yield moved
+    finally:
+        done.set()
+        thread.join()
+
+
+def no_room() -> str:
+    """What tasks, actors and placement groups ask for and do not get, and what is free, in a line; "" if nothing.
+
+    From the cluster's control store, which always answers: Ray's state API needs a dashboard.
+    """
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=WATCH_TIMEOUT_S)
+        (has, most), free = resources(), ray.available_resources()
+    except Exception:  # the work that waits meets the same error, and its message is the one to show
+        return ""
+    asked = _asked(status.resource_demands)
+    if not asked:
+        return ""
+    wanted = " and ".join(f"{count} x ({_listed(needs)})" for needs, count in sorted(asked.items()))
+    names = sorted({name for needs in asked for name, _ in needs})
+    found = ", ".join(_free(name, free, has, most) for name in names)
+    return f"waiting: the cluster has no room for {wanted}; {found}"
+
+
+def _asked(demand: ResourceDemandSummary) -> Counter[tuple[tuple[str, float], ...]]:
+    """How often each set of CPUs and GPUs is asked for."""
+    asked = Counter[tuple[tuple[str, float], ...]]()
+    for group in (*demand.ray_task_actor_demand, *demand.placement_group_demand):
+        for bundle in group.bundles_by_count:
+            if needs := tuple((name, bundle.bundle[name]) for name in _COUNTED if name in bundle.bundle):
+                asked[needs] += bundle.count
+    return asked
+
+
+def _listed(needs: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in needs)
+
+
+def _free(name: str, free: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
+    more = f" (an autoscaler can make it {most[name]:g})" if most.get(name, 0.0) > has.get(name, 0.0) else ""
+    return f"{free.get(name, 0.0):g} of {has.get(name, 0.0):g} {name} free{more}"
 
 
 def own_workspaces() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -198,7 +199,7 @@ def data_ingest(
     val_fraction: Annotated[float, typer.Option(help="Where no folder names a split.")] = 0.05,
 ) -> None:
     """Turn images into a dataset of Parquet shards; goes on where it was killed."""
-    from animediffusion.pipelines.ingest import prepare
+    from animediffusion.pipelines.ingest import over_ray, prepare
 
     console, settings = _console(), _settings()
     job = prepare(src, dst, size, pairs, val_fraction)
@@ -206,7 +207,7 @@ def data_ingest(
         console.note("continues an earlier ingest" if job.continues else "starting Ray")
         _connect(settings)
     with console.progress("ingesting", "files") as progress:
-        manifest = job.run(progress)
+        manifest = job.run(progress, partial(over_ray, tell=console.note))
     splits = {name: split.rows for name, split in manifest.splits.items()}
     line = ", ".join(f"{name} {rows}" for name, rows in splits.items())
     state = "up to date" if job.done is not None else "ingested"

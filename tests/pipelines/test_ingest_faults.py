@@ -1,6 +1,7 @@
 """Ingest when things break: the store throttles or is gone, the command or one of its workers is killed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,3 +201,22 @@ def test_a_killed_worker_is_replaced(
 def is_busy(process: psutil.Process) -> bool:
     """Whether a process of the tests' own cluster makes a part."""
     return "make_part" in " ".join(process.info["cmdline"] or ()) and os.getpid() in {p.pid for p in process.parents()}
+
+
+def test_an_ingest_that_has_no_room_says_what_it_waits_for_and_ends_when_there_is(
+    ends: Ends, command: Callable[[Ends], subprocess.Popen[str]], undisturbed: Manifest
+) -> None:
+    @ray.remote(num_cpus=1.25)
+    class Server:
+        def ready(self) -> bool:
+            return True
+
+    server = Server.remote()
+    assert ray.get(server.ready.remote())
+    process = command(ends)
+    assert process.stderr is not None
+    waiting = next((line for line in process.stderr if "waiting: " in line), "")
+    ray.kill(server)
+    assert re.match(r"waiting: the cluster has no room for \d+ x \(1 CPU\); 0.75 of 2 CPU free\n", waiting)
+    assert process.wait(WAIT_S) == 0
+    assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash

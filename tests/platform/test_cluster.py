@@ -2,10 +2,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import ray
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
@@ -87,3 +91,70 @@ def test_nodes_have_their_own_workspaces_where_all_that_they_share_is_on_servers
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
     assert cluster.own_workspaces() is own
+
+
+@pytest.fixture
+def busy(ray_cluster):
+    """An actor that holds 1.25 of the two CPUs."""
+
+    @ray.remote(num_cpus=1.25)
+    class Server:
+        def ready(self) -> bool:
+            return True
+
+    server = Server.remote()
+    assert ray.get(server.ready.remote())
+    yield server
+    ray.kill(server)
+
+
+@pytest.mark.ray
+def test_what_waits_for_room_says_for_which_resources_and_how_much_is_free(busy) -> None:
+    @ray.remote(num_cpus=1)
+    def work() -> int:
+        return 1
+
+    lines: list[str] = []
+    with cluster.waits(lines.append, after_s=0.5):
+        task = work.remote()
+        group = placement_group([{"CPU": 0.5}] * 2)
+        deadline = time.monotonic() + 60
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not ray.wait([task], timeout=0)[0]
+    wanted = "waiting: the cluster has no room for 2 x (0.5 CPU) and 1 x (1 CPU); 0.75 of 2 CPU free"
+    assert lines == [wanted]
+    remove_placement_group(group)
+    ray.kill(busy)
+    assert ray.get(task, timeout=60) == 1
+
+
+@pytest.mark.ray
+def test_nothing_is_said_while_work_moves_or_nothing_waits(ray_cluster) -> None:
+    lines: list[str] = []
+    with cluster.waits(lines.append, after_s=0.5):
+        time.sleep(2 * cluster.WATCH_S)
+    assert lines == []
+
+
+@pytest.mark.ray
+def test_an_autoscaler_adds_to_the_most_that_a_cluster_can_have(busy) -> None:
+    """As an autoscaler with a group of nodes would report it to the cluster's control store."""
+    has, most = cluster.resources()
+    assert has["CPU"] == most["CPU"] == 2
+    group = autoscaler_pb2.NodeGroupConfig(name="gpu", max_count=3, resources={"CPU": 8, "GPU": 1})
+    store = GcsClient(address=ray.get_runtime_context().gcs_address)
+    waiting = placement_group([{"GPU": 1}] * 2)
+    try:
+        store.report_cluster_config(autoscaler_pb2.ClusterConfig(node_group_configs=[group]).SerializeToString())
+        has, most = cluster.resources()
+        assert (has.get("GPU"), most["GPU"], most["CPU"]) == (None, 3, 24)
+        deadline = time.monotonic() + 30
+        while not (line := cluster.no_room()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        wanted = "waiting: the cluster has no room for 2 x (1 GPU); 0 of 0 GPU free (an autoscaler can make it 3)"
+        assert line == wanted
+    finally:
+        store.report_cluster_config(autoscaler_pb2.ClusterConfig().SerializeToString())
+        remove_placement_group(waiting)
+    assert cluster.resources()[1]["CPU"] == 2
