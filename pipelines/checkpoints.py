@@ -19,11 +19,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-
-from safetensors import SafetensorError
 
 from animediffusion.models.bundle import file_sha256
 from animediffusion.platform import storage
@@ -39,7 +38,9 @@ PAUSE_S = 5.0
 _NAME = re.compile(r"step-(\d{8,})")
 T = TypeVar("T")
 Save = Callable[[Path], None]
-"""Writes the files of a state into a folder."""
+"""Writes the files of a state into a folder; called in another thread than training's."""
+Take = Callable[[], Save]
+"""Copies a state, so that training can change it meanwhile."""
 
 
 def step_name(step: int) -> str:
@@ -120,9 +121,9 @@ def best_step(scores: dict[int, dict[str, float]]) -> int | None:
     return min(scores, key=lambda step: (scores[step][BEST_BY], -step), default=None)
 
 
-def prune(place: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best."""
-    old = list_steps(place)[:-keep]
+def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints, the best, and those whose score is `awaited`."""
+    old = [step for step in list_steps(place)[:-keep] if step not in awaited]
     if old:
         best = best_step(read_scores(place))
         for step in old:
@@ -150,48 +151,47 @@ def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
 class CheckpointWriter:
     """Saves checkpoints of one run, one after the other, and deletes what is not kept.
 
-    On a disk `save` returns when the checkpoint is there. For an object store it returns when the state is in a local
-    folder; a thread uploads it while training goes on. A state that comes while an older one is still on its way takes
-    the place of another that waits. What cannot be saved is a warning: training goes on, the next save tries again.
+    `save` returns when the state is copied; a thread writes, hashes and uploads the copy while training goes on. There
+    are two copies at most: a state that comes while an older one is on its way takes the place of another that waits.
+    What cannot be saved is a warning: training goes on, the next save tries again.
 
     Args:
         place: where checkpoints go.
         keep: how many of the newest stay.
         warn: gets one line for what could not be saved.
-        saved: gets the step of every checkpoint that is there; called from the thread that wrote it.
+        saved: gets step and state of every checkpoint that is there; called from the thread that wrote it.
+        awaited: returns the steps that stay until they have a score.
     """
 
     def __init__(
-        self, place: str, keep: int, warn: Callable[[str], None], saved: Callable[[int], None] = lambda _: None
+        self,
+        place: str,
+        keep: int,
+        warn: Callable[[str], None],
+        saved: Callable[[int, Save], None] = lambda _step, _state: None,
+        awaited: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        self.place, self.keep, self.warn, self.saved = place, keep, warn, saved
+        self.place, self.keep, self.warn, self.saved, self.awaited = place, keep, warn, saved, awaited
         self._remote = storage.is_remote(place)
         self._changed = threading.Condition()
-        self._next: tuple[int, Path] | None = None
+        self._next: tuple[int, Save] | None = None
         self._busy = False
         self._newest = 0
         if not self._remote:
             self._clear()
 
-    def save(self, step: int, state: Save) -> None:
-        """Save a state; never raises for a disk that is full or a store that fails."""
-        try:
-            folder = self._write(step, state)
-        except (OSError, SafetensorError) as error:
-            self._failed(step, error)
-            return
-        if not self._remote:
-            self._commit(step, folder)
-            return
+    def save(self, step: int, take: Take) -> None:
+        """Copy a state now and save it; never raises for a disk that is full or a store that fails."""
         with self._changed:
-            if self._next is not None:
-                shutil.rmtree(self._next[1], ignore_errors=True)
-            self._next = (step, folder)
+            self._next = None  # before the copy: there is memory for two, and one may be on its way
+        state = take()
+        with self._changed:
+            self._next = (step, state)
             if not self._busy:
                 self._busy = True
-                threading.Thread(target=self._upload, name="checkpoints", daemon=True).start()
+                threading.Thread(target=self._save_all, name="checkpoints", daemon=True).start()
 
-    def finish(self, step: int, state: Save) -> None:
+    def finish(self, step: int, take: Take) -> None:
         """Save the last state and wait until it is there, with patience.
 
         Raises:
@@ -200,12 +200,17 @@ class CheckpointWriter:
 
         def attempt() -> None:
             if self._newest < step:
-                self.save(step, state)
+                self.save(step, take)
                 self.wait()
             if self._newest < step:
                 raise StorageError(self.place, f"the state of step {step} cannot be saved", "make room or reach it")
 
         outlast(attempt)
+
+    def prune(self) -> None:
+        """Delete what is not kept; what a store that fails leaves there does no harm."""
+        with suppress(StorageError):
+            prune(self.place, self.keep, self.awaited())
 
     def wait(self) -> None:
         """Until nothing is on its way."""
@@ -229,15 +234,21 @@ class CheckpointWriter:
             raise
         return folder
 
-    def _upload(self) -> None:
+    def _save_all(self) -> None:
         while True:
             with self._changed:
                 if self._next is None:
                     self._busy = False
                     self._changed.notify_all()
                     return
-                (step, folder), self._next = self._next, None
-            self._commit(step, folder)
+                (step, state), self._next = self._next, None
+            try:
+                self._commit(step, self._write(step, state))
+                self.saved(step, state)
+                self.prune()
+            except Exception as error:  # a full disk, a store that fails: whatever it is, the run is not to wait for it
+                self._failed(step, error)
+            del state
 
     def _commit(self, step: int, folder: Path) -> None:
         target = storage.join(self.place, step_name(step))
@@ -251,10 +262,6 @@ class CheckpointWriter:
                 folder.rename(target)
                 _to_disk(Path(self.place))
             self._newest = step
-            self.saved(step)
-            prune(self.place, self.keep)
-        except (StorageError, OSError) as error:
-            self._failed(step, error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -109,27 +109,48 @@ def run_tracks(
     bundle: Bundle, rows: dict[str, Any], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Track]:
     """Color all rows on both tracks with fixed references and noise."""
-    total = len(TRACKS) * len(rows["target"])
-    tracks, done = {}, 0
+    chunks, results, done = fixed_chunks(rows), [], 0
+    for chunk in chunks:
+        results.append(to_uint8(colorize(bundle, chunk.batch.sketch, chunk.batch.reference, seeds=chunk.seeds)))
+        done += len(chunk.seeds)
+        if progress is not None:
+            progress(done, len(TRACKS) * len(rows["target"]))
+    return as_tracks(chunks, results)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a track, with all that is random."""
+
+    track: str
+    batch: Batch
+    seeds: list[int]
+    """Of the noise of each row."""
+
+
+def fixed_chunks(rows: dict[str, Any]) -> list[Chunk]:
+    """Both tracks of the rows, CHUNK images at a time."""
+    chunks = []
     for number, name in enumerate(TRACKS):
-        parts = []
         for start in range(0, len(rows["target"]), CHUNK):
-            chunk = {key: torch.from_numpy(value[start : start + CHUNK]) for key, value in rows.items()}
-            generator = torch.Generator().manual_seed(SEED + 1000 * number + start)
-            parts.append(_color(bundle, fixed_batch(chunk, name, generator), start))
-            done += len(chunk["target"])
-            if progress is not None:
-                progress(done, total)
-        tracks[name] = Track(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    return tracks
+            part = {key: torch.from_numpy(value[start : start + CHUNK]) for key, value in rows.items()}
+            batch = fixed_batch(part, name, torch.Generator().manual_seed(SEED + 1000 * number + start))
+            chunks.append(Chunk(name, batch, [SEED + start + i for i in range(len(part["target"]))]))
+    return chunks
 
 
-def _color(bundle: Bundle, batch: Batch, start: int) -> tuple[Images, Images, Images, Images]:
-    seeds = [SEED + start + i for i in range(len(batch.target))]
-    result = colorize(bundle, batch.sketch, batch.reference, seeds=seeds)
-    columns = (batch.sketch.expand(-1, 3, -1, -1), batch.reference, result, batch.target)
-    sketch, reference, painted, truth = (to_uint8(column).cpu().numpy() for column in columns)
-    return sketch, reference, painted, truth
+def as_tracks(chunks: list[Chunk], results: list[torch.Tensor]) -> dict[str, Track]:
+    """What came out of each chunk, uint8 [B, S, S, 3], with what went in."""
+    parts: dict[str, list[tuple[Images, ...]]] = {name: [] for name in TRACKS}
+    for chunk, result in zip(chunks, results, strict=True):
+        batch = chunk.batch
+        sketch, reference, truth = (
+            to_uint8(column).cpu().numpy()
+            for column in (batch.sketch.expand(-1, 3, -1, -1), batch.reference, batch.target)
+        )
+        parts[chunk.track].append((sketch, reference, result.cpu().numpy(), truth))
+    joined = {name: map(np.concatenate, zip(*part, strict=True)) for name, part in parts.items()}
+    return {name: Track(*columns) for name, columns in joined.items()}
 
 
 def grid(tracks: dict[str, Track], rows: int = GRID_ROWS) -> Images:

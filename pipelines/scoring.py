@@ -1,4 +1,4 @@
-"""Score a checkpoint while training goes on: a task of its own, on whatever node has room.
+"""Score a checkpoint while training goes on: on CPUs a task of its own, on GPUs all ranks together between two steps.
 
 The first rows of `val`, both tracks, the sampler the bundle will have. Written beside the checkpoint (score.json), to
 MLflow (score/TRACK/METRIC, and the pictures `samples`), and told to the driver. Not here: the tracks, see
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from animediffusion.models.bundle import Bundle
-from animediffusion.models.training import averaged_weights
+from animediffusion.models.colorize import colorize
+from animediffusion.models.images import to_uint8
+from animediffusion.models.training import TrainState, averaged_weights
 from animediffusion.pipelines.checkpoints import fetch, write_score
-from animediffusion.pipelines.evaluate import grid, run_tracks
+from animediffusion.pipelines.evaluate import Chunk, Track, as_tracks, fixed_chunks, grid, run_tracks
 from animediffusion.pipelines.metrics import score
 from animediffusion.pipelines.recipe import TrainConfig
 from animediffusion.platform.errors import StorageError
@@ -28,20 +32,53 @@ Score = dict[str, float]
 """psnr, ssim, ciede2000 on the cross track, and psnr_same."""
 
 
-def score_state(folder: Path, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> tuple[Score, Any]:
-    """Color `rows` (see read_split) with the averaged weights of a saved state.
-
-    Returns:
-        the score, and sketch | reference | result | truth of some rows, uint8 [H, W, 3].
-    """
-    config = run.bundle_config(image_size)
-    denoiser = config.build()
-    denoiser.load_state_dict(averaged_weights(folder))
-    bundle = Bundle(config, denoiser.eval().requires_grad_(False), {}, "", folder)
-    tracks = run_tracks(bundle, rows)
+def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> Score:
+    """Score colored rows; written beside the checkpoint, and recorded with a picture of some rows."""
     cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
     kept = {key: float(cross[key] or 0.0) for key in ("psnr", "ssim", "ciede2000")}
-    return {**kept, "psnr_same": float(same["psnr"] or 0.0)}, grid(tracks)
+    found = {**kept, "psnr_same": float(same["psnr"] or 0.0)}
+    write_score(place, step, found)
+    log.log({f"score/{key}": value for key, value in found.items()}, step)
+    log.log_image(grid(tracks), "samples", step)
+    return found
+
+
+class SharedPainter:
+    """Colors the rows where the run trains, between two steps, each rank its share.
+
+    On GPUs this takes a fraction of a second, which a CPU would take minutes for. Nothing waits for the score itself,
+    which the thread that writes the checkpoint computes.
+
+    Args:
+        run: the run.
+        image_size: of its data.
+        rows: of val, see read_split.
+    """
+
+    def __init__(self, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> None:
+        self._config, self._chunks = run.bundle_config(image_size), fixed_chunks(rows)
+
+    def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track]:
+        """The rows as the averaged weights color them; all ranks come here, and all get all rows."""
+        bundle = Bundle(self._config, state.averaged(), {}, "", Path())
+        own = [self._share(bundle, chunk, slice(rank, None, world_size)) for chunk in self._chunks]
+        shares: list[Any] = [own]
+        if world_size > 1:
+            shares = [None] * world_size
+            dist.all_gather_object(shares, own)
+        return as_tracks(self._chunks, [_interleave(parts) for parts in zip(*shares, strict=True)])
+
+    def _share(self, bundle: Bundle, chunk: Chunk, own: slice) -> torch.Tensor:
+        sketch, reference, seeds = chunk.batch.sketch[own], chunk.batch.reference[own], chunk.seeds[own]
+        return to_uint8(colorize(bundle, sketch, reference, seeds=seeds) if seeds else reference).cpu()
+
+
+def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows 0, n, 2n, ... are of the first of n parts, and so on."""
+    rows = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    for number, part in enumerate(parts):
+        rows[number :: len(parts)] = part
+    return rows
 
 
 SEND_S = 3.0
@@ -51,17 +88,17 @@ SEND_S = 3.0
 @ray.remote(num_cpus=0, max_retries=1)
 def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
     torch.set_num_threads(1)  # beside the workers, not before them
-    run = TrainConfig.check(shared["run"])
+    config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
+    denoiser = config.build()
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetch(place, step, Path(folder))
         except (StorageError, ValueError):
             return None  # newer ones have taken its place
-        found, picture = score_state(Path(folder), run, shared["image_size"], shared["samples"])
-    write_score(place, step, found)
+        denoiser.load_state_dict(averaged_weights(Path(folder)))
+    bundle = Bundle(config, denoiser.eval().requires_grad_(False), {}, "", Path())
     log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"], unsent=Path(shared["unsent"]))
-    log.log({f"score/{key}": value for key, value in found.items()}, step)
-    log.log_image(picture, "samples", step)
+    found = record_score(place, step, run_tracks(bundle, shared["samples"]), log)
     log.leave(SEND_S)
     return found
 
@@ -82,6 +119,12 @@ class Scorer:
         self._lock = threading.Lock()
         self._running: tuple[int, Any] | None = None
         self._next: int | None = None
+
+    def awaited(self) -> set[int]:
+        """Steps whose checkpoints are being scored, or will be."""
+        with self._lock:
+            running = {self._running[0]} if self._running is not None else set()
+            return running | ({self._next} if self._next is not None else set())
 
     def start(self, step: int) -> None:
         """Score this checkpoint as soon as the one before is done; one that still waits is left out."""

@@ -11,6 +11,8 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,26 @@ from animediffusion.models.attention import attention_used, use_attention
 from animediffusion.models.compile import compiled
 from animediffusion.models.numerics import choose_numerics
 from animediffusion.models.objective import NUM_BINS
-from animediffusion.models.training import Step, TrainState, fit
+from animediffusion.models.training import Snapshot, Step, TrainState, fit, write
 from animediffusion.pipelines.checkpoints import (
     CheckpointWriter,
+    Save,
+    Take,
     best_step,
     fetch,
     fetch_newest,
     outlast,
     read_scores,
 )
-from animediffusion.pipelines.dataset import decode_rows
+from animediffusion.pipelines.decoding import Decode
+from animediffusion.pipelines.evaluate import Track
 from animediffusion.pipelines.gauges import Gauges
 from animediffusion.pipelines.pace import Pace
 from animediffusion.pipelines.recipe import TrainConfig
 from animediffusion.pipelines.rungs import Rungs
-from animediffusion.pipelines.scoring import Scorer
+from animediffusion.pipelines.scoring import Scorer, SharedPainter, record_score
 from animediffusion.platform import storage
+from animediffusion.platform.errors import StorageError
 from animediffusion.platform.tracking import Run
 
 AGREE_EVERY = 10
@@ -48,6 +54,10 @@ AGREE_EVERY = 10
 UNKNOWN_LENGTH = 1 << 40
 SCORING_S = 120.0
 """How long the end of a run waits for the score of its last checkpoints, each."""
+AHEAD = {"cpu": 2, "cuda": 4}
+"""Batches that are decoded meanwhile, each in a thread of its own."""
+SCORED_BETWEEN_STEPS = ("cuda",)
+"""Devices so fast that the ranks color the rows of a score themselves."""
 NAMED_ROWS = 8
 """How many rows a message names."""
 
@@ -86,7 +96,30 @@ def train_worker(config: dict[str, Any]) -> None:
             (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress
             (actor), samples (rows to score, or None); in a search also rungs, see pipelines/rungs.py.
     """
-    _Rank(config).run()
+    if ray.get(config["progress"].look.remote()).get("failed"):
+        return  # Ray started the workers again, but a rank has said that it would fail again
+    rank = None
+    try:
+        rank = _Rank(config)
+        rank.run()
+    except torch.OutOfMemoryError:
+        if config.get("rungs"):
+            raise  # a search counts it and goes on with other settings
+        if rank is not None and rank.log is not None:
+            rank.log.writer.wait()
+        # The other ranks wait for this one's gradients, so it cannot return: Ray ends them all when it raises.
+        found = f"out of GPU memory on {_card()}"
+        advice = "lower batch_size or use more workers (num_workers)"
+        ray.get(config["progress"].tell.remote(failed=found, advice=advice))
+        raise
+
+
+def _card() -> str:
+    """The GPU of this process."""
+    if not torch.cuda.is_available():
+        return "this device"
+    found = torch.cuda.get_device_properties(ray.train.torch.get_device())
+    return f"{found.name} ({found.total_memory / 2**30:.0f} GiB)"
 
 
 class _Rank:
@@ -106,6 +139,10 @@ class _Rank:
         self.warned_node = False
         self.waited = 0.0
         self.row_ids: list[str] = []
+        between_steps = config["samples"] is not None and self.device.type in SCORED_BETWEEN_STEPS
+        self.painter = (
+            SharedPainter(self.run_config, config["image_size"], config["samples"]) if between_steps else None
+        )
         self.log = _Log(self) if self.rank == 0 else None
         self.rungs = Rungs(config) if config.get("rungs") else None
 
@@ -175,8 +212,12 @@ class _Rank:
                 raise  # a search counts it and goes on with other settings
             self._give_up(str(error))
             return
+        tracks = None if self.stopping else self._paint()
         if self.log is not None:
-            self.log.finish()
+            self.log.finish(tracks)
+
+    def _paint(self) -> dict[str, Track] | None:
+        return None if self.painter is None else self.painter.paint(self.state, self.rank, self.world_size)
 
     def _give_up(self, reason: str) -> None:
         """Tell which rows made the loss infinite or no number. All ranks come here; trying again would not help."""
@@ -195,18 +236,22 @@ class _Rank:
         if self.state.step >= self.state.max_steps:
             return
         shard = ray.train.get_dataset_shard("train")
-        rows = self.run_config.batch_size // self.world_size
-        batches = iter(shard.iter_batches(batch_size=rows, drop_last=True, prefetch_batches=2))
+        batches = iter(
+            shard.iter_torch_batches(
+                batch_size=self.run_config.batch_size // self.world_size,
+                drop_last=True,
+                prefetch_batches=AHEAD[self.device.type],
+                collate_fn=Decode(self.device),
+            )
+        )
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
             if batch is None:
                 return
-            self.row_ids = [str(name) for name in batch["id"]]
-            arrays = decode_rows(batch)
-            tensors = {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in arrays.items()}
+            self.row_ids = batch.ids
             self.waited += time.monotonic() - asked
-            yield tensors
+            yield batch.tensors
 
     def _on_step(self, step: Step) -> bool:
         if self.log is not None:
@@ -216,8 +261,10 @@ class _Rank:
         if (step.step - self.first_step) % AGREE_EVERY == 0:
             self._agree()
         done = step.step >= self.state.max_steps or self.stopping
-        if self.log is not None and step.step % self.run_config.checkpoint_every == 0 and not done:
-            self.log.checkpoint()
+        if step.step % self.run_config.checkpoint_every == 0 and not done:
+            tracks = self._paint()
+            if self.log is not None:
+                self.log.checkpoint(tracks)
         return done
 
     def _agree(self) -> None:
@@ -237,6 +284,17 @@ class _Rank:
 def _ddp(objective: nn.Module, device: torch.device) -> nn.Module:
     ids = [device.index or 0] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A copied state on its way to a checkpoint, and the rows that it was scored on, colored."""
+
+    snapshot: Snapshot
+    tracks: dict[str, Track] | None
+
+    def __call__(self, folder: Path) -> None:
+        write(self.snapshot, folder)
 
 
 class _Log:
@@ -261,9 +319,11 @@ class _Log:
         self.gauges = Gauges(rank.shared["run_name"])
         self.bins, self.counts = torch.zeros(2, NUM_BINS, device=rank.device)
         place, run = rank.shared["checkpoints"], rank.run_config
-        self.scorer = Scorer(place, rank.shared) if rank.shared["samples"] is not None else None
-        self.writer = CheckpointWriter(place, run.keep_checkpoints, rank._warn, self._saved)
-        self.known_scores = read_scores(place) if rank.state.step else {}
+        in_a_task = rank.shared["samples"] is not None and rank.painter is None
+        self.scorer = Scorer(place, rank.shared) if in_a_task else None
+        awaited = self.scorer.awaited if self.scorer is not None else tuple
+        self.writer = CheckpointWriter(place, run.keep_checkpoints, rank._warn, self._saved, awaited)
+        self.scores = read_scores(place) if rank.state.step else {}
 
     def step(self, step: Step) -> None:
         # Where they are made: to read them here would wait for a GPU in each step.
@@ -296,9 +356,13 @@ class _Log:
             self.scorer.look(0)
         self._tell()
 
-    def _saved(self, step: int) -> None:
+    def _saved(self, step: int, state: Save) -> None:
+        """In the thread that wrote the checkpoint of `step`."""
         if self.scorer is not None:
             self.scorer.start(step)
+        if isinstance(state, _Taken) and state.tracks is not None:
+            with suppress(StorageError):  # a score is worth having, not worth a run
+                self.scores[step] = record_score(self.writer.place, step, state.tracks, self.run)
 
     def _tell(self) -> None:
         # Never wait for the driver: read the answer to the report before this one.
@@ -315,7 +379,7 @@ class _Log:
         )
 
     def _best(self) -> dict[str, Any]:
-        scores = {**self.known_scores, **(self.scorer.scores if self.scorer is not None else {})}
+        scores = {**self.scores, **(self.scorer.scores if self.scorer is not None else {})}
         best = best_step(scores)
         return {} if best is None else {"best_step": best, "best_score": scores[best]}
 
@@ -332,17 +396,21 @@ class _Log:
             max_steps = self.rank.state.step + more
         return [max_steps, stop]
 
-    def checkpoint(self) -> None:
-        """Save the state; the score comes later."""
-        self.writer.save(self.rank.state.step, self.rank.state.save)
+    def checkpoint(self, tracks: dict[str, Track] | None = None) -> None:
+        """Save the state; the score comes later, of `tracks` where the ranks have colored them."""
+        self.writer.save(self.rank.state.step, self._taker(tracks))
         self._tell()
 
-    def finish(self) -> None:
+    def _taker(self, tracks: dict[str, Track] | None) -> Take:
+        return lambda: _Taken(self.rank.state.snapshot(), tracks)
+
+    def finish(self, tracks: dict[str, Track] | None) -> None:
         """The last checkpoint, its score, and the end of the records."""
         if self.rank.rungs is None:  # of a trial, what it reported is all that stays
-            self.writer.finish(self.rank.state.step, self.rank.state.save)
+            self.writer.finish(self.rank.state.step, self._taker(tracks))
         if self.scorer is not None and not self.rank.stopping:
             self.scorer.finish(SCORING_S)
+            self.writer.prune()
         self._tell()
         ray.get(self.answer)
         self.run.finish("KILLED" if self.rank.stopping else "FINISHED")
@@ -350,7 +418,8 @@ class _Log:
     def give_up(self, reason: str) -> None:
         """The run cannot go on; the checkpoints stay as they are."""
         self.writer.wait()
-        ray.get(self.progress.tell.remote(failed=reason))
+        advice = "lower optimizer.learning_rate or look at these rows, with another name="
+        ray.get(self.progress.tell.remote(failed=reason, advice=advice))
         self.run.finish("FAILED")
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,13 +23,13 @@ from animediffusion.platform.errors import StorageError
 
 
 def state(text):
-    """A stand-in for TrainState.save: two small files."""
+    """A stand-in for a copied TrainState: two small files."""
 
     def save(folder):
         (folder / "state.safetensors").write_text(text)
         (folder / "state.json").write_text("{}")
 
-    return save
+    return lambda: save
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -77,6 +78,16 @@ def test_the_newest_stay_and_the_best(writer, place):
     assert list_steps(place) == [40, 50]
 
 
+def test_a_checkpoint_that_waits_for_its_score_stays(place, warnings):
+    awaited = {10}
+    writer = CheckpointWriter(place, 2, warnings.append, awaited=lambda: awaited)
+    save(writer, 10, 20, 30, 40)
+    assert list_steps(place) == [10, 30, 40]
+    awaited.clear()
+    writer.prune()
+    assert list_steps(place) == [30, 40]
+
+
 def test_of_equal_scores_the_later_is_best():
     assert best_step({1: {"ciede2000": 2.0}, 3: {"ciede2000": 2.0}, 2: {"ciede2000": 5.0}}) == 3
     assert best_step({}) is None
@@ -111,11 +122,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
 import os, signal
 from animediffusion.pipelines.checkpoints import CheckpointWriter
 writer = CheckpointWriter({str(place)!r}, 2, print)
-writer.save(1, lambda folder: (folder / "state.json").write_text("1"))
+writer.save(1, lambda: lambda folder: (folder / "state.json").write_text("1"))
+writer.wait()
 def die(folder):
     (folder / "state.json").write_text("2")
     os.kill(os.getpid(), signal.SIGKILL)
-writer.save(2, die)
+writer.save(2, lambda: die)
+writer.wait()
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert [path.name for path in place.iterdir()].count(".step-00000002.part") == 1
@@ -131,10 +144,12 @@ from animediffusion.pipelines.checkpoints import CheckpointWriter, latest_step
 place = sys.argv[1]
 warnings = []
 writer = CheckpointWriter(place, 1, warnings.append)
-save = lambda folder: (folder / "state.safetensors").write_bytes(os.urandom(400_000))
+save = lambda: lambda folder: (folder / "state.safetensors").write_bytes(os.urandom(400_000))
 writer.save(1, save)
+writer.wait()
 Path(place, "other").write_bytes(b"0" * 500_000)
 writer.save(2, save)
+writer.wait()
 assert latest_step(place) == 1 and "No space left on device" in warnings[0] and len(warnings) == 1, warnings
 assert not [name for name in os.listdir(place) if name.endswith(".part")]
 Path(place, "other").unlink()
@@ -161,7 +176,7 @@ def test_an_upload_does_not_hold_up_training_and_the_newest_state_wins(faulty_s3
     place = f"s3://bucket/{tmp_path.name}/async?endpoint_override={url}"
     storage.exists(place)
     saved = []
-    writer = CheckpointWriter(place, 3, warnings.append, saved.append)
+    writer = CheckpointWriter(place, 3, warnings.append, lambda step, _: saved.append(step))
     store.fail("stall")
     begun = time.monotonic()
     for step in (1, 2, 3):
@@ -172,6 +187,46 @@ def test_an_upload_does_not_hold_up_training_and_the_newest_state_wins(faulty_s3
     assert saved[-1] == 4
     assert len(saved) < 4, "a state that waits gives way to a newer one"
     assert list_steps(place)[-1] == 4
+
+
+def test_training_goes_on_while_a_state_is_written_and_two_copies_are_held_at_most(place, warnings):
+    writing, go = threading.Event(), threading.Event()
+    held, most = [0], [0]
+
+    class Copy:
+        def __init__(self):
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+
+        def __del__(self):
+            held[0] -= 1
+
+        def __call__(self, folder):
+            writing.set()
+            assert go.wait(30)
+            (folder / "state.json").write_text("{}")
+
+    writer = CheckpointWriter(place, 9, warnings.append)
+    writer.save(1, Copy)
+    assert writing.wait(30)
+    for step in (2, 3, 4):
+        writer.save(step, Copy)
+    assert list_steps(place) == []
+    go.set()
+    writer.wait()
+    assert (list_steps(place), most, warnings) == ([1, 4], [2], [])
+
+
+def test_whatever_goes_wrong_while_a_state_is_written_is_a_warning_and_no_endless_wait(place, warnings):
+    def broken(folder):
+        raise KeyError("weights")
+
+    writer = CheckpointWriter(place, 2, warnings.append)
+    writer.save(1, lambda: broken)
+    writer.wait()
+    assert warnings == ["the checkpoint of step 1 could not be saved ('weights'); training goes on"]
+    save(writer, 2)
+    assert list_steps(place) == [2]
 
 
 def test_a_store_that_fails_for_a_while_costs_a_checkpoint_at_most(faulty_s3, tmp_path, warnings, monkeypatch):
