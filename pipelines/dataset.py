@@ -36,6 +36,8 @@ FORMAT: Literal["animediffusion-dataset-1"] = "animediffusion-dataset-1"
 MANIFEST = "manifest.json"
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
+MOST_VISITS = 16384
+"""Of one execution of Ray Data, whose driver holds an object for each."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -161,7 +163,8 @@ def training_dataset(
         uri: the dataset.
         seed: of the order.
         world_size: ranks among which it will be split.
-        num_rows: rows that every rank still takes (it gets up to one visit more).
+        num_rows: rows that every rank still takes: it gets up to one visit more, and less than that where they are more
+            than MOST_VISITS.
         start_rows: rows that every rank has taken before; the same dataset, seed and world size continue there.
         split: which rows.
 
@@ -173,8 +176,10 @@ def training_dataset(
     shards = Manifest.load(uri).split(split).shards
     counts = tuple(shard.rows for shard in shards)
     visit_rows = choose_visit_rows(sum(counts), sum(shard.num_bytes for shard in shards), world_size)
+    most_rows = max(1, MOST_VISITS // world_size - 1) * visit_rows
     table = [
-        {"number": visit.number, "skip": visit.skip} for visit in visits(visit_rows, world_size, num_rows, start_rows)
+        {"number": visit.number, "skip": visit.skip}
+        for visit in visits(visit_rows, world_size, min(num_rows, most_rows), start_rows)
     ]
     source = _Source(uri, shards, Stream(counts, seed, visit_rows))
     rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(

@@ -30,7 +30,7 @@ import animediffusion
 from animediffusion.models.training import MALLOC
 from animediffusion.pipelines.plan import Plan
 from animediffusion.pipelines.recipe import TrainConfig, plain
-from animediffusion.pipelines.train import threads_per_worker
+from animediffusion.pipelines.scaling import threads_per_worker
 from animediffusion.platform.cluster import cluster_address
 
 # The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.
@@ -44,6 +44,9 @@ START_S = 45.0
 """Of a run that is no training: Ray, workers and the first rows come up, the last checkpoint is scored, ..."""
 START_IMPORTS = 2.2
 """... and as many times what a process needs here, now, to import the same libraries."""
+CUDA_MEMORY_MB = 1536.0
+"""Allowed on a GPU for what PyTorch does not count: the CUDA context, NCCL's buffers, memory in unusable pieces. Not
+measured."""
 BUSY = 0.15
 """A share of the CPUs that others take, which is told."""
 TIMED_S = 6.0
@@ -100,15 +103,18 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
     Returns:
         device, num_workers, rows_per_worker, steps_timed; seconds_per_step, images_per_s, others_share (of the CPUs, 0
         to 1: what other programs took meanwhile), images_per_s_alone (as if they were not there); steps (still to do),
-        training_s, start_s, seconds (both and the checkpoints); memory_per_worker_mb, memory_mb (all workers, and Ray
-        on one machine); checkpoint_mb, disk_mb (checkpoints that are kept, the best among them, and the bundle).
+        training_s, start_s, seconds (both and the checkpoints); memory_per_worker_mb (on a GPU with CUDA_MEMORY_MB),
+        memory_mb (all workers, and Ray on one machine), gpu_memory_mb (of one card, or None), workers_that_fit (the
+        fewest with whose rows a worker fits that card; None on CPUs, or if none do); checkpoint_mb, disk_mb
+        (checkpoints that are kept, the best among them, and the bundle).
     """
     config, first = work.config, answers[0]
     rows = config.batch_size // workers
     cuda = first["device"] != "cpu"
     per_step = max(_at(rows, answer, "seconds") for answer in answers) * turns * (1.0 if cuda else WORKER_TIME)
-    memory = max(max(_at(rows, answer, "memory_mb"), answer["memory_saving_mb"]) for answer in answers)
-    memory += 0.0 if cuda else WORKER_MEMORY_MB
+    memory, card = _memory(rows, answers), first.get("gpu_memory_mb")
+    divisors = [number for number in range(1, config.batch_size + 1) if config.batch_size % number == 0]
+    fitting = [number for number in divisors if card and _memory(config.batch_size // number, answers) <= card]
     steps = config.max_steps or max(1, int((config.max_minutes or 0) * 60 / per_step))
     steps = max(0, steps - work.start_step)
     saves = math.ceil(steps / config.checkpoint_every)
@@ -130,16 +136,28 @@ def derive(work: Plan, workers: int, answers: Sequence[dict[str, Any]], turns: f
         "seconds": start + training + saves * first["checkpoint_s"],
         "memory_per_worker_mb": memory,
         "memory_mb": workers * memory + (0.0 if cuda else RAY_MEMORY_MB),
+        "gpu_memory_mb": card,
+        "workers_that_fit": min(fitting, default=None),
         "checkpoint_mb": first["checkpoint_mb"],
         "disk_mb": first["checkpoint_mb"] * min(saves, config.keep_checkpoints + 1) + bundle_mb,
     }
+
+
+def _memory(rows: int, answers: Sequence[dict[str, Any]]) -> float:
+    """MB of one worker with so many rows."""
+    beyond = CUDA_MEMORY_MB if answers[0]["device"] != "cpu" else WORKER_MEMORY_MB
+    return beyond + max(max(_at(rows, answer, "memory_mb"), float(answer["memory_saving_mb"])) for answer in answers)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The estimate for people, as YAML comments: what is printed stays a recipe."""
     if not found["possible"]:
         return [f"# no estimate: {found['note']}"]
-    where = "of GPU memory" if found["device"] != "cpu" else "of memory"
+    where = (
+        f"of GPU memory ({CUDA_MEMORY_MB / 1024:.1f} GB allowed for CUDA and NCCL)"
+        if found["device"] != "cpu"
+        else "of memory"
+    )
     threads = f"{found['threads_per_worker']} thread{'s' * (found['threads_per_worker'] > 1)} each"
     shown = [
         f"estimate of this machine, {found['steps_timed']} steps timed: {found['device']}, "
@@ -152,6 +170,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["others_share"] > BUSY:
         busy = f"other programs took {found['others_share']:.0%} of the CPUs meanwhile"
         shown.append(f"  note    {busy}; alone about {found['images_per_s_alone']:.3g} images/s")
+    if (card := found.get("gpu_memory_mb")) and found["memory_per_worker_mb"] > card:
+        fewest = found["workers_that_fit"]
+        way = f"use {fewest} workers (num_workers={fewest}) or lower batch_size" if fewest else "lower image_size"
+        shown.append(f"  note    a worker does not fit: the GPU has {_gb(card)}; {way}")
     if found["note"]:
         shown.append(f"  note    {found['note']}")
     return [f"# {line}" for line in shown]
@@ -185,10 +207,10 @@ def layout(config: TrainConfig) -> tuple[int, int, bool, str | None]:
     Raises:
         _Impossible: the workers will be on other hardware than there is here.
     """
-    fewest, workers = config.workers
     gpus, address = torch.cuda.device_count(), cluster_address()
     if config.use_gpu and not gpus:
         raise _Impossible("the workers will have GPUs, this machine has none")
+    fewest, workers = config.workers_on(0 if config.use_gpu is False else gpus)
     cuda = gpus > 0 if address and config.use_gpu is None else gpus >= fewest
     cuda = (cuda or bool(config.use_gpu)) and config.use_gpu is not False
     if address:

@@ -51,6 +51,8 @@ def main(folder: Path, rank: int) -> None:
     threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
     try:
         answer = _Probe(order, rank, folder).run()
+    except torch.OutOfMemoryError:
+        answer = {"error": "out of GPU memory with one row; lower image_size or take a smaller network"}
     except Exception as error:
         answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
     written = folder / f"{rank}.partial"
@@ -126,6 +128,7 @@ class _Probe:
             "memory_mb": training_mb,
             "memory_saving_mb": self._peak_mb(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "gpu_memory_mb": torch.cuda.mem_get_info(self.device)[1] / MB if self.device.type == "cuda" else None,
             **checkpoint,
         }
 

@@ -35,6 +35,8 @@ NOT_IDENTITY = frozenset(
 )
 """Budget, workers, addresses and logging: changing them continues the same run."""
 MOST_WORKERS = 4096
+CPU_WORKERS = 2
+"""Where the recipe does not say and there are no GPUs."""
 
 
 class TrainConfig(Config):
@@ -68,10 +70,11 @@ class TrainConfig(Config):
     max_minutes: float | None = Field(default=None, gt=0)
     """Of training proper: becomes max_steps once the first steps are timed."""
 
-    num_workers: int | tuple[int, int] = 2
-    """Or (fewest, most): as many as the cluster has room for, fewer after a node is lost; batch_size stays."""
+    num_workers: int | tuple[int, int] | None = None
+    """One per GPU, at most 2 without GPUs, and the largest such number that divides batch_size, if None. Or (fewest,
+    most): as many as the cluster has room for, fewer after a node is lost; batch_size stays."""
     use_gpu: bool | None = None
-    """One GPU per worker; wherever the cluster has enough of them if None."""
+    """One GPU per worker. If None, wherever the cluster has enough of them now; true also waits for an autoscaler."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """Half a CPU on a CPU cluster if None, so that Ray Data has the rest."""
     storage: str | None = None
@@ -93,7 +96,7 @@ class TrainConfig(Config):
     def _budget(self) -> TrainConfig:
         if (self.max_steps is None) == (self.max_minutes is None):
             raise ValueError("set max_steps or max_minutes, one of them")
-        fewest, most = self.workers
+        fewest, most = self.workers_on(0)
         if not 1 <= fewest <= most <= MOST_WORKERS:
             raise ValueError(f"num_workers must be 1 to {MOST_WORKERS}, or (fewest, most), got {self.num_workers}")
         for number in range(fewest, most + 1):
@@ -101,15 +104,15 @@ class TrainConfig(Config):
                 raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {number}")
         return self
 
-    @property
-    def workers(self) -> tuple[int, int]:
-        """Fewest and most workers; equal where their number is fixed."""
-        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
-
-    @property
-    def rows_per_worker(self) -> int:
-        """Rows of a step on one worker, when there are as many as there can be."""
-        return self.batch_size // self.workers[1]
+    def workers_on(self, gpus: int) -> tuple[int, int]:
+        """Fewest and most workers with this many GPUs to train on (0: on CPUs); equal where their number is fixed."""
+        if isinstance(self.num_workers, tuple):
+            return self.num_workers
+        if self.num_workers is not None:
+            return self.num_workers, self.num_workers
+        most = min(gpus or CPU_WORKERS, self.batch_size, MOST_WORKERS)
+        number = next(number for number in range(most, 0, -1) if self.batch_size % number == 0)
+        return number, number
 
     @property
     def run_name(self) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from animediffusion.pipelines.measure import load_rows
 from animediffusion.pipelines.plan import Plan, plan
 from animediffusion.pipelines.recipe import TrainConfig, load_recipe, plain
 from animediffusion.pipelines.rungs import Stops
-from animediffusion.pipelines.train import build_trainer, reason, scaling_for, threads_per_worker
+from animediffusion.pipelines.scaling import scaling_for, threads_per_worker
+from animediffusion.pipelines.train import build_trainer, reason
 from animediffusion.pipelines.trials import Journal, Study, new_study, run_trials
 from animediffusion.pipelines.worker import Progress as RunProgress
 from animediffusion.platform import cluster
@@ -167,8 +168,9 @@ def _search(
         "psnr",
     )
     first = trial_config(base, space.own(), rungs, "trial")
-    scaling = scaling_for(first)
-    at_once = trials_at_once(scaling)
+    has, may = cluster.resources()
+    scaling, _ = scaling_for(first, has, may)
+    at_once = trials_at_once(scaling, has)
     task = _Task(
         work=work,
         base=base,
@@ -192,6 +194,7 @@ def _search(
             scheduler=scheduler,
             callback=Report(trials, study, record, progress),
             place=work.folder,
+            tell=progress,
         )
     finally:
         ray.kill(task.progress)
@@ -199,12 +202,11 @@ def _search(
         shutil.rmtree(work.folder / "runs", ignore_errors=True)
 
 
-def trials_at_once(scaling: ray.train.ScalingConfig) -> int:
-    """Trials for which the cluster has room together; on CPUs half of them is left to Ray Data."""
-    total, each = ray.cluster_resources(), scaling.resources_per_worker or {}
+def trials_at_once(scaling: ray.train.ScalingConfig, has: Mapping[str, float]) -> int:
+    """Trials for which the cluster has room now, at least one; on CPUs half of them is left to Ray Data."""
     if scaling.use_gpu:
-        return max(1, int(total["GPU"]))
-    return max(1, int(total["CPU"] / 2 / max(each["CPU"], 0.5)))
+        return max(1, int(has.get("GPU", 0)))
+    return max(1, int(has.get("CPU", 0) / 2 / max((scaling.resources_per_worker or {})["CPU"], 0.5)))
 
 
 def _trial(point: dict[str, Any], *, task: _Task) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import signal
 import tempfile
 import threading
@@ -36,10 +35,11 @@ from animediffusion.pipelines.checkpoints import best_step, fetch, latest_step, 
 from animediffusion.pipelines.dataset import read_split, training_dataset
 from animediffusion.pipelines.plan import Plan, plan, read_json, write_json
 from animediffusion.pipelines.recipe import TrainConfig, plain
+from animediffusion.pipelines.scaling import scaling_for, worker_threads
 from animediffusion.pipelines.worker import Progress, train_worker
-from animediffusion.platform import storage
+from animediffusion.platform import cluster, storage
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, DataError, Interrupted, TrainingError
+from animediffusion.platform.errors import DataError, Interrupted, TrainingError
 from animediffusion.platform.tracking import TRAINING, Run, send_left
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
@@ -68,7 +68,7 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
         summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
         send_left(settings, summary["mlflow_run_id"], work.folder / UNSENT)
         return summary
-    scaling = scaling_for(work.config)
+    scaling, notes = scaling_for(work.config, *cluster.resources())
     work.folder.mkdir(parents=True, exist_ok=True)
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
     previous = read_json(work.folder / "run.json").get("mlflow_run_id")
@@ -77,6 +77,8 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags=tags, unsent=unsent)
     write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
     progress = _progress()
+    for line in notes:
+        progress.warn.remote(line)
     begun = time.monotonic()
     try:
         latest = _fit(work, scaling, run, progress, report)
@@ -93,8 +95,13 @@ def _fit(
 ) -> dict[str, Any]:
     weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
     shared = {"init_weights": weights, "progress": progress, "samples": _samples(work.config)}
-    trainer = build_trainer(work, scaling, run, shared, _threads(scaling))
-    return _run_and_watch(trainer, work, progress, report)
+    while True:
+        begun = latest_step(work.checkpoints)
+        trainer = build_trainer(work, scaling, run, shared, worker_threads(scaling))
+        latest = _run_and_watch(trainer, work, progress, report)
+        # One execution of Ray Data has a bounded table of reads; the next continues as a resumed run does.
+        if not begun < latest.get("step", 0) < latest.get("max_steps", 0):
+            return latest
 
 
 def build_trainer(
@@ -158,16 +165,18 @@ def _run_and_watch(trainer: TorchTrainer, work: Plan, progress: Any, report: Rep
     heard: list[int] = []
     thread = threading.Thread(target=body, name="fit", daemon=True)
     latest: dict[str, Any] = {}
-    with Signals(heard, lambda: progress.stop.remote()):
+    with Signals(heard, lambda: progress.stop.remote()), cluster.waits(progress.warn.remote) as moved:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
             now = ray.get(progress.look.remote())
+            if now.get("elapsed") != latest.get("elapsed"):
+                moved()
             if report is not None and now and now != latest:
                 report(now)
             latest = now
     if latest.get("failed"):
-        raise _hopeless(work, latest["failed"])
+        raise _hopeless(work, latest["failed"], latest["advice"])
     if heard:
         raise Interrupted(heard[0], work.run, latest_step(work.checkpoints))
     error = outcome[0]
@@ -247,37 +256,6 @@ def _dataset(work: Plan, gpu: bool, world_size: int) -> Any:
     )
 
 
-def scaling_for(config: TrainConfig) -> ray.train.ScalingConfig:
-    """How many workers, and what each takes of the cluster."""
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    fewest, most = config.workers
-    gpu = config.use_gpu if config.use_gpu is not None else gpus >= fewest
-    if gpu and gpus < fewest:
-        raise ClusterError("num_workers", f"{fewest} need as many GPUs", f"the cluster has {gpus:g}")
-    per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
-    if per_worker * fewest >= cpus:
-        found = f"{fewest} workers take {per_worker * fewest:g} of {cpus:g} CPUs"
-        raise ClusterError("num_workers", found, "leave some for Ray Data: set num_workers or cpus_per_worker lower")
-    return ray.train.ScalingConfig(
-        num_workers=config.num_workers,
-        use_gpu=gpu,
-        resources_per_worker={"CPU": per_worker, **({"GPU": 1.0} if gpu else {})},
-    )
-
-
-def _threads(scaling: ray.train.ScalingConfig) -> int:
-    nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
-    return threads_per_worker(workers, nodes)
-
-
-def threads_per_worker(workers: int, nodes: int = 1) -> int:
-    """What the user set, else a worker's share of the cores, if all nodes are like this one."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)
-
-
 def _samples(config: TrainConfig) -> Any:
     if not config.num_samples:
         return None
@@ -313,7 +291,7 @@ def _finish(work: Plan, run: Run, latest: dict[str, Any], seconds: float) -> dic
         "scores": {str(step): scores[step] for step in sorted(scores)},
         "best_step": best,
         "bundle_step": chosen,
-        "num_workers": latest.get("workers", config.workers[1]),
+        "num_workers": latest.get("workers", 1),
         "peak_memory_mb": round(latest.get("peak_memory_mb", 0.0), 1),
     }
     run.log_artifact(work.folder / "config.yaml")
@@ -367,12 +345,10 @@ def _explain(error: BaseException, work: Plan) -> BaseException:
     )
 
 
-def _hopeless(work: Plan, reason: str) -> TrainingError:
+def _hopeless(work: Plan, reason: str, advice: str) -> TrainingError:
     """For what would happen again if the same command went on."""
     kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
-    return TrainingError(
-        f"run {work.run}", reason, f"{kept}; lower optimizer.learning_rate or look at these rows, with another name="
-    )
+    return TrainingError(f"run {work.run}", reason, f"{kept}; {advice}")
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

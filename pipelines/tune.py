@@ -112,7 +112,7 @@ def tune_sampler(
     try:
         known = len(read_points(folder))
         points = search(bundle, averages, rows.searched, folder, trials=trials, minutes=minutes, progress=progress)
-        chosen, unseen = confirm(bundle, averages, rows, points, prefer)
+        chosen, unseen, strip = _conclude(bundle, averages, rows, points, prefer, progress)
         result = {
             "trials": len(points),
             "measured": len(points) - known,
@@ -120,7 +120,7 @@ def tune_sampler(
             "best": asdict(chosen),
             "front": [asdict(point) for point in pareto_front(points)],
             "unseen": unseen,
-            **_show(bundle, averages, rows.searched, points, chosen, folder),
+            **_show(points, chosen, strip, folder),
         }
         _record(record, points, result)
         if register:
@@ -159,24 +159,32 @@ def search(
     )
     own = (space.simplest(bundle.config.sampler), averages.length)
     known = any((point.settings, point.ema_length) == own for point in read_points(folder))
-    device = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+    device, at_once = _device()
     run_trials(
         folder.name,
         tune.with_resources(tune.with_parameters(_trial, task=_Task(bundle, averages, batch)), {device: 1}),
         study,
         # Of a model that was tuned before all may be known but its new defaults.
         trials=max(trials, study.num_known + (not known)),
-        at_once=max(1, int(ray.cluster_resources().get(device, 1))),
+        at_once=at_once,
         minutes=minutes,
         callback=_Report(trials, study, progress),
         reuse=True,
         place=folder,
+        tell=progress,
     )
     points = read_points(folder)
     first = next((point for point in points if (point.settings, point.ema_length) == own), None)
     if first is None:
         raise ClusterError("tune sampler", "the model's defaults were not measured", "give more --minutes")
     return [first, *(point for point in points if point is not first)]
+
+
+def _device() -> tuple[str, int]:
+    """What a trial runs on and how many of them there are: GPU where the cluster has one or can add one, else CPU."""
+    has, most = cluster.resources()
+    name = "GPU" if most.get("GPU", 0) >= 1 else "CPU"
+    return name, max(1, int(has.get(name, 0)))
 
 
 def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
@@ -188,6 +196,28 @@ def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
 def read_points(folder: Path) -> list[Point]:
     """All points that a search's folder knows, in the order of their measurement."""
     return [Point.of(entry["measured"]) for entry in Journal(folder / "points.jsonl").read() if "measured" in entry]
+
+
+Conclusion = tuple[Point, dict[str, float] | None, bytes]
+"""What confirm() returns, and the strip of pictures (PNG)."""
+
+
+def _conclude(
+    bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer, tell: Progress | None
+) -> Conclusion:
+    """The conclusion, made on the kind of device that the search ran on: the driver of a cluster has no GPU."""
+    if _device()[0] == "CPU":
+        return _conclude_here(bundle, averages, rows, points, prefer)
+    with cluster.waits(tell or (lambda _: None)):
+        task = ray.remote(num_gpus=1)(_conclude_here).remote(bundle, averages, rows, points, prefer)
+        conclusion: Conclusion = ray.get(task)
+    return conclusion
+
+
+def _conclude_here(bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer) -> Conclusion:
+    bundle.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, unseen = confirm(bundle, averages, rows, points, prefer)
+    return chosen, unseen, draw_strip(bundle, averages, rows.searched, pareto_front(points), chosen)
 
 
 def confirm(
@@ -252,14 +282,12 @@ class _Report(tune.Callback):
             self._progress(f"trial {self._study.num_known}/{self._total}  {trial.config} failed")
 
 
-def _show(
-    bundle: Bundle, averages: Averages, batch: Batch, points: list[Point], chosen: Point, folder: Path
-) -> dict[str, str]:
+def _show(points: list[Point], chosen: Point, strip: bytes, folder: Path) -> dict[str, str]:
     """front.png and strip.png in the search's folder."""
-    picture, strip = folder / "front.png", folder / "strip.png"
-    picture.write_bytes(draw_front(points, chosen))
-    strip.write_bytes(draw_strip(bundle, averages, batch, pareto_front(points), chosen))
-    return {"folder": str(folder), "picture": str(picture), "strip": str(strip)}
+    pictures = {"picture": folder / "front.png", "strip": folder / "strip.png"}
+    pictures["picture"].write_bytes(draw_front(points, chosen))
+    pictures["strip"].write_bytes(strip)
+    return {"folder": str(folder), **{name: str(path) for name, path in pictures.items()}}
 
 
 def _averages(bundle: Bundle) -> Averages:

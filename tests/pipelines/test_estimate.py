@@ -147,6 +147,25 @@ def test_what_other_programs_took_meanwhile_is_told(work):
     assert len(lines({**found, "others_share": 0.0})) == len(lines(found)) - 1
 
 
+def test_a_run_that_is_too_large_for_the_gpu_says_how_many_workers_it_needs(work):
+    gpu = {**ANSWER, "device": "NVIDIA X", "gpu_memory_mb": 24_000.0, "row_mb": 5000.0, "rows": 1}
+    config = work("batch_size=16", "num_workers=2")
+    derived = derive(config, 2, [{**gpu, "memory_mb": 6000.0, "memory_saving_mb": 6000.0}])
+    # 8 rows: 6000 + 7 * 5000 MB and the allowance; with 4 rows 21,000 MB fit.
+    assert (derived["workers_that_fit"], derived["gpu_memory_mb"]) == (4, 24_000.0)
+    shown = lines({"possible": True, "note": None, "threads_per_worker": 1, **derived})
+    assert "41.5 GB of GPU memory (1.5 GB allowed for CUDA and NCCL) per worker" in shown[3]
+    way = "use 4 workers (num_workers=4) or lower batch_size"
+    assert shown[-1] == f"#   note    a worker does not fit: the GPU has 23.4 GB; {way}"
+    fits = derive(work("batch_size=16", "num_workers=4"), 4, [{**gpu, "memory_mb": 6000.0, "memory_saving_mb": 6000.0}])
+    assert "does not fit" not in lines({"possible": True, "note": None, "threads_per_worker": 1, **fits})[-1]
+
+
+def test_on_cpus_nothing_is_compared_with_a_card(work):
+    found = derive(work(), 2, [ANSWER])
+    assert (found["gpu_memory_mb"], found["workers_that_fit"]) == (None, None)
+
+
 def test_every_number_that_is_printed_has_a_unit(tried):
     shown = lines(tried)
     assert yaml.safe_load("\n".join(shown)) is None

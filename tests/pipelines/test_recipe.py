@@ -86,7 +86,7 @@ def test_ssimbads_recipe_ends_at_its_largest_noise():
         ("optimizer.learning_rate=-1", "optimizer: cannot be used; learning_rate and max_grad_norm must be above 0"),
         ("augment.flip=2", "augment: cannot be used; flip must be in 0..1, got 2.0"),
         ("sampler.steps=0", "sampler: cannot be used; sampler steps must be in 1..1000, got 0"),
-        ("batch_size=3", "TrainConfig: cannot be used; batch_size 3 must be a multiple of num_workers 2"),
+        ("num_workers=5", "TrainConfig: cannot be used; batch_size 32 must be a multiple of num_workers 5"),
         ("name=a/b", "name: 'a/b'; string should match pattern"),
     ],
 )
@@ -199,5 +199,13 @@ def test_a_run_from_a_model_takes_over_what_its_weights_need():
     assert own.bundle_config(64).sampler.steps == 9
 
 
-def test_rows_are_shared_out_equally():
-    assert load_recipe("demo", ["batch_size=24", "num_workers=3"]).rows_per_worker == 8
+@pytest.mark.parametrize(
+    ("batch_size", "gpus", "workers"), [(32, 0, 2), (3, 0, 1), (32, 1, 1), (32, 8, 8), (20, 8, 5), (2, 8, 2)]
+)
+def test_left_out_num_workers_is_one_for_each_gpu_that_divides_the_batch(batch_size, gpus, workers):
+    assert load_recipe("demo", [f"batch_size={batch_size}"]).workers_on(gpus) == (workers, workers)
+
+
+def test_num_workers_that_is_set_does_not_depend_on_gpus():
+    assert load_recipe("demo", ["num_workers=4"]).workers_on(8) == (4, 4)
+    assert load_recipe("demo", ["num_workers=[1,2]"]).workers_on(8) == (1, 2)

@@ -106,7 +106,7 @@ def recipe(tmp_path, faces_dataset):
 def test_a_rung_reports_what_the_averaged_weights_do_on_fixed_rows(recipe, faces_dataset):
     base = load_recipe(recipe)
     config = trial_config(base, ScheduleSpace(base).own(), [1, 3, 9], "trial")
-    assert (config.max_steps, config.workers, config.max_failures, config.num_samples) == (9, (1, 1), 0, 0)
+    assert (config.max_steps, config.num_workers, config.max_failures, config.num_samples) == (9, 1, 0, 0)
     rows = load_rows(faces_dataset, "val", 4).searched
     rungs = Rungs({"rungs": {"steps": [1], "rows": rows}, "mlflow_run_id": "r", "run": config, "image_size": 32})
     state = TrainState(config.bundle_config(32).build(), config.optimizer, 9)

@@ -1,0 +1,136 @@
+"""What GPUs change in a run, in workers on CPUs that are made to believe it; and a run that has to wait for room."""
+
+import re
+
+import pytest
+import ray
+import torch
+from tiny import NETWORK
+
+from animediffusion.models.bundle import load_bundle
+from animediffusion.pipelines.evaluate import evaluate
+from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.train import train
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import TrainingError
+
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3}}
+sampler: {{steps: 2}}
+batch_size: 4
+max_steps: 12
+checkpoint_every: 4
+keep_checkpoints: 1
+log_every: 4
+num_samples: 5
+"""
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Settings(workspace=tmp_path / "workspace")
+
+
+@pytest.fixture
+def recipe(tmp_path, faces_dataset):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"data: {faces_dataset}\n{RECIPE}")
+    return str(path)
+
+
+def replace_worker(monkeypatch, change):
+    """Run `change` (a function without globals) in each worker before it begins."""
+
+    def body(config):
+        from animediffusion.pipelines import worker
+
+        change(worker)
+        worker.train_worker(config)
+
+    monkeypatch.setattr("animediffusion.pipelines.train.train_worker", body)
+
+
+def test_a_run_that_is_out_of_gpu_memory_is_not_tried_again_and_says_what_to_lower(
+    ray_cluster, settings, recipe, monkeypatch, tmp_path
+):
+    attempts = str(tmp_path / "attempts")
+
+    def fill(worker):
+        fit = worker.fit
+
+        def full(state, *args, **kwargs):
+            with open(attempts, "a") as file:
+                file.write(".")
+            if torch.distributed.get_rank() == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+            fit(state, *args, **kwargs)
+
+        worker.fit = full
+
+    replace_worker(monkeypatch, fill)
+    with pytest.raises(TrainingError) as error:
+        train(settings, load_recipe(recipe, ["name=full", "num_samples=0"]))
+    advice = "the checkpoint of step 0 is kept; lower batch_size or use more workers (num_workers)"
+    assert str(error.value) == f"run full: out of GPU memory on this device; {advice}"
+    with open(attempts) as file:
+        assert len(file.read()) <= 2, "each of two ranks has come to its steps once"
+
+
+def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_becomes_the_bundle(
+    ray_cluster, settings, recipe, monkeypatch
+):
+    def between_steps(worker):
+        worker.SCORED_BETWEEN_STEPS = ("cpu",)
+
+    replace_worker(monkeypatch, between_steps)
+    result = train(settings, load_recipe(recipe, ["bundle=best"]))
+    assert sorted(result["scores"], key=int)[-1] == "12"
+    assert result["bundle_step"] == result["best_step"]
+    assert load_bundle(result["bundle"]).config.provenance["steps"] == result["best_step"]
+    found = evaluate(settings, result["bundle"], load_recipe(recipe).data, limit=5)["tracks"]
+    score = result["scores"][str(result["best_step"])]
+    for key, value in (("psnr", found["cross"]["psnr"]), ("psnr_same", found["same"]["psnr"])):
+        assert score[key] == pytest.approx(value, abs=0.01)
+    assert score["ciede2000"] == pytest.approx(found["cross"]["ciede2000"], abs=0.01)
+
+
+def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(ray_cluster, settings, recipe):
+    @ray.remote(num_cpus=1.25)
+    class Server:
+        def ready(self):
+            return True
+
+    server = Server.remote()
+    ray.get(server.ready.remote())
+    lines = []
+
+    def report(now):
+        if now["warnings"] and not lines:
+            ray.kill(server)
+        lines[:] = now["warnings"]
+
+    result = train(settings, load_recipe(recipe, ["name=patient", "num_samples=0"]), report)
+    assert re.fullmatch(r"waiting: the cluster has no room for \d x \(0.5 CPU\); 0.75 of 2 CPU free", lines[0])
+    assert result["steps"] == 12
+
+
+def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(
+    ray_cluster, settings, recipe, monkeypatch
+):
+    from animediffusion.pipelines import train as module
+
+    build, fits = module._dataset, []
+
+    def few(work, gpu, world_size):
+        from animediffusion.pipelines import dataset
+
+        dataset.MOST_VISITS = 4  # one of 64 rows for each rank: 32 steps of 2
+        return build(work, gpu, world_size)
+
+    fit = module.build_trainer
+    monkeypatch.setattr(module, "_dataset", few)
+    monkeypatch.setattr(module, "build_trainer", lambda *args: fits.append(1) or fit(*args))
+    result = train(settings, load_recipe(recipe, ["max_steps=40", "num_samples=0", "checkpoint_every=100"]))
+    assert (result["steps"], len(fits)) == (40, 2)
