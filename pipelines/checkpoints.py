@@ -208,7 +208,7 @@ class CheckpointWriter:
         outlast(attempt)
 
     def prune(self) -> None:
-        """Delete what is not kept; what a store that fails leaves there does no harm."""
+        """Delete what is not kept. If the store fails, the old checkpoints stay and do no harm."""
         with suppress(StorageError):
             prune(self.place, self.keep, self.awaited())
 
@@ -246,7 +246,7 @@ class CheckpointWriter:
                 self._commit(step, self._write(step, state))
                 self.saved(step, state)
                 self.prune()
-            except Exception as error:  # a full disk, a store that fails: whatever it is, the run is not to wait for it
+            except Exception as error:  # a full disk, a store that fails, any other: wait() must return
                 self._failed(step, error)
             del state
 

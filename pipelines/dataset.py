@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
 MOST_VISITS = 16384
-"""Of one execution of Ray Data, whose driver holds an object for each."""
+"""The most reads of one execution of Ray Data; its driver holds an object for each."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -163,8 +163,7 @@ def training_dataset(
         uri: the dataset.
         seed: of the order.
         world_size: ranks among which it will be split.
-        num_rows: rows that every rank still takes: it gets up to one visit more, and less than that where they are more
-            than MOST_VISITS.
+        num_rows: rows that every rank still takes. It gets up to one visit more, but never more than MOST_VISITS hold.
         start_rows: rows that every rank has taken before; the same dataset, seed and world size continue there.
         split: which rows.
 

@@ -47,11 +47,11 @@ class Decode(NumpyBatchCollateFn):
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._copies is None:
             return tensors
-        # From pinned memory on a stream of its own, a copy does not wait for the step that runs, nor that step for it.
+        # A copy from pinned memory on its own stream runs beside the step, and neither waits for the other.
         with torch.cuda.stream(self._copies):
             copies = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
         self._copies.synchronize()
         training = torch.cuda.default_stream(self.device)
         for copy in copies.values():
-            copy.record_stream(training)  # its memory is free for the next copy only when the step has read it
+            copy.record_stream(training)  # the next copy may take its memory only after the step has read it
         return copies

@@ -45,8 +45,7 @@ START_S = 45.0
 START_IMPORTS = 2.2
 """... and as many times what a process needs here, now, to import the same libraries."""
 CUDA_MEMORY_MB = 1536.0
-"""Allowed on a GPU for what PyTorch does not count: the CUDA context, NCCL's buffers, memory in unusable pieces. Not
-measured."""
+"""An allowance, not measured, for what PyTorch does not count on a GPU: the CUDA context, NCCL's buffers, fragments."""
 BUSY = 0.15
 """A share of the CPUs that others take, which is told."""
 TIMED_S = 6.0

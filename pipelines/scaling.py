@@ -35,8 +35,8 @@ def scaling_for(
     fewest, most = config.workers_on(usable)
     gpu = bool(config.use_gpu) or fewest <= usable
     if gpu and may.get("GPU", 0) < fewest:
-        most_gpus = f"the cluster has at most {may.get('GPU', 0):g}; lower num_workers or set use_gpu=false"
-        raise ClusterError("use_gpu", f"{fewest} {'workers need' if fewest > 1 else 'worker needs'} as many GPUs", most_gpus)
+        found = f"one GPU for each of {fewest} workers, the cluster has at most {may.get('GPU', 0):g}"
+        raise ClusterError("use_gpu", found, "lower num_workers or set use_gpu=false")
     per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
     if per_worker * fewest >= cpus:
         found = f"{fewest} workers take {per_worker * fewest:g} of {cpus:g} CPUs"

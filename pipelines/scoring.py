@@ -33,7 +33,7 @@ Score = dict[str, float]
 
 
 def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> Score:
-    """Score colored rows; written beside the checkpoint, and recorded with a picture of some rows."""
+    """Score colored rows, write the score into the checkpoint and record it with a picture of some rows."""
     cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
     kept = {key: float(cross[key] or 0.0) for key in ("psnr", "ssim", "ciede2000")}
     found = {**kept, "psnr_same": float(same["psnr"] or 0.0)}
@@ -44,10 +44,10 @@ def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> S
 
 
 class SharedPainter:
-    """Colors the rows where the run trains, between two steps, each rank its share.
+    """Colors the rows on the devices that train, between two steps; each rank colors a share.
 
-    On GPUs this takes a fraction of a second, which a CPU would take minutes for. Nothing waits for the score itself,
-    which the thread that writes the checkpoint computes.
+    A CPU core would take minutes for large networks. The score itself is computed by the thread that writes the
+    checkpoint, so the ranks do not wait for it.
 
     Args:
         run: the run.

@@ -55,9 +55,9 @@ UNKNOWN_LENGTH = 1 << 40
 SCORING_S = 120.0
 """How long the end of a run waits for the score of its last checkpoints, each."""
 AHEAD = {"cpu": 2, "cuda": 4}
-"""Batches that are decoded meanwhile, each in a thread of its own."""
+"""Batches decoded ahead, by kind of device; each has its own thread."""
 SCORED_BETWEEN_STEPS = ("cuda",)
-"""Devices so fast that the ranks color the rows of a score themselves."""
+"""Kinds of devices on which the ranks color the rows of a score themselves."""
 NAMED_ROWS = 8
 """How many rows a message names."""
 
@@ -97,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> None:
             (actor), samples (rows to score, or None); in a search also rungs, see pipelines/rungs.py.
     """
     if ray.get(config["progress"].look.remote()).get("failed"):
-        return  # Ray started the workers again, but a rank has said that it would fail again
+        return  # Ray restarted the workers after an error that would come again
     rank = None
     try:
         rank = _Rank(config)

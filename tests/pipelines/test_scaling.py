@@ -44,9 +44,9 @@ def test_a_cluster_that_is_at_zero_is_waited_for_where_gpus_are_asked_for():
 
 
 def test_what_a_cluster_can_never_hold_is_refused():
-    with pytest.raises(ClusterError, match=r"use_gpu: 1 worker needs as many GPUs; the cluster has at most 0"):
+    with pytest.raises(ClusterError, match="use_gpu: one GPU for each of 1 workers, the cluster has at most 0; lower"):
         scale({"CPU": 16}, "use_gpu=true")
-    with pytest.raises(ClusterError, match=r"use_gpu: 8 workers need as many GPUs; the cluster has at most 4"):
+    with pytest.raises(ClusterError, match="use_gpu: one GPU for each of 8 workers, the cluster has at most 4; lower"):
         scale({}, "use_gpu=true", "num_workers=8", may={"CPU": 60, "GPU": 4})
     with pytest.raises(ClusterError, match="2 workers take 0 of 0 CPUs; leave some for Ray Data"):
         scale({})
