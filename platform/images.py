@@ -10,17 +10,18 @@ Not here: tensors, see models/images.py.
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
+from animediffusion.platform import png
+from animediffusion.platform.color_profiles import to_srgb
 from animediffusion.platform.errors import ImageError
+from animediffusion.platform.image_formats import broken, format_of, not_an_image
 
 Array = NDArray[np.uint8]
 
@@ -28,12 +29,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Only these parsers ever see foreign bytes; Pillow's others (some start programs) do not."""
 MAX_PIXELS = 64_000_000
 
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError,
-                    MemoryError, struct.error, zlib.error)  # fmt: skip
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
 _WHITE = (255, 255, 255)
 _PAPER, _INK = (246, 244, 240), (92, 86, 82)
 _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each EXIF orientation upright."""
 
 
 class Box(NamedTuple):
@@ -50,7 +58,7 @@ class Box(NamedTuple):
 def decode_rgb(
     data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Array:
-    """RGB pixels [H, W, 3] of an encoded image: upright by EXIF, transparency over white, 8 bits.
+    """RGB pixels [H, W, 3] of an encoded image: sRGB, upright by EXIF, transparency over white, 8 bits.
 
     Args:
         data: the bytes of one file; its name plays no role. Of an animation, the first frame.
@@ -188,78 +196,67 @@ def _open(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) ->
     """A fully decoded, upright RGB image."""
     if not data:
         raise ImageError(thing, "is empty", "give an image file", reason="empty")
+    kind = format_of(data)
+    if kind not in formats:
+        raise not_an_image(thing, data, formats)
+    pixels, profile = png.without_metadata(data, thing=thing) if data.startswith(png.SIGNATURE) else (data, b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's notes on size and metadata: we have our own limits
-        image = _read_header(data, thing, max_pixels, formats)
         try:
+            image = Image.open(io.BytesIO(pixels), formats=(kind,))
+            _check_size(image, thing, max_pixels)
             image.load()
-            return _to_rgb(_upright(image))
-        except _DECODING_ERRORS as error:
-            raise _broken(data, thing, error) from error
+            return _to_rgb(_upright(image), profile or image.info.get("icc_profile") or b"")
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise _too_large(thing, "has far too many pixels", max_pixels) from error
+        except Exception as error:  # Pillow does not say what its parsers raise on bytes they were not made for
+            raise broken(thing, data, error) from error
 
 
-def _read_header(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    allowed = f"at most {max_pixels:,} pixels"
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise ImageError(thing, "has far too many pixels", allowed, reason="too_large") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified(data, thing, formats) from error
-    except _DECODING_ERRORS as error:
-        raise _broken(data, thing, error) from error
+def _check_size(image: Image.Image, thing: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise ImageError(thing, f"is {image.width:,} x {image.height:,} pixels", allowed, reason="too_large")
-    return image
+        raise _too_large(thing, f"is {image.width:,} x {image.height:,} pixels", max_pixels)
 
 
-def _unidentified(data: bytes, thing: str, formats: tuple[str, ...]) -> ImageError:
-    """Nothing could read the header: cut off within it, or no image at all."""
-    ours = data.startswith(_SIGNATURES) or (data.startswith(b"RIFF") and data[8:12] in (b"", b"WEBP"))
-    if ours and _ends_early(data):
-        return ImageError(thing, "is cut off within its header", "give the whole file", reason="truncated")
-    start = data[:12].decode("ascii", "replace").encode("unicode_escape").decode()
-    names = ", ".join(name.replace("WEBP", "WebP") for name in formats)
-    return ImageError(thing, f"is not an image (starts with {start!r})", f"give one of {names}", reason="not_an_image")
-
-
-def _broken(data: bytes, thing: str, error: BaseException) -> ImageError:
-    if _ends_early(data) or "truncated" in str(error).lower():
-        return ImageError(thing, "is cut off before its end", "give the whole file", reason="truncated")
-    what = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ImageError(thing, f"cannot be decoded ({what})", "save it again as PNG", reason="unreadable")
-
-
-def _ends_early(data: bytes) -> bool:
-    """True if the file lacks the end that its format always has."""
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-64:]
-    if data.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in data[-64:]
-    if data.startswith(b"RIFF"):
-        return len(data) < 12 or len(data) < struct.unpack("<I", data[4:8])[0] + 8
-    return len(data) < 64
+def _too_large(thing: str, found: str, max_pixels: int) -> ImageError:
+    return ImageError(thing, found, f"at most {max_pixels:,} pixels", reason="too_large")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except _DECODING_ERRORS:
-        return image  # damaged EXIF is no reason to refuse good pixels
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF is no reason to refuse good pixels
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """RGB over white; colors are converted before they are mixed with it."""
     if image.mode in _WIDE_MODES:
-        return _to_eight_bits(image).convert("RGB")
+        image = _to_eight_bits(image)
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = to_srgb(image.convert("LA" if gray else "RGBA"), profile).convert("RGBA")
         ground = Image.new("RGBA", image.size, (*_WHITE, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
+    if profile and image.mode != "CMYK":
+        image = image.convert("L" if gray else "RGB")
+    return to_srgb(image, profile).convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits as 8: whole numbers are 0..65535; fractions are 0..1, or 0..255 if any is above 1."""
+    """Gray of 16 or 32 bits as 8, with alpha where one level is transparent.
+
+    Whole numbers of 16 bits are 0..65535; of 32 bits, and fractions, the smallest usual range that holds all values.
+    """
     values = np.nan_to_num(np.asarray(image, np.float64))
-    full_range = (1 if values.max(initial=0) <= 1 else 255) if image.mode == "F" else 65_535
-    return Image.fromarray(np.clip(np.rint(values * (255 / full_range)), 0, 255).astype(np.uint8))
+    most = values.max(initial=0)
+    usual = {"F": (1, 255, 65_535), "I": (255, 65_535)}.get(image.mode, (65_535,))
+    full_range = next((full for full in usual if most <= full), most)
+    gray = Image.fromarray(np.clip(np.rint(values * (255 / full_range)), 0, 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray

@@ -1,0 +1,61 @@
+"""Colors that a picture's ICC profile describes, as sRGB.
+
+    image = to_srgb(image, image.info.get("icc_profile", b""))
+
+A profile that is damaged, or of another kind than the picture, is ignored. Most profiles are sRGB itself: each is
+recognized once, and costs nothing after that.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+_ALPHA = {"RGBA": "RGB", "LA": "L"}
+_SAME_LEVELS = 1
+"""A profile that moves no color by more levels than this is sRGB."""
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The picture in sRGB, its alpha unchanged; the same picture if nothing is to be done.
+
+    Args:
+        image: of any mode; other modes than L, LA, RGB, RGBA and CMYK are left as they are.
+        profile: ICC profile of its colors, empty if it has none.
+    """
+    mode = _ALPHA.get(image.mode, image.mode)
+    transform = _transform(profile, mode) if profile and mode in _SPACES else None
+    if transform is None:
+        return image
+    colors = transform.apply(image if mode == image.mode else image.convert(mode))
+    if mode != image.mode:
+        colors.putalpha(image.getchannel("A"))
+    return colors
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the profile to sRGB, relative colorimetric; None if it does not fit the mode, or changes nothing."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _SPACES[mode]:
+            return None
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    return None if _changes_nothing(transform, mode) else transform
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    if mode == "CMYK":
+        return False
+    levels = np.append(np.arange(0, 255, 15), 255).astype(np.uint8)
+    grid = np.arange(256, dtype=np.uint8)[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1)
+    image = Image.fromarray(grid if mode == "L" else grid.reshape(len(levels), -1, 3))
+    before, after = (np.asarray(one, np.int16) for one in (image.convert("RGB"), transform.apply(image)))
+    return bool(np.abs(after - before).max() <= _SAME_LEVELS)
