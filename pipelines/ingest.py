@@ -24,15 +24,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from animediffusion.pipelines.dataset import MANIFEST, Manifest, Shard, silence_ray_data
-from animediffusion.pipelines.layout import LAYOUTS, is_junk, plan_folder, plan_pairs
+from animediffusion.pipelines.layout import LAYOUTS, plan_folder
+from animediffusion.pipelines.pairs import plan_pairs
 from animediffusion.pipelines.parts import Part, Record, drop_rows, make_part, raise_failed, read_record, record_path
-from animediffusion.pipelines.samples import Plan
-from animediffusion.pipelines.tally import Tally, find_twins
+from animediffusion.pipelines.samples import Plan, Reject
+from animediffusion.pipelines.tally import Key, Tally, Twin, find_twins
 from animediffusion.platform import cluster, storage
 from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.picture_names import is_junk
 
 MIN_PART_ROWS = 256
 MAX_PART_ROWS = 4096
@@ -172,9 +176,15 @@ def prepare(source: str, destination: str, size: int = 64, pairs: str | None = N
         raise DataError(destination, "lies inside the source", "choose a place outside of it")
     if not storage.exists(source):
         raise DataError(source, "no such folder", f"expected {LAYOUTS}")
-    sizes = storage.list_sizes(source)
-    text = _read_pairs(source, pairs) if pairs is not None else None
-    plan = plan_folder(source, sizes, val_fraction) if text is None else plan_pairs(source, text, sizes, val_fraction)
+    sizes, faults = storage.survey(source)
+    rejects = tuple(Reject(path, "unreadable", fault) for path, fault in sorted(faults.items()) if not is_junk(path))
+    if rejects and not sizes:
+        raise DataError(source, f"none of its files can be used ({rejects[0].path}: {rejects[0].detail})", "mend them")
+    if pairs is None:
+        plan = plan_folder(source, sizes, val_fraction)
+    else:
+        plan = plan_pairs(source, _read_pairs(source, pairs), sizes, val_fraction)
+    plan = replace(plan, rejects=plan.rejects + rejects)
     job = Job(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
     return _compare(job)
 
@@ -278,9 +288,11 @@ def _finish(job: Job, tally: Tally, spread: Spread) -> Manifest:
 def _drop_twins(job: Job, tally: Tally, spread: Spread) -> None:
     """Write shards anew without the rows whose picture another row has; killed here, all of it is done once more."""
     repeated = tally.repeated()
-    records = _read_records(job.destination, [record_path(*key) for key in repeated])
+    found = _find_twins(job, repeated, None if job.plan.hashed else "val")
+    if job.plan.hashed and _drops_all(found, "val", tally):
+        found = _find_twins(job, repeated, "val")
     table = []
-    for key, twins in find_twins(records, repeated).items():
+    for key, twins in found.items():
         tally.drop(key, twins)
         shard = tally.shard(key)
         if shard is not None:
@@ -290,6 +302,18 @@ def _drop_twins(job: Job, tally: Tally, spread: Spread) -> None:
         raise_failed(row)
         key = row["split"], int(row["number"])
         tally.replace(key, Shard.model_validate_json(row["made"]) if row["made"] else None)
+
+
+def _find_twins(job: Job, repeated: dict[Key, NDArray[np.int64]], favored: str | None) -> dict[Key, list[Twin]]:
+    records = _read_records(job.destination, [record_path(*key) for key in repeated])
+    return find_twins(records, repeated, favored=favored)
+
+
+def _drops_all(found: dict[Key, list[Twin]], split: str, tally: Tally) -> bool:
+    """Whether no row of a split would be left."""
+    splits = tally.splits()
+    dropped = sum(len(twins) for key, twins in found.items() if key[0] == split)
+    return split in splits and dropped == splits[split].rows
 
 
 def _clear(job: Job) -> None:

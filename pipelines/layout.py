@@ -7,22 +7,21 @@ Pictures are paired by stem, never by position. Layouts that are understood:
     Anime/train/{reference,condition}/1.jpg              AnimeDiffusion: `reference` is the target
     Anime/{train_data,test_data}/{reference,sketch}/     SSIMBaD; test_data_shuffled holds the same pictures again
     {train,val}/0001_{gt,sketch,ref}.png                 roles in the names
-    pairs.csv                                            columns target[,sketch,reference,cross_reference,split]
+
+Not here: pairs that a CSV names, see pipelines/pairs.py.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from animediffusion.pipelines.samples import ROLES, Plan, Reject, Sample, Samples, id_rank
 from animediffusion.platform.errors import DataError
+from animediffusion.platform.picture_names import DECODED, is_junk
 
 LAYOUTS = "color pictures alone, or folders target|color|gt, sketch|condition|line|lineart, reference, cross_reference"
 
@@ -32,8 +31,8 @@ _ROLES = {
     "reference": ("reference", "references", "ref"),
     "cross_reference": ("cross_reference", "cross_references"),
 }
-_ROLE_OF = {alias: role for role, aliases in _ROLES.items() for alias in aliases}
-_SPLIT_OF = {
+ROLE_OF = {alias: role for role, aliases in _ROLES.items() for alias in aliases}
+SPLIT_OF = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -42,9 +41,7 @@ _SPLIT_OF = {
     "test": "test",
     "testing": "test",
 }
-_SUFFIX = re.compile(r"(.+)[_-](cross_reference|" + "|".join(sorted(_ROLE_OF, key=len, reverse=True)) + r")", re.I)
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ""})
-_JUNK = re.compile(r"(?:^|/)(?:\.|(?:thumbs\.db|desktop\.ini|__macosx)(?:/|$))", re.I)
+_SUFFIX = re.compile(r"(.+)[_-](cross_reference|" + "|".join(sorted(ROLE_OF, key=len, reverse=True)) + r")", re.I)
 
 
 class _Named(NamedTuple):
@@ -90,51 +87,8 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Plan:
         name(path).role == "sketch" for path in pictures
     ):
         raise DataError(source, "no line art has the name of a target", "give both the same file name, or a pairs CSV")
-    return Plan(_samples(rows, val_fraction), tuple(rejects + aside))
-
-
-def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float) -> Plan:
-    """Rows from a pairs CSV, whose paths are relative to the source.
-
-    Raises:
-        DataError: without a `target` column, on an unknown split, or if no target exists.
-    """
-    there = set(paths)
-    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff")))
-    if "target" not in (reader.fieldnames or []):
-        columns = ", ".join(reader.fieldnames or []) or "none"
-        raise DataError("pairs CSV", f"columns are {columns}", "target[,sketch,reference,cross_reference,split]")
-    rejects: dict[str, Reject] = {}
-    samples: list[Sample] = []
-    names: dict[str, int] = {}
-    for line, row in enumerate(reader, start=2):
-        found: dict[str, str] = {}
-        for role in ROLES:
-            path = (row.get(role) or "").strip().replace("\\", "/").removeprefix("./")
-            if path in there:
-                found[role] = path
-            elif path:
-                rejects[path] = Reject(path, "unreadable", f"no such file (line {line} of the CSV)")
-        if "target" not in found:
-            for path in found.values():
-                rejects.setdefault(path, Reject(path, "orphan", f"its target is missing (line {line} of the CSV)"))
-            continue
-        stem = str(PurePosixPath(found["target"]).with_suffix(""))
-        names[stem] = names.get(stem, 0) + 1
-        unique = stem if names[stem] == 1 else f"{stem}#{names[stem]}"
-        samples.append(Sample(unique, _csv_split(row.get("split"), line), **found))
-    if not samples:
-        raise DataError(source, "no target of the pairs CSV exists", "paths are relative to the source folder")
-    if not any(sample.split for sample in samples):
-        split_of = _hash_split([sample.id for sample in samples], val_fraction)
-        samples = [replace(sample, split=split_of(sample.id)) for sample in samples]
-    test = "test" if any(sample.split == "val" for sample in samples) else "val"
-    used = {path for sample in samples for path in sample.files}
-    return Plan(
-        Samples(replace(row, split=test if row.split == "test" else row.split or "train") for row in samples),
-        tuple(reject for path, reject in rejects.items() if path not in used),
-        shared=True,
-    )
+    hashed = all(row[0] is None for row in rows.values())
+    return Plan(_samples(rows, val_fraction), tuple(rejects + aside), hashed=hashed)
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -144,9 +98,9 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
     return (*key, (2, 0, text))
 
 
-def is_junk(path: str) -> bool:
-    """Whether a path is hidden or one of the files that desktops leave behind."""
-    return _JUNK.search(path) is not None
+def composed(path: str) -> str:
+    """The path as most programs write accents and kana; macOS takes them apart (NFD)."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def _stem_and_suffix(file: str) -> tuple[str, str]:
@@ -155,7 +109,7 @@ def _stem_and_suffix(file: str) -> tuple[str, str]:
 
 
 def _is_picture(path: str) -> bool:
-    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in _PICTURES
+    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED, "")
 
 
 def _is_shuffled_copy(path: str) -> bool:
@@ -166,9 +120,9 @@ def _is_shuffled_copy(path: str) -> bool:
 def _folder(path: str) -> tuple[str, str | None, str | None]:
     """What comes before the stem, the role that the folder nearest to the file gives, the split that any gives."""
     folders = path.split("/")[:-1]
-    places = [index for index, folder in enumerate(folders) if folder.lower() in _ROLE_OF]
-    role = _ROLE_OF[folders.pop(places[-1]).lower()] if places else None
-    splits = [_SPLIT_OF.get(folder.lower().removesuffix("_data")) for folder in folders]
+    places = [index for index, folder in enumerate(folders) if folder.lower() in ROLE_OF]
+    role = ROLE_OF[folders.pop(places[-1]).lower()] if places else None
+    splits = [SPLIT_OF.get(folder.lower().removesuffix("_data")) for folder in folders]
     split = next((split for split in reversed(splits) if split), None)
     return "/".join([*folders, ""]), role, split
 
@@ -176,14 +130,14 @@ def _folder(path: str) -> tuple[str, str | None, str | None]:
 def _name(path: str) -> _Named:
     folder, slash, file = path.rpartition("/")
     before, role, split = _folder(folder + slash)
-    return _Named(path, before + _stem_and_suffix(file)[0], role, split)
+    return _Named(path, composed(before + _stem_and_suffix(file)[0]), role, split)
 
 
 def _name_with_suffix(path: str) -> _Named:
     """A role as in 0001_gt.png."""
     named = _name(path)
     match = _SUFFIX.fullmatch(named.key)
-    return named if match is None else named._replace(key=match[1], role=_ROLE_OF[match[2].lower()])
+    return named if match is None else named._replace(key=match[1], role=ROLE_OF[match[2].lower()])
 
 
 def _naming(pictures: Sequence[str]) -> _Naming:
@@ -251,7 +205,7 @@ def _samples(rows: dict[str, _Row], val_fraction: float) -> Samples:
     """The rows as samples; each is taken out when its turn comes, so that not all exist twice."""
     splits = {row[0] for row in rows.values()}
     if splits == {None}:
-        split_of = _hash_split(rows, val_fraction)
+        split_of = hash_split(rows, val_fraction)
         return Samples(_sample(key, split_of(key), rows.pop(key)) for key in list(rows))
     test = "test" if "val" in splits else "val"
     names = {None: "train", "train": "train", "val": "val", "test": test}
@@ -262,17 +216,10 @@ def _sample(key: str, split: str, row: _Row) -> Sample:
     return Sample(key, split, row[1] or "", *row[2:])
 
 
-def _hash_split(ids: Collection[str], val_fraction: float) -> Callable[[str], str]:
+def hash_split(ids: Collection[str], val_fraction: float) -> Callable[[str], str]:
     """`val` by the hash of the id: a row stays where it is when others come or go."""
     if val_fraction <= 0 or len(ids) < 2:
         return lambda _: "train"
     first, last = min(map(id_rank, ids)), max(map(id_rank, ids))
     limit = max(val_fraction * 2.0**256, first)
     return lambda name: "val" if id_rank(name) <= limit and id_rank(name) < last else "train"
-
-
-def _csv_split(value: str | None, line: int) -> str:
-    name = (value or "").strip().lower()
-    if name and name not in _SPLIT_OF:
-        raise DataError(f"pairs CSV, line {line}", f"split {value!r} is not known", "train, val or test")
-    return _SPLIT_OF.get(name, "")

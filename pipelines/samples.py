@@ -103,11 +103,13 @@ class Plan:
         samples: the rows.
         rejects: files that no row can use.
         shared: whether a file may be in several rows.
+        hashed: whether ids chose the splits, not folders or a CSV.
     """
 
     samples: Samples
     rejects: tuple[Reject, ...]
     shared: bool = False
+    hashed: bool = False
 
 
 def id_rank(name: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -138,27 +138,27 @@ class Tally:
                 self._uses[path] += change
 
 
-def find_twins(records: Iterable[Record], repeated: Mapping[Key, NDArray[np.int64]]) -> dict[Key, list[Twin]]:
-    """Which of the repeated rows to drop: all but the first by name; `val` keeps its pictures.
+def find_twins(
+    records: Iterable[Record], repeated: Mapping[Key, NDArray[np.int64]], *, favored: str | None = "val"
+) -> dict[Key, list[Twin]]:
+    """Which of the repeated rows to drop: all but the first by name, those of a favored split before others.
 
     Args:
         records: of the parts in `repeated`.
         repeated: as Tally.repeated() gives it.
+        favored: a split that keeps its pictures. None where ids chose the splits: there `val` would get more of the
+            pictures that have copies than of others.
     """
     owner: dict[str, str] = {}
     twins: dict[Key, list[Twin]] = {}
-    for (_, _, row), key, number in sorted(_entries(records, repeated), key=lambda entry: entry[0][:2]):
+    entries = (
+        (row, (record.split, record.number), number)
+        for record in records
+        for number in repeated[record.split, record.number].tolist()
+        for row in [record.rows[number]]
+    )
+    for row, key, number in sorted(entries, key=lambda entry: (entry[1][0] != favored, natural(entry[0].files[0]))):
         first = owner.setdefault(row.source_sha256, row.files[0])
         if first != row.files[0]:
             twins.setdefault(key, []).append(Twin(row, number, first))
     return twins
-
-
-def _entries(
-    records: Iterable[Record], repeated: Mapping[Key, NDArray[np.int64]]
-) -> Iterator[tuple[tuple[bool, object, RowRecord], Key, int]]:
-    for record in records:
-        key = record.split, record.number
-        for number in repeated[key].tolist():
-            row = record.rows[number]
-            yield (record.split != "val", natural(row.files[0]), row), key, number

@@ -18,6 +18,16 @@ AnimeDiffusionError
         sys.exit(error.exit_code)
 """
 
+import re
+
+_BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Line ends, control characters and bytes that are not UTF-8: file names may have them, a line has none."""
+
+
+def _escape(found: re.Match[str]) -> str:
+    byte = ord(found[0]) - 0xDC00  # how Python keeps a byte that is not UTF-8
+    return f"\\x{byte:02x}" if byte >= 0x80 else found[0].encode("unicode_escape").decode()
+
 
 class AnimeDiffusionError(Exception):
     """Base class: what went wrong, in the words of the person who caused it.
@@ -37,7 +47,7 @@ class AnimeDiffusionError(Exception):
         self.allowed = allowed
 
     def __str__(self) -> str:
-        return f"{self.thing}: {self.found}; {self.allowed}"
+        return _BREAKS.sub(_escape, f"{self.thing}: {self.found}; {self.allowed}")
 
 
 class ConfigError(AnimeDiffusionError):

@@ -28,6 +28,7 @@ from pyarrow import fs
 
 from animediffusion.platform import s3
 from animediffusion.platform.errors import ConfigError, StorageError
+from animediffusion.platform.local_files import Listing, list_folder, reason
 from animediffusion.platform.s3 import FileError, StoreFailedError, UnreachableError
 
 __all__ = ["FileError", "StoreFailedError", "UnreachableError"]
@@ -175,7 +176,7 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+        partial = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")  # not longer than the target's name may be
         try:
             partial.write_bytes(data)
             os.replace(partial, target)
@@ -185,22 +186,35 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     patiently(uri, write)
 
 
-def list_sizes(uri: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by path relative to it, sorted; hidden files included.
+def survey(uri: str) -> Listing:
+    """Every file below a folder, hidden ones included, and what of it cannot be used.
 
     Raises:
         StorageError: if there is no such folder.
     """
 
-    def look(files: fs.FileSystem, path: str) -> dict[str, int]:
-        if not is_remote(uri) and not Path(path).is_dir():
+    def look(files: fs.FileSystem, path: str) -> Listing:
+        if is_remote(uri):
+            start = len(path.rstrip("/")) + 1
+            infos = files.get_file_info(fs.FileSelector(path, recursive=True))
+            return Listing(dict(sorted((info.path[start:], info.size) for info in infos if info.is_file)), {})
+        if not Path(path).is_dir():
             raise StorageError(uri, "is not a folder" if Path(path).exists() else "does not exist", "check the path")
-        start = len(path.rstrip("/")) + 1
-        infos = files.get_file_info(fs.FileSelector(path, recursive=True))
-        sizes = {info.path[start:]: info.size for info in infos if info.is_file}
-        return dict(sorted(sizes.items()))
+        return list_folder(path)
 
     return patiently(uri, look)
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by path relative to it, sorted; hidden files included.
+
+    Raises:
+        StorageError: if there is no such folder, or something in it cannot be listed.
+    """
+    found = survey(uri)
+    for path, fault in found.faults.items():
+        raise StorageError(join(uri, path), fault, "rename it, or check its permissions")
+    return found.sizes
 
 
 def list_files(uri: str) -> list[str]:
@@ -293,8 +307,9 @@ def _explain(uri: str, error: Exception) -> StorageError:
     if location.bucket:
         return s3.explain(uri, location.endpoint, location.bucket, error)
     if isinstance(error, FileNotFoundError):
-        return FileError(uri, "does not exist", "check the path")
-    if isinstance(error, OSError) and error.strerror:
+        is_link = Path(location.path).is_symlink()
+        return FileError(uri, "is a link to nothing" if is_link else "does not exist", "check the path")
+    if isinstance(error, OSError) and error.errno:
         kind = StorageError if error.errno in _NOT_THE_FILE else FileError
-        return kind(uri, error.strerror.lower(), "check the path and its permissions")
+        return kind(uri, reason(error), "check the path and its permissions")
     return StorageError(uri, " ".join(str(error).split())[:300], "check the path")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from animediffusion.pipelines.layout import natural, plan_folder, plan_pairs
+from animediffusion.pipelines.layout import natural, plan_folder
+from animediffusion.pipelines.pairs import plan_pairs
 from animediffusion.pipelines.samples import Plan, Sample
 from animediffusion.platform.errors import DataError
 
@@ -166,7 +167,7 @@ def test_numbers_sort_by_value() -> None:
 
 
 def test_a_pairs_csv_names_every_picture() -> None:
-    text = "target,sketch,cross_reference,split,artist\na.png,s/a.png,b.png,train,x\na.png,,c.png,test,y\n"
+    text = "target,sketch,cross_reference,split\na.png,s/a.png,b.png,train\na.png,,c.png,test\n"
     plan = plan_pairs("src", text, ["a.png", "b.png", "c.png", "s/a.png", "unused.png"], 0.1)
 
     assert samples(plan) == (
