@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +77,13 @@ def decode_gray(
 ) -> Array:
     """Luma (ITU-R 601) [H, W] of an encoded image; arguments and errors as decode_rgb."""
     return np.array(_open(data, thing, max_pixels, formats).convert("L"))
+
+
+def decode_alpha(
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Array:
+    """Opacity [H, W] of an encoded image, 255 where it has none; arguments and errors as decode_rgb."""
+    return np.array(_open(data, thing, max_pixels, formats, _opacity))
 
 
 def encode_png(array: Array, compress_level: int = 6) -> bytes:
@@ -192,8 +199,14 @@ def _save(array: Array, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _open(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    """A fully decoded, upright RGB image."""
+def _open(
+    data: bytes,
+    thing: str,
+    max_pixels: int,
+    formats: tuple[str, ...],
+    finish: Callable[[Image.Image, bytes], Image.Image] | None = None,
+) -> Image.Image:
+    """A fully decoded, upright image: RGB, or what `finish` makes of it and its color profile."""
     if not data:
         raise ImageError(thing, "is empty", "give an image file", reason="empty")
     kind = format_of(data)
@@ -206,7 +219,7 @@ def _open(data: bytes, thing: str, max_pixels: int, formats: tuple[str, ...]) ->
             image = Image.open(io.BytesIO(pixels), formats=(kind,))
             _check_size(image, thing, max_pixels)
             image.load()
-            return _to_rgb(_upright(image), profile or image.info.get("icc_profile") or b"")
+            return (finish or _to_rgb)(_upright(image), profile or image.info.get("icc_profile") or b"")
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
@@ -244,6 +257,13 @@ def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
     if profile and image.mode != "CMYK":
         image = image.convert("L" if gray else "RGB")
     return to_srgb(image, profile).convert("RGB")
+
+
+def _opacity(image: Image.Image, _: bytes) -> Image.Image:
+    image = _to_eight_bits(image) if image.mode in _WIDE_MODES else image
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

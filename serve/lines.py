@@ -23,6 +23,12 @@ PAPER_GRID_PX = 64
 """The color of uneven paper is estimated on a grid this fine."""
 FAINT_LINE = 0.08
 """Less darkness than this is grain of the paper."""
+NEARLY_BLACK = 64
+"""A picture with a median below this is refused, whatever its lines are."""
+DARK_GROUND = 128
+"""On ground darker than this, lines may be lighter than the ground."""
+SMALL_PX = 256
+"""The longer side of the picture in which the kind of the lines is looked for."""
 
 
 class Drawing(NamedTuple):
@@ -49,8 +55,22 @@ def read_drawing(pixels: Pixels) -> Drawing:
 
 
 def looks_inverted(pixels: Pixels) -> bool:
-    """True for light lines on a dark ground: most of the picture is nearly black."""
-    return bool(np.median(pixels.max(axis=2)) < 64)
+    """True if most of the picture is nearly black, or its ground is dark and its lines are lighter."""
+    small = Image.fromarray(pixels).resize(_within(SMALL_PX, *pixels.shape[:2]), Image.Resampling.BOX)
+    if np.median(np.asarray(small).max(axis=2)) < NEARLY_BLACK:
+        return True
+    gray = small.convert("L")
+    if np.median(np.asarray(gray)) >= DARK_GROUND:
+        return False
+    # Lines are the smaller part around any place, so they differ from the mean there more than the ground does.
+    around = gray.filter(ImageFilter.GaussianBlur(SMALL_PX / 16))
+    difference = np.asarray(gray, np.float64) - np.asarray(around)
+    return bool((difference**3).sum() > 0)
+
+
+def has_lines(drawing: Drawing) -> bool:
+    """Whether anything is darker than the paper."""
+    return bool((drawing.darkness > FAINT_LINE).any())
 
 
 def as_gray(drawing: Drawing) -> Pixels:
@@ -87,11 +107,16 @@ def _stretch(darkness: Floats) -> Floats:
     return darkness if strongest > 0.75 else np.minimum(darkness * np.float32(0.85 / max(strongest, 0.15)), 1)
 
 
+def _within(side: int, height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a picture whose longer side is brought to `side`."""
+    scale = side / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
 def _paper_of(pixels: Pixels) -> Floats:
     """Color of the paper [H, W, 3], from the brightest pixels around each place."""
     height, width = pixels.shape[:2]
-    scale = PAPER_GRID_PX / max(height, width)
-    grid = (max(1, round(width * scale)), max(1, round(height * scale)))
+    grid = _within(PAPER_GRID_PX, height, width)
     small = Image.fromarray(pixels).resize(grid, Image.Resampling.BOX)
     for _ in range(2):  # larger than a pen stroke, smaller than the shadow of a hand
         small = small.filter(ImageFilter.MaxFilter(5))

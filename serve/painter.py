@@ -11,19 +11,22 @@ were made (stamp.py), so a command that was stopped goes on where it was when it
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError
-from animediffusion.platform.storage import write_bytes
+from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
+from animediffusion.platform.picture_names import PICTURES, SENT, is_junk
+from animediffusion.platform.storage import explained, write_bytes
 from animediffusion.serve.pictures import Size, read_picture
 from animediffusion.serve.stamp import read_stamp, stamped
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LAYER_SUFFIX = ".color.png"
+MAX_NAME_BYTES = 255
+"""Of a file's name, on every usual file system."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,9 @@ def colorize_files(
 ) -> Iterator[Done]:
     """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; results come in the order of the drawings.
 
-    A drawing that cannot be colored becomes a Done with its error, and the others go on. One that is done already, of
-    the same files with the same settings by a version that still answers, is not done again.
+    A drawing that cannot be colored or written becomes a Done with its error, so do drawings that would become the same
+    file; the others are colored. One that is done already, of the same files with the same settings by a version that
+    still answers, is not done again.
 
     Args:
         painter: local or remote.
@@ -99,15 +103,22 @@ def colorize_files(
         options: for all of them.
 
     Raises:
-        AnimeDiffusionError: nothing to color, an unusable reference, names that clash, or nobody there to color.
+        AnimeDiffusionError: nothing to color, an unusable reference or `out`, or nobody there to color.
     """
     files = list_sketches(sketches)
-    targets = _targets(files, out)
+    with explained(str(out)):
+        targets, clashes = _targets(files, out)
+        out.mkdir(parents=True, exist_ok=True)
     colors = _read(reference)
     read_picture(colors, thing=str(reference))
     run = _Run(painter, colors, options)
+
+    def color(sketch: Path, target: Path) -> Done:
+        error = clashes.get(sketch)
+        return run.color(sketch, target) if error is None else Done(sketch=sketch, seed=options.seed, error=error)
+
     with ThreadPoolExecutor(painter.num_at_once) as pool:
-        yield from pool.map(run.color, files, targets)  # one that raises, or a caller that leaves, cancels the rest
+        yield from pool.map(color, files, targets)  # one that raises, or a caller that leaves, cancels the rest
 
 
 class _Run:
@@ -123,6 +134,7 @@ class _Run:
         """Color one file into two, the layer first: where there is a picture, there is its layer."""
         layer, seed = _layer_of(target), self.options.seed
         try:
+            _check_length(sketch, layer)
             drawing = _read(sketch)
             facts = {"sketch": _sha256(drawing), **self.facts}
             before = read_stamp(target)
@@ -130,11 +142,11 @@ class _Run:
                 version = str(before["model_version"])
                 return Done(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
             painting = self.painter.paint(drawing, self.reference, self.options, thing=str(sketch))
-        except (ImageError, DataError) as error:
+            facts["model_version"] = painting.model_version
+            write_bytes(str(layer), stamped(painting.color_layer, facts))
+            write_bytes(str(target), stamped(painting.picture, facts))
+        except (ImageError, DataError, StorageError) as error:
             return Done(sketch=sketch, seed=seed, error=error)
-        facts["model_version"] = painting.model_version
-        write_bytes(str(layer), stamped(painting.color_layer, facts))
-        write_bytes(str(target), stamped(painting.picture, facts))
         return Done(sketch=sketch, output=target, seed=seed, model_version=painting.model_version)
 
     def _is_done(self, before: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -143,44 +155,76 @@ class _Run:
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
-    """The files that are meant, each once, folders opened and sorted by name.
+    """The files that are meant, each once by its own name, folders opened and sorted by name.
 
     Raises:
-        DataError: one is missing, or a folder has no image.
+        DataError: one is missing, or a folder has no image that can be colored.
+        StorageError: a folder cannot be opened.
     """
     files: dict[Path, Path] = {}
     for path in sketches:
-        if not path.exists():
-            raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
-        inside = sorted(file for file in path.iterdir() if _is_sketch(file)) if path.is_dir() else [path]
+        with explained(str(path)):
+            if not path.exists() and not path.is_symlink():
+                raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
+            inside = _pictures(path, SENT) if path.is_dir() else [path]
         if not inside:
-            raise DataError(str(path), "has no images", f"give a folder of {', '.join(SUFFIXES)} files")
+            raise DataError(str(path), "has no images", f"give a folder of {', '.join(sorted(SENT))} files")
         for file in inside:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(file.parent.resolve() / file.name, file)
     return list(files.values())
 
 
-def _is_sketch(file: Path) -> bool:
-    """True for images, but not for the layers that an earlier run left there."""
-    return file.suffix.lower() in SUFFIXES and not file.name.endswith(LAYER_SUFFIX) and file.is_file()
+def list_left_out(sketches: Sequence[Path]) -> list[Path]:
+    """Pictures in the folders that list_sketches() opens, of formats that are not colored."""
+    return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - SENT)]
 
 
-def _targets(files: Sequence[Path], out: Path) -> list[Path]:
-    """OUT/STEM.png of every file; no file is written twice, and none that is read."""
+def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files with these suffixes, links to nothing included; not the layers that an earlier run left there."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in suffixes
+        and not file.name.endswith(LAYER_SUFFIX)
+        and not is_junk(file.name)
+        and (file.is_file() or not file.exists())
+    )
+
+
+def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, ConfigError]]:
+    """OUT/STEM.png of every file, and the errors of those that would become the same file as others.
+
+    Raises:
+        ConfigError: a file that is read would be overwritten.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
     targets = [out / f"{file.stem}.png" for file in files]
-    sources = {file.resolve() for file in files}
-    makers: dict[Path, Path] = {}
+    sources = {place for file in files for place in (file.resolve(), file.parent.resolve() / file.name)}
+    makers: dict[Path, list[Path]] = {}
     for file, target in zip(files, targets, strict=True):
         for written in (target, _layer_of(target)):
             if written.resolve() in sources:
                 raise ConfigError("--out", f"{written} is a sketch and would be overwritten", "choose another folder")
-            if written in makers:
-                found = f"has the same name as {makers[written]}: both would become {written}"
-                raise ConfigError(str(file), found, "color them into different folders")
-            makers[written] = file
-    return targets
+            makers.setdefault(written, []).append(file)
+    return targets, {
+        file: _clash(file, other, written)
+        for written, same in makers.items()
+        for file, other in zip(same, [*same[1:], same[0]], strict=True)
+        if len(same) > 1
+    }
+
+
+def _clash(file: Path, other: Path, written: Path) -> ConfigError:
+    found = f"has the same name as {other}: both would become {written}"
+    return ConfigError(str(file), found, "color them into different folders")
+
+
+def _check_length(sketch: Path, layer: Path) -> None:
+    surplus = len(os.fsencode(layer.name)) - MAX_NAME_BYTES
+    if surplus > 0:
+        found = f"its name is {surplus} bytes too long for STEM{LAYER_SUFFIX}"
+        raise DataError(str(sketch), found, "give it a shorter name")
 
 
 def _layer_of(target: Path) -> Path:

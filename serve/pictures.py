@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from animediffusion.platform.errors import ImageError
-from animediffusion.platform.images import decode_rgb, encode_png, letterbox
-from animediffusion.serve.lines import Drawing, Pixels, looks_inverted, read_drawing
+from animediffusion.platform.images import decode_alpha, decode_rgb, encode_png, letterbox
+from animediffusion.serve.lines import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.resolution import layer_of, to_picture
 
 Output = Literal["image", "color_layer", "both"]
@@ -24,12 +26,18 @@ def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
     """The drawing in an image file.
 
     Raises:
-        ImageError: unreadable, too large, too small, too long and thin, or light lines on a dark ground.
+        ImageError: unreadable, too large, too small, too long and thin, without lines, or light lines on a dark ground.
     """
     pixels = read_picture(data, thing=thing)
     if looks_inverted(pixels):
-        raise ImageError(thing, "is mostly black", "invert it: dark lines on light paper")
-    return read_drawing(pixels)
+        found = "is mostly black or has light lines on a dark ground"
+        raise ImageError(thing, found, "invert it: dark lines on light paper")
+    drawing = read_drawing(pixels)
+    if not has_lines(drawing):
+        alpha = decode_alpha(data, thing=thing, max_pixels=MAX_PIXELS, formats=FORMATS)
+        hint = "light lines on transparency: make them dark" if np.ptp(alpha) else "give dark lines on light paper"
+        raise ImageError(thing, "has no lines", hint)
+    return drawing
 
 
 def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:

@@ -525,7 +525,7 @@ def colorize(
 ) -> int:
     """Color drawings: STEM.png and the color layer without lines, STEM.color.png."""
     from animediffusion.platform.errors import ConfigError
-    from animediffusion.serve.painter import Options, colorize_files, list_sketches
+    from animediffusion.serve.painter import Options, colorize_files, list_left_out, list_sketches
 
     if size not in ("native", "model"):
         raise ConfigError("--size", repr(size), "native or model")
@@ -533,7 +533,11 @@ def colorize(
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = _console(), _settings()
     options = Options(seed=seed, steps=steps, guidance_scale=guidance_scale, size=size)  # type: ignore[arg-type]
-    files, done, failed = list_sketches(sketches), [], 0
+    files, left_out, done, failed = list_sketches(sketches), list_left_out(sketches), [], 0
+    if left_out:
+        names = ", ".join(file.name for file in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        count = f"{len(left_out)} {'file' if len(left_out) == 1 else 'files'}"
+        console.note(f"left out {count}: {names}; save them as PNG, JPEG or WebP")
     with console.progress("colored", "drawings") as progress:
         for one in colorize_files(_painter(settings, model, url), files, reference, out, options):
             done.append(one)
