@@ -103,7 +103,7 @@ class Manifest(_Part):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"]) or "it"
-            found = f"is no dataset manifest ({key}: {first['msg'].lower()})"
+            found = f"is not a dataset manifest ({key}: {first['msg']})"
             raise DataError(place, found, "ingest the source again, into a new place") from error
 
     def save(self, uri: str) -> None:

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,15 @@ from animediffusion.pipelines.samples import Plan, Reject
 from animediffusion.pipelines.tally import Key, Tally, Twin, find_twins
 from animediffusion.platform import cluster, storage
 from animediffusion.platform.errors import ConfigError, DataError
-from animediffusion.platform.picture_names import is_junk
+from animediffusion.platform.picture_names import DECODED, is_junk
 
 MIN_PART_ROWS = 256
 MAX_PART_ROWS = 4096
 """A minute of one core at most is lost with a worker."""
 PART_BYTES = 64 * 2**20
 """Of a shard, about: large enough for an object store, small enough for the memory of a task."""
+MAX_FILE_BYTES = 512 * 2**20
+"""What the largest picture that is decoded has without any compression; a longer file does not fit into a worker."""
 MANY_PARTS = 64
 """Into so many parts a small source is cut, so that as many cores have work."""
 STATE = "_parts"
@@ -177,16 +179,27 @@ def prepare(source: str, destination: str, size: int = 64, pairs: str | None = N
     if not storage.exists(source):
         raise DataError(source, "no such folder", f"expected {LAYOUTS}")
     sizes, faults = storage.survey(source)
-    rejects = tuple(Reject(path, "unreadable", fault) for path, fault in sorted(faults.items()) if not is_junk(path))
-    if rejects and not sizes:
-        raise DataError(source, f"none of its files can be used ({rejects[0].path}: {rejects[0].detail})", "mend them")
+    rejects = _unusable(source, sizes, faults)
+    paths = set(sizes).difference(reject.path for reject in rejects)
     if pairs is None:
-        plan = plan_folder(source, sizes, val_fraction)
+        plan = plan_folder(source, paths, val_fraction)
     else:
-        plan = plan_pairs(source, _read_pairs(source, pairs), sizes, val_fraction)
+        plan = plan_pairs(source, _read_pairs(source, pairs), paths, val_fraction)
     plan = replace(plan, rejects=plan.rejects + rejects)
     job = Job(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
     return _compare(job)
+
+
+def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tuple[Reject, ...]:
+    """What is set aside before anything is read: names and folders that cannot be used, files too large for memory."""
+    found = [Reject(path, "unreadable", fault) for path, fault in sorted(faults.items()) if not is_junk(path)]
+    if found and not sizes:
+        first = f"{found[0].path}: {found[0].detail}"
+        raise DataError(source, f"none of its files can be used ({first})", "rename them, or check their permissions")
+    for path, size in sizes.items():
+        if size > MAX_FILE_BYTES and PurePosixPath(path).suffix.lower() in DECODED and not is_junk(path):
+            found.append(Reject(path, "too_large", f"has {size:,} bytes, at most {MAX_FILE_BYTES:,}"))
+    return tuple(found)
 
 
 def choose_part_rows(plan: Plan, size: int) -> int:

@@ -78,12 +78,12 @@ def _named(rows: Iterable[Sample], val_fraction: float) -> Iterator[Sample]:
 def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of every row."""
     lines = io.StringIO(text.removeprefix("\ufeff"), newline=None)
-    header = lines.readline()
+    header = next((line for line in lines if line.strip()), "")
     lines.seek(0)
     delimiter = max(_DELIMITERS, key=header.count)
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        columns = _columns(next(reader, []))
+        columns = _columns(next(filter(None, reader), []))
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             pairs = list(zip_longest(columns, cells, fillvalue=""))

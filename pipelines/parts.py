@@ -215,5 +215,5 @@ def _decode(role: str, data: bytes, path: str, size: int) -> NDArray[np.uint8]:
     decode: Callable[..., NDArray[np.uint8]] = decode_gray if role == "sketch" else decode_rgb
     picture = decode(data, thing=path)
     if role == "sketch" and picture.mean() < _DARK:
-        raise ImageError(path, "white lines on black", "dark lines on white", reason="inverted")
+        raise ImageError(path, "is mostly dark: line art is dark on light", "invert it", reason="inverted")
     return fit_square(picture, size, crop=True)

@@ -216,10 +216,13 @@ def _open(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's notes on size and metadata: we have our own limits
         try:
-            image = Image.open(io.BytesIO(pixels), formats=(kind,))
+            image: Image.Image = Image.open(io.BytesIO(pixels), formats=(kind,))
             _check_size(image, thing, max_pixels)
             image.load()
-            return (finish or _to_rgb)(_upright(image), profile or image.info.get("icc_profile") or b"")
+            profile = profile or image.info.get("icc_profile") or b""
+            if kind == "PNG" and image.mode == "RGBA" and pixels[25] == png.GRAY_ALPHA:
+                image = image.convert("LA")  # of 16 bits, which Pillow opens as color; the profile is one of gray
+            return (finish or _to_rgb)(_upright(image), profile)
         except ImageError:
             raise
         except Image.DecompressionBombError as error:

@@ -20,7 +20,8 @@ MAX_PROFILE_BYTES = 8 * 2**20
 """The profiles of printers have up to 4 MB."""
 _DECODED = (b"tRNS", b"eXIf")
 """Ancillary chunks that say how pixels look; all critical chunks do."""
-_GRAY, _RGB, _PALETTE = 0, 2, 3
+_GRAY, _RGB, _PALETTE, GRAY_ALPHA = 0, 2, 3, 4
+"""Color types: the byte at 25."""
 
 
 class Chunk(NamedTuple):

@@ -298,6 +298,8 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
+    except UnicodeEncodeError as error:  # pyarrow
+        raise FileError(uri, "its name is not UTF-8", "rename it") from error
     except (OSError, pa.ArrowException) as error:
         raise _explain(uri, error) from error
 

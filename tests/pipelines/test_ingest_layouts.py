@@ -1,6 +1,7 @@
 """Every layout in which the paper's dataset and its followers exist, from files to rows; and a folder of all kinds."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from animediffusion.cli import run
 from animediffusion.pipelines.dataset import read_split
 from animediffusion.pipelines.ingest import prepare
 from animediffusion.pipelines.shards import PICTURES
+from animediffusion.platform.errors import DataError
 from animediffusion.platform.storage import join, read_bytes
 
 SIZE = 16
@@ -122,3 +124,58 @@ def test_counts_add_up_on_a_folder_of_all_kinds(
     assert found["num_files"] == files_in_rows(tmp_path / "dataset") + found["num_rejects"]
     on_disk = {str(path.relative_to(source)) for path in Path(source).rglob("*") if path.is_file()} - set(hidden)
     assert {reject["path"] for reject in rejects(str(tmp_path / "dataset"))} < on_disk
+
+
+def test_a_link_to_a_folder_above_changes_no_row(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", drawn([f"sub/{n}.png" for n in range(20)]))
+    plain = without_ray(prepare(source, str(tmp_path / "plain"), SIZE))
+    for name, target in (("sub/loop", ".."), ("sub/up", "../.."), ("z", "sub")):
+        (Path(source) / name).symlink_to(target)
+
+    linked = without_ray(prepare(source, str(tmp_path / "linked"), SIZE))
+
+    assert (linked.content_hash, linked.num_files) == (plain.content_hash, plain.num_files)
+
+
+def test_bad_names_and_endless_files_are_set_aside_and_the_others_ingested(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", drawn(["ok.png", "line\nend.png", "@eaDir/ok.png/THUMB.png"]))
+    Path(os.fsdecode(source.encode() + b"/\x90\xfc\x89\xe6.png")).write_bytes(b"x")
+    (Path(source) / "gone.png").symlink_to("nothing.png")
+    (Path(source) / "notes.txt").symlink_to("nothing.txt")
+    with (Path(source) / "endless.png").open("wb") as file:
+        file.truncate(2**40)
+    os.mkfifo(Path(source) / "pipe.png")
+
+    manifest = without_ray(prepare(source, str(tmp_path / "dataset"), SIZE))
+
+    details = {reject["path"]: reject["detail"] for reject in rejects(str(tmp_path / "dataset"))}
+    assert details[r"\x90\xfc\x89\xe6.png"] == "its name is not UTF-8"
+    assert details["gone.png"] == "is a link to nothing"
+    assert details["endless.png"].startswith("has 1,099,511,627,776 bytes")
+    assert set(details) == {r"\x90\xfc\x89\xe6.png", "gone.png", "endless.png", "notes.txt"}
+    assert manifest.num_files == 6
+
+
+def test_a_folder_of_names_that_are_not_utf8_says_so(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/\x90\xfc.png")).write_bytes(picture(0))
+
+    with pytest.raises(DataError, match=r"none of its files can be used \(\\x90\\xfc.png: its name is not UTF-8\)"):
+        prepare(str(tmp_path), str(tmp_path.parent / "dataset"), SIZE)
+
+
+def test_a_picture_with_copies_is_not_more_often_in_val(tmp_path: Path) -> None:
+    files = {f"{n}{copy}.png": picture(n, (8, 8)) for n in range(100) for copy in "abc"}
+
+    manifest = without_ray(prepare(fill(tmp_path / "source", files), str(tmp_path / "dataset"), SIZE, val_fraction=0.1))
+
+    assert {name: split.rows for name, split in manifest.splits.items()}["train"] > 80
+    assert sum(split.rows for split in manifest.splits.values()) == 100
+
+
+@pytest.mark.parametrize("names", ["abcd", "efgh", "ijkl", "mnop"])
+def test_val_keeps_a_row_where_all_of_its_pictures_have_copies(names: str, tmp_path: Path) -> None:
+    files = {f"{name}.png": picture(number // 2) for number, name in enumerate(names)}
+
+    manifest = without_ray(prepare(fill(tmp_path / "source", files), str(tmp_path / "dataset"), SIZE))
+
+    assert manifest.splits["val"].rows == 1

@@ -3,7 +3,6 @@
 import pytest
 
 from animediffusion.pipelines.layout import natural, plan_folder
-from animediffusion.pipelines.pairs import plan_pairs
 from animediffusion.pipelines.samples import Plan, Sample
 from animediffusion.platform.errors import DataError
 
@@ -166,29 +165,17 @@ def test_numbers_sort_by_value() -> None:
     ]  # fmt: skip
 
 
-def test_a_pairs_csv_names_every_picture() -> None:
-    text = "target,sketch,cross_reference,split\na.png,s/a.png,b.png,train\na.png,,c.png,test\n"
-    plan = plan_pairs("src", text, ["a.png", "b.png", "c.png", "s/a.png", "unused.png"], 0.1)
+def test_names_that_macos_took_apart_are_paired_with_composed_ones() -> None:
+    plan = planned("target/\u304c.png", "sketch/\u304b\u3099.png", "target/b.png")
 
-    assert samples(plan) == (
-        Sample("a", "train", "a.png", "s/a.png", None, "b.png"),
-        Sample("a#2", "val", "a.png", None, None, "c.png"),
-    )
+    assert samples(plan)[1] == Sample("\u304c", samples(plan)[1].split, "target/\u304c.png", "sketch/\u304b\u3099.png")
+
+
+@pytest.mark.parametrize(
+    "name", ["@eaDir/a.png/THUMB.png", "lost+found/a.png", "$RECYCLE.BIN/a.png", "._a.png", "Icon\r"]
+)
+def test_what_desktops_and_servers_leave_behind_is_no_picture(name: str) -> None:
+    plan = planned("a.png", "b.png", f"sub/{name}", name)
+
+    assert len(plan.samples) == 2
     assert not plan.rejects
-
-
-def test_missing_files_of_a_pairs_csv_are_rejected_by_line() -> None:
-    plan = plan_pairs("src", "target,sketch\na.png,no.png\ngone.png,s.png\n", ["a.png", "s.png"], 0)
-
-    assert reasons(plan) == {"no.png": "unreadable", "gone.png": "unreadable", "s.png": "orphan"}
-    assert "line 3" in plan.rejects[1].detail
-
-
-def test_a_pairs_csv_without_a_target_column_is_refused() -> None:
-    with pytest.raises(DataError, match=r"columns are image, line; target\[,sketch"):
-        plan_pairs("src", "image,line\na,b\n", ["a"], 0)
-
-
-def test_an_unknown_split_in_a_pairs_csv_names_the_line() -> None:
-    with pytest.raises(DataError, match="line 2: split 'holdout' is not known"):
-        plan_pairs("src", "target,split\na.png,holdout\n", ["a.png"], 0)

@@ -197,8 +197,9 @@ def test_a_webp_is_taken(client, files, reference):
 
 @pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "LA", "I;16", "1", "L"])
 def test_every_kind_of_image_is_taken(client, files, mode):
-    image = Image.fromarray(np.full((40, 30), 250, np.uint8))
-    image = Image.fromarray(np.full((40, 30), 65000, np.uint16)) if mode == "I;16" else image.convert(mode)
+    gray = np.full((40, 30), 250, np.uint8)
+    gray[10:30, 15] = 0
+    image = Image.fromarray(gray * np.uint16(257)) if mode == "I;16" else Image.fromarray(gray).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
     response = client.post("/v1/colorize", files={**files, "sketch": ("s", buffer.getvalue())})

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,7 @@ from PIL import Image
 
 from animediffusion import cli
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError
+from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images import decode_rgb, encode_png
 from animediffusion.serve.client import RemotePainter
 from animediffusion.serve.local import LocalPainter
@@ -83,18 +84,81 @@ def test_a_server_that_is_not_there_is_one_line(drawings, tmp_path):
         RemotePainter("127.0.0.1:8000")
 
 
-def test_names_that_clash_are_refused_before_anything_is_written(painter, drawings, tmp_path, reference):
+def errors(done: list) -> dict[str, str]:
+    return {one.sketch.name: str(one.error) for one in done if one.error}
+
+
+def outputs(folder: Path) -> set[str]:
+    return {file.name for file in (folder / "out").iterdir()}
+
+
+def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_colored(painter, drawings, tmp_path):
     (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
-    with pytest.raises(ConfigError, match="same name"):
-        color(painter, [drawings], tmp_path)
+    done = color(painter, [drawings], tmp_path)
+    assert set(errors(done)) == {"a.png", "a.jpg"}
+    assert "a.jpg: has the same name as " in errors(done)["a.jpg"]
+    assert outputs(tmp_path) == {"b.png", "b.color.png"}
+    (drawings / "b.color.png").write_bytes((drawings / "a.png").read_bytes())
+    done = color(painter, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
+    assert set(errors(done)) == {"b.png", "b.color.png"}
+
+
+def test_no_sketch_is_overwritten(painter, drawings, tmp_path):
     with pytest.raises(ConfigError, match="overwritten"):
         list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings, Options()))
-    (drawings / "b.color.png").write_bytes((drawings / "a.png").read_bytes())
-    with pytest.raises(ConfigError, match=r"b\.color\.png.*same name"):
-        color(painter, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
         list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", Options()))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_or_written_is_an_error_of_its_own(painter, drawings, tmp_path):
+    data = (drawings / "a.png").read_bytes()
+    kana = "\N{HIRAGANA LETTER KA}"
+    for name in (
+        kana * 80 + ".png",
+        "x" * 251 + ".png",
+        "taken.png",
+        "-dash.png",
+        "line\nend.png",
+        os.fsdecode(b"\x90\xfc.png"),
+    ):
+        (drawings / name).write_bytes(data)
+    (drawings / "gone.png").symlink_to("nothing")
+    os.mkfifo(drawings / "pipe.png")
+    (tmp_path / "out" / "taken.png").mkdir(parents=True)
+    done = color(painter, [drawings], tmp_path)
+    found = errors(done)
+    assert set(found) == {"x" * 251 + ".png", "taken.png", "gone.png"}
+    assert "its name is 6 bytes too long for STEM.color.png" in found["x" * 251 + ".png"]
+    assert "taken.png: is a directory" in found["taken.png"]
+    assert len(done) == 9
+    assert {kana * 80 + ".png", kana * 80 + ".color.png", "-dash.png", "line\nend.png"} <= outputs(tmp_path)
+
+
+def test_a_link_is_a_drawing_of_its_own_name(painter, drawings, tmp_path):
+    (drawings / "link.png").symlink_to("b.png")
+    color(painter, [drawings], tmp_path)
+    assert {"b.png", "link.png", "a.png"} <= outputs(tmp_path)
+
+
+def test_a_folder_gives_its_drawings_and_tells_which_pictures_are_left_out(drawings, bundle_folder, tmp_path, capsys):
+    (drawings / "b.png").unlink()
+    image = Image.open(drawings / "a.png")
+    (drawings / "._a.png").write_bytes(b"\0\5\x16\7" + bytes(4000))
+    for name, kind in (("d.JFIF", "JPEG"), ("b.tif", "TIFF"), ("c.bmp", "BMP"), ("e.GIF", "GIF")):
+        image.save(drawings / name, kind)
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+    assert cli.run([str(word) for word in words]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "colored 2 of 2\n"
+    assert "left out 3 files: b.tif, c.bmp, e.GIF; " in captured.err
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_colored(painter, drawings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/out: not a directory"):
+        list(colorize_files(painter, [drawings], tmp_path / "reference.png", tmp_path / "file" / "out", Options()))
 
 
 def test_a_drawing_named_twice_is_colored_once(painter, drawings, tmp_path):

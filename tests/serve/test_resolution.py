@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 from animediffusion.platform.errors import ImageError
 from animediffusion.platform.images import decode_rgb, letterbox
 from animediffusion.serve import resolution
-from animediffusion.serve.lines import as_gray, for_network, looks_inverted, read_drawing
+from animediffusion.serve.lines import as_gray, for_network, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.pictures import MAX_ASPECT, MIN_SIDE_PX, read_sketch, render
 from animediffusion.serve.resolution import color_layer, layer_of, over_white, place_in_square, to_picture, to_rgba
 
@@ -245,7 +245,44 @@ def test_what_cannot_be_colored_is_said_in_one_line(image, found):
     assert refused.value.allowed
 
 
-def test_paper_without_lines_is_colored_too():
-    drawing = read_sketch(encoded(Image.new("L", (120, 90), 255)))
-    painted = np.full((64, 64, 3), 90, np.uint8)
-    assert np.abs(decode_rgb(render(painted, drawing)["image"]).astype(int) - 90).max() <= 2
+def on_ground(ground: tuple[int, ...], lines: tuple[int, ...], width: int = 3) -> Image.Image:
+    image = Image.new("RGB", (200, 240), ground)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((40, 30, 160, 170), outline=lines, width=width)
+    for left in (70, 115):
+        draw.ellipse((left, 80, left + 18, 104), outline=lines, width=width)
+    draw.line((60, 160, 20, 235), fill=lines, width=width)
+    return image
+
+
+@pytest.mark.parametrize("ground", range(0, 121, 15))
+@pytest.mark.parametrize(("lighter", "width"), [(30, 3), (135, 1), (135, 12)])
+def test_lines_lighter_than_a_dark_ground_are_refused(ground, lighter, width):
+    with pytest.raises(ImageError, match="light lines on a dark ground; invert it"):
+        read_sketch(encoded(on_ground((ground,) * 3, (ground + lighter,) * 3, width)))
+
+
+@pytest.mark.parametrize("paper", [(255, 255, 255), (250, 240, 180), (170, 170, 170), (100, 100, 100), (0, 60, 150)])
+@pytest.mark.parametrize("width", [1, 12])
+def test_dark_lines_are_read_on_paper_of_any_color(paper, width):
+    assert has_lines(read_sketch(encoded(on_ground(paper, tuple(value // 4 for value in paper), width))))
+
+
+def white_lines_on_transparency() -> Image.Image:
+    white = Image.new("L", (200, 200), 255)
+    return Image.merge("RGBA", (white, white, white, ImageOps.invert(drawn(200, 200))))
+
+
+@pytest.mark.parametrize(
+    ("image", "hint"),
+    [
+        (Image.new("L", (120, 90), 255), "give dark lines"),
+        (Image.new("RGB", (120, 90), (200, 190, 150)), "give dark lines"),
+        (Image.new("RGBA", (120, 90), (0, 0, 0, 0)), "give dark lines"),
+        (white_lines_on_transparency(), "light lines on transparency: make them dark"),
+    ],
+    ids=["white", "yellow", "transparent", "light lines on transparency"],
+)
+def test_a_sketch_without_lines_is_refused(image, hint):
+    with pytest.raises(ImageError, match=f"has no lines; {hint}"):
+        read_sketch(encoded(image))

@@ -1,0 +1,68 @@
+"""PNG files made chunk by chunk: depths, checksums and metadata that no library writes."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+GRAY, RGB, GRAY_ALPHA, RGB_ALPHA = 0, 2, 4, 6
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def inserted(png: bytes, *chunks: bytes) -> bytes:
+    """The file with chunks after its header."""
+    return png[:33] + b"".join(chunks) + png[33:]
+
+
+def deep(samples: np.ndarray, color: int, *chunks: bytes, depth: int = 16) -> bytes:
+    """Samples [H, W] or [H, W, C] of 16 bits, or of fewer if a row's bits fill whole bytes."""
+    if depth == 16:
+        rows = [row.astype(">u2").tobytes() for row in samples]
+    else:
+        bits = [np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - depth :] for row in samples]
+        rows = [np.packbits(row.ravel()).tobytes() for row in bits]
+    height, width = samples.shape[:2]
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + data + chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def profile(space: bytes, colors: tuple[tuple[float, float, float], ...], gamma: float) -> bytes:
+    """A small ICC profile (version 2): `RGB ` with three primaries (XYZ, D50), or `GRAY`."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    white = b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    tags = [(b"desc", text), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", white)]
+    if space == b"GRAY":
+        tags.append((b"kTRC", curve))
+    for name, color in zip(b"rgb", colors, strict=False):
+        tags += [(bytes([name]) + b"XYZ", b"XYZ \0\0\0\0" + fixed(*color)), (bytes([name]) + b"TRC", curve)]
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, body in tags:
+        table += name + struct.pack(">II", start + len(data), len(body))
+        data += body
+    head = struct.pack(">I", start + len(data)) + b"\0\0\0\0\x02\x10\0\0mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+    return head + bytes(28) + fixed(0.9642, 1, 0.8249) + bytes(48) + table + data
+
+
+WIDE = profile(b"RGB ", ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), 2.2)
+"""As wide as Adobe RGB."""
+LINEAR_GRAY = profile(b"GRAY", (), 1.0)
