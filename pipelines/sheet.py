@@ -92,12 +92,10 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> NDArray[np.uint8] | None:
-    if not path.exists():
-        return None
     try:
         decode = decode_gray if path.parent.name == "sketch" else decode_rgb
         return decode(path.read_bytes(), thing=str(path))
-    except ImageError:
+    except (ImageError, OSError):
         return None
 
 
