@@ -180,7 +180,8 @@ def prepare(source: str, destination: str, size: int = 64, pairs: str | None = N
         raise DataError(source, "no such folder", f"expected {LAYOUTS}")
     sizes, faults = storage.survey(source)
     rejects = _unusable(source, sizes, faults)
-    paths = set(sizes).difference(reject.path for reject in rejects)
+    aside = {reject.path for reject in rejects}
+    paths = [path for path in sizes if path not in aside]
     if pairs is None:
         plan = plan_folder(source, paths, val_fraction)
     else:

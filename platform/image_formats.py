@@ -40,7 +40,10 @@ _SIGNATURES = {
 }
 _BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 """Sizes of the headers that follow the 14 bytes of a BMP file: "BM" alone also begins texts."""
-_HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "QuickTime", b"isom": "MP4", b"mp42": "MP4"}
+_HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "QuickTime"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
+"""Of files that begin with `ftyp`, the most special first; others are MP4."""
 _NOT_PICTURES = {
     b"version https://git-lfs": ("is a Git LFS pointer, not the picture", "fetch it with `git lfs pull`"),
     b"%PDF": ("is a PDF document", "export the page as PNG"),
@@ -64,7 +67,7 @@ def format_of(data: bytes) -> str | None:
         return "BMP"
     if data[4:8] == b"ftyp":
         brands = [data[start : start + 4] for start in range(8, min(64, len(data)), 4)]
-        return next((_HEIF_BRANDS[brand] for brand in brands if brand in _HEIF_BRANDS), "HEIC")
+        return next((name for brand, name in _HEIF_BRANDS.items() if brand in brands), "MP4")
     return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
 
 

@@ -41,25 +41,42 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def fixed(*values: float) -> bytes:
+    """Numbers as ICC profiles hold them."""
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
 def profile(space: bytes, colors: tuple[tuple[float, float, float], ...], gamma: float) -> bytes:
-    """A small ICC profile (version 2): `RGB ` with three primaries (XYZ, D50), or `GRAY`."""
-
-    def fixed(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
-
+    """A small ICC profile: `RGB ` with three primaries (XYZ, D50), or `GRAY`."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    white = b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)
-    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
-    tags = [(b"desc", text), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", white)]
+    tags = []
     if space == b"GRAY":
         tags.append((b"kTRC", curve))
     for name, color in zip(b"rgb", colors, strict=False):
         tags += [(bytes([name]) + b"XYZ", b"XYZ \0\0\0\0" + fixed(*color)), (bytes([name]) + b"TRC", curve)]
+    return whole_profile(b"mntr" + space + b"XYZ ", tags)
+
+
+def ink_profile() -> bytes:
+    """A CMYK profile whose table gives Lab: paper is white, all inks together are dark, cyan is blue-green."""
+    corners = np.indices((2, 2, 2, 2)).reshape(4, -1).T
+    lab = [(100 - 20 * sum(ink[:3]) - 35 * ink[3], 30 * (ink[1] - ink[0]), 40 * (ink[2] - ink[0])) for ink in corners]
+    table = bytes(round(value) for light, a, b in lab for value in (light * 2.55, 128 + a, 128 + b))
+    ramp = bytes(range(256))
+    shape = bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    return whole_profile(b"prtrCMYKLab ", [(b"A2B0", b"mft1\0\0\0\0" + shape + 4 * ramp + table + 3 * ramp)])
+
+
+def whole_profile(kind: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
+    """An ICC profile (version 2) of these tags; `kind` is device class, color space and connection space."""
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    white = b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)
+    tags = [(b"desc", text), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", white), *tags]
     table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for name, body in tags:
         table += name + struct.pack(">II", start + len(data), len(body))
-        data += body
-    head = struct.pack(">I", start + len(data)) + b"\0\0\0\0\x02\x10\0\0mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+        data += body + bytes(-len(body) % 4)
+    head = struct.pack(">I", start + len(data)) + b"\0\0\0\0\x02\x10\0\0" + kind + bytes(12) + b"acsp"
     return head + bytes(28) + fixed(0.9642, 1, 0.8249) + bytes(48) + table + data
 
 

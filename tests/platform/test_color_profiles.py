@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from pngs import GRAY_ALPHA, LINEAR_GRAY, RGB, WIDE, chunk, deep, saved
+from pngs import GRAY_ALPHA, LINEAR_GRAY, RGB, WIDE, chunk, deep, ink_profile, saved
 
 from animediffusion.platform.color_profiles import to_srgb
 from animediffusion.platform.images import decode_gray, decode_rgb
@@ -86,6 +86,18 @@ def test_16_bit_color_and_gray_with_alpha_are_converted() -> None:
 )
 def test_a_damaged_or_foreign_profile_changes_nothing(foreign: bytes) -> None:
     assert np.array_equal(decode_rgb(saved(colors(), icc_profile=foreign)), np.asarray(colors()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_inks_are_converted_by_their_profile(kind: str) -> None:
+    data = saved(
+        colors().convert("CMYK"), kind, icc_profile=ink_profile(), **({"quality": 95} if kind == "JPEG" else {})
+    )
+    inks = Image.open(io.BytesIO(data))
+
+    assert inks.mode == "CMYK"
+    assert np.abs(decode_rgb(data) - converted(inks, ink_profile())).max() <= 2
+    assert np.abs(decode_rgb(data).astype(int) - np.asarray(inks.convert("RGB"))).max() > 40
 
 
 def test_cmyk_is_left_to_pillow_without_a_profile_of_its_own() -> None:
