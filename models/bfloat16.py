@@ -9,7 +9,12 @@ import torch
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth its while there: on a CPU where oneDNN has kernels for it, on all else always."""
+    """Whether the device computes in bfloat16: a CPU where oneDNN has kernels for it, a GPU from Ampere (8.0) on.
+
+    Older GPUs (a T4 is 7.5) convert each number: slower than float32, and xformers has no kernel for it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return True
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
