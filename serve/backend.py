@@ -15,15 +15,24 @@ from ray.serve.handle import DeploymentHandle
 
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.registry import ALIASES
-from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, ServeError
+from animediffusion.serve.messages import (
+    Answer,
+    BusyError,
+    Job,
+    LateError,
+    NoModelError,
+    Preview,
+    ServeError,
+    UnavailableError,
+)
 from animediffusion.serve.metrics import requests_counter
 from animediffusion.serve.pace import Pace
 from animediffusion.serve.versions import ModelSource
 
 STATUS_TIMEOUT_S = 5.0
 MAX_ATTEMPTS = 3
-"""Of one picture: an engine may die under it, with its node for example, or be without a model. The same request makes
-the same picture elsewhere."""
+"""Of one picture: an engine may die under it, with its node for example, lose its GPU, or have no model. The same
+request makes the same picture elsewhere."""
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +71,23 @@ class RayBackend:
         raise AssertionError("unreachable")
 
     async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
-        """See messages.Backend."""
+        """See messages.Backend. Another engine makes the same previews, of which those that were sent are left out."""
         with self._counted():
-            response = self.engine.options(stream=True).stream.remote(job)
-            try:
-                async for item in response:
-                    yield item
-            except (asyncio.CancelledError, GeneratorExit):
-                response.cancel()
-                raise
-            except Exception as error:
-                raise self._translated(error) from error
+            sent = 0
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                response = self.engine.options(stream=True).stream.remote(job)
+                try:
+                    async for item in response:
+                        if isinstance(item, Answer) or item.step > sent:
+                            sent = item.step if isinstance(item, Preview) else sent
+                            yield item
+                    return
+                except (asyncio.CancelledError, GeneratorExit):
+                    response.cancel()
+                    raise
+                except Exception as error:
+                    if attempt == MAX_ATTEMPTS or not _is_the_engines_fault(error):
+                        raise self._translated(error) from error
 
     async def models(self) -> dict[str, Any]:
         """See messages.Backend."""
@@ -137,7 +152,7 @@ class RayBackend:
 
 def _is_the_engines_fault(error: Exception) -> bool:
     return isinstance(error, RayActorError) or (
-        isinstance(error, RayTaskError) and isinstance(error.cause, NoModelError)
+        isinstance(error, RayTaskError) and isinstance(error.cause, UnavailableError)
     )
 
 

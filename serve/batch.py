@@ -25,6 +25,8 @@ from animediffusion.models.images import to_uint8
 from animediffusion.models.sampler import Sampler, State, build_sampler, cat_states, sample_times, select_states
 from animediffusion.serve.conditions import ConditionCache, Pair
 from animediffusion.serve.evaluator import Evaluator
+from animediffusion.serve.faults import for_log, for_request, is_lost, is_out_of_memory, summary
+from animediffusion.serve.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,9 @@ class RunningBatch:
         self._evaluator = evaluator
         self._conditions = conditions
         self._groups: dict[str, _Group] = {}
-        self._layout: _Layout | None = None
+        self._layouts: list[_Layout] = []
+        """Of the last turn: one, or one for each part that was evaluated by itself."""
+        self._room = Room()
 
     @property
     def rows(self) -> list[Row]:
@@ -162,13 +166,20 @@ class RunningBatch:
                 longest = max(len(row.times) for row in group.rows)
                 group.state = state._replace(times=state.times[:, :longest])
 
+    def clear(self) -> None:
+        """Take all rows out, without a call of the device, which may have failed."""
+        self._groups, self._layouts = {}, []
+
     def turn(self) -> list[Row]:
         """One network evaluation for every row. Those that have ended by it, with picture or error, have left."""
         rows, groups = self.rows, list(self._groups.values())
         queries = [group.sampler.query(group.state) for group in groups]
         x, t = (torch.cat(parts) for parts in zip(*queries, strict=True))
         self.num_evaluated = 0
-        estimates = torch.split(self._estimates(rows, x, t), [len(group.rows) for group in groups])
+        before, self._layouts = self._layouts, []
+        found = self._estimates(rows, x, t, before)
+        self._room.end_turn()
+        estimates = torch.split(found, [len(group.rows) for group in groups])
         for group, x_0 in zip(groups, estimates, strict=True):
             group.state = group.sampler.advance(group.state, x_0)
         for row in rows:
@@ -185,29 +196,39 @@ class RunningBatch:
             found = iter(self._conditions.get([pair for _, pair in wanted]))
             for row in rows:
                 row.condition, row.null = next(found), next(found) if any(row.guided) else None
+            return
         except Exception as error:
-            if len(rows) == 1:
-                rows[0].error = error
-                return
+            self._excuse(error, rows)
+        if len(rows) > 1:
             for row in rows:
                 self._encode([row])
 
-    def _estimates(self, rows: list[Row], x: Tensor, t: Tensor) -> Tensor:
-        """x_0 [B, 3, S, S] of rows at x, t. A row that makes the network fail gets its error, the others go on."""
-        try:
-            return self._guided_estimates(self._layout_of(rows), x, t)
-        except Exception as error:
-            failure = error
-        if len(rows) == 1:
-            log.error("a request is given up", exc_info=failure)
-            rows[0].error = failure
-            return torch.zeros_like(x)
-        # Outside of `except`: an error holds on to the memory of the call that ran out of it.
-        log.warning("an evaluation of %d rows failed, trying halves: %s", len(rows), failure)
-        del failure
+    def _estimates(self, rows: list[Row], x: Tensor, t: Tensor, before: list[_Layout]) -> Tensor:
+        """x_0 [B, 3, S, S] of rows at x, t. A row that makes the network fail gets its error, the others continue."""
+        if self._room.has(len(rows)):
+            try:
+                return self._guided_estimates(self._layout_of(rows, before), x, t)
+            except Exception as error:
+                self._excuse(error, rows)
+            # Outside of `except`: an error holds on to the memory of the call that ran out of it.
+            if len(rows) == 1:
+                return torch.zeros_like(x)
         half = len(rows) // 2
-        first = self._estimates(rows[:half], x[:half], t[:half])
-        return torch.cat([first, self._estimates(rows[half:], x[half:], t[half:])])
+        first = self._estimates(rows[:half], x[:half], t[:half], before)
+        return torch.cat([first, self._estimates(rows[half:], x[half:], t[half:], before)])
+
+    def _excuse(self, error: Exception, rows: Sequence[Row]) -> None:
+        """Note the failure of a call for these rows; raises it where no smaller call can work."""
+        if is_lost(error):
+            raise error
+        if is_out_of_memory(error):
+            self._room.failed(len(rows))
+            self._conditions.clear()  # what running rows need, they hold themselves
+        if len(rows) == 1:
+            log.error("a request is given up: %s", for_log(error))
+            rows[0].error = for_request(error)
+        elif not is_out_of_memory(error):
+            log.warning("a call for %d requests failed, smaller ones are tried: %s", len(rows), summary(error))
 
     def _guided_estimates(self, layout: _Layout, x: Tensor, t: Tensor) -> Tensor:
         if not layout.guided:
@@ -223,20 +244,23 @@ class RunningBatch:
         self.num_evaluated += len(condition.features)
         return found
 
-    def _layout_of(self, rows: list[Row]) -> _Layout:
+    def _layout_of(self, rows: list[Row], before: list[_Layout]) -> _Layout:
         guided = [number for number, row in enumerate(rows) if row.guided[row.num_done]]
-        if self._layout is None or not self._layout.fits(rows, guided):
-            scales = [rows[number].settings.guidance_scale for number in guided]
-            conditions = [*(row.condition for row in rows), *(rows[number].null for number in guided)]
-            device = self._evaluator.device
-            self._layout = _Layout(
-                rows=list(rows),
-                guided=guided,
-                index=torch.tensor(guided, dtype=torch.int64, device=device),
-                scale=torch.tensor(scales, device=device),
-                condition=self._evaluator.join([one for one in conditions if one is not None]),
-            )
-        return self._layout
+        known = next((layout for layout in before if layout.fits(rows, guided)), None)
+        self._layouts.append(known or self._new_layout(rows, guided))
+        return self._layouts[-1]
+
+    def _new_layout(self, rows: list[Row], guided: list[int]) -> _Layout:
+        scales = [rows[number].settings.guidance_scale for number in guided]
+        conditions = [*(row.condition for row in rows), *(rows[number].null for number in guided)]
+        device = self._evaluator.device
+        return _Layout(
+            rows=list(rows),
+            guided=guided,
+            index=torch.tensor(guided, dtype=torch.int64, device=device),
+            scale=torch.tensor(scales, device=device),
+            condition=self._evaluator.join([one for one in conditions if one is not None]),
+        )
 
     def _show(self, rows: list[Row]) -> None:
         """Bring pictures and previews to the processor, in one transfer."""

@@ -75,6 +75,11 @@ class ConditionCache:
 
         return self._conditions.get([(pair.sketch_digest, pair.reference_digest) for pair in pairs], combine)
 
+    def clear(self) -> None:
+        """Drop everything, to give its memory back."""
+        self._conditions.clear()
+        self._references.clear()
+
     def _get_references(self, pairs: Sequence[Pair]) -> list[Reference]:
         named = {pair.reference_digest: pair.reference for pair in pairs}
 
@@ -105,6 +110,9 @@ class _Recent(Generic[Key, Kept]):
 
     def __contains__(self, key: Key) -> bool:
         return key in self._kept
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Kept]) -> list[Kept]:
         """The row of each key; `make` gives the rows of all that are missing."""

@@ -24,7 +24,7 @@ _REASONS = {
     422: "An image or a parameter is not usable; `errors` says which",
     429: "Busy; `Retry-After` says when to come back",
     431: "The headers are over the limit",
-    503: "No model is loaded",
+    503: "No model is loaded, or no engine can make the picture now; `Retry-After` says when to come back",
     504: "Not finished in time",
 }
 _FIELD_ERROR = {"type": "object", "properties": {name: {"type": "string"} for name in ("field", "found", "allowed")}}

@@ -14,6 +14,7 @@ What is promised:
 - Keys share the places evenly, and none starves: fair.py states the bound.
 - A request that could not make its deadline at the fastest recent pace takes no place, or gives it back.
 - An evaluation that fails is tried in halves, so that only the requests that cause it fail.
+- A device that fails for good fails every request with EngineError, and the engine is not alive any more.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.serve.batch import NotFiniteError, Row, RunningBatch, new_row
-from animediffusion.serve.conditions import ConditionCache, pair_of
+from animediffusion.serve.conditions import ConditionCache, Pair, pair_of
 from animediffusion.serve.evaluator import build_evaluator
 from animediffusion.serve.fair import FairQueue
+from animediffusion.serve.faults import EngineError, for_log, for_request, is_lost, is_out_of_memory
 from animediffusion.serve.forecast import Claim, Pace, turns_until_done
 from animediffusion.serve.tickets import (
     Counts,
@@ -46,10 +48,25 @@ from animediffusion.serve.tickets import (
     settings_for,
 )
 
-__all__ = ["Counts", "DeadlineError", "Engine", "Progress", "QueueFullError", "Request", "Turn", "settings_for"]
+__all__ = [
+    "Counts",
+    "DeadlineError",
+    "Engine",
+    "EngineError",
+    "Progress",
+    "QueueFullError",
+    "Request",
+    "Turn",
+    "settings_for",
+]
 
 MAX_FAILED_TURNS = 3
-"""So many in a row without a request that survived, and the device is taken for broken."""
+"""After this many turns in a row without a request that survived, the engine is taken for broken."""
+
+WARM_UP_ROWS = (2, 1, 3)
+"""torch.compile makes one network for a single row, one for the first other number, and one for all others."""
+EXCUSED = (NotFiniteError, EngineError)
+"""Errors of a request that say nothing against the engine: the model's picture, or too little memory for it."""
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +84,8 @@ class Engine:
         clock: of deadlines, in seconds.
         on_turn: called after each turn on its thread; must return at once.
         sizes: see Evaluator; a few on CUDA, all on a CPU if left out.
+        warms_up: evaluate batches of a few sizes first, so that a network that compiles itself does so before requests
+            come.
     """
 
     def __init__(
@@ -80,6 +99,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         on_turn: Callable[[Turn], None] | None = None,
         sizes: tuple[int, ...] | None = None,
+        warms_up: bool = False,
     ) -> None:
         self.bundle = bundle
         self.max_batch = max_batch
@@ -94,9 +114,11 @@ class Engine:
         self._num_open = 0
         self._pace = Pace()
         self._failed_turns = 0
+        self._lost: str | None = None
+        """Why the device cannot be used any more."""
         self._changed = threading.Condition(threading.RLock())  # futures end, and call back, inside of it
         self._closing = False
-        self._prepare()
+        self._prepare(WARM_UP_ROWS if warms_up else ())
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True) if own_thread else None
         if self._thread is not None:
             self._thread.start()
@@ -108,12 +130,14 @@ class Engine:
             ValueError: for unusable settings or shapes.
             QueueFullError: if max_batch + max_queue requests are here already, or so much work that this one would
                 miss its deadline.
+            EngineError: if the device has failed. The future raises it, too, for a request that the device's failure or
+                its lack of memory ended.
         """
         with self._changed:
-            self._refuse_if_full()  # before the work of preparing it
+            self._refuse_if_unable()  # before the work of preparing it
         ticket = self._ticket(request)
         with self._changed:
-            self._refuse_if_full()
+            self._refuse_if_unable()
             self._refuse_if_late(ticket)
             self._num_open += 1
             ticket.number, self.counts.submitted = self.counts.submitted, self.counts.submitted + 1
@@ -125,24 +149,11 @@ class Engine:
 
     def turn(self) -> bool:
         """One network evaluation for every running request; False if there is none. For `own_thread=False`."""
-        begun = self._clock()
-        with torch.inference_mode():
-            self._change_batch()
-            if not self._running:
-                return False
-            numbers = tuple(ticket.number for ticket in self._running.values())
-            try:
-                ended = self._batch.turn()
-                self._evaluator.wait()
-            except Exception as error:
-                log.exception("a turn failed; its requests are given up")
-                ended = self._give_up(error)
-        broken = [row for row in ended if row.error is not None and not isinstance(row.error, NotFiniteError)]
-        self._failed_turns = self._failed_turns + 1 if len(broken) == len(numbers) else 0
-        self._answer(ended)
-        self._show_progress()
-        self._note(begun, numbers)
-        return True
+        try:
+            return self._turn()
+        except Exception as error:  # of the device, or our own bug: nobody may wait for ever because of it
+            self._give_up(error)
+            return True
 
     @property
     def num_turns(self) -> int:
@@ -167,9 +178,14 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """False if the thread has ended, which it does on close() only, or if every request fails."""
+        """False if the thread has ended, as it does on close(), if the device has failed, or if every request fails."""
         runs = self._thread is None or self._thread.is_alive()
-        return runs and self._failed_turns < MAX_FAILED_TURNS
+        return runs and self._lost is None and self._failed_turns < MAX_FAILED_TURNS
+
+    @property
+    def lost(self) -> str | None:
+        """Why the device cannot be used any more in this process; None where it can."""
+        return self._lost
 
     def close(self, *, drain: bool = True, timeout_s: float = 60) -> None:
         """Take no more requests; finish those that are here, or fail them when `drain` is False."""
@@ -182,11 +198,20 @@ class Engine:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
-    def _prepare(self) -> None:
+    def _prepare(self, warm_up_rows: tuple[int, ...]) -> None:
         with torch.inference_mode():
-            size = self.bundle.config.image_size
-            blank = pair_of(torch.ones(1, size, size), torch.zeros(3, size, size))
-            self._evaluator.prepare(lambda: self._conditions.get([blank])[0])
+            for num_rows in warm_up_rows:
+                conditions = self._conditions.get([self._blank(number) for number in range(num_rows)])
+                size = self.bundle.config.image_size
+                x, t = (torch.zeros(num_rows, *shape, device=self._evaluator.device) for shape in ((3, size, size), ()))
+                self._evaluator(x, t + 0.5, self._evaluator.join(conditions))
+                self._conditions.clear()
+            self._evaluator.prepare(lambda: self._conditions.get([self._blank(0)])[0])
+
+    def _blank(self, number: int) -> Pair:
+        """A pair of pictures without content; each number gives another."""
+        size = self.bundle.config.image_size
+        return pair_of(torch.full((1, size, size), 1 - number / 8), torch.full((3, size, size), number / 8))
 
     def _ticket(self, request: Request) -> Ticket:
         settings = settings_for(
@@ -200,7 +225,9 @@ class Engine:
         row = new_row(self.bundle.denoiser, pair, settings, request.seed, previews)
         return Ticket(request, row)
 
-    def _refuse_if_full(self) -> None:
+    def _refuse_if_unable(self) -> None:
+        if self._lost is not None:
+            raise EngineError(self._lost)
         if self._closing:
             self._refuse("this engine is closing")
         if self._num_open >= self.max_batch + self.max_queue:
@@ -236,17 +263,30 @@ class Engine:
 
     def _work(self) -> None:
         while self._wait_for_work():
-            try:
-                self.turn()
-            except Exception as error:  # our own bug: nobody may wait for ever because of it
-                log.exception("the engine failed; its requests are given up")
-                self._answer(self._give_up(error))
+            self.turn()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not len(self._waiting) and not self._running and not self._closing:
+            while not len(self._waiting) and not self._running and not self._closing and self._lost is None:
                 self._changed.wait()
-            return bool(len(self._waiting) or self._running)
+            return self._lost is None and bool(len(self._waiting) or self._running)
+
+    def _turn(self) -> bool:
+        begun = self._clock()
+        with torch.inference_mode():
+            refused = self._change_batch()
+            numbers = tuple(ticket.number for row, ticket in self._running.items() if row.error is None)
+            if not numbers and not refused:
+                return False
+            ended = self._batch.turn() if numbers else []
+            self._evaluator.wait()  # an accelerator's error shows here, that of a request that could not join as well
+        broken = [row for row in [*refused, *ended] if row.error is not None and not isinstance(row.error, EXCUSED)]
+        self._failed_turns = self._failed_turns + 1 if len(broken) == len(refused) + len(numbers) else 0
+        self._answer([*refused, *ended])
+        if numbers:
+            self._show_progress()
+            self._note(begun, numbers)
+        return True
 
     def _is_over(self, ticket: Ticket) -> bool:
         """True once nobody waits for it any more, or in vain; the latter is told so."""
@@ -257,8 +297,8 @@ class Engine:
                 ticket.fail(DeadlineError("cannot be finished by its deadline"))
         return ticket.future.done()
 
-    def _change_batch(self) -> None:
-        """Those that are over leave, those that are next join."""
+    def _change_batch(self) -> list[Row]:
+        """Let requests that are over leave and the next ones join; the rows that could not, with their errors."""
         with self._changed:
             gone = [row for row, ticket in self._running.items() if self._is_over(ticket)]
             for row in gone:
@@ -270,7 +310,7 @@ class Engine:
             self._running |= {ticket.row: ticket for ticket in joining}
         self._batch.leave(gone)
         self._batch.join([ticket.row for ticket in joining])
-        self._answer([ticket.row for ticket in joining if ticket.row.error is not None])
+        return [ticket.row for ticket in joining if ticket.row.error is not None]
 
     def _take_next(self) -> list[Ticket]:
         """Tickets for the free places. One that needs more than there are holds them: else it might wait for ever."""
@@ -286,12 +326,21 @@ class Engine:
             places[key] += ticket.row.places
         return taken
 
-    def _give_up(self, error: Exception) -> list[Row]:
-        rows = list(self._running)
-        for row in rows:
-            row.error = error
-        self._batch.leave(rows)
-        return rows
+    def _give_up(self, error: Exception) -> None:
+        """Fail the requests that run; if the device is lost, also those that wait and those that will come."""
+        log.error("a turn failed, its requests are given up: %s", for_log(error))
+        with self._changed:
+            if is_lost(error):
+                self._lost = str(for_request(error))
+            self._failed_turns += not is_out_of_memory(error)
+            tickets = [*self._running.values(), *(self._waiting if self._lost else ())]
+            self._running = {}
+        self._batch.clear()
+        for ticket in tickets:
+            if ticket.row.picture is not None:
+                ticket.finish(ticket.row.picture)
+            else:
+                ticket.fail(for_request(error))
 
     def _answer(self, ended: list[Row]) -> None:
         """Give results and errors to those that wait for them."""

@@ -1,10 +1,11 @@
 """What the HTTP side and the engine side of serving say to each other. Plain data: it crosses processes.
 
 ServeError
-    BusyError       no place in the queue: try again later
-    NoModelError    no version is loaded
-    LateError       not finished by the deadline
-    UnusableError   a parameter that only the model can judge
+    BusyError           no place in the queue: try again later
+    UnavailableError    an engine cannot make the picture now: another one, or the same one later, can
+        NoModelError    no version is loaded
+    LateError           not finished by the deadline
+    UnusableError       a parameter that only the model can judge
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ class BusyError(ServeError):
         return int(self.args[1]) if len(self.args) > 1 else None
 
 
-class NoModelError(ServeError):
+class UnavailableError(ServeError):
+    """An engine cannot make the picture now, for the reason given. The same request works on another, or later."""
+
+
+class NoModelError(UnavailableError):
     """No version is loaded, for the reason given."""
 
 

@@ -19,7 +19,14 @@ from starlette.types import Receive, Scope, Send
 
 from animediffusion.platform.errors import ImageError
 from animediffusion.serve.journal import CLIENT_LEFT
-from animediffusion.serve.messages import BusyError, LateError, NoModelError, ServeError, UnusableError
+from animediffusion.serve.messages import (
+    BusyError,
+    LateError,
+    NoModelError,
+    ServeError,
+    UnavailableError,
+    UnusableError,
+)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
@@ -82,8 +89,9 @@ def from_error(error: Exception, request_id: str = "") -> ProblemError:
         wait = error.retry_after_s or RETRY_AFTER_S
         detail = f"too many requests are waiting; try again in {wait} s"
         return ProblemError(429, detail, headers={"Retry-After": str(wait)})
-    if isinstance(error, NoModelError):
-        return ProblemError(503, f"no model to answer with: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
+    if isinstance(error, UnavailableError):
+        what = "no model to answer with" if isinstance(error, NoModelError) else "the picture cannot be made now"
+        return ProblemError(503, f"{what}: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
     if isinstance(error, LateError):
         return ProblemError(504, "the picture was not finished in time; try fewer steps, or later")
     if isinstance(error, ClientDisconnect):

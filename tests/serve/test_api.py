@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from animediffusion.serve.api import create_app
-from animediffusion.serve.messages import BusyError, LateError, NoModelError
+from animediffusion.serve.messages import BusyError, LateError, NoModelError, UnavailableError
 from animediffusion.serve.replica import Replica
 
 PROBLEM = "application/problem+json"
@@ -221,7 +221,13 @@ def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_so(client, file
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(BusyError("full"), 429), (NoModelError("none"), 503), (LateError("late"), 504)]
+    ("error", "status"),
+    [
+        (BusyError("full"), 429),
+        (NoModelError("none"), 503),
+        (UnavailableError("the device of this engine is out of memory"), 503),
+        (LateError("late"), 504),
+    ],
 )
 def test_what_the_engine_says_becomes_a_problem(files, error, status):
     with TestClient(create_app(Broken(error))) as client:

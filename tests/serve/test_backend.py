@@ -11,7 +11,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from animediffusion.models.bundle import identity
 from animediffusion.platform.config import Settings
 from animediffusion.serve.backend import RayBackend
-from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, UnusableError
+from animediffusion.serve.messages import (
+    Answer,
+    BusyError,
+    Job,
+    LateError,
+    NoModelError,
+    Preview,
+    UnavailableError,
+    UnusableError,
+)
 from animediffusion.serve.versions import ModelSource
 
 JOB = Job(lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), seed=0)
@@ -27,6 +36,14 @@ class Response:
 
     def __await__(self):
         return self.results_async(0).__await__()
+
+    async def __aiter__(self):
+        """Previews, and at last an answer or an error."""
+        for item in self.outcome:
+            await asyncio.sleep(0)
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
     async def results_async(self, timeout_s):  # noqa: ARG002
         await asyncio.sleep(0)
@@ -44,6 +61,14 @@ class Handle:
 
     def remote(self, job) -> Response:  # noqa: ARG002
         return Response(self.outcomes.pop(0))
+
+    def options(self, *, stream: bool) -> "Handle":
+        assert stream
+        return self
+
+    @property
+    def stream(self) -> "Handle":
+        return self
 
     def broadcast(self, name: str) -> Response:
         assert name == "describe"
@@ -75,6 +100,36 @@ def test_a_picture_is_made_elsewhere_when_an_engine_dies_or_has_no_model(backend
     assert asyncio.run(backend(fault, fault, ANSWER).colorize(JOB)) is ANSWER
     with pytest.raises(NoModelError):
         asyncio.run(backend(fault, fault, fault, ANSWER).colorize(JOB))
+
+
+def test_a_picture_is_made_elsewhere_when_an_engine_lost_its_device_or_has_no_memory(backend):
+    fault = failed(UnavailableError("the device of this engine failed"))
+    assert asyncio.run(backend(fault, ANSWER).colorize(JOB)) is ANSWER
+    with pytest.raises(UnavailableError, match="the device"):
+        asyncio.run(backend(fault, fault, fault, ANSWER).colorize(JOB))
+
+
+async def received(stream) -> list[Preview | Answer]:
+    return [item async for item in stream]
+
+
+def previews(*steps: int) -> list[Preview]:
+    return [Preview(step=step, total=4, picture=np.zeros((8, 8, 3), np.uint8)) for step in steps]
+
+
+@pytest.mark.parametrize("fault", [RayActorError(), failed(UnavailableError("lost")), failed(NoModelError("loading"))])
+def test_a_stream_continues_elsewhere_after_the_previews_that_were_sent(backend, fault):
+    first, again = [*previews(1, 2), fault], [*previews(1, 2, 3), ANSWER]
+    found = asyncio.run(received(backend([fault], first, again).stream(JOB)))
+    assert [item.step for item in found[:-1]] == [1, 2, 3]
+    assert found[-1] is ANSWER
+    with pytest.raises(UnavailableError):
+        asyncio.run(received(backend([fault], first, first, again).stream(JOB)))
+
+
+def test_a_stream_that_fails_for_its_own_reason_is_not_tried_again(backend):
+    with pytest.raises(LateError):
+        asyncio.run(received(backend([*previews(1), failed(LateError("late"))], [ANSWER]).stream(JOB)))
 
 
 @pytest.mark.parametrize(
