@@ -28,24 +28,28 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
 from animediffusion.models.attention import use_attention
+from animediffusion.models.numerics import choose_numerics
 from animediffusion.platform.config import Config, Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.keys import Keyring, Keys
 from animediffusion.serve import journal, scaling
 from animediffusion.serve.api import create_app
 from animediffusion.serve.backend import RayBackend
+from animediffusion.serve.device import Precision, usable_device
 from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
 from animediffusion.serve.messages import Answer, Job, Preview
 from animediffusion.serve.metrics import Exporter
-from animediffusion.serve.replica import Precision, Replica
+from animediffusion.serve.replica import Replica
 from animediffusion.serve.versions import Follower, ModelSource
 
 APP_NAME = "animediffusion"
 STARTING_PATIENCE_S = 60.0
 """For which a new engine waits for a registry that is away; then Ray starts another one in its place."""
 LOADING_PATIENCE_S = 5.0
-"""For which a request waits at an engine that has no model. Were it refused at once, that engine would always be the
-one with the shortest queue, and get all requests in place of those that work."""
+"""For which a request waits at an engine that has no model or no device. Were it refused immediately, that engine would
+always be the one with the shortest queue, and get all requests in place of those that work."""
+HEALTH_PERIOD_S = 3.0
+"""Ray replaces an engine after three failed checks in a row."""
 
 
 def _whole_above_one(gpus: float | None) -> float | None:
@@ -83,8 +87,10 @@ class ServeConfig(Config):
     """GPUs, or a fraction of one, of an engine; 1 where the cluster has any if left out."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of an engine's arithmetic on the CPU; its share of the machine if left out."""
-    precision: Precision = "float32"
-    """What the network computes in; bfloat16 is about twice as fast where the hardware has it."""
+    precision: Precision = "auto"
+    """What the network computes in: float32 or bfloat16; auto is bfloat16 on a GPU that has it, else float32."""
+    compile: bool = False
+    """Whether torch.compile makes larger kernels of the network; a version then takes minutes to load."""
     keys: str | None = None
     """File of the API keys' hashes, a path or s3://; in the workspace if left out. Read again every few seconds."""
     allow_anonymous: bool = False
@@ -120,7 +126,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         autoscaling_config=_autoscaling(args),
         # Pictures that are being made when a replica has to go are finished.
         graceful_shutdown_timeout_s=args.timeout_s,
-        health_check_period_s=10,
+        health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=30,
     )
     ingress = serve.deployment(IngressDeployment).options(
@@ -180,13 +186,17 @@ class EngineDeployment:
         name = serve.get_replica_context().replica_id.unique_id
         # Serve admits 2 max_batch at most, so the engine's own queue never refuses anybody.
         use_attention(args.settings().attention)
-        device = "cpu" if args.engine_gpus == 0 else None  # Ray hides no GPU from who asked for none
+        reserved = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        # Ray hides no GPU from a replica that asked for none.
+        device = "cpu" if args.engine_gpus == 0 else usable_device(must_be_gpu=bool(reserved))
+        choose_numerics(torch.device(device))
         self.replica = Replica(
             max_batch=args.max_batch,
             max_queue=2 * args.max_batch,
             device=device,
             name=name,
             precision=args.precision,
+            compile=args.compile,
         )
         self.follower = Follower(self.replica, ModelSource(args.settings(), args.model), args.poll_s)
         self.follower.start(STARTING_PATIENCE_S)
@@ -206,7 +216,7 @@ class EngineDeployment:
 
     async def _wait_for_a_model(self) -> None:
         end = time.monotonic() + LOADING_PATIENCE_S
-        while not self.replica.shares and time.monotonic() < end:
+        while not self.replica.can_answer and time.monotonic() < end:
             await asyncio.sleep(0.1)
 
     async def describe(self) -> dict[str, Any]:

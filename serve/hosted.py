@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from animediffusion.models.bundle import load_bundle, smoke_sample
+from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
+from animediffusion.models.compile import compiled
 from animediffusion.models.images import from_pixels
 from animediffusion.models.sampler import build_sampler
 from animediffusion.platform.images import letterbox
@@ -20,6 +22,8 @@ from animediffusion.serve.messages import Job
 STUCK_S = 300.0
 """An engine whose turn takes longer than this hangs; the first turn on a GPU may take a minute."""
 
+log = logging.getLogger(__name__)
+
 
 class Hosted:
     """One version and its engine.
@@ -29,6 +33,8 @@ class Hosted:
         folder: of the bundle.
         device: where the model lives.
         dtype: of the network's weights.
+        compile: whether torch.compile makes larger kernels of the network, which takes minutes while it loads. Where
+            no compiler works, a line in the log says so and the network runs as it is.
         max_batch: as Engine's.
         max_queue: as Engine's.
         sha256: the identity it must have, if known.
@@ -45,6 +51,7 @@ class Hosted:
         *,
         device: str,
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
         max_batch: int,
         max_queue: int,
         sha256: str | None = None,
@@ -54,8 +61,9 @@ class Hosted:
         if sha256 and bundle.sha256 != sha256:
             raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
         smoke_sample(bundle)
+        is_compiled = compile and _compile(bundle)
         self.version = version
-        self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_turn=on_turn)
+        self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_turn=on_turn, warms_up=is_compiled)
         self._seen = (0, time.monotonic())
         """Turns at the last look, and when they last grew or none was to be done."""
 
@@ -91,3 +99,13 @@ class Hosted:
             self._seen = (self.engine.num_turns, time.monotonic())
         elif time.monotonic() - since > STUCK_S:
             raise RuntimeError(f"the engine of version {self.version} has been in one turn for {STUCK_S:.0f} s")
+
+
+def _compile(bundle: Bundle) -> bool:
+    """Compile a bundle's network for any number of rows; False if no compiler works here."""
+    try:
+        compiled(bundle.denoiser, dynamic=None)
+    except ValueError as error:
+        log.warning("%s", error)
+        return False
+    return True

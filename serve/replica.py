@@ -12,20 +12,29 @@ import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from animediffusion.models.attention import attention_used
-from animediffusion.serve.engine import DeadlineError, Progress, QueueFullError
+from animediffusion.serve.device import Precision, precision_on
+from animediffusion.serve.engine import DeadlineError, EngineError, Progress, QueueFullError
+from animediffusion.serve.faults import is_lost, summary
 from animediffusion.serve.hosted import Hosted
 from animediffusion.serve.lines import Pixels
 from animediffusion.serve.measures import REQUESTS, SWAPS, Gauges, Measures
-from animediffusion.serve.messages import Answer, BusyError, Job, LateError, NoModelError, Preview, UnusableError
+from animediffusion.serve.messages import (
+    Answer,
+    BusyError,
+    Job,
+    LateError,
+    NoModelError,
+    Preview,
+    UnavailableError,
+    UnusableError,
+)
 from animediffusion.serve.pace import retry_after_s
 from animediffusion.serve.routing import draw, point
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class Replica:
@@ -36,8 +45,8 @@ class Replica:
         max_queue: requests that may wait beside those, per version.
         device: where the models live; CUDA where there is some by default.
         name: how /v1/models calls this replica.
-        precision: float32, or bfloat16: about twice as fast where the hardware has it, and pictures differ by some
-            8-bit levels.
+        precision: of the network; see device.precision_on.
+        compile: whether networks are compiled; see Hosted.
     """
 
     def __init__(
@@ -47,16 +56,20 @@ class Replica:
         max_queue: int = 32,
         device: str | None = None,
         name: str = "local",
-        precision: Precision = "float32",
+        precision: Precision = "auto",
+        compile: bool = False,
     ) -> None:
         self.max_batch = max_batch
         self.max_queue = max_queue
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = name
         self.measures = Measures()
-        self.dtype = getattr(torch, precision)
+        self.precision = precision_on(torch.device(self.device), precision)
+        self.compile = compile
         self.error: str | None = None
         """Why what is wanted is not what answers."""
+        self._lost: str | None = None
+        """Why the device cannot be used any more, if a version that was loaded met it."""
         # Both are replaced and never changed, so that a request reads them without a lock.
         self._hosted: dict[str, Hosted] = {}
         self._shares: dict[str, float] = {}
@@ -94,14 +107,17 @@ class Replica:
                 version,
                 folder,
                 device=self.device,
-                dtype=self.dtype,
+                dtype=getattr(torch, self.precision),
+                compile=self.compile,
                 max_batch=self.max_batch,
                 max_queue=self.max_queue,
                 sha256=sha256,
                 on_turn=lambda turn: self.measures.turn(version, turn.seconds),
             )
-        except BaseException:
+        except BaseException as error:
             self.measures.count(SWAPS, version, "failed")
+            if is_lost(error):
+                self._lost = summary(error)
             raise
         with self._lock:
             before = self._hosted.get(version)
@@ -163,22 +179,32 @@ class Replica:
         desired = {"champion": self.version, "challenger": None}
         return {"desired": desired, "traffic": self.shares, "replicas": [self.describe()]}
 
+    @property
+    def lost(self) -> str | None:
+        """Why the device cannot be used any more in this process; None where it can."""
+        return next((hosted.engine.lost for hosted in self._hosted.values() if hosted.engine.lost), self._lost)
+
+    @property
+    def can_answer(self) -> bool:
+        """True if a version is loaded, on a device that works."""
+        return bool(self._shares) and self.lost is None
+
     async def is_ready(self) -> bool:
-        """True if a version is loaded."""
-        return bool(self._shares)
+        """See can_answer."""
+        return self.can_answer
 
     def describe(self) -> dict[str, Any]:
         """This replica's entry in /v1/models."""
-        all_hosted = self._all()
+        all_hosted, error = self._all(), self.lost or self.error
         return {
             "id": self.name,
             "versions": list(dict.fromkeys(hosted.version for hosted in all_hosted)),
-            "state": "ready" if self._shares else ("failed" if self.error else "loading"),
+            "state": "ready" if self.can_answer else ("failed" if error else "loading"),
             "device": self.device,
             "attention": attention_used(),
             "running": sum(hosted.engine.num_running for hosted in all_hosted),
             "queued": sum(hosted.engine.num_waiting for hosted in all_hosted),
-            "error": self.error,
+            "error": error,
         }
 
     def gauges(self) -> list[Gauges]:
@@ -204,7 +230,9 @@ class Replica:
         return sum(hosted.pending_pictures for hosted in self._all())
 
     def check(self) -> None:
-        """Raise RuntimeError if an engine has ended, or hangs in a turn."""
+        """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in a turn."""
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
         for hosted in self._hosted.values():
             hosted.check()
 
@@ -231,6 +259,8 @@ class Replica:
                 return self._submit(job, on_progress)
             self.measures.count(REQUESTS, version, "busy")
             raise BusyError(str(error), retry_after_s(error.retry_after_s)) from error
+        except EngineError as error:
+            raise UnavailableError(str(error)) from error
         except ValueError as error:
             raise UnusableError("parameters", str(error), "see /docs") from error
         future.add_done_callback(lambda done: self._count(version, done))
@@ -246,6 +276,8 @@ class Replica:
             raise LateError(str(error)) from error
         except QueueFullError as error:
             raise BusyError(str(error)) from error
+        except EngineError as error:
+            raise UnavailableError(str(error)) from error
 
     def _retire(self, hosted: Hosted) -> None:
         """Let a version finish what it has, then leave."""

@@ -1,10 +1,21 @@
 import asyncio
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from animediffusion.serve.messages import Answer, BusyError, Job, NoModelError, Preview, UnusableError
+from animediffusion.models import compile
+from animediffusion.serve.messages import (
+    Answer,
+    BusyError,
+    Job,
+    NoModelError,
+    Preview,
+    UnavailableError,
+    UnusableError,
+)
 from animediffusion.serve.replica import Replica
 
 
@@ -226,3 +237,101 @@ def test_a_busy_replica_says_when_to_come_back(replica, bundle_folder, sketch, r
     refused = [answer for answer in asyncio.run(too_many()) if isinstance(answer, BusyError)]
     assert refused
     assert all(1 <= error.retry_after_s <= 60 for error in refused)
+
+
+def failing(error: Exception):
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_what_the_device_did_to_a_job_can_be_tried_elsewhere(
+    replica, bundle_folder, sketch, reference, monkeypatch, error, is_lost
+):
+    replica.load("1", bundle_folder)
+    engine = replica._hosted["1"].engine
+    monkeypatch.setattr(engine.bundle.denoiser.network, "denoise", failing(error))
+    for _ in range(2):  # the second one is refused by an engine that has failed
+        with pytest.raises(UnavailableError, match="CUDA"):
+            asyncio.run(replica.colorize(job(sketch, reference)))
+    assert asyncio.run(replica.is_ready()) is not is_lost
+    description = replica.describe()
+    assert description["state"] == ("failed" if is_lost else "ready")
+    if is_lost:
+        assert "illegal memory access" in description["error"]
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            replica.check()
+    else:
+        replica.check()
+
+
+def test_a_device_that_fails_while_a_version_is_loaded_is_unhealthy(replica, bundle_folder, monkeypatch):
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with monkeypatch.context() as patch:
+        patch.setattr("animediffusion.serve.hosted.smoke_sample", failing(error))
+        assert not replica.load("1", bundle_folder)
+    assert replica.describe()["state"] == "failed"
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        replica.check()
+
+
+def test_a_version_without_room_leaves_a_replica_healthy(replica, bundle_folder, monkeypatch):
+    replica.load("1", bundle_folder)
+    monkeypatch.setattr("animediffusion.serve.hosted.smoke_sample", failing(torch.OutOfMemoryError("out of memory")))
+    assert not replica.load("2", bundle_folder)
+    assert replica.describe()["state"] == "ready"
+    replica.check()
+
+
+def test_compiled_networks_make_the_same_pictures_and_compile_before_the_first_request(
+    bundle_folder, sketch, reference, monkeypatch
+):
+    graphs = []
+
+    def backend(module, _inputs):
+        graphs.append(module)
+        return module
+
+    compiled = partial(compile.compiled, backend=backend)
+    monkeypatch.setattr("animediffusion.serve.hosted.compiled", compiled)
+    plain, faster = Replica(), Replica(compile=True)
+    try:
+        plain.load("1", bundle_folder)
+        faster.load("1", bundle_folder)
+        made = len(graphs)
+        assert made
+
+        async def color(replica: Replica) -> list[Answer]:
+            jobs = [replica.colorize(job(sketch, reference, seed=seed)) for seed in range(5)]
+            return await asyncio.gather(*jobs)
+
+        for one, other in zip(asyncio.run(color(plain)), asyncio.run(color(faster)), strict=True):
+            assert np.abs(one.picture.astype(int) - other.picture.astype(int)).max() <= 1
+        assert len(graphs) == made
+    finally:
+        plain.close()
+        faster.close()
+
+
+def test_without_a_compiler_the_network_runs_as_it_is(bundle_folder, sketch, reference, monkeypatch, caplog):
+    def no_compiler(_module, _inputs):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("animediffusion.serve.hosted.compiled", partial(compile.compiled, backend=no_compiler))
+    replica = Replica(compile=True)
+    try:
+        assert replica.load("1", bundle_folder)
+        assert asyncio.run(replica.colorize(job(sketch, reference))).model_version == "1"
+    finally:
+        replica.close()
+    [line] = [record.getMessage() for record in caplog.records if record.name.endswith("hosted")]
+    assert "no compiler works here" in line
+    assert "\n" not in line
