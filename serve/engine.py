@@ -62,7 +62,6 @@ __all__ = [
 
 MAX_FAILED_TURNS = 3
 """After this many turns in a row without a request that survived, the engine is taken for broken."""
-
 WARM_UP_ROWS = (2, 1, 3)
 """torch.compile makes one network for a single row, one for the first other number, and one for all others."""
 EXCUSED = (NotFiniteError, EngineError)
@@ -336,6 +335,7 @@ class Engine:
             tickets = [*self._running.values(), *(self._waiting if self._lost else ())]
             self._running = {}
         self._batch.clear()
+        self._conditions.clear()
         for ticket in tickets:
             if ticket.row.picture is not None:
                 ticket.finish(ticket.row.picture)
