@@ -22,7 +22,7 @@ from animediffusion.serve.description import EVENTS, FORM, KEY, PICTURE, problem
 from animediffusion.serve.form import ALLOWED, ColorizeForm, read_form
 from animediffusion.serve.gate import KeyGate
 from animediffusion.serve.journal import CLIENT_LEFT, Journal
-from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, RequestLimits
+from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, HeadRequests, RequestLimits
 from animediffusion.serve.lines import Drawing, as_gray
 from animediffusion.serve.messages import Backend, Job, LateError, NoModelError
 from animediffusion.serve.pictures import read_picture, read_sketch, render
@@ -73,6 +73,8 @@ def create_app(
         "request, as the header Authorization: Bearer KEY.",
         docs_url=None,
         redoc_url=None,
+        # A redirect would name an address without the prefix that a proxy in front may have removed.
+        redirect_slashes=False,
     )
     # The last one added is the outermost.
     app.add_middleware(KeyGate, keyring=keyring)
@@ -82,6 +84,7 @@ def create_app(
         upload_timeout_s=upload_timeout_s,
         names_requests=names_requests,
     )
+    app.add_middleware(HeadRequests)
     app.add_middleware(Journal)
     add_handlers(app)
     _add_pages(app)

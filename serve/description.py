@@ -16,11 +16,11 @@ KEY = Security(
 """Only describes: serve/gate.py is what asks."""
 
 _REASONS = {
-    400: "Not multipart, or a file is missing",
+    400: "Not multipart, cut off, or a file is missing",
     401: "No key, or one that is not known",
     408: "The body did not arrive in time",
     413: "The body is over the limit",
-    415: "The bytes are no PNG, JPEG or WebP",
+    415: "An image is not a PNG, JPEG or WebP, or the body is compressed",
     422: "An image or a parameter is not usable; `errors` says which",
     429: "Busy; `Retry-After` says when to come back",
     431: "The headers are over the limit",

@@ -1,16 +1,22 @@
-"""Reads the multipart form of a coloring request, and says in one line what is wrong with it."""
+"""Read the multipart form of a coloring request; name what is wrong with it in one line.
+
+Nothing that a client sends is dropped in silence: a cut-off body, an unknown or repeated field, a parameter in the
+address or in a header is an error.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from python_multipart.exceptions import MultipartParseError
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
 from animediffusion.serve.pictures import Output, Size
 from animediffusion.serve.problems import ProblemError, unusable
@@ -19,6 +25,8 @@ FILES = ("sketch", "reference")
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 100
 MAX_GUIDANCE = 20
+MAX_TEXT_BYTES = 4096
+"""Size of a text field."""
 
 
 class Parameters(BaseModel):
@@ -60,27 +68,77 @@ class ColorizeForm:
 
 
 async def read_form(request: Request) -> ColorizeForm:
-    """The form of a request.
+    """Return the form of a request.
 
     Raises:
-        ProblemError: 400 not multipart or a file missing, 422 a parameter is wrong.
+        ProblemError: 400 not multipart, cut off or a file missing, 415 compressed, 422 a parameter is wrong.
     """
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
+    _check_head(request)
+    form = await _parse(request)
     try:
-        async with request.form(max_files=4, max_fields=16, max_part_size=4096) as form:
-            _check_names(form)
-            return ColorizeForm(await _file(form, "sketch"), await _file(form, "reference"), _parameters(form))
+        _check_names(form)
+        return ColorizeForm(await _file(form, "sketch"), await _file(form, "reference"), _parameters(form))
+    finally:
+        await form.close()
+
+
+def _check_head(request: Request) -> None:
+    """Refuse a body that is not a plain form, and parameters outside of it: dropping them would look like success."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("identity", ""):
+        detail = f"Content-Encoding {coding[:80]!r} is not supported; send the body as it is"
+        raise ProblemError(415, detail, headers={"Accept-Encoding": "identity"})
+    for name in request.query_params:
+        raise unusable(name[:80], "in the address", "send it as a field of the form")
+    for header in request.headers:
+        name = header.removeprefix("x-").replace("-", "_")
+        if name in Parameters.model_fields:
+            raise unusable(name, f"in the header {header}", "send it as a field of the form")
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, which also knows whether the body was complete and how far it was read."""
+
+    def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
+        super().__init__(headers, self._counted(stream), max_files=4, max_fields=16, max_part_size=MAX_TEXT_BYTES)
+        self.is_complete = False
+        self.num_read = 0
+
+    def on_end(self) -> None:
+        """Called at the closing boundary only, not where the body ends without one."""
+        self.is_complete = True
+
+    async def _counted(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+            self.num_read += len(chunk)
+
+
+async def _parse(request: Request) -> FormData:
+    parser = _Parser(request.headers, request.stream())
+    try:
+        form = await parser.parse()
     except MultiPartException as error:
-        raise ProblemError(400, f"the multipart body cannot be read: {error.message}") from error
-    except (ProblemError, ClientDisconnect):
-        raise
-    except Exception as error:
-        # Starlette turns what its parser says into an HTTPException of its own.
-        if getattr(error, "status_code", None) == 400:
-            detail = str(getattr(error, "detail", error))
-            raise ProblemError(400, f"the multipart body cannot be read: {detail}") from error
-        raise
+        raise ProblemError(400, f"the multipart body cannot be read: {_reason(parser, error)}") from error
+    if not parser.is_complete:
+        await form.close()
+        raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")
+    return form
+
+
+def _reason(parser: _Parser, error: MultiPartException) -> str:
+    if isinstance(error.__cause__, MultipartParseError):
+        place = parser.num_read + error.__cause__.offset
+        return (
+            f"byte {place} is not as expected; begin each part with CRLF--BOUNDARY CRLF, the first without a preamble"
+        )
+    if "maximum size" in error.message:
+        limit = f"a text field is longer than {MAX_TEXT_BYTES} bytes"
+        return f"{limit}; send sketch and reference as files, each with a filename"
+    return error.message
 
 
 async def _file(form: FormData, name: str) -> bytes:

@@ -75,6 +75,32 @@ class RequestLimits:
             await respond(from_error(error, request_id), scope, receive, send_with_headers)
 
 
+class HeadRequests:
+    """ASGI middleware: answers HEAD as GET without the body, and names HEAD wherever GET is allowed (RFC 9110 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _allow_head(MutableHeaders(scope=message))
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, answer)
+
+
+def _allow_head(headers: MutableHeaders) -> None:
+    allowed = set(headers.get("allow", "").split(", "))
+    if "GET" in allowed:
+        headers["allow"] = ", ".join(sorted(allowed | {"HEAD"}))
+
+
 def request_id_of(scope: Scope) -> str:
     """The id that the client gave where it is a plain word, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")

@@ -260,6 +260,36 @@ def test_a_server_without_a_model_says_so():
     with TestClient(create_app(Replica())) as client:
         assert client.get("/healthz").status_code == 200
         check_problem(client.get("/readyz"), 503)
+        assert client.head("/readyz").status_code == 503
+
+
+def test_head_answers_as_get_without_a_body(client):
+    pages = ("/", "/docs", "/page.css", "/page.js", "/examples", "/examples/sketch_1.png", "/openapi.json")
+    for path in (*pages, "/healthz", "/readyz", "/v1/models", "/nothing", "/examples/x", "/v1/colorize"):
+        headers = {"X-Request-Id": "one"}
+        get, head = client.get(path, headers=headers), client.head(path, headers=headers)
+        assert (head.status_code, head.headers, head.content) == (get.status_code, get.headers, b""), path
+
+
+def test_every_path_names_the_methods_it_has(client):
+    for method in ("POST", "OPTIONS", "PUT", "DELETE"):
+        for path in ("/", "/healthz", "/v1/models", "/openapi.json", "/examples/sketch_1.png"):
+            assert client.request(method, path).headers["allow"] == "GET, HEAD"
+    for method in ("GET", "HEAD", "OPTIONS", "PATCH"):
+        for path in ("/v1/colorize", "/v1/colorize/stream"):
+            answered = client.request(method, path)
+            assert (answered.status_code, answered.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/colorize/", "//v1/colorize", "/v1//colorize", "/docs/", "/healthz/", "/v1/models/"]
+)
+def test_an_address_that_is_almost_right_is_not_found_and_not_redirected(client, path):
+    forwarded = {"Host": "evil.example", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/anime"}
+    for method in ("GET", "POST", "HEAD"):
+        answered = client.request(method, f"http://testserver{path}", headers=forwarded, follow_redirects=False)
+        assert answered.status_code == 404
+        assert "location" not in answered.headers
 
 
 def test_models_tells_versions_and_replicas(client):

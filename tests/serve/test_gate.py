@@ -66,6 +66,11 @@ def test_a_path_that_is_written_in_another_way_opens_nothing(client, path):
         check_refused(response)
 
 
+def test_head_asks_for_a_key_as_get_does(client, key):
+    assert client.head("/v1/models").status_code == client.head("/nothing").status_code == 401
+    assert client.head("/v1/models", headers=bearer(key)).status_code == 200
+
+
 def test_a_picture_needs_a_key_that_is_known(client, files, key):
     check_refused(client.post("/v1/colorize", files=files))
     for wrong in (bearer("ad_wrong"), bearer(key[:-1]), {"Authorization": f"Basic {key}"}, {"Authorization": key}):
