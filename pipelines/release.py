@@ -17,7 +17,7 @@ from animediffusion.pipelines.dossier import described, dossier, kept_files, sam
 from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
-from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, cache_folder, fetch_folder
 from animediffusion.platform.turn import turn
 from animediffusion.platform.version import Version, headline
 
@@ -64,7 +64,7 @@ def register(
         parent: the version whose weights it started from; found by the bundle's provenance if None.
         tags: further tags.
     """
-    path = fetch_folder(folder, settings.workspace / "cache")
+    path = fetch_folder(folder, cache_folder(settings))
     bundle = check_bundle(path)
     registry = Registry(settings)
     known = registry.find(bundle.sha256)

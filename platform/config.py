@@ -120,6 +120,13 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return {}
 
 
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite database by its absolute path, whatever characters that has."""
+    quoted = str(file).replace("%", "%25").replace("?", "%3F")
+    # At a plain sqlite:/// URI, MLflow makes the folder that it spells, the quotes included.
+    return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
+
+
 class Settings(Config):
     """Where this installation keeps its things; each from `ANIMEDIFFUSION_*`, else the default.
 
@@ -150,7 +157,12 @@ class Settings(Config):
     @property
     def tracking_uri(self) -> str:
         """MLFLOW_TRACKING_URI, else SQLite in the workspace."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.workspace / 'mlflow.db'}"
+        return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.database)
+
+    @property
+    def database(self) -> Path:
+        """File of the embedded MLflow."""
+        return self.workspace / "mlflow.db"
 
     @property
     def keys_uri(self) -> str:

@@ -8,7 +8,9 @@ Not here: who promoted what and why, see `animediffusion.platform.ledger`; the g
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -17,13 +19,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import mlflow.artifacts
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from animediffusion.platform import storage, tracking
+from animediffusion.platform import embedded, storage, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.flavor import write_flavor
@@ -31,6 +35,8 @@ from animediffusion.platform.version import (
     ASIDE,
     Version,
     bundle_files,
+    damage,
+    difference,
     evaluation_tags,
     headline,
     listed,
@@ -143,45 +149,67 @@ class Registry:
             RegistryError: no such version or alias.
             StorageError: the URI cannot be read.
         """
-        cache = cache_dir or self.settings.workspace / "cache"
         if not str(model).startswith("models:"):
-            return fetch_folder(model, cache)
+            return fetch_folder(model, cache_dir or cache_folder(self.settings))
         version = self.get(str(model))
-        destination = cache / version.name / f"{version.version}-{version.sha256[:12]}"
+        destination = self._cached(version, cache_dir)
         with self._reported(f"downloading {model}"):
-            if not destination.is_dir():
+            if damage(destination) is not None:
                 with _whole_folder(destination) as temporary:
                     self._download(version.version, temporary)
             if averages:
                 self._add_aside(version.version, destination)
         return destination
 
+    def forget(self, model: str) -> None:
+        """Remove the local copy of a version, so that the next `fetch` downloads it again."""
+        shutil.rmtree(self._cached(self.get(model)), ignore_errors=True)
+
+    def _cached(self, version: Version, cache_dir: Path | None = None) -> Path:
+        cache = cache_dir or cache_folder(self.settings)
+        return cache / version.name / f"{version.version}-{version.sha256[:12]}"
+
     def _download(self, version: int, folder: Path) -> None:
-        """A version's bundle without what is kept aside."""
+        """Download a version's bundle without the files kept aside; raises where it is not whole."""
         held, location = self.file_names(version), self.location(version)
         if "checksums.json" in held:
             self._bring(location, "checksums.json", folder)
-        names = listed(folder)
-        for name in sorted((held if names is None else held & names) - ASIDE - {"checksums.json"}):
+        names = (listed(folder) or held) - ASIDE
+        missing = names - held
+        if missing or not names:
+            found = f"has no {', '.join(sorted(missing)) or 'files'} at {location}"
+            raise RegistryError(f"version {version}", found, "bring the files back there, or register the bundle again")
+        for name in sorted(names - {"checksums.json"}):
             self._bring(location, name, folder)
+        self._check_whole(version, damage(folder))
 
     def _add_aside(self, version: int, folder: Path) -> None:
         missing = {name for name in ASIDE & (listed(folder) or set()) if not (folder / name).exists()}
         if missing:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 for name in missing & self.file_names(version):
-                    self._bring(self.location(version), name, Path(temporary)).rename(folder / name)
+                    path = self._bring(self.location(version), name, Path(temporary))
+                    self._check_whole(version, difference(path, folder))
+                    path.rename(folder / name)
+
+    def _check_whole(self, version: int, damage: str | None) -> None:
+        if damage is not None:
+            raise BundleError(
+                f"version {version}", damage, f"register it again; its files are at {self.location(version)}"
+            )
 
     def _bring(self, location: str, name: str, folder: Path) -> Path:
         """Download one file of a version's folder."""
-        place = f"{location.rstrip('/')}/{name}"
+        place = f"{location.rstrip('/')}/{quote(name)}"
         return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
 
     def location(self, version: int) -> str:
         """URI of the folder that holds a version's files."""
         # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
         with self._reported(f"version {version}"):
-            return str(self.client.get_model_version_download_uri(self.name, str(version)))
+            location = str(self.client.get_model_version_download_uri(self.name, str(version)))
+        is_embedded = tracking.is_embedded(self.settings)
+        return embedded.relocated(location, self.settings.artifact_root) if is_embedded else location
 
     def read_file(self, version: int, name: str) -> bytes | None:
         """A file of a version's folder that is not the bundle's; None where it has no such file."""
@@ -301,16 +329,38 @@ class Registry:
         except MlflowException as error:
             found = f"{tracking.place(self.tracking_uri)} refused ({tracking.first_line(error)})"
             raise RegistryError(thing, found, "see `animediffusion doctor`") from error
+        except (OSError, BotoCoreError, ClientError) as error:  # of the disk, the network or the store of artifacts
+            raise RegistryError(
+                thing, f"failed ({tracking.first_line(error)})", "see `animediffusion doctor`"
+            ) from error
+
+
+@functools.cache
+def _own_cache() -> tempfile.TemporaryDirectory[str]:
+    """A cache of this process alone, removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="animediffusion-cache-")
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Parent of downloads: WORKSPACE/cache, or a temporary folder where the workspace cannot be written."""
+    is_writable = os.access(
+        next(folder for folder in _upward(settings.workspace / "cache") if folder.exists()), os.W_OK
+    )
+    return settings.workspace / "cache" if is_writable else Path(_own_cache().name)
+
+
+def _upward(folder: Path) -> Iterator[Path]:
+    yield from (folder, *folder.parents)
 
 
 def fetch_folder(model: str | Path, cache: Path) -> Path:
-    """The local folder of a bundle given by path or URI; a URI is downloaded anew each time, as it may have changed."""
-    if "://" in str(model) and not str(model).startswith("file://"):
+    """The local folder of a bundle given by path or URI; a URI is downloaded each time, as it may have changed."""
+    if storage.is_remote(str(model)):
         destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
         with _whole_folder(destination) as temporary:
             storage.download_folder(str(model), temporary)
         return destination
-    folder = Path(str(model).removeprefix("file://")).expanduser().absolute()
+    folder = Path(storage.absolute(str(model)))
     if not folder.is_dir():
         raise BundleError(str(model), "no such folder", "give a bundle folder, its s3:// URI or models:/NAME@champion")
     return folder

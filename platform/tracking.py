@@ -8,7 +8,6 @@ Not here: model versions, see `animediffusion.platform.registry`.
 from __future__ import annotations
 
 import base64
-import fcntl
 import logging
 import os
 import time
@@ -23,7 +22,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from animediffusion.platform import embedded
 from animediffusion.platform.config import Settings
+from animediffusion.platform.embedded import one_creator
 from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.images import encode_png
 from animediffusion.platform.network import why_unreachable, without_password
@@ -58,20 +59,37 @@ def setup(settings: Settings) -> MlflowClient:
     Raises:
         RegistryError: if the MLflow server does not answer, or the database cannot be opened.
     """
-    return connect(settings.tracking_uri)
+    client = connect(settings.tracking_uri)
+    if is_embedded(settings):
+        with _opening(settings.tracking_uri):
+            embedded.relocate(settings.database, settings.artifact_root)
+    return client
+
+
+def is_embedded(settings: Settings) -> bool:
+    """Whether the store is the database of the workspace, whose artifacts are in the workspace, too."""
+    return embedded.database(settings.tracking_uri) == settings.database
 
 
 def connect(tracking_uri: str) -> MlflowClient:
     """The same for a URI, as a worker gets it: nothing is read from this process's environment."""
     _be_quiet()
-    try:
+    with _opening(tracking_uri):
         if tracking_uri.startswith(("http://", "https://")):
             reason = why_unreachable(tracking_uri)
             if reason is not None:
                 raise RegistryError(place(tracking_uri), reason, "check MLFLOW_TRACKING_URI, or unset it")
-        with _one_creator(tracking_uri):
+        with one_creator(tracking_uri):
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
+    return client
+
+
+@contextmanager
+def _opening(tracking_uri: str) -> Iterator[None]:
+    """Any error of opening a store as one of ours."""
+    try:
+        yield
     except RegistryError:
         raise
     except Exception as error:  # a database driver's own errors come through, too
@@ -80,20 +98,6 @@ def connect(tracking_uri: str) -> MlflowClient:
             raise RegistryError(place(tracking_uri), found, allowed) from error
         found = f"cannot be opened ({first_line(error)})"
         raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI, workspace") from error
-    return client
-
-
-@contextmanager
-def _one_creator(tracking_uri: str) -> Iterator[None]:
-    """Hold a lock while a SQLite database may be created: MLflow's own start fails when two processes do it at once."""
-    if not tracking_uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(database.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_root: Path | None) -> str:
@@ -329,7 +333,7 @@ def _existing(client: MlflowClient, run_id: str | None) -> Any:
 def _client(tracking_uri: str) -> MlflowClient:
     """A client without a question whether the store is there."""
     _be_quiet()
-    with _one_creator(tracking_uri):
+    with one_creator(tracking_uri):
         return MlflowClient(tracking_uri)
 
 

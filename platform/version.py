@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -96,3 +97,27 @@ def listed(folder: Path) -> set[str] | None:
         return {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
     except (OSError, ValueError, TypeError):
         return None
+
+
+def damage(folder: Path) -> str | None:
+    """Description of the first file of a bundle that is missing or changed; None where all are whole.
+
+    A folder without checksums.json is whole if it has any file.
+    """
+    names = listed(folder)
+    if names is None and (folder / "checksums.json").exists():
+        return "checksums.json is damaged"
+    if names is None:
+        return None if folder.is_dir() and any(folder.iterdir()) else "has no files"
+    found = (difference(folder / name, folder) for name in sorted(names - ASIDE - {"checksums.json"}))
+    return next((one for one in found if one is not None), None)
+
+
+def difference(file: Path, folder: Path) -> str | None:
+    """How a file differs from the one of its name in the checksums.json of `folder`; None where it does not."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    expected = json.loads((folder / "checksums.json").read_text())[file.name]
+    return None if digest == expected else f"{file.name} was changed after it was written (sha256 differs)"

@@ -76,7 +76,7 @@ class RequestLimits:
 
 
 class HeadRequests:
-    """ASGI middleware: answers HEAD as GET without the body, and names HEAD wherever GET is allowed (RFC 9110 9.3.2)."""
+    """ASGI middleware: answers HEAD as GET without the body, and lists HEAD where GET is allowed (RFC 9110 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

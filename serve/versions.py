@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from animediffusion.models.bundle import verify
 from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError, BundleError, RegistryError, StorageError
-from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, fetch_folder
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, cache_folder, fetch_folder
 from animediffusion.serve.replica import Replica
 from animediffusion.serve.routing import among
 
@@ -88,7 +87,7 @@ class ModelSource:
     def forget(self, version: str) -> None:
         """Remove the local copy of a registered version, so that the next fetch() brings another one."""
         if self.is_registered:
-            shutil.rmtree(self.fetch(version), ignore_errors=True)
+            self._registry.forget(self._uri(version))
 
     def earlier(self) -> list[str]:
         """Former champions, the latest first; none where MODEL is something else."""
@@ -102,7 +101,7 @@ class ModelSource:
 
     @cached_property
     def _given(self) -> tuple[str, Path]:
-        folder = fetch_folder(self.model, self.settings.workspace / "cache")
+        folder = fetch_folder(self.model, cache_folder(self.settings))
         try:
             return f"sha256:{verify(folder)[:12]}", folder
         except ValueError as error:

@@ -1,0 +1,107 @@
+"""The embedded MLflow store: a SQLite database and a folder of artifacts, both in the workspace.
+
+MLflow stores absolute artifact URIs in the database. A workspace may be moved, copied or mounted elsewhere, so the URIs
+are corrected when the database is opened: a copy works, and never writes to its original.
+Not here: what is recorded, see tracking.py; the address of the database, see `config.sqlite_uri`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow keeps artifact URIs."""
+_OURS = re.compile(r"file://.*/artifacts/(animediffusion-[^/]+(?:/.*)?)")
+"""The URI of an artifact folder in a workspace; the experiments of this package begin with its name."""
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def database(tracking_uri: str) -> Path | None:
+    """The file of a SQLite database; None for a server, another database, or one in memory."""
+    try:
+        url = make_url(tracking_uri)
+    except ArgumentError:
+        return None
+    is_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
+    return Path(str(url.database)).absolute() if is_file else None
+
+
+@contextmanager
+def one_creator(tracking_uri: str) -> Iterator[None]:
+    """Hold a lock while a SQLite database may be created: MLflow's own start fails when two processes do it at once.
+
+    A database that exists in a folder that cannot be written is read without the lock.
+    """
+    file = database(tracking_uri)
+    lock = None if file is None else _lock(file)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)  # releases the lock, too
+
+
+def _lock(file: Path) -> int | None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno in _READ_ONLY and file.exists():
+            return None
+        raise
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def relocated(uri: str, artifacts: Path) -> str:
+    """An artifact URI of any workspace, as it is in the workspace with this artifact folder; other URIs as they are."""
+    match = _OURS.fullmatch(uri)
+    return f"{artifacts.as_uri()}/{match[1]}" if match else uri
+
+
+def relocate(file: Path, artifacts: Path) -> None:
+    """Correct the artifact URIs of a database whose workspace was moved or copied.
+
+    Where the database cannot be written, nothing is: `relocated` then gives the place of what is read.
+
+    Args:
+        file: the database of the workspace.
+        artifacts: absolute artifact folder of the same workspace.
+    """
+    with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
+        stored = [uri for (uri,) in connection.execute("SELECT artifact_location FROM experiments") if uri]
+        if not any(_is_elsewhere(uri, artifacts) for uri in stored):
+            return
+        connection.create_function("relocated", 1, lambda uri: relocated(uri, artifacts), deterministic=True)
+        try:
+            for table, column in _COLUMNS:
+                connection.execute(f"UPDATE {table} SET {column} = relocated({column}) WHERE {column} IS NOT NULL")
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+
+
+def _is_elsewhere(uri: str, artifacts: Path) -> bool:
+    """Whether an experiment's folder is in another workspace; a link to this one is this one."""
+    here = relocated(uri, artifacts)
+    if here == uri:
+        return False
+    there = Path(unquote(urlsplit(uri).path)).parent
+    return not (there.exists() and artifacts.exists() and there.samefile(artifacts))
