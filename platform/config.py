@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,18 +29,22 @@ class Config(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = (), /, **values: Any) -> Self:
-        """Read YAML, then apply `values`, then `key.sub=value` overrides (values are YAML too).
+        """Read YAML, then apply `values`, then `key.sub=value` overrides: for settings of text the text, else YAML.
 
         Raises:
             ConfigError: naming the key, what was found and what is allowed.
         """
         merged = read_yaml(path) if path is not None else {}
         merged.update({key: value for key, value in values.items() if value is not None})
+        given: set[str] = set()
         for override in overrides:
             key, separator, value = override.partition("=")
             if not separator or not key:
                 raise ConfigError(override, "is not of the form key=value", "write for example max_steps=100")
-            _set(merged, key, _parse(key, value))
+            if key in given:
+                raise ConfigError(key, "given twice", "give it once")
+            given.add(key)
+            _set(merged, key, _parse(_field_types(_group(cls, key.split("."))).get(key.split(".")[-1]), key, value))
         return cls.check(merged)
 
     @classmethod
@@ -57,7 +63,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is missing or is no mapping.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text())
+        value = _load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read", "give an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -67,11 +73,56 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def _parse(key: str, value: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2: plain numbers, true, false and null are values, and all else is text: dates, 007, 1:30, on.
+
+    A key given twice is an error.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - a class attribute of the library
+        first: [
+            ("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")),
+            ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$")),
+            ("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$")),
+            ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")),
+            ("tag:yaml.org,2002:null", re.compile(r"(?:null|Null|NULL|~|)$")),
+            ("tag:yaml.org,2002:merge", re.compile(r"<<$")),
+        ]
+        for first in ["", *"-+.0123456789tTfFnN~<"]
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _parse(kind: Any, key: str, value: str) -> Any:
+    """The value behind `key=`: text as it is for a setting that is text, else YAML."""
+    if _is_text(kind):
+        return value if value or type(None) not in get_args(kind) else None
     try:
-        return yaml.safe_load(value)
+        if re.search(r"(^|\s)#", value):
+            raise yaml.YAMLError("it has a comment")
+        return _load(value)
     except yaml.YAMLError as error:
         raise ConfigError(key, f"{value!r} is not YAML", "write a number, a word or a [list]") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type takes strings or paths only, or one of some words."""
+    if kind in (str, Path):
+        return True
+    if get_origin(kind) is Literal:
+        return all(isinstance(word, str) for word in get_args(kind))
+    is_union = get_origin(kind) in (Union, UnionType)
+    return is_union and all(_is_text(option) for option in get_args(kind) if option is not type(None))
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -88,12 +139,14 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> ConfigError:
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"]) or model.__name__
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        names = _names_beside(model, first["loc"])
+        names = sorted(_field_types(_group(model, first["loc"])))
         close = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(names)}"
         return ConfigError(path, "unknown key", hint)
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(path, "is not set", f"add {path}=...")
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        return ConfigError(path, f"{first['input']} is read as a number", "write it in quotes")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[:1].lower() + message[1:]
     # A rule about several keys has all of them as its input; its message says which matters.
@@ -101,15 +154,15 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> ConfigError:
     return ConfigError(path, found, message)
 
 
-def _names_beside(model: type[Any], location: Iterable[int | str]) -> list[str]:
-    """The keys that are allowed where the last part of `location` stands."""
+def _group(model: type[Any], location: Iterable[int | str]) -> Any:
+    """The class whose field the last part of `location` is."""
     kind: Any = model
     for part in list(location)[:-1]:
         kind = _field_types(kind).get(str(part), kind)
         for option in get_args(kind):
             if isinstance(option, type) and (is_dataclass(option) or issubclass(option, BaseModel)):
                 kind = option
-    return sorted(_field_types(kind))
+    return kind
 
 
 def _field_types(kind: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 import animediffusion
-from animediffusion.platform import cluster, jobs, nodes, tracking
+from animediffusion.platform import cluster, jobs, nodes, s3, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import why_unreachable, without_password
@@ -166,16 +166,22 @@ def _mlflow(settings: Settings) -> Check:
 
 
 def _storage() -> Check:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    endpoint = s3.configured_endpoint("S3")
+    given = {} if endpoint is None else {s3.endpoint_source(endpoint): endpoint}
+    mlflow = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if mlflow and mlflow != endpoint:  # read by MLflow alone: its artifacts would be in another store than the data
+        given["MLFLOW_S3_ENDPOINT_URL"] = mlflow
     if not given:
-        return Check("storage", True, "local files, and S3 at AWS (AWS_ENDPOINT_URL_S3 is not set)")
+        return Check("storage", True, "local files, and S3 at AWS (no endpoint is configured)")
     for name, url in given.items():
         reason = why_unreachable(url)
         if reason is not None:
             return Check("storage", False, f"{name}={url} {reason}")
-    keys = "with keys" if os.environ.get("AWS_ACCESS_KEY_ID") else "without AWS_ACCESS_KEY_ID"
-    return Check("storage", True, f"S3 at {', '.join(given.values())} answers, {keys}")
+    profile = os.environ.get("AWS_PROFILE")
+    keys = "keys of AWS_ACCESS_KEY_ID" if os.environ.get("AWS_ACCESS_KEY_ID") else f"keys of the profile {profile}"
+    places = ", ".join(f"{url} ({name})" for name, url in given.items())
+    known = keys if os.environ.get("AWS_ACCESS_KEY_ID") or profile else "without AWS_ACCESS_KEY_ID"
+    return Check("storage", True, f"S3 at {places} answers, {known}")
 
 
 def _ray() -> Check:

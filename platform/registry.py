@@ -355,7 +355,7 @@ def _upward(folder: Path) -> Iterator[Path]:
 
 def fetch_folder(model: str | Path, cache: Path) -> Path:
     """The local folder of a bundle given by path or URI; a URI is downloaded each time, as it may have changed."""
-    if storage.is_remote(str(model)):
+    if storage.is_uri(str(model)) and not str(model).startswith("file:"):
         destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
         with _whole_folder(destination) as temporary:
             storage.download_folder(str(model), temporary)

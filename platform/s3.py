@@ -12,9 +12,14 @@ import re
 import time
 from typing import Any
 
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError
 from pyarrow import fs
 
 from animediffusion.platform.errors import StorageError
+
+Settings = tuple[tuple[str, str], ...]
 
 CONNECT_S = 3
 PROBE_S = 6
@@ -30,6 +35,8 @@ _SILENT = r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT"
 _LOST = r"NO_SUCH_UPLOAD|NoSuchUpload"
 _CREDENTIALS = r"INVALID_ACCESS_KEY|INVALID_CLIENT|SIGNATURE|InvalidAccessKeyId|CREDENTIALS|EXPIRED|ExpiredToken"
 _DENIED = r"ACCESS_DENIED|HTTP (status )?403|INVALID_OBJECT_STATE|InvalidObjectState"
+
+_CHECK_ADDRESS = "check AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL, the AWS profile) and the network"
 
 _answered: set[tuple[str | None, str]] = set()
 
@@ -53,9 +60,42 @@ def expect(endpoint: str | None, bucket: str) -> None:
     _answered.add((endpoint, bucket))
 
 
+def settings() -> Settings:
+    """The environment that decides what boto3 and pyarrow are configured with; a key for caches."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name == "HOME" or name[:4] == "AWS_"))
+
+
+def configured_endpoint(uri: str) -> str | None:
+    """The address of the store by AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile; None is AWS itself.
+
+    Raises:
+        StorageError: the profile does not exist, or its file cannot be read.
+    """
+    try:
+        return _configured(settings())[0]
+    except (BotoCoreError, ValueError) as error:
+        raise StorageError(uri, " ".join(str(error).split()), "check AWS_PROFILE and the AWS_* variables") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _configured(_: Settings) -> tuple[str | None, str | None]:
+    """(endpoint, region) as boto3 resolves them; the endpoint is None where it is AWS's own."""
+    session = boto3.Session()
+    region = session.region_name or "us-east-1"
+    plain = ClientConfig(ignore_configured_endpoint_urls=True)
+    given, own = (session.client("s3", region_name=region, config=config).meta.endpoint_url for config in (None, plain))
+    return (None if given == own else given), session.region_name
+
+
+def endpoint_source(endpoint: str) -> str:
+    """The setting that a configured endpoint comes from, for people."""
+    named = (name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name) == endpoint)
+    return next(named, f"AWS profile {os.environ.get('AWS_PROFILE', 'default')}")
+
+
 @functools.lru_cache(maxsize=64)
-def connect(endpoint: str | None, region: str | None, bucket: str, key_id: str) -> fs.FileSystem:  # noqa: ARG001
-    """A filesystem for one bucket, after one quick question; the key is an argument so that a new one is noticed.
+def connect(endpoint: str | None, region: str | None, bucket: str, environment: Settings) -> fs.FileSystem:
+    """A filesystem for one bucket, after one quick question; the environment is an argument so that new keys are used.
 
     Raises:
         OSError: as pyarrow words it; see explain().
@@ -63,7 +103,7 @@ def connect(endpoint: str | None, region: str | None, bucket: str, key_id: str) 
     if endpoint:
         # Off AWS the SDK would look for credentials at a link-local address, for seconds, before it gives up.
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    region = region or os.environ.get("AWS_REGION") or _configured(environment)[1]
     if region is None:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
     # Delayed open: a file below 10 MB is one request, not three.
@@ -106,7 +146,7 @@ def explain(uri: str, endpoint: str | None, bucket: str, error: Exception) -> St
         return StorageError(uri, f"bucket {bucket!r} does not exist", "create it, or correct its name")
     if re.search(_SILENT, message):
         reason = message.rpartition("Details: ")[2] or message
-        return UnreachableError(uri, f"{where} does not answer ({reason})", "check AWS_ENDPOINT_URL_S3 and the network")
+        return UnreachableError(uri, f"{where} does not answer ({reason})", _CHECK_ADDRESS)
     if re.search(f"{_BUSY}|{_LOST}", message):
         reason = message.rpartition("AWS Error ")[2] or message
         return UnreachableError(uri, f"{where} is too busy ({reason[:200]})", "try again later, or with fewer workers")
@@ -116,5 +156,6 @@ def explain(uri: str, endpoint: str | None, bucket: str, error: Exception) -> St
     if re.search(_DENIED, message):
         return FileError(uri, "access denied", keys)
     if isinstance(error, FileNotFoundError):
-        return FileError(uri, "does not exist", "check the path")
+        hint = "; a % in a name is written %25" if "%" in uri else ""
+        return FileError(uri, "does not exist", f"check the path{hint}")
     return StorageError(uri, message[:300], "check the path")

@@ -3,10 +3,11 @@
     write_bytes(join("s3://bucket/faces", "manifest.json"), data)
     for name in list_files("data/faces"): ...
 
-One endpoint setting, AWS_ENDPOINT_URL_S3 (boto3 and MLflow read it too), or `?endpoint_override=` in a URI. Credentials
-come from the environment or the machine, never from a URI. All errors are a StorageError that names the URI. A store
+The endpoint is that of `?endpoint_override=` in a URI, else the one boto3 and with it MLflow are configured with:
+AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or the AWS profile. Credentials come from the environment or the machine, never
+from a URI. All errors are a StorageError that names the URI. A store
 that throttles, resets or stalls is asked again for a minute, then it is a StoreFailedError.
-Not here: what the bytes mean; how an S3 store is asked, see platform/s3.py.
+Not here: what the bytes mean; how addresses are read, see addresses.py; how an S3 store is asked, see s3.py.
 """
 
 from __future__ import annotations
@@ -14,24 +15,23 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
 from animediffusion.platform import s3
+from animediffusion.platform.addresses import is_remote, is_uri, join, parse
 from animediffusion.platform.errors import ConfigError, StorageError
 from animediffusion.platform.local_files import Listing, list_folder, reason
 from animediffusion.platform.s3 import FileError, StoreFailedError, UnreachableError
 
-__all__ = ["FileError", "StoreFailedError", "UnreachableError"]
+__all__ = ["FileError", "StoreFailedError", "UnreachableError", "is_remote", "is_uri", "join"]
 
 T = TypeVar("T")
 
@@ -45,18 +45,6 @@ _PARTIAL = ".part"
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 """Errors of the machine or of a mount, which any file would meet."""
 
-_QUERY_KEYS = ("endpoint_override", "region", "scheme")
-_SECRET_KEYS = ("access_key", "secret_key", "session_token", "password")
-
-
-class _Location(NamedTuple):
-    """A parsed URI; `bucket` is empty for a local path."""
-
-    bucket: str
-    path: str
-    endpoint: str | None = None
-    region: str | None = None
-
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The pyarrow filesystem that holds `uri`, and the path inside it.
@@ -64,43 +52,28 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     Raises:
         StorageError: for an unknown scheme, credentials in the URI, no bucket, or a store that does not answer.
     """
-    location = _parse(uri)
+    location = parse(uri)
     if not location.bucket:
         return fs.LocalFileSystem(), location.path
-    key_id = os.environ.get("AWS_ACCESS_KEY_ID", "")
     with explained(uri):
-        return s3.connect(location.endpoint, location.region, location.bucket, key_id), location.path
-
-
-def join(uri: str, *parts: str) -> str:
-    """`uri` with path parts added, before its query where it has one; parts are taken literally."""
-    if not is_remote(uri):
-        return str(Path(_parse(uri).path).joinpath(*parts))
-    base, mark, query = uri.partition("?")
-    names = [quote(part.strip("/"), safe="/ +=&,;:@!$'()~") for part in parts]
-    return "/".join([base.rstrip("/"), *names]) + mark + query
-
-
-def is_remote(uri: str) -> bool:
-    """Whether `uri` names an object store, not a local path."""
-    return uri.startswith("s3://")
+        return s3.connect(location.endpoint, location.region, location.bucket, s3.settings()), location.path
 
 
 def absolute(uri: str) -> str:
     """The same place, meant the same from any working directory (Ray's workers have another one)."""
-    return uri if is_remote(uri) else str(Path(_parse(uri).path))
+    return uri if is_remote(uri) else str(Path(parse(uri).path))
 
 
 def s3_object(uri: str) -> tuple[str, str, str | None, str | None]:
     """(bucket, key, endpoint, region) of an s3:// URI, for what only boto3 can ask."""
-    location = _parse(uri)
+    location = parse(uri)
     return location.bucket, location.path.removeprefix(f"{location.bucket}/"), location.endpoint, location.region
 
 
 def expect(*uris: str) -> None:
     """Places that have answered, perhaps in another process: that they are silent now is a fault to wait out."""
     for uri in uris:
-        location = _parse(uri)
+        location = parse(uri)
         if location.bucket:
             s3.expect(location.endpoint, location.bucket)
 
@@ -253,44 +226,6 @@ def upload_folder(local: Path, uri: str) -> None:
         write_bytes(join(uri, name), (local / name).read_bytes())
 
 
-def _parse(uri: str) -> _Location:
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+)://", uri)
-    if not uri:
-        raise StorageError("storage", "the path is empty", "give a local path or s3://bucket/path")
-    if scheme is None or scheme[1] == "file":
-        local = unquote(urlsplit(uri, allow_fragments=False).path) if scheme else uri
-        return _Location("", str(Path(local).expanduser().absolute()))
-    if scheme[1] != "s3":
-        raise StorageError(_without_secrets(uri), f"scheme {scheme[1]!r} is not known", "a local path or s3://")
-    parts = urlsplit(uri, allow_fragments=False)
-    query = parse_qs(parts.query)
-    if "@" in parts.netloc or any(key in query for key in _SECRET_KEYS):
-        raise StorageError(
-            _without_secrets(uri), "credentials in the URI", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-        )
-    unknown = sorted(set(query) - set(_QUERY_KEYS))
-    if unknown:
-        raise StorageError(uri, f"option {unknown[0]!r} is not known", f"one of {', '.join(_QUERY_KEYS)}")
-    if not parts.netloc:
-        raise StorageError(uri, "no bucket", "write s3://bucket/path")
-    endpoint = query.get("endpoint_override", [None])[0] or _endpoint_setting()
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{query.get('scheme', ['https'])[0]}://{endpoint}"
-    path = parts.netloc + "/" + unquote(parts.path).strip("/")
-    return _Location(parts.netloc, path.rstrip("/"), endpoint, query.get("region", [None])[0])
-
-
-def _endpoint_setting() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _without_secrets(uri: str) -> str:
-    parts = urlsplit(uri, allow_fragments=False)
-    host = parts.netloc.rpartition("@")[2]
-    query = {key: values[0] for key, values in parse_qs(parts.query).items() if key not in _SECRET_KEYS}
-    return parts._replace(netloc=host, query=urlencode(query)).geturl()
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Any error of pyarrow or the system as a StorageError of one line."""
@@ -305,7 +240,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _explain(uri: str, error: Exception) -> StorageError:
-    location = _parse(uri)
+    location = parse(uri)
     if location.bucket:
         return s3.explain(uri, location.endpoint, location.bucket, error)
     if isinstance(error, FileNotFoundError):

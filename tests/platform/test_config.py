@@ -1,6 +1,9 @@
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import pytest
+import yaml
 from pydantic import Field, model_validator
 
 from animediffusion.platform.config import Config, Settings, read_yaml
@@ -83,6 +86,91 @@ def test_an_override_is_read_as_yaml():
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override, line):
     assert failure(override, kilometers=1).startswith(line)
+
+
+class Run(Config):
+    """Settings of every kind that a recipe has."""
+
+    data: str = ""
+    name: str | None = "default"
+    place: Path = Path("x")
+    mode: Literal["on", "off"] = "on"
+    seed: int = 0
+    minutes: float | None = 1.0
+    workers: int | tuple[int, int] = 1
+    fast: bool = False
+    car: Car = Car()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my #set",
+        "/tmp/d: x",
+        "2024-01-01",
+        "007",
+        "1:30",
+        "on",
+        "null",
+        "~",
+        "[a",
+        "'q'",
+        "{a: b}",
+        "a=b",
+        " x ",
+        "%41",
+        "!!x",
+    ],
+)
+def test_an_override_of_text_is_the_text(text):
+    assert Run.load(None, [f"data={text}"]).data == text
+    assert Run.load(None, [f"name={text}"]).name == text
+    assert Run.load(None, [f"place={text}"]).place == Path(text)
+    assert Run.load(None, [f"car.color={text}"]).car.color == text
+
+
+def test_an_override_of_something_else_is_yaml_without_surprises():
+    given = ["mode=off", "seed=12", "minutes=1e-1", "workers=[4, 8]", "fast=on", "name="]
+    run = Run.load(None, given)
+    assert (run.mode, run.seed, run.minutes, run.workers, run.fast, run.name) == ("off", 12, 0.1, (4, 8), True, None)
+    assert Run.load(None, ["minutes=null"]).minutes is None
+    for wrong in ("seed=1:30", "minutes=1:30", "seed=2024-01-01", "seed=0x10", "seed=1 #2", "seed=#1", "seed=1 2"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            Run.load(None, [wrong])
+    assert Run.load(None, ["seed=010"]).seed == 10
+
+
+def test_an_override_given_twice_is_refused():
+    assert failure("kilometers=1", "kilometers=2") == "kilometers: given twice; give it once"
+
+
+def test_a_file_holds_text_where_yaml_has_surprises(yaml_file):
+    path = yaml_file("data: 2024-01-01\nname: 007\nmode: off\nfast: on\nplace: 1:30\nminutes: 1e-1\nseed: -3\n")
+    run = Run.load(path)
+    assert (run.data, run.name, run.mode, run.fast, run.place) == ("2024-01-01", "007", "off", True, Path("1:30"))
+    assert (run.minutes, run.seed) == (0.1, -3)
+    with pytest.raises(ConfigError, match="name: 7 is read as a number; write it in quotes"):
+        Run.load(yaml_file("name: 7\n"))
+
+
+def test_a_key_given_twice_in_a_file_is_refused(yaml_file):
+    for text in ("a: 1\na: 2\n", "b: {a: 1, a: 2}\n"):
+        with pytest.raises(ConfigError, match="key 'a' is given twice"):
+            read_yaml(yaml_file(text))
+
+
+def test_what_is_dumped_is_read_back(yaml_file):
+    values = {
+        "a": "2024-01-01",
+        "b": "007",
+        "c": "on",
+        "d": None,
+        "e": 1e-06,
+        "f": [1, 2.5, "1:30", True],
+        "g": "~",
+        "h": 1e20,
+    }
+    assert read_yaml(yaml_file(yaml.safe_dump(values))) == values
 
 
 def test_a_required_value_that_is_missing_is_named():
