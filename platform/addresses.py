@@ -13,13 +13,13 @@ from urllib.parse import parse_qs, quote, unquote
 
 from animediffusion.platform import s3
 from animediffusion.platform.errors import StorageError
+from animediffusion.platform.network import SCHEME
 from animediffusion.platform.s3 import FileError
 
 OPTIONS = ("endpoint_override", "region", "scheme")
 _SECRETS = ("access_key", "secret_key", "session_token", "password")
 _S3 = re.compile(r"s3://(?P<bucket>[^/?]*)(?P<key>[^?]*)(?P<options>\?.*)?", re.DOTALL)
 _FILE = re.compile(r"file:(?://(?P<host>[^/?]*))?(?P<path>/[^?]*)(?P<options>\?.*)?", re.DOTALL)
-_SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+(?=://)|(?:s3|file)(?=:))")
 
 
 class Location(NamedTuple):
@@ -34,11 +34,6 @@ class Location(NamedTuple):
 def is_remote(uri: str) -> bool:
     """Whether `uri` names an object store, not a local path."""
     return uri.startswith("s3://")
-
-
-def is_uri(text: str) -> bool:
-    """Whether `text` is a URI of some scheme, not a local path."""
-    return _SCHEME.match(text) is not None
 
 
 def join(uri: str, *parts: str) -> str:
@@ -58,7 +53,7 @@ def parse(uri: str) -> Location:
     """
     if not uri:
         raise StorageError("storage", "the path is empty", "give a local path or s3://bucket/path")
-    scheme = _SCHEME.match(uri)
+    scheme = SCHEME.match(uri)
     if scheme is None:
         return Location("", _absolute(uri))
     if scheme[0] == "file":

@@ -18,8 +18,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.network import is_uri
 
 ENV_PREFIX = "ANIMEDIFFUSION_"
+_OTHER_VARIABLES = ("API_KEY", "MAX_BODY_BYTES", "STORAGE_PATIENCE_S")
+"""Read elsewhere, without the prefix; `Settings` has the others."""
 
 
 class Config(BaseModel):
@@ -173,6 +176,17 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return {}
 
 
+def unknown_variables() -> list[str]:
+    """A line on each variable of the environment that has our prefix and that nothing reads: a typo, most likely."""
+    known = [ENV_PREFIX + name.upper() for name in (*Settings.model_fields, *_OTHER_VARIABLES)]
+    lines = []
+    for name in sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name not in known):
+        close = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(sorted(known))}"
+        lines.append(f"{name}: unknown variable, which changes nothing; {hint}")
+    return lines
+
+
 def sqlite_uri(file: Path) -> str:
     """The URI of a SQLite database by its absolute path, whatever characters that has."""
     quoted = str(file).replace("%", "%25").replace("?", "%3F")
@@ -221,7 +235,7 @@ class Settings(Config):
     def keys_uri(self) -> str:
         """The file of API keys, meant the same from any working directory."""
         given = self.keys or str(self.workspace / "keys.json")
-        return given if "://" in given else str(Path(given).expanduser().absolute())
+        return given if is_uri(given) else str(Path(given).expanduser().absolute())
 
     @property
     def artifact_root(self) -> Path:

@@ -113,6 +113,10 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
         experiment = registry.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             return []
+        if experiment.lifecycle_stage == "deleted":
+            found = f"the experiment {EXPERIMENT} was deleted in MLflow"
+            command = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or promote again"
+            raise RegistryError("promotion ledger", found, command)
         runs = _search(registry, experiment.experiment_id)
     except MlflowException as error:
         found = f"cannot be read ({tracking.first_line(error)})"

@@ -6,7 +6,14 @@ import re
 import socket
 from urllib.parse import urlsplit
 
+SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+(?=://)|(?:s3|file)(?=:))")
+"""The scheme of a URI; s3: and file: are meant as schemes even where slashes are missing."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` is a URI of some scheme, not a local path."""
+    return SCHEME.match(text) is not None
 
 
 def why_unreachable(address: str, timeout: float = 5.0) -> str | None:

@@ -31,6 +31,7 @@ from animediffusion.platform import embedded, storage, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.flavor import write_flavor
+from animediffusion.platform.network import is_uri
 from animediffusion.platform.version import (
     ASIDE,
     Version,
@@ -120,7 +121,7 @@ class Registry:
         wanted = _selector(str(reference), self.name)
         with self._reported(str(reference)):
             aliases = self._aliases() or {}
-            number = wanted if wanted.isdigit() else aliases.get(wanted)
+            number = wanted if wanted.isdecimal() else aliases.get(wanted)
             found = self._find_number(number) if number is not None else None
         if found is None:
             raise self._unknown(str(reference), wanted)
@@ -132,7 +133,7 @@ class Registry:
 
     def reference(self, model: str) -> str:
         """`models:/NAME/3` for a bare number, `models:/NAME@champion` for a bare alias; all else as it is."""
-        if model.isdigit():
+        if model.isdecimal():
             return f"models:/{self.name}/{model}"
         return f"models:/{self.name}@{model}" if model in ALIASES else model
 
@@ -316,7 +317,7 @@ class Registry:
         versions = self.versions()
         if not versions:
             return RegistryError(reference, f"no version of {self.name} is registered", "run `models register DIR`")
-        kind = "version" if wanted.isdigit() else "alias"
+        kind = "version" if wanted.isdecimal() else "alias"
         thing = f"{kind} {reference}" if reference == wanted else reference
         numbers = ", ".join(str(v.version) for v in reversed(versions[:20]))
         aliases = ", ".join(f"{alias} (version {v.version})" for v in versions for alias in v.aliases) or "none"
@@ -355,7 +356,7 @@ def _upward(folder: Path) -> Iterator[Path]:
 
 def fetch_folder(model: str | Path, cache: Path) -> Path:
     """The local folder of a bundle given by path or URI; a URI is downloaded each time, as it may have changed."""
-    if storage.is_uri(str(model)) and not str(model).startswith("file:"):
+    if is_uri(str(model)) and not str(model).startswith("file:"):
         destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
         with _whole_folder(destination) as temporary:
             storage.download_folder(str(model), temporary)

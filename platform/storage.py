@@ -26,12 +26,12 @@ import pyarrow as pa
 from pyarrow import fs
 
 from animediffusion.platform import s3
-from animediffusion.platform.addresses import is_remote, is_uri, join, parse
+from animediffusion.platform.addresses import is_remote, join, parse
 from animediffusion.platform.errors import ConfigError, StorageError
 from animediffusion.platform.local_files import Listing, list_folder, reason
 from animediffusion.platform.s3 import FileError, StoreFailedError, UnreachableError
 
-__all__ = ["FileError", "StoreFailedError", "UnreachableError", "is_remote", "is_uri", "join"]
+__all__ = ["FileError", "StoreFailedError", "UnreachableError", "is_remote", "join"]
 
 T = TypeVar("T")
 

@@ -74,7 +74,7 @@ def set_percent(registry: Registry, percent: int) -> None:
 
 def _percent(text: str) -> int:
     """A tag that somebody wrote by hand must not stop a server: what is no percentage counts as none."""
-    if text.isdigit() and int(text) <= 100:
+    if text.isdecimal() and int(text) <= 100:
         return int(text)
     log.warning("the tag %s is %r, not 0 to 100: no canary", PERCENT_TAG, text)
     return 0

@@ -61,7 +61,7 @@ def read_version(item: Any, aliases: dict[str, str]) -> Version:
         name=item.name,
         version=int(item.version),
         aliases=sorted(alias for alias, version in aliases.items() if int(version) == int(item.version)),
-        parent=int(tags["parent"]) if tags.get("parent", "").isdigit() else None,
+        parent=int(tags["parent"]) if tags.get("parent", "").isdecimal() else None,
         run=item.run_id or None,
         sha256=tags.get("sha256", ""),
         created=created.isoformat(timespec="seconds"),

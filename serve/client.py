@@ -135,7 +135,7 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _seconds(header: str | None) -> float:
-    return float(header) if header is not None and header.isdigit() else 1.0
+    return float(header) if header is not None and header.isdecimal() else 1.0
 
 
 def _detail(response: httpx.Response) -> str:

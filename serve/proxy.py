@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from animediffusion.platform.errors import ConfigError
 from animediffusion.serve import journal
 from animediffusion.serve.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, refusal, request_id_of
 from animediffusion.serve.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
@@ -50,8 +51,24 @@ log = logging.getLogger(__name__)
 def middlewares() -> list[Middleware]:
     """Called by Ray Serve when a proxy starts."""
     journal.write_to(None)
-    limit = os.environ.get(BODY_VARIABLE, "")
-    return [Middleware(ProxyErrors, max_body_bytes=int(limit) if limit.isdecimal() else MAX_BODY_BYTES)]
+    try:
+        limit = max_body_bytes()
+    except ConfigError as error:  # a proxy without this middleware would answer worse
+        log.error("%s", error)
+        limit = MAX_BODY_BYTES
+    return [Middleware(ProxyErrors, max_body_bytes=limit)]
+
+
+def max_body_bytes() -> int:
+    """Bytes of a body that the proxy lets through.
+
+    Raises:
+        ConfigError: the variable does not hold a number.
+    """
+    limit = os.environ.get(BODY_VARIABLE) or str(MAX_BODY_BYTES)
+    if not limit.isdecimal() or int(limit) < 1:
+        raise ConfigError(BODY_VARIABLE, repr(limit), "a number of bytes")
+    return int(limit)
 
 
 class ProxyErrors:

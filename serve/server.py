@@ -27,7 +27,9 @@ from animediffusion.platform import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.keys import Keys
+from animediffusion.platform.network import is_uri
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
+from animediffusion.serve.proxy import max_body_bytes
 from animediffusion.serve.versions import ModelSource
 
 READY_TIMEOUT_S = 120.0
@@ -85,6 +87,7 @@ def _signals() -> Iterator[queue.SimpleQueue[int]]:
 @contextmanager
 def running(settings: Settings, config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """The URL of an application that is up and has its model; it and Serve end with the block."""
+    max_body_bytes()  # raises here, where a person reads it; the proxy would go on with the default
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
     check_model(settings, config.model)
@@ -155,9 +158,20 @@ def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> S
         "workspace": None if elsewhere else settings.workspace,
         "model_name": settings.model_name,
         "keys": settings.keys_uri,
-        "request_log": None if elsewhere else settings.workspace / "logs" / "requests.jsonl",
+        "request_log": None if elsewhere else _request_log(settings),
     }
     return ServeConfig.check({**given, **{key: value for key, value in options.items() if value is not None}})
+
+
+def _request_log(settings: Settings) -> Path | None:
+    """The request log in the workspace; None, which means Ray's logs, where the workspace cannot be written."""
+    file = settings.workspace / "logs" / "requests.jsonl"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError:
+        return None
+    return file
 
 
 def _for_host(config: ServeConfig, host: str) -> ServeConfig:
@@ -178,7 +192,8 @@ def _check_proxy(host: str) -> None:
 
 def _absolute(model: str | None) -> str | None:
     """A folder by its full path: replicas have another working directory."""
-    return str(Path(model).expanduser().absolute()) if model is not None and ":" not in model else model
+    is_folder = model is not None and not model.startswith("models:") and not is_uri(model)
+    return str(Path(str(model)).expanduser().absolute()) if is_folder else model
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError, BundleError, RegistryError, StorageError
 from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, cache_folder, fetch_folder
+from animediffusion.serve.measures import SWAPS
 from animediffusion.serve.replica import Replica
 from animediffusion.serve.routing import among
 
@@ -231,6 +232,8 @@ class Follower:
             self.replica.host(version, self.source.fetch(version), self.source.sha256(version))
         except Exception as error:  # whatever is wrong with it, what answers goes on
             self._warn(f"version {version} does not work here: {error}")
+            if isinstance(error, BundleError):  # found before the replica could try it
+                self.replica.measures.count(SWAPS, version, "failed")
             away = isinstance(error, RegistryError | StorageError)
             pause_s = 0.0 if away else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
             self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)

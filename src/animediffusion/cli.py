@@ -58,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     global _common
+    from animediffusion.platform.config import unknown_variables
     from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
 
+    for line in unknown_variables():
+        print(f"warning: {line}", file=sys.stderr)
     # Importing mlflow is enough for it to write to the user's home and to call its maker.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # boto3, with which MLflow moves artifacts: pauses that grow, at random, and more than its three attempts.

@@ -11,6 +11,7 @@ from servers import MlflowServer
 from animediffusion import cli
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle, with_sampler
 from animediffusion.pipelines import release
+from animediffusion.platform import ledger
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.images import decode_rgb
@@ -251,6 +252,26 @@ def test_rollback_after_a_move_by_hand_returns_to_the_last_promotion(settings, b
     release.promote(settings, 1)
     Registry(settings).set_alias("champion", 2)
     assert release.rollback(settings)["version"] == 1
+
+
+def test_rollback_names_the_version_that_was_deleted(settings, bundle):
+    release.register(settings, bundle(1, evaluation()))
+    release.promote(settings, 1)
+    Registry(settings).client.delete_model_version(settings.model_name, "1")
+    with pytest.raises(RegistryError, match="alias champion: its version 1 was deleted, and no other is before it"):
+        release.rollback(settings)
+
+
+def test_a_ledger_that_was_deleted_is_not_an_empty_one(settings, bundle):
+    release.register(settings, bundle(1, evaluation()))
+    release.promote(settings, 1)
+    client = Registry(settings).client
+    experiment = client.get_experiment_by_name(ledger.EXPERIMENT).experiment_id
+    client.delete_experiment(experiment)
+    with pytest.raises(RegistryError, match=f"was deleted in MLflow; run `mlflow experiments restore -x {experiment}`"):
+        release.history(settings)
+    client.restore_experiment(experiment)
+    assert [event["to"] for event in release.history(settings)] == [1]
 
 
 def test_aliases_are_two(settings):

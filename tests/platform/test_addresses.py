@@ -6,9 +6,10 @@ import boto3
 import pytest
 
 from animediffusion.platform import doctor, s3
-from animediffusion.platform.addresses import is_uri, join, parse
+from animediffusion.platform.addresses import join, parse
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import StorageError
+from animediffusion.platform.network import is_uri
 from animediffusion.platform.storage import FileError, list_files, read_bytes, write_bytes
 
 

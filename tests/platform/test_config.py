@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -6,7 +7,7 @@ import pytest
 import yaml
 from pydantic import Field, model_validator
 
-from animediffusion.platform.config import Config, Settings, read_yaml
+from animediffusion.platform.config import Config, Settings, read_yaml, unknown_variables
 from animediffusion.platform.errors import ConfigError
 
 
@@ -224,6 +225,27 @@ def test_a_relative_workspace_stays_where_the_command_was_given(monkeypatch, tmp
 def test_a_tracking_server_replaces_the_embedded_database(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert Settings.from_environment().tracking_uri == "http://127.0.0.1:5000"
+
+
+def test_a_misspelled_variable_is_named_with_the_one_that_was_meant(monkeypatch):
+    assert [line for line in unknown_variables() if "WORKSPCE" in line] == []
+    monkeypatch.setenv("ANIMEDIFFUSION_WORKSPCE", "x")
+    monkeypatch.setenv("animediffusion_keys", "x")
+    first, second = unknown_variables()
+    assert first == (
+        "ANIMEDIFFUSION_WORKSPCE: unknown variable, which changes nothing; did you mean ANIMEDIFFUSION_WORKSPACE?"
+    )
+    assert second.startswith("animediffusion_keys: unknown variable")
+
+
+def test_every_variable_that_the_code_reads_is_known(monkeypatch):
+    root = Path(__file__).parents[2]
+    sources = [
+        path for folder in ("platform", "models", "pipelines", "serve", "src") for path in (root / folder).rglob("*.py")
+    ]
+    for name in {name for path in sources for name in re.findall(r"ANIMEDIFFUSION_[A-Z_]+[A-Z]", path.read_text())}:
+        monkeypatch.setenv(name, "x")
+    assert unknown_variables() == []
 
 
 def test_an_unknown_attention_in_the_environment_is_refused(monkeypatch):

@@ -2,6 +2,7 @@ import concurrent.futures
 import io
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -17,7 +18,7 @@ from animediffusion.platform.images import encode_png
 from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
-from animediffusion.serve.server import _config, _for_host, check_address, check_model, start
+from animediffusion.serve.server import _config, _for_host, check_address, check_model, running, start
 
 
 def test_a_port_in_use_is_named():
@@ -71,6 +72,31 @@ def test_engines_on_other_nodes_use_the_workspaces_of_those(tmp_path, monkeypatc
     config = _config(settings, None, {})
     assert (config.workspace, config.request_log) == (None, None)
     assert config.keys == str(tmp_path / "keys.json")
+
+
+def test_the_log_of_requests_is_in_the_workspace_where_that_can_be_written(tmp_path):
+    assert _config(Settings(workspace=tmp_path), None, {}).request_log == tmp_path / "logs" / "requests.jsonl"
+    assert _config(Settings(workspace=Path("/proc/workspace")), None, {}).request_log is None
+
+
+def test_a_folder_is_given_to_replicas_by_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model, meant in (
+        ("run:1/b", str(tmp_path / "run:1/b")),
+        ("s3://b/k", "s3://b/k"),
+        ("models:/a/1", "models:/a/1"),
+    ):
+        assert _config(Settings(workspace=tmp_path), model, {}).model == meant
+
+
+def test_a_limit_of_bodies_that_is_no_number_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    for value in ("32MiB", "0", "-1"):
+        monkeypatch.setenv("ANIMEDIFFUSION_MAX_BODY_BYTES", value)
+        with (
+            pytest.raises(ConfigError, match=f"ANIMEDIFFUSION_MAX_BODY_BYTES: '{value}'; a number of bytes"),
+            running(Settings(workspace=tmp_path), ServeConfig(workspace=tmp_path)),
+        ):
+            pass
 
 
 def test_an_ingress_on_a_node_without_the_keys_lets_nobody_in(tmp_path):
