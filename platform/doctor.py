@@ -186,6 +186,9 @@ def _storage() -> Check:
 
 def _ray() -> Check:
     address = cluster.cluster_address()
+    problem = cluster.temporary_folder_problem() if address is None else None
+    if problem is not None:
+        return Check("ray", False, f"{problem}; set RAY_TMPDIR=/tmp")
     if address is None:
         return Check("ray", True, "embedded: started when needed, on loopback, ends with the command")
     reason = why_unreachable(address) if ":" in address else None

@@ -34,6 +34,8 @@ from animediffusion.serve.versions import ModelSource
 
 READY_TIMEOUT_S = 120.0
 
+log = logging.getLogger(__name__)
+
 
 def serve_app(
     settings: Settings,
@@ -58,7 +60,7 @@ def serve_app(
         AnimeDiffusionError: no such model, a damaged one, the port in use, or Ray cannot start.
     """
     config = _config(settings, model, options)
-    with running(settings, config, host=host, port=port) as url:
+    with running(settings, config, host=host, port=port, tell=announce) as url:
         # Only now: Ray puts handlers of its own into place when it starts, and they end the process at once.
         with _signals() as received:
             where = config.request_log or "the logs of Ray"
@@ -85,31 +87,62 @@ def _signals() -> Iterator[queue.SimpleQueue[int]]:
 
 
 @contextmanager
-def running(settings: Settings, config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
-    """The URL of an application that is up and has its model; it and Serve end with the block."""
+def running(
+    settings: Settings,
+    config: ServeConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tell: Callable[[str], object] = log.warning,
+) -> Iterator[str]:
+    """The URL of an application that is up and has its model; it and Serve end with the block.
+
+    Args:
+        settings: workspace and registry.
+        config: of the application.
+        host: where to listen.
+        port: of HTTP.
+        tell: gets a line on the resources that the cluster has no room for, while the start waits for them.
+    """
     max_body_bytes()  # raises here, where a person reads it; the proxy would go on with the default
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
     check_model(settings, config.model)
     cluster.connect(settings)
     try:
-        yield start(config, host=host, port=port)
+        yield start(config, host=host, port=port, tell=tell)
     finally:
         if cluster.cluster_address() is not None:
             _quietly(lambda: serve.delete(APP_NAME))
         cluster.shutdown()
 
 
-def start(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> str:
+def start(
+    config: ServeConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tell: Callable[[str], object] = log.warning,
+) -> str:
     """Deploy on the Ray that is connected, wait until a picture can be made, and return the URL.
+
+    Arguments are those of `running`.
 
     Raises:
         ClusterError: the application does not come up.
         BundleError: the model does not work.
     """
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    url = f"http://{host}:{port}"
+    with cluster.waits(tell):
+        _deploy(config, host, port)
+        _wait_until_ready(url)
+    return url
+
+
+def _deploy(config: ServeConfig, host: str, port: int) -> None:
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
     try:
         # Longer than the application's own limits: only an ingress that hangs is cut off by the proxy.
         patience = config.upload_timeout_s + config.timeout_s + 30
@@ -121,9 +154,6 @@ def start(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> 
         raise
     except Exception as error:
         raise ClusterError("serve", f"does not start ({_last_line(error)})", "see `animediffusion doctor`") from error
-    url = f"http://{host}:{port}"
-    _wait_until_ready(url)
-    return url
 
 
 def check_address(host: str, port: int, *, is_open: bool = True) -> None:
@@ -239,4 +269,4 @@ def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # Ray may be gone already; nothing is left to stop then
-        logging.getLogger(__name__).debug("while stopping: %s", error)
+        log.debug("while stopping: %s", error)

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from animediffusion.platform import doctor
+from animediffusion.platform import cluster, doctor
 from animediffusion.platform.config import Settings
 from animediffusion.platform.doctor import Check
+from animediffusion.platform.errors import ClusterError
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_what_does_not_answer_is_found(
 def test_a_workspace_that_cannot_be_written_is_found(settings: Settings) -> None:
     blocked = settings.model_copy(update={"workspace": Path("/proc/workspace")})
     assert not found(blocked)["workspace"].ok
+
+
+def test_a_temporary_folder_that_is_too_long_for_ray_is_found(settings: Settings, monkeypatch, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(long))
+    detail = found(settings)["ray"].detail
+    assert "TMPDIR is too long by" in detail
+    with pytest.raises(ClusterError, match=r"TMPDIR is too long by .* bytes for Ray's sockets; set RAY_TMPDIR=/tmp"):
+        cluster.connect(settings)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert found(settings)["ray"].ok
 
 
 def test_a_probe_that_raises_becomes_a_line(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 import concurrent.futures
 import io
+import queue
 import socket
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 from ports import free_port
 from ray import serve
@@ -19,6 +21,8 @@ from animediffusion.platform.keys import Keys
 from animediffusion.platform.registry import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
 from animediffusion.serve.server import _config, _for_host, check_address, check_model, running, start
+
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
 
 
 def test_a_port_in_use_is_named():
@@ -159,6 +163,24 @@ def test_the_application_on_ray_answers_follows_a_promotion_and_says_when_it_is_
         assert stream.text.count("event: progress") == 2
         assert stream.text.count("event: result") == 1
 
+        form = client.build_request("POST", "/v1/colorize", files=files, data={"seed": "1"})
+        cut_off = client.post(
+            "/v1/colorize", content=form.read()[:-10], headers={"Content-Type": form.headers["content-type"]}
+        )
+        assert cut_off.status_code == 400, cut_off.text
+        assert "ends early" in cut_off.json()["detail"]
+        assert client.post("/v1/colorize?seed=1", files=files).json()["errors"][0]["field"] == "seed"
+        assert (
+            client.post("/v1/colorize", content=b"x", headers={"Content-Encoding": "gzip", **MULTIPART}).status_code
+            == 415
+        )
+        for path in ("/", "/healthz", "/readyz", "/v1/models", "/openapi.json"):
+            head = client.head(path)
+            assert (head.status_code, head.content) == (200, b"")
+        assert client.options("/v1/colorize").headers["allow"] == "POST"
+        slash = client.post("/v1/colorize/", files=files, headers={"X-Forwarded-Prefix": "/anime"})
+        assert (slash.status_code, slash.headers["content-type"]) == (404, "application/problem+json")
+
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
             crowd = list(pool.map(lambda _: color(num_inference_steps="30"), range(40)))
         assert {answer.status_code for answer in crowd} == {200, 429}
@@ -176,3 +198,21 @@ def test_the_application_on_ray_answers_follows_a_promotion_and_says_when_it_is_
         assert models["traffic"] == {"2": 1.0}
         assert [one["state"] for one in models["replicas"]] == ["ready"]
         assert client.get("/readyz").status_code == 200
+
+
+@pytest.mark.ray
+def test_a_start_that_waits_for_cpus_says_so(ray_cluster, tmp_path, bundle_folder):
+    group = ray.util.placement_group([{"CPU": 2}])
+    ray.get(group.ready())
+    told = queue.SimpleQueue()
+    config = ServeConfig(model=str(bundle_folder), workspace=tmp_path)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            starting = pool.submit(start, config, port=free_port(), tell=told.put)
+            line = told.get(timeout=120)
+        finally:
+            ray.util.remove_placement_group(group)
+        assert starting.result(timeout=120).startswith("http://127.0.0.1:")
+    serve.shutdown()
+    assert line.startswith("waiting: the cluster has no room for")
+    assert "0 of 2 CPU free" in line
