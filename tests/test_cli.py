@@ -216,6 +216,25 @@ def test_an_empty_registry_says_how_to_begin(command):
     assert (code, json.loads(out[-1])) == (0, [])
 
 
+def test_what_a_command_would_not_use_is_refused(command):
+    code, _, err = command("models", "list", "--workspace", "a", "--workspace=b")
+    assert (code, err) == (2, ["error: --workspace: given twice; give it once"])
+    code, _, err = command("jobs", "submit", "--wiat", "--", "doctor")
+    assert code == 2
+    assert err[0].startswith("error: --wiat: unknown option of jobs submit; write jobs submit")
+    code, _, err = command("train", "demo", "data=a", "data=b")
+    assert (code, err) == (2, ["error: data: given twice; give it once"])
+
+
+def test_a_misspelled_variable_is_one_warning(command, monkeypatch):
+    monkeypatch.setenv("ANIMEDIFFUSION_KEY", "x")
+    code, _, err = command("models", "list")
+    assert code == 0
+    assert err == [
+        "warning: ANIMEDIFFUSION_KEY: unknown variable, which changes nothing; did you mean ANIMEDIFFUSION_KEYS?"
+    ]
+
+
 def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, faces_dataset):
     def broken(*_):
         raise RuntimeError("first line\nsecond line")

@@ -121,10 +121,12 @@ def _split_common(arguments: list[str]) -> tuple[list[str], _Common]:
         if argument in ("--json", "--debug"):
             values[name] = True
         elif argument.startswith("--") and name == "workspace":
+            from animediffusion.platform.errors import ConfigError
+
+            if values["workspace"]:
+                raise ConfigError("--workspace", "given twice", "give it once")
             values["workspace"] = value if separator else next(head, None)
             if not values["workspace"]:
-                from animediffusion.platform.errors import ConfigError
-
                 raise ConfigError("--workspace", "no folder given", "write --workspace DIR")
         else:
             rest.append(argument)
@@ -633,7 +635,12 @@ def jobs_submit(
 ) -> int:
     """Run a verb on the cluster."""
     from animediffusion.platform import jobs as ray_jobs
+    from animediffusion.platform.errors import ConfigError
 
+    if verb[0].startswith("-"):
+        raise ConfigError(
+            verb[0], "unknown option of jobs submit", "write jobs submit [--with-code] [--wait] -- VERB ..."
+        )
     console = _console()
     job = ray_jobs.submit(verb, with_code=with_code)
     console.note(f"job {job}")
@@ -670,10 +677,15 @@ def jobs_logs(
     """What a job printed."""
     from animediffusion.platform import jobs as ray_jobs
 
-    if follow:
-        return _follow(ray_jobs.follow, job)
-    sys.stdout.write(ray_jobs.logs(job))
-    return 0
+    console = _console()
+    if not follow:
+        text = ray_jobs.logs(job)
+        console.result({"id": job, "log": text}, text.removesuffix("\n"))
+        return 0
+    code = _follow(ray_jobs.follow, job)
+    if console.as_json:
+        console.result({"id": job, "exit_code": code}, "")
+    return code
 
 
 @jobs.command("stop")
