@@ -16,8 +16,9 @@ from animediffusion.pipelines import canary
 from animediffusion.pipelines.dossier import described, dossier, kept_files, samples
 from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
+from animediffusion.platform.downloads import cache_folder, fetch_folder
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
-from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, cache_folder, fetch_folder
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry
 from animediffusion.platform.turn import turn
 from animediffusion.platform.version import Version, headline
 

@@ -129,7 +129,7 @@ def _endpoint(uri: str, options: dict[str, str]) -> str | None:
             uri, f"scheme {scheme!r} cannot be used here", "endpoint_override=HOST:PORT with http or https"
         )
     if given is None:
-        return s3.configured_endpoint(uri)
+        return s3.configured(uri)[0]
     return given if "://" in given else f"{scheme or 'https'}://{given}"
 
 

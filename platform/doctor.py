@@ -166,7 +166,7 @@ def _mlflow(settings: Settings) -> Check:
 
 
 def _storage() -> Check:
-    endpoint = s3.configured_endpoint("S3")
+    endpoint = s3.configured("S3")[0]
     given = {} if endpoint is None else {s3.endpoint_source(endpoint): endpoint}
     mlflow = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     if mlflow and mlflow != endpoint:  # read by MLflow alone: its artifacts would be in another store than the data

@@ -8,9 +8,6 @@ Not here: who promoted what and why, see `animediffusion.platform.ledger`; the g
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -27,11 +24,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from animediffusion.platform import embedded, storage, tracking
+from animediffusion.platform import embedded, tracking
 from animediffusion.platform.config import Settings
+from animediffusion.platform.downloads import cache_folder, fetch_folder, whole_folder
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.flavor import write_flavor
-from animediffusion.platform.network import is_uri
 from animediffusion.platform.version import (
     ASIDE,
     Version,
@@ -156,7 +153,7 @@ class Registry:
         destination = self._cached(version, cache_dir)
         with self._reported(f"downloading {model}"):
             if damage(destination) is not None:
-                with _whole_folder(destination) as temporary:
+                with whole_folder(destination) as temporary:
                     self._download(version.version, temporary)
             if averages:
                 self._add_aside(version.version, destination)
@@ -334,54 +331,6 @@ class Registry:
             raise RegistryError(
                 thing, f"failed ({tracking.first_line(error)})", "see `animediffusion doctor`"
             ) from error
-
-
-@functools.cache
-def _own_cache() -> tempfile.TemporaryDirectory[str]:
-    """A cache of this process alone, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="animediffusion-cache-")
-
-
-def cache_folder(settings: Settings) -> Path:
-    """Parent of downloads: WORKSPACE/cache, or a temporary folder where the workspace cannot be written."""
-    is_writable = os.access(
-        next(folder for folder in _upward(settings.workspace / "cache") if folder.exists()), os.W_OK
-    )
-    return settings.workspace / "cache" if is_writable else Path(_own_cache().name)
-
-
-def _upward(folder: Path) -> Iterator[Path]:
-    yield from (folder, *folder.parents)
-
-
-def fetch_folder(model: str | Path, cache: Path) -> Path:
-    """The local folder of a bundle given by path or URI; a URI is downloaded each time, as it may have changed."""
-    if is_uri(str(model)) and not str(model).startswith("file:"):
-        destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
-        with _whole_folder(destination) as temporary:
-            storage.download_folder(str(model), temporary)
-        return destination
-    folder = Path(storage.absolute(str(model)))
-    if not folder.is_dir():
-        raise BundleError(str(model), "no such folder", "give a bundle folder, its s3:// URI or models:/NAME@champion")
-    return folder
-
-
-@contextmanager
-def _whole_folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its place in one rename; another process may do the same at the same time."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        yield temporary
-        shutil.rmtree(destination, ignore_errors=True)
-        try:
-            temporary.rename(destination)
-        except OSError:
-            if not destination.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _selector(reference: str, name: str) -> str:

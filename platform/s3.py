@@ -65,21 +65,20 @@ def settings() -> Settings:
     return tuple(sorted((name, value) for name, value in os.environ.items() if name == "HOME" or name[:4] == "AWS_"))
 
 
-def configured_endpoint(uri: str) -> str | None:
-    """The address of the store by AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile; None is AWS itself.
+def configured(uri: str) -> tuple[str | None, str | None]:
+    """(endpoint, region) by AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile; the endpoint of AWS is None.
 
     Raises:
         StorageError: the profile does not exist, or its file cannot be read.
     """
     try:
-        return _configured(settings())[0]
+        return _configured(settings())
     except (BotoCoreError, ValueError) as error:
         raise StorageError(uri, " ".join(str(error).split()), "check AWS_PROFILE and the AWS_* variables") from error
 
 
 @functools.lru_cache(maxsize=16)
 def _configured(_: Settings) -> tuple[str | None, str | None]:
-    """(endpoint, region) as boto3 resolves them; the endpoint is None where it is AWS's own."""
     session = boto3.Session()
     region = session.region_name or "us-east-1"
     plain = ClientConfig(ignore_configured_endpoint_urls=True)
@@ -94,7 +93,7 @@ def endpoint_source(endpoint: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def connect(endpoint: str | None, region: str | None, bucket: str, environment: Settings) -> fs.FileSystem:
+def connect(endpoint: str | None, region: str | None, bucket: str, environment: Settings) -> fs.FileSystem:  # noqa: ARG001
     """A filesystem for one bucket, after one quick question; the environment is an argument so that new keys are used.
 
     Raises:
@@ -103,7 +102,6 @@ def connect(endpoint: str | None, region: str | None, bucket: str, environment: 
     if endpoint:
         # Off AWS the SDK would look for credentials at a link-local address, for seconds, before it gives up.
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    region = region or os.environ.get("AWS_REGION") or _configured(environment)[1]
     if region is None:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
     # Delayed open: a file below 10 MB is one request, not three.

@@ -55,8 +55,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     location = parse(uri)
     if not location.bucket:
         return fs.LocalFileSystem(), location.path
+    region = location.region or os.environ.get("AWS_REGION") or s3.configured(uri)[1]
     with explained(uri):
-        return s3.connect(location.endpoint, location.region, location.bucket, s3.settings()), location.path
+        return s3.connect(location.endpoint, region, location.bucket, s3.settings()), location.path
 
 
 def absolute(uri: str) -> str:

@@ -146,7 +146,7 @@ async def _file(form: FormData, name: str) -> bytes:
     if value is None:
         raise ProblemError(400, f"the file {name} is missing; send sketch and reference")
     if not isinstance(value, UploadFile):
-        raise ProblemError(400, f"{name} is a text field; send it as a file")
+        raise ProblemError(400, f"{name} is a text field; send it as a file, with a filename")
     return await value.read()
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from animediffusion.models.bundle import verify
 from animediffusion.platform import ledger, traffic
 from animediffusion.platform.config import Settings
+from animediffusion.platform.downloads import cache_folder, fetch_folder
 from animediffusion.platform.errors import AnimeDiffusionError, BundleError, RegistryError, StorageError
-from animediffusion.platform.registry import ALIASES, CHAMPION, Registry, cache_folder, fetch_folder
+from animediffusion.platform.registry import ALIASES, CHAMPION, Registry
 from animediffusion.serve.measures import SWAPS
 from animediffusion.serve.replica import Replica
 from animediffusion.serve.routing import among

@@ -79,7 +79,7 @@ def test_no_part_of_an_address_is_dropped(uri: str, message: str) -> None:
         parse(uri)
 
 
-def test_a_local_name_with_a_colon_is_no_uri() -> None:
+def test_a_local_name_with_a_colon_is_not_a_uri() -> None:
     assert not any(map(is_uri, ("run:1/bundle", "/tmp/x", "a b", "models:/a@champion", "./s3:/x")))
     assert all(map(is_uri, ("s3://b/k", "s3:/b", "file:/x", "https://x")))
 
@@ -157,6 +157,8 @@ def test_a_profile_that_cannot_be_used_is_one_line(aws: Path, monkeypatch, profi
     with pytest.raises(StorageError, match=f"s3://b/k: .*{found}.*; check AWS_PROFILE") as error:
         parse("s3://b/k")
     assert "\n" not in str(error.value)
+    with pytest.raises(StorageError, match=f"{found}.*; check AWS_PROFILE"):
+        read_bytes("s3://b/k?endpoint_override=http://127.0.0.1:9")
 
 
 def test_a_profile_alone_reaches_its_store(aws: Path, moto_server: str, monkeypatch, tmp_path: Path) -> None:

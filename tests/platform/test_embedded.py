@@ -95,7 +95,7 @@ def test_a_workspace_that_was_moved_works(original: Path, tmp_path: Path) -> Non
     assert not original.exists()
 
 
-def test_a_copy_of_a_copy_and_a_name_inside_the_path_are_no_trouble(original: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_copy_works_below_a_folder_named_as_an_experiment(original: Path, tmp_path: Path) -> None:
     place = tmp_path / "artifacts" / "animediffusion-x"
     shutil.copytree(original, place / "one")
     opened(place / "one")

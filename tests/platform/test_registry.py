@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from bundles import write_bundle
 
-from animediffusion.models.bundle import verify
-from animediffusion.platform import registry as module
+from animediffusion.models.bundle import verify, with_metrics
 from animediffusion.platform.config import Settings
+from animediffusion.platform.downloads import cache_folder, fetch_folder
 from animediffusion.platform.errors import BundleError, RegistryError
-from animediffusion.platform.registry import Registry, fetch_folder
+from animediffusion.platform.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,9 @@ def registry(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     registry = Registry(Settings.from_environment(workspace=workspace, model_name=f"model-{tmp_path.name}"))
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "averages.safetensors").write_bytes(b"averages")
-    module_sums(bundle)
+    with_metrics(bundle, {})  # lists the new file, too
     registry.register(bundle, sha256=verify(bundle))
     return registry
-
-
-def module_sums(bundle: Path) -> None:
-    from animediffusion.models.bundle import with_metrics
-
-    with_metrics(bundle, {})
 
 
 def stored(registry: Registry) -> Path:
@@ -115,4 +109,4 @@ def test_a_folder_may_be_given_as_a_uri(tmp_path: Path) -> None:
     assert fetch_folder((tmp_path / "a b%41?").as_uri(), tmp_path) == tmp_path / "a b%41?"
     with pytest.raises(BundleError, match="no such folder"):
         fetch_folder((tmp_path / "a bA?").as_uri(), tmp_path)
-    assert module.cache_folder(Settings(workspace=tmp_path / "new")) == tmp_path / "new" / "cache"
+    assert cache_folder(Settings(workspace=tmp_path / "new")) == tmp_path / "new" / "cache"
