@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
-from animediffusion.platform.network import why_unreachable
+from animediffusion.platform.network import temporary_folder_problem, why_unreachable
 from animediffusion.platform.storage import PATIENCE_VARIABLE
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
@@ -200,18 +199,6 @@ def _listed(needs: tuple[tuple[str, float], ...]) -> str:
 def _free(name: str, free: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
     more = f" (an autoscaler can make it {most[name]:g})" if most.get(name, 0.0) > has.get(name, 0.0) else ""
     return f"{free.get(name, 0.0):g} of {has.get(name, 0.0):g} {name} free{more}"
-
-
-def temporary_folder_problem() -> str | None:
-    """Why Ray cannot put its sockets where RAY_TMPDIR or TMPDIR says; None where it can.
-
-    The path of a socket has 107 bytes at most (103 on macOS), of which Ray's names of session and socket take most.
-    """
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
-    socket = os.path.join(os.environ.get(name, "/tmp"), "ray", session, "sockets", "plasma_store")
-    surplus = len(os.fsencode(socket)) - (103 if sys.platform == "darwin" else 107)
-    return f"{name} is too long by {surplus} bytes for Ray's sockets" if surplus > 0 else None
 
 
 def own_workspaces() -> bool:

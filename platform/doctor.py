@@ -26,7 +26,7 @@ import animediffusion
 from animediffusion.platform import cluster, jobs, nodes, s3, tracking
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
-from animediffusion.platform.network import why_unreachable, without_password
+from animediffusion.platform.network import temporary_folder_problem, why_unreachable, without_password
 from animediffusion.platform.nodes import PACKAGES
 
 OPTIONAL_PACKAGES = ("xformers", "torchvision")
@@ -186,7 +186,7 @@ def _storage() -> Check:
 
 def _ray() -> Check:
     address = cluster.cluster_address()
-    problem = cluster.temporary_folder_problem() if address is None else None
+    problem = temporary_folder_problem() if address is None else None
     if problem is not None:
         return Check("ray", False, f"{problem}; set RAY_TMPDIR=/tmp")
     if address is None:

@@ -1,9 +1,11 @@
-"""Addresses: is anybody there, before a client library retries for a minute; and how to show one."""
+"""Addresses: whether anything answers, before a client library retries for a minute; how to show and recognize one."""
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import sys
 from urllib.parse import urlsplit
 
 SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+(?=://)|(?:s3|file)(?=:))")
@@ -39,3 +41,15 @@ def why_unreachable(address: str, timeout: float = 5.0) -> str | None:
 def without_password(address: str) -> str:
     """An address as it may be printed: `user:password@` becomes `***@`."""
     return re.sub(r"//[^/@]*@", "//***@", address)
+
+
+def temporary_folder_problem() -> str | None:
+    """Why Ray cannot put its sockets where RAY_TMPDIR or TMPDIR says; None where it can.
+
+    The path of a socket has 107 bytes at most (103 on macOS), of which Ray's names of session and socket take most.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
+    file = os.path.join(os.environ.get(name, "/tmp"), "ray", session, "sockets", "plasma_store")
+    surplus = len(os.fsencode(file)) - (103 if sys.platform == "darwin" else 107)
+    return f"{name} is too long by {surplus} bytes for Ray's sockets" if surplus > 0 else None
