@@ -116,12 +116,22 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
     if not path.exists():
         return
     # Through the class: a setting that came later has its default there.
-    old = TrainConfig.check(read_yaml(path)).identity()
-    changed = changed_keys(old, config.identity())
+    old, new = TrainConfig.check(read_yaml(path)).identity(), config.identity()
+    if _is_moved(old["data"], new["data"], folder.parents[1]):
+        old["data"] = new["data"]
+    changed = changed_keys(old, new)
     if changed:
         raise ConfigError(
             f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"
         )
+
+
+def _is_moved(old: str, new: str, workspace: Path) -> bool:
+    """Whether two addresses of data are the same folder of a workspace, before and after the workspace was moved."""
+    if storage.is_remote(old) or not Path(new).is_relative_to(workspace):
+        return False
+    inside = Path(new).relative_to(workspace).parts
+    return bool(inside) and Path(old).parts[-len(inside) :] == inside
 
 
 def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
