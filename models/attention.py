@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: xformers on CUDA where it supports the shape, torch elsewhere.
+"""Scaled dot-product attention: xformers on CUDA where it has a kernel for the inputs, torch's SDPA elsewhere.
 
 B batch, M query tokens, N key tokens, H heads, K channels of a head.
 """
@@ -6,6 +6,8 @@ B batch, M query tokens, N key tokens, H heads, K channels of a head.
 from __future__ import annotations
 
 import functools
+import logging
+import re
 from typing import Any, Literal
 
 import torch
@@ -16,9 +18,14 @@ Backend = Literal["auto", "xformers", "sdpa"]
 
 PLAIN_LIMIT = 2**18
 """Largest M * N whose weights a CPU holds at once."""
+REASON = r"`(\S+)` is not supported because:\n\s*(.+?)(?: but your GPU.*| \(supported: .*)?$"
+"""A kernel and its first reason, in the message of xformers' dispatcher."""
+EXPLAINED = (torch.float32, torch.bfloat16)
 
 _choice: Backend = "auto"
 _used: set[str] = set()
+_refusals: dict[tuple[Any, ...], str | None] = {}
+"""By everything that xformers looks at; its dispatcher takes longer than a small kernel."""
 
 
 def use_attention(backend: Backend) -> None:
@@ -30,19 +37,34 @@ def use_attention(backend: Backend) -> None:
     global _choice
     if backend not in ("auto", "xformers", "sdpa"):
         raise ValueError(f"attention must be auto, xformers or sdpa, got {backend!r}")
-    if backend == "xformers" and _xformers_ops() is None:
-        raise ValueError("attention is 'xformers', which needs CUDA and the xformers package; use auto or sdpa")
+    problem = _xformers_problem() if backend == "xformers" else None
+    if problem is not None:
+        raise _unusable(problem)
     _choice = backend
 
 
 def attention_used() -> str:
-    """What ran so far in this process: `xformers`, `sdpa`, `sdpa+xformers`, or what `auto` would try first."""
+    """What ran so far in this process: `xformers`, `sdpa` or `sdpa+xformers`; before that, what is expected to run."""
     return "+".join(sorted(_used)) if _used else expected_attention()
 
 
 def expected_attention() -> str:
     """What will be tried first: `xformers` or `sdpa`."""
-    return "xformers" if _choice != "sdpa" and _xformers_ops() is not None else "sdpa"
+    return "xformers" if _choice != "sdpa" and _xformers_problem() is None else "sdpa"
+
+
+def explain_attention() -> str:
+    """What runs in float32 and bfloat16 training here, and why xformers does not where it does not: a line to read."""
+    if _choice == "sdpa":
+        return "sdpa"
+    problem = _xformers_problem()
+    if problem is not None:
+        return f"sdpa (not xformers: {problem})"
+    small = [torch.zeros(1, 64, 1, 64, dtype=dtype, device="cuda", requires_grad=True) for dtype in EXPLAINED]
+    refusals = {str(x.dtype).removeprefix("torch."): _refusal(x, x, x) for x in small}
+    refused = [f"not xformers in {dtype}: {refusal}" for dtype, refusal in refusals.items() if refusal is not None]
+    used = sorted({"sdpa" if refusal else "xformers" for refusal in refusals.values()})
+    return "+".join(used) + (f" ({'; '.join(refused)})" if refused else "")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,13 +77,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Returns:
         [B, M, H, K].
+
+    Raises:
+        ValueError: if `xformers` was chosen and cannot run on these tensors.
     """
-    if query.device.type == "cuda" and _choice != "sdpa":
-        ops = _xformers_ops()
-        # Training needs a backward kernel as well; xformers answers for both here.
-        if ops is not None and (_choice == "xformers" or _supported(query, key, value)):
-            _used.add("xformers")
-            return ops.memory_efficient_attention(query, key, value)  # type: ignore[no-any-return]
+    if query.device.type == "cuda" and _is_for_xformers(query, key, value):
+        _used.add("xformers")
+        return _fmha().memory_efficient_attention(query, key, value)  # type: ignore[no-any-return]
     _used.add("sdpa")
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.device.type == "cpu" and query.shape[2] * key.shape[2] <= PLAIN_LIMIT:
@@ -75,20 +97,89 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return weights @ value
 
 
-def _supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    multiple = 4 if query.dtype == torch.float32 else 8
-    return query.dtype in (torch.float32, torch.float16, torch.bfloat16) and all(
-        x.shape[-1] % multiple == 0 and x.stride(-1) == 1 for x in (query, key, value)
-    )
+def _is_for_xformers(*qkv: Tensor) -> bool:
+    if _choice == "sdpa":
+        return False
+    if torch.compiler.is_compiling():  # it fuses SDPA with what is around it, and cannot trace the question below
+        return _choice == "xformers"
+    refusal = _refusal(*qkv)
+    if refusal is not None and _choice == "xformers":
+        raise _unusable(refusal)
+    if refusal is not None:
+        _report(refusal)
+    return refusal is None
+
+
+def _refusal(*qkv: Tensor) -> str | None:
+    """Why xformers cannot run on these tensors, backward included if they need it; None if it can."""
+    problem = _xformers_problem()
+    if problem is not None:
+        return problem
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    asked = (trained, deterministic, *((x.device, x.dtype, x.shape, x.stride()) for x in qkv))
+    if asked not in _refusals:
+        _refusals[asked] = _ask(trained, *qkv)
+    return _refusals[asked]
+
+
+def _ask(trained: bool, *qkv: Tensor) -> str | None:
+    """The answer of xformers' own dispatcher, which raises when the operator is called, or only in the backward."""
+    fmha = _fmha()
+    inputs = fmha.Inputs(*qkv)
+    try:
+        inputs.validate_inputs()
+        fmha.dispatch._dispatch_fw(inputs, trained)
+        if trained:
+            fmha.dispatch._dispatch_bw(inputs, None)
+    except (NotImplementedError, ValueError, KeyError) as error:  # KeyError is its answer to float64
+        return _short(str(error))
+    return None
+
+
+def _short(message: str) -> str:
+    """The first reason of each kernel; without the shapes, so that equal reasons read equal."""
+    kernels = re.findall(REASON, message, flags=re.MULTILINE)
+    return ", ".join(f"{name}: {reason}" for name, reason in kernels) or message.splitlines()[0]
+
+
+def _unusable(problem: str) -> ValueError:
+    return ValueError(f"attention is 'xformers', which cannot run: {problem}; use auto or sdpa")
 
 
 @functools.cache
-def _xformers_ops() -> Any:
-    # Imported only where CUDA is: on a CPU it runs nothing and prints a warning.
+def _report(refusal: str) -> None:
+    """One line for each reason."""
+    logging.getLogger(__name__).warning("attention runs on torch's SDPA, not on xformers: %s", refusal)
+
+
+@functools.cache
+def _xformers_problem() -> str | None:
+    """Why xformers cannot run at all in this process; None if it can."""
     if not torch.cuda.is_available():
-        return None
+        return "it needs CUDA, which torch does not find here"
+    # Without its library xformers still imports, with a page of warnings, and then has no kernel: one line is ours.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
-        from xformers import ops
-    except ImportError:
+        _fmha()
+        from xformers import _cpp_lib
+    except Exception as error:  # ImportError, and whatever a package raises that does not fit its dependencies
+        return f"it cannot be imported ({type(error).__name__}: {_first_line(error)})"
+    failure = _cpp_lib._cpp_library_load_exception
+    if failure is None:
         return None
-    return ops
+    return f"its library does not load with torch {torch.__version__} ({_first_line(failure)})"
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [""])[0]
+
+
+@functools.cache
+def _fmha() -> Any:
+    # Imported only where CUDA is: on a CPU it runs nothing and prints a warning.
+    from xformers.ops import fmha
+
+    return fmha
