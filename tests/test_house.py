@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import platform
 import re
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import ray
 import typer
 import yaml
+from packaging.specifiers import SpecifierSet
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 from ray.serve.schema import ServeDeploySchema
 
@@ -198,13 +201,35 @@ def test_the_serve_config_file_fits_ray_and_the_application(tmp_path, monkeypatc
         build(build_app, {**application.args, "max_btch": 4})
 
 
+def pins_of(name):
+    """Package -> (comparison, version) of a file of constraints."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    pins = [re.fullmatch(r"([\w.-]+)(==|<=)([\w.+!-]+)", line).groups() for line in lines]
+    assert len({package.lower() for package, *_ in pins}) == len(pins)
+    return {package: (comparison, version) for package, comparison, version in pins}
+
+
 def test_every_dependency_has_one_pinned_version():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", pin) for pin in pins)
-    names = [pin.partition("==")[0].lower() for pin in pins]
-    assert len(set(names)) == len(names)
+    names = pins_of("constraints.txt")
+    # A GPU needs another torch, which is in constraints-gpu.txt; both files are given to pip together.
+    assert {name for name, (comparison, _) in names.items() if comparison != "=="} == {"torch", "torchvision"}
     assert {"torch", "ray", "mlflow", "setuptools", "build"} <= set(names)
+
+
+def test_the_pins_for_gpus_are_of_one_cuda_version_and_fit_the_others():
+    gpu, all_pins = pins_of("constraints-gpu.txt"), pins_of("constraints.txt")
+    assert all(comparison == "==" for comparison, _ in gpu.values())
+    for name in gpu.keys() & all_pins.keys():
+        comparison, version = all_pins[name]
+        assert SpecifierSet(comparison + version).contains(gpu[name][1]), name
+    wheel = distribution("xformers")
+    assert wheel.version == gpu["xformers"][1]
+    # The wheel says for which torch and CUDA it was built, and its library asks the linker for the CUDA runtime.
+    built = json.loads(wheel.locate_file("xformers/cpp_lib.json").read_text())["version"]
+    major, minor = divmod(built["cuda"], 100)
+    assert gpu["torch"][1] == built["torch"].partition("+")[0]
+    assert gpu[f"nvidia-cuda-runtime-cu{major}"][1].startswith(f"{major}.{minor}.")
+    assert f"libcudart.so.{major}\0".encode() in wheel.locate_file("xformers/_C.so").read_bytes()
 
 
 def test_links_of_the_texts_lead_to_files_of_the_repository():
