@@ -9,7 +9,7 @@ import torch
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself: a CPU where oneDNN has kernels for it, a GPU from Ampere on (8.0).
+    """Whether the device computes in bfloat16: a CPU where oneDNN has kernels for it, a GPU from Ampere (8.0) on.
 
     Older GPUs (a T4 is 7.5) convert each number: slower than float32, and xformers has no kernel for it.
     """

@@ -731,18 +731,28 @@ def doctor(
 def _torch_probe() -> Any:
     from animediffusion.platform.doctor import Check
 
-    return Check("torch", True, _device())
+    return Check("torch", _unused_gpu() is None, _device())
 
 
 def _device() -> str:
     """Of this process, and the attention that will run on it; `doctor` asks this of every node."""
     import torch
 
-    from animediffusion.models.attention import expected_attention
+    from animediffusion.models.attention import explain_attention
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"{count} x {torch.cuda.get_device_name()}" if count else f"cpu, {torch.get_num_threads()} threads"
-    return f"{device}; attention {expected_attention()}"
+    unused = _unused_gpu()
+    return f"{device}; attention {explain_attention()}" + (f"; {unused}" if unused else "")
+
+
+def _unused_gpu() -> str | None:
+    """Why torch does not use a GPU that is there."""
+    import torch
+
+    from animediffusion.platform.gpu import why_unused
+
+    return None if torch.cuda.is_available() else why_unused(str(torch.__version__), torch.version.cuda)
 
 
 def _version(show: bool) -> None:

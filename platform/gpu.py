@@ -1,0 +1,63 @@
+"""NVIDIA's GPUs and driver on this machine, from NVML, which sees them also where torch cannot use them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pynvml
+
+DRIVERS = {12: "525 (570 for Blackwell)", 13: "580"}
+"""The oldest Linux driver for a major version of CUDA (CUDA Toolkit Release Notes, table 3)."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """An installed driver and what it drives."""
+
+    version: str
+    cuda: tuple[int, int]
+    """The newest CUDA version that it runs."""
+    gpus: tuple[str, ...]
+
+
+def driver() -> Driver | None:
+    """The driver of this machine; None without one, or without a GPU."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        names = tuple(str(pynvml.nvmlDeviceGetName(handle)) for handle in handles)
+        version = str(pynvml.nvmlSystemGetDriverVersion())
+        return Driver(version, (cuda // 1000, cuda % 1000 // 10), names) if names else None
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def why_unused(torch_version: str, torch_cuda: str | None) -> str | None:
+    """Why torch cannot use the GPUs of this machine, and what to do; None where there are none, or they are hidden.
+
+    Args:
+        torch_version: of a torch that finds no CUDA.
+        torch_cuda: the CUDA version that it is built for, `torch.version.cuda`; None without CUDA.
+    """
+    found = driver()
+    if found is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    there = f"torch {torch_version} cannot use {len(found.gpus)} x {found.gpus[0]}"
+    if torch_cuda is None:
+        return f"{there}: it is built without CUDA; install with -c constraints.txt -c constraints-gpu.txt"
+    major, newest = int(torch_cuda.partition(".")[0]), ".".join(map(str, found.cuda))
+    if major > found.cuda[0]:
+        return (
+            f"{there}: the driver {found.version} runs CUDA {newest} and is too old for {torch_cuda}; "
+            f"install driver {DRIVERS.get(major, 'of that CUDA version')} or later, or the torch of constraints-gpu.txt"
+        )
+    return (
+        f"{there}, though driver {found.version} runs CUDA {newest}; look at nvidia-smi and at the container's devices"
+    )
