@@ -1,8 +1,13 @@
 """A GPU in one command: first whether everything is right on it, then how fast, then a training run on pictures.
 
-    python benchmarks/gpu.py [--pictures FOLDER] [--authors PATH_OF_CLONE] [--seconds 100] [--parts ...] [--out DIR]
+    PYTHONPATH=src python benchmarks/gpu.py [--pictures FOLDER] [--authors PATH_OF_CLONE] [--seconds 100] [--parts ...]
+        [--device cuda|cpu] [--out DIR]
 
-    right      attention backends, bf16 and the engine against float32 and the same request alone; exits with 1 if not
+Without PYTHONPATH where the package is installed. Needs torch 2.10 or later, numpy, safetensors, kornia, pydantic,
+PyYAML and pillow; xformers is measured where it works. It needs neither Ray nor MLflow.
+
+    trains     a training step of each recipe here and on the CPU: every parameter moves, and alike
+    right      attention backends, bf16 and the engine against float32 and the same request alone
     attention  forward and backward of each backend at the networks' shapes
     training   images/s of our networks, and of the authors' as we train it: float32, bf16, xformers, compiled; with
                --authors also beside their code (training.py)
@@ -10,9 +15,9 @@
     engine     pictures/s of the serving engine by places in its batch
     faces      recipes trained for --seconds each on FOLDER/train, measured on FOLDER/val; a picture and a bf16 bundle
 
-FOLDER holds square pictures of one size, in subfolders train and val; drawn faces without it. OUT gets report.md, the
-picture and the bundle. Needs torch, NumPy, Pillow, safetensors, kornia, pydantic and PyYAML, and neither Ray nor
-MLflow, so it runs where only those are. On a CPU it does the same in small, to be tried before a GPU is paid for.
+If something is not right, the first two parts end the run with exit status 1. FOLDER holds square pictures of one
+size, in subfolders train and val; without it faces are drawn. OUT gets report.md, the picture and the bundle. On a CPU
+everything is smaller, so that the command can be tried before a GPU is paid for.
 """
 
 from __future__ import annotations
@@ -27,32 +32,44 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import numpy as np
-import torch
-from common import RECIPES, clock, drawn, hardware, matmul_flops, peak_mb, train
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+try:
+    import numpy as np
+    import torch
+    from common import RECIPES, clock, drawn, hardware, matmul_flops, peak_mb, train
+    from PIL import Image
+    from torch.overrides import TorchFunctionMode
+    from torch.utils.flop_counter import FlopCounterMode
 
-from animediffusion.models.attention import Backend, attention, use_attention
-from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
-from animediffusion.models.colorize import noise_for, sample_images
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.images import to_uint8
-from animediffusion.models.training import TrainState, fit
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.tracks import build
-from animediffusion.platform.images import contact_sheet, encode_png
-from animediffusion.serve.engine import Engine, Request
+    from animediffusion.models import training
+    from animediffusion.models.attention import Backend, attention, explain_attention, use_attention
+    from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
+    from animediffusion.models.colorize import noise_for, sample_images
+    from animediffusion.models.compile import compiled as compile_network
+    from animediffusion.models.denoiser import Denoiser
+    from animediffusion.models.images import to_uint8
+    from animediffusion.models.numerics import choose_numerics
+    from animediffusion.models.training import TrainState, fit, step_generator
+    from animediffusion.pipelines.recipe import load_recipe, recipe_names
+    from animediffusion.pipelines.tracks import build
+    from animediffusion.platform.images import contact_sheet, encode_png
+    from animediffusion.serve.engine import Engine, Request
+except ImportError as error:
+    sys.exit(f"error: {error.name}: not installed; the first lines of {__file__} list what it needs")
 
 HERE = Path(__file__).parent
-PARTS = ("right", "attention", "training", "sampling", "engine", "faces")
+PARTS = ("trains", "right", "attention", "training", "sampling", "engine", "faces")
 FACES = ("flow-v", "flow-x0", "ours", "ours-2")
 """Rows of common.RECIPES."""
 BUNDLE = "ours-2"
 STEPS = (1, 4, 10, 25)
 PLACES = (1, 2, 4, 8, 16, 32)
 CHUNK, PICTURES = 50, 6
+TRAINED_STEPS = 3
+"""The first step moves the last layers alone: the others have no gradient while those are zero."""
+MOST_GRADIENT_ERROR, MOST_UPDATE_ERROR = 0.05, 0.2
+"""Of TF32 against float32, relative; AdamW's first updates are signs, which rounding may turn where a gradient is 0."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -60,6 +77,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 class Scale:
     """How much is measured."""
 
+    trained: tuple[str, ...]
+    """Recipes whose steps are compared with a CPU's."""
     networks: tuple[tuple[str, int, int], ...]
     """(recipe, px, rows) of training."""
     served: tuple[str, int]
@@ -71,6 +90,7 @@ class Scale:
 
 
 ON_GPU = Scale(
+    trained=tuple(recipe_names()),
     networks=(
         *(("phase1", 128, 64), ("small", 128, 64), ("base", 256, 16)),
         *(("animediffusion", 128, 32), ("animediffusion", 256, 16)),
@@ -81,6 +101,7 @@ ON_GPU = Scale(
     rows=2000,
 )
 ON_CPU = Scale(
+    trained=("demo", "phase1"),
     networks=(("phase1", 32, 4), ("animediffusion", 32, 2)),
     served=("phase1", 32),
     places=PLACES[:3],
@@ -93,7 +114,7 @@ class Bench:
     """The device, and what is printed about it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(args.device)
         self.args = args
         self.scale = ON_GPU if self.on_gpu else ON_CPU
         self.failed: list[str] = []
@@ -104,11 +125,12 @@ class Bench:
         """Whether there is one."""
         return self.device.type == "cuda"
 
-    @property
-    def backends(self) -> tuple[Backend, ...]:
-        """Of attention, that can run here."""
+    def backends(self, dtype: torch.dtype) -> tuple[Backend, ...]:
+        """Of attention, that can train in this dtype here."""
+        small = torch.zeros(1, 64, 1, 64, dtype=dtype, device=self.device, requires_grad=True)
         try:
             use_attention("xformers")
+            attention(small, small, small)
         except ValueError:
             return ("sdpa",)
         finally:
@@ -137,6 +159,60 @@ class Bench:
         return statistics.median(taken)
 
 
+def trains(bench: Bench) -> None:
+    """Whether some steps here are those of a CPU: the same weights, rows and random numbers, in float32."""
+    bench.show(f"**Does it train**: {TRAINED_STEPS} steps of each recipe here and on a CPU")
+    for recipe in bench.scale.trained:
+        start, there = _trained(bench, recipe, torch.device("cpu"))
+        _, here = _trained(bench, recipe, bench.device)
+        moved = [{name for name in start if not torch.equal(start[name], end[name])} for end in (there, here)]
+        gradients = [name for name in there if name.startswith(("optimizer.exp_avg.", "optimizer.momentum_buffer."))]
+        # The memory of a first-order optimizer is a sum of gradients; one of rounding errors alone counts for little.
+        usual = torch.stack([there[name].float().square().mean() for name in gradients]).mean().sqrt()
+        errors = [_relative(here[name], there[name], 1e-2 * float(usual)) for name in gradients]
+        updates = [torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in (here, there)]
+        bench.check(f"{recipe}, parameters that move on a CPU and not here", len(moved[0] - moved[1]), 0)
+        bench.check(f"{recipe}, largest error of a parameter's gradients", max(errors), MOST_GRADIENT_ERROR)
+        bench.check(f"{recipe}, error of the whole update", _relative(*updates), MOST_UPDATE_ERROR)
+
+
+def _trained(
+    bench: Bench, recipe: str, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights before, and weights and optimizer after, on the host."""
+    size, rows = (64, 8) if bench.on_gpu else (32, 4)
+    config = load_recipe(recipe, ["optimizer.precision=fp32", "max_steps=1000"])
+    torch.manual_seed(0)
+    denoiser = config.bundle_config(size).build()
+    start = {f"model.{name}": weight.detach().clone() for name, weight in denoiser.named_parameters()}
+    state = TrainState(denoiser.to(device), config.optimizer, 1000)
+    objective = config.objective.build(denoiser, SamplerDefaults(), 0)
+    batch = {name: torch.from_numpy(x).to(device) for name, x in drawn(rows, size).items()}
+    draw = lambda seed, step, rank, _device: step_generator(seed, step, rank)  # noqa: E731
+    on_host = mock.patch.object(training, "step_generator", draw)
+    with on_host, DrawnOnTheHost():
+        fit(state, objective, [batch] * TRAINED_STEPS, TRAINED_STEPS, lambda _: None, augment=config.augment, seed=0)
+    return start, state.snapshot().tensors
+
+
+class DrawnOnTheHost(TorchFunctionMode):
+    """Random numbers come from the generator's device, wherever they are asked for: a GPU's own are others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Draw, then move."""
+        kwargs = dict(kwargs or {})
+        if kwargs.get("generator") is None or "device" not in kwargs:
+            return func(*args, **kwargs)
+        device = kwargs.pop("device")
+        return func(*args, **kwargs, device=kwargs["generator"].device).to(device)
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor, floor: float = 0.0) -> float:
+    """The root mean square of the error, over that of the truth."""
+    error, size = (x.float().square().mean().sqrt() for x in (found - truth, truth))
+    return float(error / (size + floor))
+
+
 def right(bench: Bench) -> None:
     """Whether fast ways give what slow ones give."""
     bench.show("**Is it right**")
@@ -144,9 +220,10 @@ def right(bench: Bench) -> None:
         query, key, value = (x.double() for x in _qkv(bench, shape, torch.float32))
         weights = torch.softmax(torch.einsum("bmhk,bnhk->bhmn", query * query.shape[-1] ** -0.5, key), -1)
         truth = torch.einsum("bhmn,bnhk->bmhk", weights, value)
-        for backend in bench.backends:
-            use_attention(backend)
-            for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        # On a GPU float32 products are TF32's.
+        for dtype, most in ((torch.float32, 5e-3 if bench.on_gpu else 1e-4), (torch.bfloat16, 3e-2)):
+            for backend in bench.backends(dtype):
+                use_attention(backend)
                 found = attention(*(x.to(dtype) for x in (query, key, value))).double()
                 name = f"attention {shape}, {backend}, {str(dtype).removeprefix('torch.')}, largest error"
                 bench.check(name, float((found - truth).abs().max()), most)
@@ -156,7 +233,8 @@ def right(bench: Bench) -> None:
     batch = build(drawn(PICTURES, size), "same")
     noise = torch.stack([noise_for(seed, size) for seed in range(PICTURES)])
     alone = _sample(bundle.denoiser.cpu(), batch, noise, "cpu", "fp32", 4)
-    for precision, most in (("fp32", 1.0), ("bf16", 8.0)):
+    levels_of_float32 = 2.0 if bench.on_gpu else 1.0
+    for precision, most in (("fp32", levels_of_float32), ("bf16", 8.0)):
         same = _sample(bundle.denoiser.to(bench.device), batch, noise, bench.device, precision, 4)
         levels = float((same.int() - alone.int()).abs().max())
         bench.check(f"4 steps, {precision} on {bench.device.type} beside float32 on a CPU, 8-bit levels", levels, most)
@@ -165,7 +243,9 @@ def right(bench: Bench) -> None:
     pictures = [future.result() for future in [engine.submit(request) for request in requests]]
     engine.close()
     levels = max(int(np.abs(p.astype(int) - a.numpy()).max()) for p, a in zip(pictures, alone, strict=True))
-    bench.check("the engine, rows in a running batch beside rows alone on a CPU, 8-bit levels", levels, 1)
+    bench.check(
+        "the engine, rows in a running batch beside rows alone on a CPU, 8-bit levels", levels, levels_of_float32
+    )
 
 
 def attention_table(bench: Bench) -> None:
@@ -173,7 +253,7 @@ def attention_table(bench: Bench) -> None:
     lines = ["| attention, [rows, queries, keys, heads, channels] | bf16, ms | times sdpa |", "|---|---|---|"]
     for shape in _attention_shapes(bench):
         taken = {}
-        for backend in bench.backends:
+        for backend in bench.backends(torch.bfloat16):
             use_attention(backend)
             qkv = [x.requires_grad_() for x in _qkv(bench, shape, torch.bfloat16)]
             taken[backend] = bench.seconds(lambda qkv=qkv: attention(*qkv).float().sum().backward())
@@ -194,7 +274,11 @@ def training_table(bench: Bench) -> None:
         slow = flops = 0.0
         for precision, backend, compiled in _ways(bench):
             name = ", ".join([recipe, precision, backend] + ["compiled"] * compiled)
-            seconds, counted, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
+            try:
+                seconds, counted, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
+            except ValueError as error:  # no compiler, for example
+                bench.show(f"{name}, {size} px: {error}")
+                continue
             # Of the first, with torch's own attention, which the counter sees all of.
             slow, flops = slow or seconds, flops or counted
             share = f"{flops / seconds / peak:.2f}" if precision == "bf16" else ""
@@ -213,7 +297,7 @@ def training_table(bench: Bench) -> None:
 
 def _ways(bench: Bench) -> Iterator[tuple[str, Backend, bool]]:
     yield "fp32", "sdpa", False
-    for backend in bench.backends:
+    for backend in bench.backends(torch.bfloat16):
         yield "bf16", backend, False
     if bench.on_gpu:
         yield "bf16", "sdpa", True
@@ -229,7 +313,7 @@ def _training_step(
     state = TrainState(denoiser, config.optimizer, 1_000_000)
     objective = config.objective.build(denoiser, SamplerDefaults(), 0)
     if compiled:
-        denoiser.network.denoise = torch.compile(denoiser.network.denoise)
+        compile_network(denoiser)
     batch = {name: torch.from_numpy(x).to(bench.device) for name, x in drawn(rows, size).items()}
 
     def step() -> None:
@@ -405,7 +489,7 @@ def _pictures(folder: Path) -> dict[str, Any]:
 
 
 TABLES = dict(
-    zip(PARTS, (right, attention_table, training_table, sampling_table, engine_table, faces_table), strict=True)
+    zip(PARTS, (trains, right, attention_table, training_table, sampling_table, engine_table, faces_table), strict=True)
 )
 
 
@@ -415,18 +499,23 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--pictures", type=Path, help="folder with train and val; drawn faces if left out")
     parser.add_argument("--authors", type=Path, help="clone of the authors' repository")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="of training for each recipe; 100 on a GPU, 5 on a CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"error: --device cuda: torch {torch.__version__} finds no GPU; animediffusion doctor says why")
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     args.seconds = args.seconds or (100 if bench.on_gpu else 5)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    numerics = choose_numerics(bench.device)  # those of production
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, float32 products in {numerics}"
+    if bench.on_gpu:
+        versions += f", CUDA {torch.version.cuda}, attention {explain_attention()}"
     bench.show(f"`{' '.join(['python', *sys.argv])}`, {datetime.date.today()}, {hardware(bench.device)}, {versions}.")
     for part in args.parts:
         TABLES[part](bench)
-        if part == "right" and bench.failed:
+        if bench.failed:
             break
     sys.exit(f"error: not as it should be: {'; '.join(bench.failed)}" if bench.failed else 0)
 
