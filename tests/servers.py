@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import pwd
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from ports import free_port
+from programs import initdb
 
 START_S = 240
 
@@ -104,17 +103,14 @@ def postgres(port: int | None = None) -> Iterator[str]:
 
 
 def _postgres(folder: Path, port: int) -> Iterator[str]:
-    places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
-    found = shutil.which("initdb", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
-    assert found is not None, "no PostgreSQL: install the package postgresql"
-    tools, data = Path(found).parent, folder / "data"
+    tools, data = Path(initdb()).parent, folder / "data"
     owner: dict[str, object] = {}
     if os.getuid() == 0:  # PostgreSQL refuses to be root
         user = pwd.getpwnam("postgres" if any(u.pw_name == "postgres" for u in pwd.getpwall()) else "nobody")
         owner = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         os.chown(folder, user.pw_uid, user.pw_gid)
-    initdb = [str(tools / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust", "--no-sync"]
-    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **owner)  # type: ignore[call-overload]
+    create = [str(tools / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust", "--no-sync"]
+    subprocess.run(create, check=True, capture_output=True, cwd=folder, **owner)  # type: ignore[call-overload]
     settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
     command = [str(tools / "postgres"), "-D", str(data), *(f"-c{key}={value}" for key, value in settings.items())]
     with open(folder / "log", "w") as log:

@@ -1,0 +1,56 @@
+"""The programs of the system that the tests start: Chromium and PostgreSQL's tools.
+
+    python tests/programs.py      prints one missing program a line: chromium, postgresql
+
+Needs the standard library alone, so that .ci/setup can ask before anything is installed.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+
+CHROMIUM = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+POSTGRES = ("/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql@*/bin", "/usr/local/opt/postgresql@*/bin")
+"""Folders that are not on the PATH: of Debian's packages, and of Homebrew's on both kinds of Mac."""
+
+
+def chromium() -> str:
+    """Path of a Chromium that starts; Ubuntu's package, for one, is a script that fails without snap."""
+    for path in filter(None, map(shutil.which, CHROMIUM)):
+        if subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
+            return path
+    raise FileNotFoundError("no Chromium: install the package chromium, or run make test, which does it where it can")
+
+
+def initdb() -> str:
+    """Path of PostgreSQL's initdb, the newest of the packages first; the other tools are in the same folder."""
+    folders = [folder for pattern in POSTGRES for folder in sorted(glob.glob(pattern), reverse=True)]
+    found = shutil.which("initdb", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+    if found is None:
+        raise FileNotFoundError("no PostgreSQL: install the package postgresql, or run make test, which does it")
+    return found
+
+
+def missing() -> list[str]:
+    """Packages that a machine lacks, by Debian's names."""
+    names = []
+    for name, find in (("chromium", chromium), ("postgresql", initdb)):
+        try:
+            find()
+        except FileNotFoundError:
+            names.append(name)
+    return names
+
+
+if __name__ == "__main__":
+    print("\n".join(missing()))
