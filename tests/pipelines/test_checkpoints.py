@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -178,10 +177,9 @@ def test_an_upload_does_not_hold_up_training_and_the_newest_state_wins(faulty_s3
     saved = []
     writer = CheckpointWriter(place, 3, warnings.append, lambda step, _: saved.append(step))
     store.fail("stall")
-    begun = time.monotonic()
     for step in (1, 2, 3):
         writer.save(step, state(str(step)))
-    assert time.monotonic() - begun < 2
+    assert (saved, warnings) == ([], [])
     store.heal()
     writer.finish(4, state("4"))
     assert saved[-1] == 4

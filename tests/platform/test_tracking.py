@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_stops_nobody_and_gets_everything_later(
         for step in range(1, 300):
             worker.log({"loss": 1.0 / step, "learning_rate": 0.1}, step)
         worker.log_image(np.zeros((8, 8, 3), np.uint8), "samples", step=299)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 30  # one request that is waited for would be repeated for minutes
         assert not worker.flush()
         time.sleep(3)
         server.start()

@@ -83,10 +83,12 @@ def test_a_result_is_that_of_the_request_alone_whatever_its_neighbours(bundle: B
         assert levels_apart(future.result(60), alone(bundle, one)) <= 1
 
 
-def test_requests_share_turns(engine: Engine):
+def test_requests_share_turns(bundle: Bundle):
+    engine, _ = by_hand(bundle, max_batch=4)
     futures = [engine.submit(request(number, steps=10, guidance_scale=1.0, sampler="euler")) for number in range(4)]
-    for future in futures:
-        future.result(60)
+    while engine.turn():
+        pass
+    assert all(future.done() for future in futures)
     assert engine.num_turns < 20
 
 
@@ -228,13 +230,14 @@ def test_a_request_past_its_deadline_is_given_up_whether_it_waits_or_runs(bundle
 
 
 def test_a_key_with_many_requests_does_not_keep_another_waiting(bundle: Bundle):
-    engine = Engine(bundle, max_batch=2)
+    engine, _ = by_hand(bundle, max_batch=2)
     order: list[str] = []
     greedy = [engine.submit(request(number, steps=30, key="greedy")) for number in range(8)]
     modest = engine.submit(request(9, steps=30, key="modest"))
     for name, future in [*(("greedy", one) for one in greedy), ("modest", modest)]:
         future.add_done_callback(lambda _, name=name: order.append(name))
-    engine.close()
+    while engine.turn():
+        pass
     assert order.index("modest") <= 3
 
 
