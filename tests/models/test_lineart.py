@@ -108,7 +108,8 @@ def test_every_style_leaves_paper_white_and_draws_an_edge(style):
     lines = drawn(style, edge)
     assert lines[:, 13:19].amin(1).max() < 0.7
     assert (lines[:, :8] > 0.999).all()
-    assert 0 <= lines.min() <= lines.max() <= 1
+    assert lines.min() > -1e-6
+    assert lines.max() < 1 + 1e-6  # a blur of paper alone adds up to one but for rounding
 
 
 @pytest.mark.parametrize("size", [64, 256])
