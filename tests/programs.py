@@ -1,16 +1,18 @@
-"""The programs of the system that the tests start: Chromium and PostgreSQL's tools.
+"""What the tests need of the system: Chromium, a library of the program that drives it, and PostgreSQL's tools.
 
-    python tests/programs.py      prints one missing program a line: chromium, postgresql
+    python tests/programs.py      prints what is missing, one Debian package a line
 
 Needs the standard library alone, so that .ci/setup can ask before anything is installed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
 import shutil
 import subprocess
+import sys
 
 CHROMIUM = (
     "chromium",
@@ -41,13 +43,19 @@ def initdb() -> str:
     return found
 
 
+def libatomic() -> None:
+    """Load the library that Playwright's node needs; the others it needs are on every Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libatomic.so.1")
+
+
 def missing() -> list[str]:
     """Packages that a machine lacks, by Debian's names."""
     names = []
-    for name, find in (("chromium", chromium), ("postgresql", initdb)):
+    for name, find in (("chromium", chromium), ("libatomic1", libatomic), ("postgresql", initdb)):
         try:
             find()
-        except FileNotFoundError:
+        except OSError:
             names.append(name)
     return names
 
