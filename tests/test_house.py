@@ -63,10 +63,15 @@ def own_folder(module, name):
     return parts[1] if parts[1] in FOLDERS else "animediffusion"
 
 
+def git(*arguments):
+    """Output of git, also where the checkout belongs to another user than the one who runs the tests."""
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
 def tracked_files():
     """Files of the working tree that git knows or would take."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    names = git("ls-files", "--cached", "--others", "--exclude-standard").splitlines()
     return [name for name in names if os.path.lexists(ROOT / name)]
 
 
@@ -138,8 +143,7 @@ def test_a_ray_worker_finds_the_standard_librarys_platform_too(ray_cluster):
 def test_the_package_reaches_a_folder_through_a_committed_relative_link(folder):
     link = PACKAGE / folder
     assert link.readlink() == Path("../..", folder)
-    listed = subprocess.run(["git", "ls-files", "-s", str(link)], cwd=ROOT, capture_output=True, text=True).stdout
-    assert listed.startswith("120000 ")
+    assert git("ls-files", "-s", str(link)).startswith("120000 ")
 
 
 def test_help_lists_the_verbs_and_imports_nothing_heavy():
