@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 import boto3
+import hypothesis
 import pytest
 import ray
 import torch
@@ -17,6 +18,10 @@ from animediffusion.pipelines.dataset import Manifest, Split, write_shard
 from animediffusion.pipelines.shards import PICTURES
 from animediffusion.pipelines.synthesize import make_row
 from animediffusion.platform.images import encode_lossless
+
+# An example may take as long as a busy machine needs.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 LONGEST = (
     "test_walkthrough.py",

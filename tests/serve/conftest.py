@@ -148,7 +148,7 @@ def lines(tmp_path):
 
     def read(count=1):
         """At least `count` of them: a line is written just after its answer was sent."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while len(found := file.read_text().splitlines()) < count and time.monotonic() < end:
             time.sleep(0.01)
         return [json.loads(line) for line in found]

@@ -45,7 +45,7 @@ def test_the_application_on_ray_asks_for_a_key_and_writes_a_line_for_every_reque
         assert "event: result" in stream.text
         odd = client.get("/v1/models", headers={"X-Request-Id": "two words"})
         keys.revoke("studio")
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while client.get("/v1/models").status_code == 200 and time.monotonic() < end:
             time.sleep(0.1)
         assert client.get("/v1/models").status_code == 401
