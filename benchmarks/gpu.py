@@ -188,7 +188,12 @@ def _trained(
     state = TrainState(denoiser.to(device), config.optimizer, 1000)
     objective = config.objective.build(denoiser, SamplerDefaults(), 0)
     batch = {name: torch.from_numpy(x).to(device) for name, x in drawn(rows, size).items()}
-    draw = lambda seed, step, rank, *_: step_generator(seed, step, rank)  # noqa: E731
+    made: dict[int, torch.Generator] = {}
+
+    def draw(seed: int, step: int, rank: int, *_: Any) -> torch.Generator:
+        # One for a step, as on a CPU; on a GPU fit() asks for a second one, of the device.
+        return made.setdefault(step, step_generator(seed, step, rank))
+
     on_host = mock.patch.object(training, "step_generator", draw)
     with on_host, DrawnOnTheHost():
         fit(state, objective, [batch] * TRAINED_STEPS, TRAINED_STEPS, lambda _: None, augment=config.augment, seed=0)
