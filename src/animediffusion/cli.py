@@ -58,11 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     global _common
-    from animediffusion.platform.config import unknown_variables
     from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
 
-    for line in unknown_variables():
-        print(f"warning: {line}", file=sys.stderr)
+    _warn_of_variables()
     # Importing mlflow is enough for it to write to the user's home and to call its maker.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # boto3, with which MLflow moves artifacts: pauses that grow, at random, and more than its three attempts.
@@ -89,6 +87,14 @@ def run(arguments: list[str]) -> int:
         if _common.debug:
             raise
         return _fail(f"error: {type(error).__name__}: {_first_line(error)}; run again with --debug", error, 1)
+
+
+def _warn_of_variables() -> None:
+    if any(name.upper().startswith("ANIMEDIFFUSION_") for name in os.environ):  # else the import is not needed
+        from animediffusion.platform.config import unknown_variables
+
+        for line in unknown_variables():
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def _fail(line: str, error: BaseException, code: int) -> int:
