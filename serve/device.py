@@ -8,6 +8,7 @@ import torch
 
 from animediffusion.models.bfloat16 import has_bfloat16
 from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.gpu import why_unused
 from animediffusion.serve.faults import summary
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -27,7 +28,7 @@ def usable_device(*, must_be_gpu: bool) -> str:
     if must_be_gpu:
         raise ConfigError(
             "GPU",
-            f"reserved for this engine, but torch {torch.__version__} cannot use it ({_why_not()})",
+            f"reserved for this engine, but not usable ({_why_not()})",
             "see `animediffusion doctor` on that node, or set engine_gpus to 0",
         )
     return "cpu"
@@ -41,7 +42,9 @@ def precision_on(device: torch.device, asked: Precision) -> Precision:
 
 
 def _why_not() -> str:
-    """What torch says on a first use of CUDA: the driver is too old or missing, or this torch is for CPUs."""
+    """The driver is too old or missing, or this torch is for CPUs: what NVML shows, else what torch says."""
+    if found := why_unused(torch.__version__, torch.version.cuda):
+        return found
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:
