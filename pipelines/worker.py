@@ -98,6 +98,11 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     if ray.get(config["progress"].look.remote()).get("failed"):
         return  # Ray restarted the workers after an error that would come again
+    try:
+        use_attention(TrainConfig.check(config["run"]).attention)
+    except ValueError as error:
+        _give_up_for_good(config, str(error), "set attention=auto")
+        raise
     rank = None
     try:
         rank = _Rank(config)
@@ -108,10 +113,13 @@ def train_worker(config: dict[str, Any]) -> None:
         if rank is not None and rank.log is not None:
             rank.log.writer.wait()
         # The other ranks wait for this one's gradients, so it cannot return: Ray ends them all when it raises.
-        found = f"out of GPU memory on {_card()}"
-        advice = "lower batch_size or use more workers (num_workers)"
-        ray.get(config["progress"].tell.remote(failed=found, advice=advice))
+        _give_up_for_good(config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)")
         raise
+
+
+def _give_up_for_good(config: dict[str, Any], failed: str, advice: str) -> None:
+    """Tell the driver of an error that would come again; the workers that Ray restarts return at once."""
+    ray.get(config["progress"].tell.remote(failed=failed, advice=advice))
 
 
 def _card() -> str:
@@ -130,7 +138,6 @@ class _Rank:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        use_attention(self.run_config.attention)
         choose_numerics(self.device, exact=self.run_config.objective.strict)
         self.bundle_config = self.run_config.bundle_config(config["image_size"])
         self.state = self._state()

@@ -43,6 +43,7 @@ def build(folder: Path) -> Image:
     config.write_text(text)
     volumes = [f"--volume={place}:{place}:ro" for place in places]
     options = ["--isolation=chroot", "--network=host", "--layers=false", "--pull-never", f"--tag={IMAGE}"]
+    options.append("--build-arg=TORCH_CONSTRAINTS=constraints.txt")  # the torch that is tested here
     _buildah(folder, "build", *options, f"--volume={config}:/etc/pip.conf:ro", *volumes, f"--file={DOCKERFILE}", ROOT)
     listed = json.loads(_buildah(folder, "inspect", "--type=image", IMAGE))["OCIv1"]["config"]["Env"]
     _buildah(folder, "rm", "--all")

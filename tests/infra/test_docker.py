@@ -34,3 +34,11 @@ def test_nothing_in_the_image_reports_to_others() -> None:
     text = DOCKERFILE.read_text()
     assert "RAY_USAGE_STATS_ENABLED=0" in text
     assert "MLFLOW_DISABLE_TELEMETRY=true" in text
+
+
+def test_every_file_that_the_build_copies_is_sent_to_it() -> None:
+    ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
+    lines = [line.split() for line in DOCKERFILE.read_text().splitlines() if line.startswith("COPY ")]
+    copied = {source for line in lines if not line[1].startswith("--from") for source in line[1:-1]}
+    assert copied
+    assert {f"!{source}" for source in copied} <= set(ignored)
