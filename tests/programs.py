@@ -1,4 +1,4 @@
-"""What the tests need of the system: Chromium, a library of the program that drives it, and PostgreSQL's tools.
+"""What the tests need of the system: Chromium, a library of the program that drives it, PostgreSQL's tools, and Redis.
 
     python tests/programs.py      prints what is missing, one Debian package a line
 
@@ -43,6 +43,14 @@ def initdb() -> str:
     return found
 
 
+def redis_server() -> str:
+    """Path of Redis."""
+    found = shutil.which("redis-server")
+    if found is None:
+        raise FileNotFoundError("no Redis: install the package redis-server, or run make test, which does it")
+    return found
+
+
 def libatomic() -> None:
     """Load the library that Playwright's node needs; the others it needs are on every Linux."""
     if sys.platform == "linux":
@@ -52,7 +60,8 @@ def libatomic() -> None:
 def missing() -> list[str]:
     """Packages that a machine lacks, by Debian's names."""
     names = []
-    for name, find in (("chromium", chromium), ("libatomic1", libatomic), ("postgresql", initdb)):
+    programs = {"chromium": chromium, "libatomic1": libatomic, "postgresql": initdb, "redis-server": redis_server}
+    for name, find in programs.items():
         try:
             find()
         except OSError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import manifests
 import yaml
 from manifests import KUBERNETES, ROOT
 from ports import free_port
+from programs import redis_server
 from servers import MlflowServer, postgres
 
 COMPOSE = ROOT / "infra/compose.yaml"
@@ -86,7 +86,7 @@ def make_buckets() -> None:
 @contextmanager
 def redis(folder: Path, password: str, port: int | None = None) -> Iterator[str]:
     """Address of a Redis that is started as its pod is, and has to end as a pod does."""
-    assert shutil.which("redis-server"), "no Redis: install the package redis-server"
+    redis_server()
     folder.mkdir()
     port = port or free_port()
     [container] = manifests.containers(found("StatefulSet", "redis"))
