@@ -113,7 +113,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if rank is not None and rank.log is not None:
             rank.log.writer.wait()
         # The other ranks wait for this one's gradients, so it cannot return: Ray ends them all when it raises.
-        _give_up_for_good(config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)")
+        _give_up_for_good(
+            config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)"
+        )
         raise
 
 

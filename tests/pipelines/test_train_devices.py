@@ -81,7 +81,9 @@ def test_a_run_that_is_out_of_gpu_memory_is_not_tried_again_and_says_what_to_low
 def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(ray_cluster, settings, recipe):
     with pytest.raises(TrainingError) as error:
         train(settings, load_recipe(recipe, ["name=attention", "num_samples=0", "attention=xformers"]))
-    assert re.fullmatch(r"run attention: attention is 'xformers', .*; the checkpoint .*; set attention=auto", str(error.value))
+    assert re.fullmatch(
+        r"run attention: attention is 'xformers', .*; the checkpoint .*; set attention=auto", str(error.value)
+    )
 
 
 def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_becomes_the_bundle(
