@@ -48,7 +48,7 @@ def found(built: image.Image) -> dict:
 
 
 def test_a_user_without_a_home_trains_on_a_read_only_root(found: dict) -> None:
-    assert {"config.json", "ema.safetensors"} & set(found["foreign"]["bundle"])
+    assert {"config.json", "model.safetensors"} <= set(found["foreign"]["bundle"])
 
 
 def test_mlflow_answers_to_its_name_only_and_stops(found: dict) -> None:
