@@ -128,7 +128,7 @@ def test_a_place_without_a_dataset_is_named(tmp_path: Path) -> None:
 def test_a_foreign_manifest_is_one_line(tmp_path: Path) -> None:
     write_bytes(str(tmp_path / "manifest.json"), b'{"format": 7}')
 
-    with pytest.raises(DataError, match=r"is no dataset manifest \(format") as error:
+    with pytest.raises(DataError, match=r"is not a dataset manifest \(format") as error:
         Manifest.load(str(tmp_path))
     assert "\n" not in str(error.value)
 
