@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animediffusion.models import authors
-from animediffusion.models.authors_weights import from_authors
-from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.authors import strict as authors
+from animediffusion.models.authors.weights import from_authors
+from animediffusion.models.diffusion.denoiser import Denoiser
 
 LIMIT = 1e-4
 TIMES = (0, 1, 101, 500, 901, 999)

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from animediffusion.pipelines.checkpoints import latest_step
+from animediffusion.pipelines.training.checkpoints import latest_step
 
 RECIPE = """
 network:
@@ -166,9 +166,9 @@ def one_phase(phase: int, args: argparse.Namespace, parent: str | None, kills: i
 
 def drive(workspace: str, recipe: str, *overrides: str) -> None:
     """The training process: one JSON line for each report."""
-    from animediffusion.pipelines import train as training
-    from animediffusion.pipelines.recipe import load_recipe
-    from animediffusion.platform import cluster
+    from animediffusion.pipelines.training import driver as training
+    from animediffusion.pipelines.training.recipe import load_recipe
+    from animediffusion.platform.cluster import connect as cluster
     from animediffusion.platform.config import Settings
 
     training.POLL_S = 0.02

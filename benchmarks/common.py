@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.training import Step, TrainState, fit
-from animediffusion.pipelines.recipe import TrainConfig
-from animediffusion.pipelines.synthesize import make_row
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.training.loop import Step, TrainState, fit
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.pipelines.training.recipe import TrainConfig
 
 HERE = Path(__file__).parent / "recipes"
 RECIPES: dict[str, list[tuple[str, float]]] = {

@@ -43,21 +43,22 @@ import ray.train
 import torch
 from PIL import Image
 
-from animediffusion.models.augment import make_batch
+from animediffusion.models.augmentation.augment import make_batch
+from animediffusion.models.augmentation.lineart import xdog
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.images import to_tensor, to_uint8
-from animediffusion.models.lineart import xdog
-from animediffusion.models.training import Rows, TrainState, fit, step_generator
-from animediffusion.pipelines.dataset import Manifest, _read, decode_rows, training_dataset
-from animediffusion.pipelines.ingest import ingest
-from animediffusion.pipelines.order import Stream, Visit
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.shards import PICTURES
-from animediffusion.pipelines.synthesize import synthesize
-from animediffusion.pipelines.worker import _ddp
-from animediffusion.platform import cluster
+from animediffusion.models.tensors import to_tensor, to_uint8
+from animediffusion.models.training.loop import Rows, TrainState, fit, step_generator
+from animediffusion.pipelines.data.ingest import ingest
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.pipelines.data.read_order import Stream, Visit
+from animediffusion.pipelines.data.shards import PICTURES
+from animediffusion.pipelines.data.stream import _read, decode_rows, training_dataset
+from animediffusion.pipelines.synthetic.dataset import synthesize
+from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.training.worker import _ddp
+from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
-from animediffusion.platform.images import decode_rgb, fit_square
+from animediffusion.platform.images.codec import decode_rgb, fit_square
 from animediffusion.platform.network import why_unreachable
 
 WORLD_SIZE = 2

@@ -42,19 +42,19 @@ try:
     from torch.overrides import TorchFunctionMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from animediffusion.models import training
-    from animediffusion.models.attention import Backend, attention, explain_attention, use_attention
     from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
     from animediffusion.models.colorize import noise_for, sample_images
     from animediffusion.models.compile import compiled as compile_network
-    from animediffusion.models.denoiser import Denoiser
-    from animediffusion.models.images import to_uint8
+    from animediffusion.models.diffusion.denoiser import Denoiser
+    from animediffusion.models.network.attention import Backend, attention, explain_attention, use_attention
     from animediffusion.models.numerics import choose_numerics
-    from animediffusion.models.training import TrainState, fit, step_generator
-    from animediffusion.pipelines.recipe import load_recipe, recipe_names
-    from animediffusion.pipelines.tracks import build
-    from animediffusion.platform.images import contact_sheet, encode_png
-    from animediffusion.serve.engine import Engine, Request
+    from animediffusion.models.tensors import to_uint8
+    from animediffusion.models.training import loop as training
+    from animediffusion.models.training.loop import TrainState, fit, step_generator
+    from animediffusion.pipelines.evaluation.tracks import build
+    from animediffusion.pipelines.training.recipe import load_recipe, recipe_names
+    from animediffusion.platform.images.codec import contact_sheet, encode_png
+    from animediffusion.serve.engine.engine import Engine, Request
 except ImportError as error:
     sys.exit(f"error: {error.name}: not installed; the first lines of {__file__} list what it needs")
 

@@ -24,9 +24,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.training import Rows, TrainState, fit
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.synthesize import make_row
+from animediffusion.models.training.loop import Rows, TrainState, fit
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.pipelines.training.recipe import load_recipe
 
 SIZE, ROWS, WORKER_ROWS = 64, 8, 16
 

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from authors import their_model
 from torch import Tensor
 
-from animediffusion.models.augment import Batch
+from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import BundleConfig
-from animediffusion.models.objective import ReconstructionObjective
-from animediffusion.models.training import step_generator
-from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.models.training.loop import step_generator
+from animediffusion.models.training.objective import ReconstructionObjective
+from animediffusion.pipelines.training.recipe import load_recipe
 
 TARGETS = {"CPU seconds per step": 1 / 3, "activations, MB": 1 / 8, "peak of the process, MB": 1 / 3}
 SIDES = ("theirs", "ours, K = 1", "ours, K = 2")

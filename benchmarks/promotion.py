@@ -29,14 +29,15 @@ import torch
 from common import hardware
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform import ledger
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
-from animediffusion.platform.registry import Registry
-from animediffusion.serve.messages import Job
-from animediffusion.serve.replica import Replica
-from animediffusion.serve.versions import Follower, ModelSource
+from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry.client import Registry
+from animediffusion.serve.protocol import ColorizeJob
+from animediffusion.serve.replica.follower import Follower
+from animediffusion.serve.replica.model_source import ModelSource
+from animediffusion.serve.replica.replica import Replica
 
 SIZE = 64
 STEPS = (4, 8, 16)
@@ -96,7 +97,9 @@ class Load:
         while self._num_sent < self.num_requests:
             self._num_sent += 1
             steps, began, version = self._random.choice(STEPS), time.perf_counter(), ""
-            job = Job(lines=self.lines, reference=self.reference, seed=self._random.randrange(2**32), steps=steps)
+            job = ColorizeJob(
+                lines=self.lines, reference=self.reference, seed=self._random.randrange(2**32), steps=steps
+            )
             try:
                 version = (await self.replica.colorize(job)).model_version
             except Exception as error:

@@ -6,9 +6,8 @@ The data is what `animediffusion data ingest` made. A minute is one of the whole
 of the cores and is timed by its processor time, so that what else runs there costs it nothing; on a GPU runs follow
 each other. A run that OUT already has is not repeated. Prints markdown; OUT also gets results.json and pictures.
 
-Tracks (animediffusion.pipelines.tracks): A same, B cross (data with second pictures), C recolored, D lines/STYLE,
-E damage/KIND.
-Network evaluations: 1, 2, 4, 10, 25 on A; 4 elsewhere, 10 for the authors' sampler.
+Tracks (animediffusion.pipelines.evaluation.tracks): A same, B cross (data with second pictures), C recolored, D
+lines/STYLE, E damage/KIND. Network evaluations: 1, 2, 4, 10, 25 on A; 4 elsewhere, 10 for the authors' sampler.
 """
 
 from __future__ import annotations
@@ -28,19 +27,20 @@ import numpy as np
 import torch
 from common import RECIPES, train
 
-from animediffusion.models import authors
-from animediffusion.models.augment import Batch
+from animediffusion.models.augmentation.augment import Batch
+from animediffusion.models.authors import strict as authors
 from animediffusion.models.bundle import SamplerDefaults, save_bundle
 from animediffusion.models.colorize import noise_for, sample_images
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.images import to_uint8
-from animediffusion.pipelines.dataset import Manifest, read_split
-from animediffusion.pipelines.metrics import detail, score, trivial_results
-from animediffusion.pipelines.perceptual import perceptual, require
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.tracks import TRACKS, build
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.tensors import to_uint8
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import detail, score, trivial_results
+from animediffusion.pipelines.evaluation.perceptual import perceptual, require
+from animediffusion.pipelines.evaluation.tracks import TRACKS, build
+from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
-from animediffusion.platform.images import contact_sheet, encode_png
+from animediffusion.platform.images.codec import contact_sheet, encode_png
 
 TRIVIAL = ("copy_reference", "mean_color", "sketch")
 EVALUATIONS = (1, 2, 4, 10, 25)
@@ -261,7 +261,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="pictures of val that are measured")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else CORES, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("quality"))
-    parser.add_argument("--weights", type=Path, help="folder of pipelines/perceptual.py's files, for LPIPS and FID")
+    parser.add_argument(
+        "--weights", type=Path, help="folder of pipelines/evaluation/perceptual.py's files, for LPIPS and FID"
+    )
     parser.add_argument("--job", nargs=2, metavar=("RECIPE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:

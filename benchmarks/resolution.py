@@ -31,11 +31,11 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.colorize import colorize
-from animediffusion.models.images import to_tensor, to_uint8
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform.images import letterbox, unletterbox
-from animediffusion.serve.lines import Drawing, as_gray, for_network, read_drawing
-from animediffusion.serve.resolution import layer_of, to_picture
+from animediffusion.models.tensors import to_tensor, to_uint8
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.images.codec import letterbox, unletterbox
+from animediffusion.serve.rendering.sketch import Drawing, as_gray, for_network, read_drawing
+from animediffusion.serve.rendering.upsample import layer_of, to_picture
 
 Array = NDArray[np.uint8]
 

@@ -27,9 +27,9 @@ import torch
 from ray import serve
 
 from animediffusion.models.bundle import BundleConfig, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform.images import encode_png
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.server import start
 

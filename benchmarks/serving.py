@@ -35,11 +35,11 @@ import torch
 from serving_sides import Side, run_side
 
 from animediffusion.models.bundle import load_bundle, save_bundle
-from animediffusion.models.images import to_tensor
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform.images import encode_png
-from animediffusion.serve.engine import Engine, Request
+from animediffusion.models.tensors import to_tensor
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.serve.engine.engine import Engine, Request
 
 STEPS = (4, 8, 16, 25)
 SIZE, NUM_PAIRS = 64, 8

@@ -3,7 +3,7 @@
 one      one request at a time behind FastAPI and uvicorn
 batch    @serve.batch on Ray Serve: what came within 10 ms runs together, each row at its own times, to the end of the
          longest
-ours     serve/engine.py in a Replica, behind FastAPI and uvicorn
+ours     serve/engine/engine.py in a Replica, behind FastAPI and uvicorn
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastapi import FastAPI
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.colorize import noise_for
-from animediffusion.models.images import to_tensor, to_uint8
-from animediffusion.models.sampler import build_sampler, cat_states, sample_times
-from animediffusion.platform.images import letterbox
-from animediffusion.serve.api import create_app
-from animediffusion.serve.engine import settings_for
-from animediffusion.serve.lines import Pixels, for_network
-from animediffusion.serve.messages import Answer, Job, Preview
-from animediffusion.serve.replica import Replica
+from animediffusion.models.diffusion.sampler import build_sampler, cat_states, sample_times
+from animediffusion.models.tensors import to_tensor, to_uint8
+from animediffusion.platform.images.codec import letterbox
+from animediffusion.serve.api.app import create_app
+from animediffusion.serve.engine.engine import settings_for
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.rendering.sketch import Pixels, for_network
+from animediffusion.serve.replica.replica import Replica
 
 BATCH_WAIT_S = 0.01
 
@@ -56,13 +56,13 @@ class Rival:
         self.bundle: Bundle = load_bundle(side.model, dtype=getattr(torch, side.precision))
         self.turn = asyncio.Lock()
 
-    async def colorize(self, job: Job) -> Answer:
+    async def colorize(self, job: ColorizeJob) -> Answer:
         """One at a time."""
         async with self.turn:
             [picture] = await asyncio.to_thread(color_together, self.bundle, [job])
         return Answer(picture=picture, model_version="1")
 
-    async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
+    async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """The answer, without previews."""
         yield await self.colorize(job)
 
@@ -76,7 +76,7 @@ class Rival:
 
 
 @torch.inference_mode()
-def color_together(bundle: Bundle, jobs: list[Job]) -> list[Pixels]:
+def color_together(bundle: Bundle, jobs: list[ColorizeJob]) -> list[Pixels]:
     """A fixed batch: one encoding, then as many evaluations of all rows as the longest needs."""
     denoiser, size = bundle.denoiser, bundle.config.image_size
     sketch = torch.cat([_tensor(for_network(job.lines, size)) for job in jobs])
@@ -126,11 +126,11 @@ async def _serve_batch(side: Side) -> None:
         def __serve_build_asgi_app__(self) -> FastAPI:
             return create_app(self, timeout_s=side.timeout_s, names_requests=False)
 
-        async def colorize(self, job: Job) -> Answer:
+        async def colorize(self, job: ColorizeJob) -> Answer:
             return Answer(picture=await self.together(job), model_version="1")
 
         @serve.batch(max_batch_size=side.max_batch, batch_wait_timeout_s=BATCH_WAIT_S)
-        async def together(self, jobs: list[Job]) -> list[Pixels]:
+        async def together(self, jobs: list[ColorizeJob]) -> list[Pixels]:
             return await asyncio.to_thread(color_together, self.bundle, jobs)
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

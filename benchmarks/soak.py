@@ -38,8 +38,8 @@ import torch
 from PIL import Image
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.platform.keys import Keys
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.platform.api_keys import Keys
 
 UPLOAD_TIMEOUT_S = 2.0
 MAX_BODY_BYTES = 1_000_000
@@ -317,10 +317,10 @@ def _serve_alone(model: Path, keys: str, port: int) -> None:
     """The application behind uvicorn, in this process, until it is ended."""
     import uvicorn
 
-    from animediffusion.platform.keys import Keyring
-    from animediffusion.serve import journal
-    from animediffusion.serve.api import create_app
-    from animediffusion.serve.replica import Replica
+    from animediffusion.platform.api_keys import Keyring
+    from animediffusion.serve.api import access_log as journal
+    from animediffusion.serve.api.app import create_app
+    from animediffusion.serve.replica.replica import Replica
 
     torch.set_num_threads(1)
     journal.write_to(model.parent / "requests.jsonl")

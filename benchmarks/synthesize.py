@@ -17,8 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import PIL
 
-from animediffusion.pipelines.synthesize import Row, make_row
-from animediffusion.platform.images import encode_png
+from animediffusion.pipelines.synthetic.dataset import DrawnRow, make_row
+from animediffusion.platform.images.codec import encode_png
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 def measure(size: int, count: int) -> tuple[float, float]:
     """CPU seconds per row for drawing and for encoding."""
     make_row(1, 0, size)  # tables of curve weights are made once
-    rows: list[Row] = []
+    rows: list[DrawnRow] = []
     draw = _cpu_seconds(lambda: rows.extend(make_row(0, index, size) for index in range(count)))
     encode = _cpu_seconds(lambda: [encode_png(array) for row in rows for array in row])
     return draw / count, encode / count

@@ -41,13 +41,13 @@ from common import clock, drawn, hardware, matmul_flops, peak_mb
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from animediffusion.models.attention import Backend, use_attention
-from animediffusion.models.augment import Batch, make_batch
-from animediffusion.models.authors_weights import from_authors
+from animediffusion.models.augmentation.augment import Batch, make_batch
+from animediffusion.models.authors.weights import from_authors
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.objective import ReconstructionObjective
-from animediffusion.models.training import MALLOC, Rows, TrainState, fit, step_generator
-from animediffusion.pipelines.recipe import TrainConfig, load_recipe
+from animediffusion.models.network.attention import Backend, use_attention
+from animediffusion.models.training.loop import MALLOC, Rows, TrainState, fit, step_generator
+from animediffusion.models.training.objective import ReconstructionObjective
+from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe
 
 BLOCK = 2
 """Steps of a turn; the first turn of a side is not counted."""
@@ -271,7 +271,7 @@ def _rows(job: Job, device: torch.device) -> list[Rows]:
         arrays = drawn(count, job.size)
     else:
         # Imported where it is needed: the rest runs where there is neither Ray nor pyarrow (gpu.py).
-        from animediffusion.pipelines.dataset import read_split
+        from animediffusion.pipelines.data.stream import read_split
 
         arrays = read_split(job.data, "train", limit=count)
         arrays.pop("id")

@@ -29,23 +29,24 @@ from typing import Any
 import ray
 import torch
 
-from animediffusion.models.averages import Averages, read_averages
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
-from animediffusion.models.guidance import EVERYWHERE
-from animediffusion.models.sampler import SAMPLERS
-from animediffusion.pipelines.evaluate import evaluate
-from animediffusion.pipelines.front import draw_front
-from animediffusion.pipelines.ingest import prepare
-from animediffusion.pipelines.measure import Rows, load_rows, measure
-from animediffusion.pipelines.pareto import Point, describe, pareto_front
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.schedule import tune_schedule
-from animediffusion.pipelines.space import SamplerSpace
-from animediffusion.pipelines.synthesize import synthesize
-from animediffusion.pipelines.train import train
-from animediffusion.pipelines.trials import Journal
-from animediffusion.pipelines.tune import search
-from animediffusion.platform import cluster
+from animediffusion.models.diffusion.guidance import EVERYWHERE
+from animediffusion.models.diffusion.sampler import SAMPLERS
+from animediffusion.models.training.ema import Averages, read_averages
+from animediffusion.pipelines.data.ingest import prepare
+from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.evaluation.measure import Rows, load_rows, measure
+from animediffusion.pipelines.evaluation.point import Point
+from animediffusion.pipelines.synthetic.dataset import synthesize
+from animediffusion.pipelines.training.driver import train
+from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.tuning.optuna_searcher import TrialLog
+from animediffusion.pipelines.tuning.pareto import describe, pareto_front
+from animediffusion.pipelines.tuning.plots import draw_front
+from animediffusion.pipelines.tuning.sampler_search import search
+from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
+from animediffusion.pipelines.tuning.schedule_search import tune_schedule
+from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 
@@ -80,7 +81,7 @@ def grid(space: SamplerSpace) -> list[SamplerDefaults]:
 
 
 def measure_all(
-    bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], journal: Journal
+    bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], journal: TrialLog
 ) -> list[Point]:
     """Each of the settings on Ray; what the journal has is not measured again."""
     found = [Point.of(entry["measured"]) for entry in journal.read()]
@@ -114,7 +115,7 @@ def sampler_table(model: str, data: str, images: int, searches: int, out: Path) 
     averages = read_averages(bundle)
     sampled = grid(SamplerSpace(bundle.denoiser.path, bundle.config.sampler))
     settings: list[Setting] = list(itertools.product(sampled, [None, *averages.kept]))
-    whole = measure_all(bundle, averages, rows, settings, Journal(out / "grid" / "points.jsonl"))
+    whole = measure_all(bundle, averages, rows, settings, TrialLog(out / "grid" / "points.jsonl"))
     (out / "grid.png").write_bytes(draw_front(whole, whole[0]))
     trials = len(sampled) // 4
     begun, found = time.monotonic(), []

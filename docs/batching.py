@@ -21,8 +21,8 @@ from pictures import EDGE, FAINT, INK, PAPER, Array, Board, save
 from PIL import ImageDraw
 
 from animediffusion.models.bundle import Bundle, BundleConfig, load_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.serve.engine import Engine, Request, Turn
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.serve.engine.engine import Engine, Request, Turn
 
 SEED = 3
 MAX_BATCH = 8

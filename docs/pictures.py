@@ -22,22 +22,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from animediffusion.models.augment import Batch
+from animediffusion.models.augmentation.augment import Batch
+from animediffusion.models.augmentation.lineart import LUMA
+from animediffusion.models.augmentation.patch_shuffle import patch_order, shuffle
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize, noise_for
-from animediffusion.models.images import to_tensor, to_uint8
-from animediffusion.models.lineart import LUMA
-from animediffusion.models.path import Path as NoisePath
-from animediffusion.models.path import PathConfig, build_path
-from animediffusion.models.sampler import build_sampler, sample_times
-from animediffusion.models.shuffle import patch_order, shuffle
-from animediffusion.pipelines.dataset import read_split
-from animediffusion.pipelines.faces import draw, random_character, random_geometry
-from animediffusion.pipelines.metrics import score
-from animediffusion.pipelines.palette import random_palette
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.pipelines.tracks import build
-from animediffusion.platform.images import contact_sheet
+from animediffusion.models.diffusion.path import Path as NoisePath
+from animediffusion.models.diffusion.path import PathConfig, build_path
+from animediffusion.models.diffusion.sampler import build_sampler, sample_times
+from animediffusion.models.tensors import to_tensor, to_uint8
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import score
+from animediffusion.pipelines.evaluation.tracks import build
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.pipelines.synthetic.faces import draw, random_character, random_geometry
+from animediffusion.pipelines.synthetic.palette import random_palette
+from animediffusion.platform.images.codec import contact_sheet
 
 Array = NDArray[np.uint8]
 

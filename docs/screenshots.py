@@ -21,8 +21,8 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from animediffusion.serve.api import create_app
-from animediffusion.serve.replica import Replica
+from animediffusion.serve.api.app import create_app
+from animediffusion.serve.replica.replica import Replica
 
 LIMIT = 200_000
 """Bytes of a picture; what would be larger gets 256 colors."""

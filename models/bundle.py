@@ -2,7 +2,7 @@
 
 config.json model.safetensors metrics.json card.md checksums.json; no pickle anywhere. Its identity is
 the sha256 of config.json and model.safetensors. What coloring does not need may lie beside: averages.safetensors, see
-models/averages.py.
+models/training/ema.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from animediffusion.models.denoiser import Denoiser, Prediction
-from animediffusion.models.path import PathConfig
-from animediffusion.models.sampler import SAMPLERS, build_sampler, sample, sample_times
-from animediffusion.models.unet import UNetConfig
+from animediffusion.models.diffusion.denoiser import Denoiser, Prediction
+from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.models.diffusion.sampler import SAMPLERS, build_sampler, sample, sample_times
+from animediffusion.models.network.unet import UNetConfig
 
 FORMAT = 1
 IDENTITY_FILES = ("config.json", "model.safetensors")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.guidance import guided, is_guided
-from animediffusion.models.path import Path
-from animediffusion.models.sampler import build_sampler, sample, sample_times
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.diffusion.guidance import guided, is_guided
+from animediffusion.models.diffusion.path import Path
+from animediffusion.models.diffusion.sampler import build_sampler, sample, sample_times
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import copy
 
 import torch
 
-from animediffusion.models.denoiser import Denoiser
+from animediffusion.models.diffusion.denoiser import Denoiser
 
 METHODS = ("encode", "encode_reference", "combine", "denoise")
 """Methods of a network that are called from outside."""

@@ -3,8 +3,8 @@
     for check in checks(settings, [attention_probe]):
         print("ok " if check.ok else "NO ", check.name, check.detail)
 
-On a cluster, every node is asked, too (platform/nodes.py). Not here: anything that needs torch; the caller hands such
-checks over as functions.
+On a cluster, every node is asked, too (platform/cluster/node_report.py). Not here: anything that needs torch; the
+caller hands such checks over as functions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from typing import Any
 import psutil
 
 import animediffusion
-from animediffusion.platform import cluster, jobs, nodes, s3, tracking
+from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import jobs
+from animediffusion.platform.cluster import node_report as nodes
+from animediffusion.platform.cluster.node_report import PACKAGES
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import temporary_folder_problem, why_unreachable, without_password
-from animediffusion.platform.nodes import PACKAGES
+from animediffusion.platform.storage import s3
+from animediffusion.platform.tracking import run as tracking
 
 OPTIONAL_PACKAGES = ("xformers", "torchvision")
 PYTHONS = ((3, 11), (3, 13))

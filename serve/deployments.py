@@ -5,7 +5,7 @@
 
 All limits follow from one number, `max_batch`: an engine replica is asked to run that many requests, may hold twice
 as many, and the rest waits in the ingress or is told to come back later. Engines come and go with the pending work,
-see serve/scaling.py.
+see serve/autoscaling.py.
 """
 
 # No `from __future__ import annotations` here: Ray Serve checks a config file's `args` against the class that stands in
@@ -27,20 +27,22 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from animediffusion.models.attention import use_attention
+from animediffusion.models.network.attention import use_attention
 from animediffusion.models.numerics import choose_numerics
+from animediffusion.platform.api_keys import Keyring, Keys
 from animediffusion.platform.config import Config, Settings
 from animediffusion.platform.errors import ConfigError
-from animediffusion.platform.keys import Keyring, Keys
-from animediffusion.serve import journal, scaling
-from animediffusion.serve.api import create_app
-from animediffusion.serve.backend import RayBackend
-from animediffusion.serve.device import Precision, usable_device
-from animediffusion.serve.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
-from animediffusion.serve.messages import Answer, Job, Preview
-from animediffusion.serve.metrics import Exporter
-from animediffusion.serve.replica import Replica
-from animediffusion.serve.versions import Follower, ModelSource
+from animediffusion.serve import autoscaling as scaling
+from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api.app import create_app
+from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.ray_backend import RayBackend
+from animediffusion.serve.replica.device import Precision, usable_device
+from animediffusion.serve.replica.follower import Follower
+from animediffusion.serve.replica.model_source import ModelSource
+from animediffusion.serve.replica.prometheus import Exporter
+from animediffusion.serve.replica.replica import Replica
 
 APP_NAME = "animediffusion"
 STARTING_PATIENCE_S = 60.0
@@ -203,12 +205,12 @@ class EngineDeployment:
         self.exporter = Exporter(self.follower)
         self.exporter.start()
 
-    async def colorize(self, job: Job) -> Answer:
+    async def colorize(self, job: ColorizeJob) -> Answer:
         """See Replica.colorize."""
         await self._wait_for_a_model()
         return await self.replica.colorize(job)
 
-    async def stream(self, job: Job) -> AsyncIterator[Preview | Answer]:
+    async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """See Replica.stream."""
         await self._wait_for_a_model()
         async for item in self.replica.stream(job):

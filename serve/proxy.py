@@ -5,8 +5,8 @@
 Serve's proxy answers some requests itself, in plain text: no application at the path (404), too many waiting (429), no
 replica to answer (503), its own time limit (408), a replica that died on the way (500). It also reads a body into
 memory however long it is, before the application has seen a byte, and lets clients set its time limit and name replicas
-by headers. This middleware mends all of that. Ray reads the variable when a proxy starts: platform/cluster.py sets it
-for what this package starts, infra/docker/Dockerfile for the nodes of a cluster.
+by headers. This middleware mends all of that. Ray reads the variable when a proxy starts: platform/cluster/connect.py
+sets it for what this package starts, infra/docker/Dockerfile for the nodes of a cluster.
 
 Not mended: what uvicorn refuses before any application (a request that is no HTTP: 400), and a connection cut because
 the node of the proxy is gone.
@@ -24,9 +24,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from animediffusion.platform.errors import ConfigError
-from animediffusion.serve import journal
-from animediffusion.serve.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, refusal, request_id_of
-from animediffusion.serve.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
+from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, refusal, request_id_of
+from animediffusion.serve.api.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
 
 BODY_VARIABLE = "ANIMEDIFFUSION_MAX_BODY_BYTES"
 """Bytes of a body that the proxy lets through; the applications' own `max_body_bytes` may be less."""

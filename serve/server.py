@@ -23,14 +23,14 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from animediffusion.models.bundle import verify
-from animediffusion.platform import cluster
+from animediffusion.platform.api_keys import Keys
+from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
-from animediffusion.platform.keys import Keys
 from animediffusion.platform.network import is_uri
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.proxy import max_body_bytes
-from animediffusion.serve.versions import ModelSource
+from animediffusion.serve.replica.model_source import ModelSource
 
 READY_TIMEOUT_S = 120.0
 

@@ -20,11 +20,11 @@ import torch
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
-from animediffusion.models.images import from_pixels, to_uint8
+from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError
-from animediffusion.platform.images import letterbox
-from animediffusion.serve.lines import as_gray, for_network
-from animediffusion.serve.pictures import Size, read_picture, read_sketch, render
+from animediffusion.platform.images.codec import letterbox
+from animediffusion.serve.rendering.render import Size, read_picture, read_sketch, render
+from animediffusion.serve.rendering.sketch import as_gray, for_network
 
 
 def paint(

@@ -5,7 +5,7 @@ import uuid
 import torch
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle
-from animediffusion.models.unet import UNetConfig
+from animediffusion.models.network.unet import UNetConfig
 from animediffusion.platform.config import Settings
 
 SIZES = {"base_channels": 32, "num_res_blocks": 1, "head_channels": 32, "reference_channels": 32}

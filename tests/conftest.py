@@ -14,10 +14,10 @@ import torch
 from faults import FaultyStore
 from moto.server import ThreadedMotoServer
 
-from animediffusion.pipelines.dataset import Manifest, Split, write_shard
-from animediffusion.pipelines.shards import PICTURES
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform.images import encode_lossless
+from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
+from animediffusion.pipelines.data.shards import PICTURES
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.images.codec import encode_lossless
 
 # An example may take as long as a busy machine needs.
 hypothesis.settings.register_profile("suite", deadline=None)

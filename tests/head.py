@@ -61,7 +61,10 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     command += [f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
     command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", *options]
     head = Head(f"http://127.0.0.1:{port}", token, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", folder)
-    variables = {**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all on loopback, as in platform/cluster.py
+    variables = {
+        **environment,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }  # all on loopback, as in platform/cluster/connect.py
     try:
         with _started(command, folder / "log", token, variables):
             _wait(head, folder / "log")

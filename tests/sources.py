@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from animediffusion.pipelines.dataset import Manifest
-from animediffusion.pipelines.ingest import Job
+from animediffusion.pipelines.data.ingest import IngestJob
+from animediffusion.pipelines.data.manifest import Manifest
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -39,5 +39,5 @@ def in_this_process(
         yield {name: values[0] for name, values in made.items()}
 
 
-def without_ray(job: Job) -> Manifest:
+def without_ray(job: IngestJob) -> Manifest:
     return job.run(spread=in_this_process)

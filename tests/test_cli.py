@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from animediffusion import cli
+from animediffusion.cli import app as cli
 from animediffusion.models.bundle import BundleConfig, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.pipelines.recipe import load_recipe, plain
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.pipelines.training.recipe import load_recipe, plain
 from animediffusion.platform.errors import Interrupted
 
 
@@ -239,7 +239,7 @@ def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, f
     def broken(*_):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("animediffusion.pipelines.plan.plan", broken)
+    monkeypatch.setattr("animediffusion.pipelines.training.plan.plan", broken)
     code, _, err = command("train", "demo", f"data={faces_dataset}")
     assert (code, err) == (1, ["error: RuntimeError: first line; run again with --debug"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from animediffusion.platform.images import decode_rgb
+from animediffusion.platform.images.codec import decode_rgb
 
 pytestmark = pytest.mark.ray
 

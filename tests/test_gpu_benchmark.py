@@ -10,7 +10,7 @@ BENCHMARK = ROOT / "benchmarks" / "gpu.py"
 
 BROKEN = """
 import runpy, sys
-from animediffusion.models.muon import Muon
+from animediffusion.models.training.muon import Muon
 real, made = Muon.step, []
 
 def step(muon, rate):

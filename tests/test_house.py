@@ -21,10 +21,10 @@ from packaging.specifiers import SpecifierSet
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 from ray.serve.schema import ServeDeploySchema
 
-from animediffusion import cli
-from animediffusion.pipelines.recipe import load_recipe, recipe_names
+from animediffusion.cli import app as cli
+from animediffusion.pipelines.training.recipe import load_recipe, recipe_names
+from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.errors import ConfigError
-from animediffusion.platform.keys import Keys
 from animediffusion.serve.deployments import build_app
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_the_package_reaches_a_folder_through_a_committed_relative_link(folder):
 
 
 def test_help_lists_the_verbs_and_imports_nothing_heavy():
-    code = "import sys; from animediffusion.cli import run; run(['--help']); print('loaded', *sys.modules)"
+    code = "import sys; from animediffusion.cli.app import run; run(['--help']); print('loaded', *sys.modules)"
     shown, _, loaded = python("-c", code, cwd=ROOT, path="").partition("loaded ")
     listed = re.findall(r"^  (\w+)  ", shown.partition("Commands:")[2], flags=re.MULTILINE)
     assert set(listed) == VERBS
@@ -285,6 +285,6 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     python(*install, cwd=tmp_path, path="")
     assert "Usage: animediffusion" in python("-m", "animediffusion", "--help", cwd=tmp_path, path=installed)
-    code = "import animediffusion.models.unet as one; print(one.__file__)"
+    code = "import animediffusion.models.network.unet as one; print(one.__file__)"
     found = python("-c", code, cwd=tmp_path, path=installed).strip()
-    assert Path(found) == installed / "animediffusion/models/unet.py"
+    assert Path(found) == installed / "animediffusion/models/network/unet.py"

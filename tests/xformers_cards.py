@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from torch._subclasses import fake_tensor
 
-from animediffusion.models import attention, unet
-from animediffusion.pipelines.recipe import load_recipe, recipe_names
+from animediffusion.models.network import attention, unet
+from animediffusion.pipelines.training.recipe import load_recipe, recipe_names
 
 CARDS = {
     "T4": (7, 5),

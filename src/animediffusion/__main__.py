@@ -1,6 +1,6 @@
 """`python -m animediffusion VERB` is the same as `animediffusion VERB`."""
 
-from animediffusion.cli import main
+from animediffusion.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -57,7 +57,7 @@ class Console:
 
     @contextmanager
     def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A function that shows a training report (pipelines/train.py)."""
+        """A function that shows a training report (pipelines/training/driver.py)."""
         with self._bar("training") as move:
             shown = 0
 

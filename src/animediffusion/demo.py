@@ -20,21 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from animediffusion.console import Console
-from animediffusion.pipelines import release
-from animediffusion.pipelines.evaluate import evaluate, evaluate_and_record
-from animediffusion.pipelines.ingest import prepare
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.synthesize import Row, make_row, synthesize
-from animediffusion.pipelines.train import train
-from animediffusion.pipelines.tune import tune_sampler
-from animediffusion.platform import cluster
+from animediffusion.pipelines.data.ingest import prepare
+from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release.record import evaluate_and_record
+from animediffusion.pipelines.synthetic.dataset import DrawnRow, make_row, synthesize
+from animediffusion.pipelines.training.driver import train
+from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.tuning.sampler_search import tune_sampler
+from animediffusion.platform.api_keys import Keys
+from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
-from animediffusion.platform.images import contact_sheet, decode_rgb, encode_png
-from animediffusion.platform.keys import Keys
-from animediffusion.serve.client import API_KEY, RemotePainter
+from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
+from animediffusion.serve.client.colorize_files import Options
+from animediffusion.serve.client.remote import API_KEY, RemotePainter
 from animediffusion.serve.deployments import ServeConfig
-from animediffusion.serve.painter import Options
 from animediffusion.serve.server import check_address, running
 
 SIZE = 64
@@ -127,7 +128,7 @@ def _color(url: str, folder: Path, console: Console) -> Path:
     lines: list[list[NDArray[np.uint8]]] = []
     with RemotePainter(url) as painter:
         for number in range(NUM_DRAWINGS):
-            row: Row = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
+            row: DrawnRow = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
             sketch, reference = encode_png(row.sketch), encode_png(row.cross_reference)
             painting = painter.paint(sketch, reference, Options(seed=number), thing=f"drawing {number + 1}")
             (folder / f"drawing_{number + 1}.png").write_bytes(painting.picture)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from animediffusion.platform.images import decode_rgb
+from animediffusion.platform.images.codec import decode_rgb
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.platform.images import decode_rgb
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.platform.images.codec import decode_rgb
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from animediffusion.platform.images import decode_rgb
+from animediffusion.platform.images.codec import decode_rgb
 
 TEXT = Path(__file__).parents[2] / "docs" / "walkthrough.md"
 SMALL = {"IMAGES": "120", "MINUTES": "0.2", "TRIALS": "2"}

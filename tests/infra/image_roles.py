@@ -31,7 +31,7 @@ from moto.server import ThreadedMotoServer
 from servers import postgres
 from sqlalchemy import create_engine, text
 
-from animediffusion.platform.images import encode_png
+from animediffusion.platform.images.codec import encode_png
 
 WAIT_S = 300
 """For a server to answer."""

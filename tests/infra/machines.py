@@ -34,10 +34,10 @@ from moto.server import ThreadedMotoServer
 from servers import MlflowServer
 from tiny import NETWORK
 
-from animediffusion.pipelines.checkpoints import latest_step
-from animediffusion.pipelines.synthesize import synthesize
-from animediffusion.platform import storage
-from animediffusion.platform.images import encode_png
+from animediffusion.pipelines.synthetic.dataset import synthesize
+from animediffusion.pipelines.training.checkpoints import latest_step
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.storage import files as storage
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -85,9 +85,9 @@ exec chroot root sleep infinity
 VERBS = """
 import json, sys
 from ray.train.torch import TorchConfig
-from animediffusion import cli
-from animediffusion.pipelines import train
-from animediffusion.pipelines.worker import train_worker
+from animediffusion.cli import app as cli
+from animediffusion.pipelines.training import driver as train
+from animediffusion.pipelines.training.worker import train_worker
 
 def on_the_cpu(config):
     import ray.train.torch, torch

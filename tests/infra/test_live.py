@@ -30,13 +30,13 @@ from stack import Stack, composed, stack
 from tiny import NETWORK
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.pipelines.gauges import GAUGES, PREFIX
-from animediffusion.pipelines.synthesize import synthesize
-from animediffusion.platform import jobs
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.pipelines.synthetic.dataset import synthesize
+from animediffusion.pipelines.training.prometheus import GAUGES, PREFIX
+from animediffusion.platform.api_keys import Keys
+from animediffusion.platform.cluster import jobs
 from animediffusion.platform.config import Settings
-from animediffusion.platform.keys import Keys
-from animediffusion.platform.registry import Registry
+from animediffusion.platform.registry.client import Registry
 
 pytestmark = pytest.mark.ray
 

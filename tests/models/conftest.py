@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from animediffusion.models.augment import Batch
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.path import PathConfig
-from animediffusion.models.unet import UNetConfig
+from animediffusion.models.augmentation.augment import Batch
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.models.network.unet import UNetConfig
 
 SIZE = 16
 

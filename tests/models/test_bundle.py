@@ -15,7 +15,7 @@ from animediffusion.models.bundle import (
     with_sampler,
 )
 from animediffusion.models.colorize import colorize
-from animediffusion.models.path import PathConfig
+from animediffusion.models.diffusion.path import PathConfig
 
 
 @pytest.fixture

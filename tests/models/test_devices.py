@@ -32,8 +32,9 @@ def main(recipe):
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from animediffusion.models import objective, training
-    from animediffusion.pipelines.recipe import load_recipe
+    from animediffusion.models.training import loop as training
+    from animediffusion.models.training import objective
+    from animediffusion.pipelines.training.recipe import load_recipe
 
     aten, make = torch.ops.aten, torch.tensor
     waits = []

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from animediffusion.models.augment import Batch
+from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import SamplerDefaults
-from animediffusion.models.denoiser import Denoiser
-from animediffusion.models.objective import DenoisingConfig, ObjectiveConfig
-from animediffusion.models.path import PathConfig
-from animediffusion.models.training import step_generator
-from animediffusion.models.unet import UNetConfig
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.models.training.loop import step_generator
+from animediffusion.models.training.objective import DenoisingConfig, ObjectiveConfig
 
 PHASES = ("denoising", "reconstruction")
 SIZE, STEP, SEED = 16, 5, 1

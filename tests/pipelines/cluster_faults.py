@@ -24,9 +24,9 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from tiny import NETWORK
 
-from animediffusion.pipelines import train as training
-from animediffusion.pipelines.checkpoints import list_steps
-from animediffusion.pipelines.recipe import load_recipe
+from animediffusion.pipelines.training import driver as training
+from animediffusion.pipelines.training.checkpoints import list_steps
+from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
 EVERY = 57  # workers agree every 10 steps: what a notice saves is not what was due anyway

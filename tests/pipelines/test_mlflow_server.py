@@ -7,15 +7,16 @@ import pytest
 from bundles import evaluation, new_model, write_bundle
 from servers import MlflowServer, postgres
 
-from animediffusion.pipelines import release
+from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
-from animediffusion.platform.registry import Registry
-from animediffusion.platform.turn import turn
+from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.client import Registry
 
 PROMOTE = """
 import sys
-from animediffusion.pipelines import release
+from animediffusion.pipelines.release import promote as release
 from animediffusion.platform.config import Settings
 settings = Settings.from_environment(workspace=sys.argv[1], model_name=sys.argv[2])
 for version in sys.argv[3:]:
@@ -97,7 +98,7 @@ def test_a_team_has_postgresql_s3_and_passwords(team, tmp_path, monkeypatch):
     check_ledger(settings, 2)
     fetched = Registry(settings).fetch(f"models:/{settings.model_name}@champion")
     champion = Registry(settings).get("champion")
-    assert release.check_bundle(fetched).sha256 == champion.sha256
+    assert check_bundle(fetched).sha256 == champion.sha256
     shown = release.show(settings, 2, tmp_path / "samples.png")
     assert [one["version"] for one in shown["lineage"]] == [2, 1]
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")

@@ -8,9 +8,9 @@ import torch
 from tiny import NETWORK
 
 from animediffusion.models.bundle import load_bundle
-from animediffusion.pipelines.evaluate import evaluate
-from animediffusion.pipelines.recipe import load_recipe
-from animediffusion.pipelines.train import train
+from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.training.driver import train
+from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import TrainingError
 
@@ -44,12 +44,12 @@ def replace_worker(monkeypatch, change):
     """Run `change` (a function without globals) in each worker before it begins."""
 
     def body(config):
-        from animediffusion.pipelines import worker
+        from animediffusion.pipelines.training import worker
 
         change(worker)
         worker.train_worker(config)
 
-    monkeypatch.setattr("animediffusion.pipelines.train.train_worker", body)
+    monkeypatch.setattr("animediffusion.pipelines.training.driver.train_worker", body)
 
 
 def test_a_run_that_is_out_of_gpu_memory_is_not_tried_again_and_says_what_to_lower(
@@ -127,12 +127,12 @@ def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(
 def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(
     ray_cluster, settings, recipe, monkeypatch
 ):
-    from animediffusion.pipelines import train as module
+    from animediffusion.pipelines.training import driver as module
 
     build, fits = module._dataset, []
 
     def few(work, gpu, world_size):
-        from animediffusion.pipelines import dataset
+        from animediffusion.pipelines.data import dataset
 
         dataset.MOST_VISITS = 4  # one of 64 rows for each rank: 32 steps of 2
         return build(work, gpu, world_size)

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from animediffusion.platform import cluster, doctor
+from animediffusion.platform import doctor
+from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.doctor import Check
 from animediffusion.platform.errors import ClusterError

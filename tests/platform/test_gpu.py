@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from animediffusion import cli
-from animediffusion.platform import tracking
+from animediffusion.cli import doctor as doctor_command
 from animediffusion.platform.config import Settings
 from animediffusion.platform.gpu import Driver, driver, why_unused
-from animediffusion.platform.tracking import TRAINING, Run
+from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking.run import TRAINING, Run
 
 OLD = Driver("535.104.05", (12, 2), ("Tesla T4", "Tesla T4"))
 
@@ -75,7 +75,7 @@ def test_hidden_gpus_are_nobodys_fault(old_driver: None, monkeypatch: pytest.Mon
 def test_doctor_is_not_well_where_torch_cannot_use_the_gpu(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check = cli._torch_probe()
+    check = doctor_command._torch_probe()
     assert not check.ok
     assert "driver 535.104.05 runs CUDA 12.2 and is too old for 13.0" in check.detail
 

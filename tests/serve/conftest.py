@@ -12,12 +12,12 @@ import torch
 import uvicorn
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
-from animediffusion.models.unet import UNetConfig
-from animediffusion.platform.images import encode_png
-from animediffusion.platform.keys import Keyring, Keys
-from animediffusion.serve import journal
-from animediffusion.serve.api import create_app
-from animediffusion.serve.replica import Replica
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.platform.api_keys import Keyring, Keys
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api.app import create_app
+from animediffusion.serve.replica.replica import Replica
 
 SIZE = 32
 

@@ -10,7 +10,7 @@ import ray
 from ports import free_port
 from ray import serve
 
-from animediffusion.platform.keys import Keys
+from animediffusion.platform.api_keys import Keys
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.server import start
 

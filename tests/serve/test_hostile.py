@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from animediffusion.platform.keys import Keyring
-from animediffusion.serve.api import create_app
+from animediffusion.platform.api_keys import Keyring
+from animediffusion.serve.api.app import create_app
 
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 

@@ -13,12 +13,12 @@ from ports import free_port
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
-from animediffusion.pipelines import release
-from animediffusion.pipelines.canary import canary
+from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release.canary import canary
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError
-from animediffusion.platform.images import encode_png
-from animediffusion.platform.registry import Registry
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.deployments import APP_NAME, ServeConfig
 from animediffusion.serve.server import start
 

@@ -18,9 +18,9 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from animediffusion.models.bundle import load_bundle
-from animediffusion.pipelines import release
-from animediffusion.pipelines.synthesize import make_row
-from animediffusion.platform.images import encode_png
+from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.standalone import paint
 
 REGISTRY_TEXT = Path(__file__).parents[2] / "docs" / "registry.md"

@@ -11,10 +11,10 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from programs import chromium
 
-from animediffusion.platform.images import encode_png
-from animediffusion.serve.api import create_app
-from animediffusion.serve.messages import BusyError
-from animediffusion.serve.replica import Replica
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.serve.api.app import create_app
+from animediffusion.serve.protocol import BusyError
+from animediffusion.serve.replica.replica import Replica
 
 pytestmark = pytest.mark.browser
 

@@ -9,7 +9,7 @@ from ports import free_port
 from ray import serve
 from ray.serve._private.http_util import convert_object_to_asgi_messages
 
-from animediffusion.serve.problems import MEDIA_TYPE
+from animediffusion.serve.api.problems import MEDIA_TYPE
 from animediffusion.serve.proxy import ProxyErrors
 
 PROBLEM = "application/problem+json"

@@ -14,11 +14,11 @@ from ports import free_port
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
+from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
-from animediffusion.platform.images import encode_png
-from animediffusion.platform.keys import Keys
-from animediffusion.platform.registry import Registry
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
 from animediffusion.serve.server import _config, _for_host, check_address, check_model, running, start
 

@@ -1,0 +1,145 @@
+"""Network + path + prediction type = an estimate of the image x_0.
+
+This is all a sampler ever sees of a model. Shapes: x_t, x_0 [B, 3, H, W]; t [B].
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from animediffusion.models.diffusion.path import PathConfig, build_path, spread
+from animediffusion.models.network.condition import Condition, Reference
+from animediffusion.models.network.unet import UNet, UNetConfig
+
+Prediction = Literal["eps", "x0", "v", "edm"]
+
+SIGMA_DATA = 0.5
+"""Spread of the images that EDM's preconditioning assumes (Karras et al. 2022, Table 1)."""
+
+# Below this share of image in pure noise, x_0 = (x_t - sigma eps) / alpha amplifies errors beyond use.
+MIN_ALPHA_FOR_EPS = 0.02
+
+
+class Denoiser(nn.Module):
+    """Estimates x_0 from x_t.
+
+    Args:
+        network: what to build.
+        path: how x_t was made.
+        prediction: what the network returns: `eps` the noise, `x0` the image, `v` the path's
+            velocity alpha' x_0 + sigma' eps, `edm` F of Karras et al. 2022, Eq. 7.
+        clamp: keep the estimate in [-1, 1] (the authors' sampler does; it stops gradients there).
+
+    Raises:
+        ValueError: for an impossible pair, such as eps on a path that ends in pure noise.
+    """
+
+    def __init__(
+        self, network: UNetConfig, path: PathConfig, prediction: Prediction = "x0", *, clamp: bool = False
+    ) -> None:
+        super().__init__()
+        if prediction not in get_args(Prediction):
+            raise ValueError(f"prediction must be eps, x0, v or edm, got {prediction!r}")
+        self.path = build_path(path)
+        alpha_at_noise = float(self.path.alpha(torch.tensor(self.path.t_max, dtype=torch.float64, device="cpu")))
+        if prediction == "eps" and alpha_at_noise < MIN_ALPHA_FOR_EPS:
+            raise ValueError(
+                f"prediction 'eps' cannot start on path {path.name!r}: alpha(t_max) is {alpha_at_noise:.3f}, "
+                f"which must be at least {MIN_ALPHA_FOR_EPS}; use x0 or v"
+            )
+        self.network = UNet(network)
+        self.prediction = prediction
+        self.clamp = clamp
+
+    def encode(self, sketch: Tensor, reference: Tensor, keep_reference: Tensor | None = None) -> Condition:
+        """See UNet.encode."""
+        return self.network.encode(self._narrow(sketch), self._narrow(reference), keep_reference)
+
+    def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
+        """See UNet.encode_reference."""
+        return self.network.encode_reference(self._narrow(reference), keep_reference)
+
+    def combine(self, sketch: Tensor, reference: Reference) -> Condition:
+        """See UNet.combine."""
+        return self.network.combine(self._narrow(sketch), reference)
+
+    def _narrow(self, images: Tensor) -> Tensor:
+        """In bfloat16 where `.to(torch.bfloat16)` made the weights so; else as they are."""
+        dtype = self.network.condition_input.weight.dtype
+        return images.to(dtype) if dtype.itemsize == 2 else images
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The estimate of x_0, in float32."""
+        return self.to_x0(self.output(x_t, t, condition), x_t.float(), t)
+
+    def output(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the network returns, in float32; its meaning is the prediction's."""
+        if self.prediction == "edm":
+            x_t = x_t / self._scale(spread(t))
+        return self.network.denoise(self._narrow(x_t), t, condition).float()
+
+    def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_0 from the network's output: solves x_t = alpha x_0 + sigma eps with what is known."""
+        x_0 = self._to_x0(output, x_t, t)
+        return x_0.clamp(-1, 1) if self.clamp else x_0
+
+    def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        t = spread(t)
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        if self.prediction == "eps":
+            return (x_t - sigma * output) / alpha
+        if self.prediction == "v":
+            alpha_dot, sigma_dot = self.path.velocity(t)
+            return (sigma_dot * x_t - sigma * output) / (alpha * sigma_dot - alpha_dot * sigma)
+        if self.prediction == "edm":
+            # c_skip and c_out of Table 1 for the noise level sigma / alpha and the image x_t / alpha.
+            scale = self._scale(t)
+            return SIGMA_DATA**2 * alpha / scale**2 * x_t + SIGMA_DATA * sigma / scale * output
+        return output
+
+    def training_target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should return."""
+        if self.prediction == "x0":
+            return x_0
+        if self.prediction == "eps":
+            return noise
+        t = spread(t)
+        if self.prediction == "edm":
+            # (x_0 - c_skip x_t) / c_out, where the division by sigma is done already.
+            alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+            return (sigma * x_0 - SIGMA_DATA**2 * alpha * noise) / (SIGMA_DATA * self._scale(t))
+        alpha_dot, sigma_dot = self.path.velocity(t)
+        return alpha_dot * x_0 + sigma_dot * noise
+
+    def loss_pair(self, x_0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """(what the network says, what it should say) of x_t, where phase 1 compares them.
+
+        That is its output; for `edm` the image, since SSIMBaD's loss is the plain error of D_x. The same error of the
+        output F has the weight of Karras et al. 2022, Table 1, instead.
+        """
+        x_t = self.path.add_noise(x_0, noise, t)
+        output = self.output(x_t, t, condition)
+        if self.prediction == "edm":
+            return self._to_x0(output, x_t, t), x_0
+        return output, self.training_target(x_0, noise, t)
+
+    def snr_weight(self, t: Tensor, most: float) -> Tensor:
+        """[B]: with it the squared error of loss_pair() is that of x_0 times min(SNR, most), SNR = (alpha / sigma)^2.
+
+        Hang et al. 2023 (min-SNR), for any path and prediction: their Eq. 8 for x0, and what follows for the others.
+        """
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        snr = (alpha / sigma).square()
+        if self.prediction == "eps":
+            return (most / snr).clamp(max=1)
+        if self.prediction == "v":
+            alpha_dot, sigma_dot = self.path.velocity(t)
+            return snr.clamp(max=most) * (sigma / (alpha * sigma_dot - alpha_dot * sigma)).square()
+        return snr.clamp(max=most)
+
+    def _scale(self, t: Tensor) -> Tensor:
+        """Spread of x_t [B, 1, 1, 1] if images have SIGMA_DATA: 1 / c_in, for EDM's x_t / alpha as input."""
+        return (self.path.sigma(t) ** 2 + (SIGMA_DATA * self.path.alpha(t)) ** 2).sqrt()

@@ -1,0 +1,146 @@
+"""Muon (Jordan et al. 2024): momentum, then an update whose singular values are all near 1.
+
+Matrices of one shape are orthogonalized together, and under DDP each rank does a share of them, since all need the
+same updates. A kernel [out, in, k, k] counts as a matrix of `out` rows. torch.optim.Muon orthogonalizes one matrix at a
+time, and all of them on each rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration; of the first, third and fifth power."""
+ITERATIONS = 5
+EPSILON = 1e-7
+BATCH_BYTES = {"cpu": 2**21, "cuda": 2**29}
+"""Largest batch of matrices by kind of device: on a CPU it should stay in the cache, on a GPU it takes memory."""
+
+
+class Muon:
+    """The optimizer of some weights.
+
+    Args:
+        weights: matrices and kernels, contiguous, on one device.
+        weight_decay: decoupled, as in AdamW.
+        dtype: what is orthogonalized in; bfloat16 is enough.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], weight_decay: float, dtype: torch.dtype) -> None:
+        self.weight_decay, self.dtype = weight_decay, dtype
+        ordered = sorted(weights, key=lambda weight: weight.flatten(1).shape)
+        self.groups = [
+            _ShapeGroup(list(group)) for _, group in groupby(ordered, lambda weight: weight.flatten(1).shape)
+        ]
+
+    @property
+    def matrices(self) -> dict[nn.Parameter, Tensor]:
+        """Each weight as a matrix that shares its memory."""
+        return {weight: matrix for group in self.groups for weight, matrix in group.matrices.items()}
+
+    @property
+    def momentum(self) -> dict[nn.Parameter, Tensor]:
+        """What it remembers of each weight, bfloat16 [rows, columns]."""
+        pairs = (zip(group.matrices, group.momentum, strict=True) for group in self.groups)
+        return dict(chain.from_iterable(pairs))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One update from the weights' gradients, which are equal on all ranks; so is the result."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+        owners = self._owners(ranks)
+        sizes = [group.momentum[0].numel() for group in self.groups for _ in group.matrices]
+        device = self.groups[0].momentum.device
+        updates = torch.empty(sum(sizes), dtype=self.dtype, device=device)
+        parts = list(self._parts(updates))
+        first = 0
+        for group, part in zip(self.groups, parts, strict=True):
+            mine = [n for n in range(len(part)) if owners[first + n] == rank]
+            group.update(part, slice(mine[0], mine[-1] + 1) if mine else slice(0))
+            first += len(part)
+        if ranks > 1:
+            _exchange(updates, sizes, owners)
+        for group, part in zip(self.groups, parts, strict=True):
+            group.apply(part, learning_rate, self.weight_decay)
+
+    def _parts(self, updates: Tensor) -> Iterator[Tensor]:
+        """Each group's share of a flat tensor, [matrices, rows, columns]."""
+        sizes = [group.momentum.numel() for group in self.groups]
+        for group, part in zip(self.groups, torch.split(updates, sizes), strict=True):
+            yield part.view(group.momentum.shape)
+
+    def _owners(self, ranks: int) -> list[int]:
+        """The rank of each matrix, rising, so that all ranks multiply about as much."""
+        costs = [group.cost for group in self.groups for _ in group.matrices]
+        return [int(ranks * (end - cost / 2) / sum(costs)) for end, cost in zip(accumulate(costs), costs, strict=True)]
+
+
+class _ShapeGroup:
+    """Weights of one shape."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self.matrices = {weight: weight.detach().flatten(1) for weight in weights}
+        rows, columns = next(iter(self.matrices.values())).shape
+        # Gradients are noisier than bfloat16, and what is made of this is orthogonalized in it.
+        self.momentum = torch.zeros(len(weights), rows, columns, dtype=torch.bfloat16, device=weights[0].device)
+        self.scale = math.sqrt(max(1, rows / columns))
+        smaller, larger = sorted((rows, columns))
+        self.cost = smaller**2 * (2 * larger + smaller)
+
+    def update(self, into: Tensor, mine: slice) -> None:
+        """Move the momentum of all matrices, and put the updates of `mine` into their places."""
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.matrices]
+        gradient = torch.stack([grad.flatten(1) for grad in grads])
+        momentum = self.momentum.float().lerp_(gradient, 1 - MOMENTUM)
+        self.momentum.copy_(momentum)
+        nesterov = gradient[mine].lerp_(momentum[mine], MOMENTUM).to(into.dtype)
+        size = max(1, BATCH_BYTES.get(into.device.type, 2**29) // (self.momentum[0].numel() * into.element_size()))
+        for batch, place in zip(torch.split(nesterov, size), torch.split(into[mine], size), strict=True):
+            place.copy_(orthogonalize(batch))
+
+    def apply(self, update: Tensor, learning_rate: float, weight_decay: float) -> None:
+        """Decay the weights and add their updates."""
+        matrices = list(self.matrices.values())
+        torch._foreach_mul_(matrices, 1 - learning_rate * weight_decay)
+        torch._foreach_add_(matrices, list(update.float().unbind()), alpha=-learning_rate * self.scale)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices [B, rows, columns] with their singular values brought near 1, by a Newton-Schulz iteration."""
+    if len(matrices) == 1:  # a CPU multiplies two matrices up to twice as fast as a batch of one
+        return _iterate(matrices[0], torch.addmm)[None]
+    return _iterate(matrices, torch.baddbmm)
+
+
+def _iterate(matrices: Tensor, add_product: Callable[..., Tensor]) -> Tensor:
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices  # the smaller of the two products is formed
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        square = wide @ wide.mT
+        wide = add_product(wide, add_product(square, square, square, beta=third, alpha=fifth), wide, beta=first)
+    return wide.mT if tall else wide
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _exchange(updates: Tensor, sizes: list[int], owners: list[int]) -> None:
+    """Give every rank the updates that the others made; a rank's are side by side."""
+    waiting = []
+    ends = [0, *accumulate(sizes)]
+    for rank, numbers in groupby(range(len(owners)), lambda number: owners[number]):
+        own = list(numbers)
+        part = updates[ends[own[0]] : ends[own[-1] + 1]]
+        waiting.append(dist.broadcast(part, src=rank, async_op=True))
+    for work in waiting:
+        work.wait()

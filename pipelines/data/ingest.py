@@ -1,0 +1,356 @@
+"""Make a dataset from a folder of pictures, on Ray Data: local or s3:// on both ends.
+
+    job = prepare("photos", "s3://bucket/faces", size=64)     # names only: tells at once what is wrong
+    cluster.connect(settings)
+    manifest = job.run(progress)
+
+Every file ends in a row or in rejects.jsonl. Work goes in parts, one shard each, as wide as the cluster; killed at any
+moment, the driver or a worker, the same call ends with the same content, and a part that has its record is not made
+again.
+
+What the driver holds for every row: its names, 120 bytes (half a kilobyte while they are paired, and the listing of the
+source beside it), then two digests, 64 bytes; of a part its shard, and all rejects. Pictures and records only pass
+through the workers and the store. Not here: which files belong together, see pipelines/data/source_layout.py; one part,
+see pipelines/data/ingest_task.py; what all parts add up to, see pipelines/data/ingest_summary.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject
+from animediffusion.pipelines.data.ingest_summary import Key, Tally, Twin, find_twins
+from animediffusion.pipelines.data.ingest_task import (
+    Part,
+    Record,
+    drop_rows,
+    make_part,
+    raise_failed,
+    read_record,
+    record_path,
+)
+from animediffusion.pipelines.data.manifest import MANIFEST, Manifest, Shard
+from animediffusion.pipelines.data.pairs import plan_pairs
+from animediffusion.pipelines.data.source_layout import LAYOUTS, plan_folder
+from animediffusion.pipelines.data.stream import silence_ray_data
+from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.images.picture_names import DECODED, is_junk
+from animediffusion.platform.storage import files as storage
+
+MIN_PART_ROWS = 256
+MAX_PART_ROWS = 4096
+"""A minute of one core at most is lost with a worker."""
+PART_BYTES = 64 * 2**20
+"""Of a shard, about: large enough for an object store, small enough for the memory of a task."""
+MAX_FILE_BYTES = 512 * 2**20
+"""What the largest picture that is decoded has without any compression; a longer file does not fit into a worker."""
+MANY_PARTS = 64
+"""Into so many parts a small source is cut, so that as many cores have work."""
+STATE = "_parts"
+"""Folder of an unfinished ingest, below the destination."""
+_PLAN = f"{STATE}/plan.json"
+_VERSION = 1
+_OLD_PART_ROWS = 256
+"""Of an unfinished ingest that does not say it."""
+_READERS = 16
+
+Progress = Callable[[int, int, int], None]
+"""Called with files done, files in all, rejects so far."""
+Spread = Callable[[Callable[..., Any], list[dict[str, Any]], dict[str, Any]], Iterator[dict[str, Any]]]
+"""Calls a function of one-row batches for every row of a table, with keyword arguments; rows in any order."""
+
+
+def over_ray(
+    work: Callable[..., Any],
+    table: list[dict[str, Any]],
+    where: dict[str, Any],
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """The Spread of the cluster: one task a row; the task of a worker that dies is done again by another.
+
+    Not Ray Data's own CheckpointConfig: it skips rows by an id that the driver reads back in full, and its writers name
+    files by task, so that a second run would cut other shards; a record beside each shard is one name in a listing.
+    `tell` gets a line where the cluster has no room for a task.
+    """
+    if table:
+        silence_ray_data()
+        rows = ray.data.from_items(table, override_num_blocks=len(table))
+        with cluster.waits(tell) as moved:
+            for row in rows.map_batches(work, batch_size=1, fn_kwargs=where).iter_rows():
+                moved()
+                yield row
+
+
+@dataclass(frozen=True)
+class IngestJob:
+    """What an ingest will do, or `done` with the manifest that is there already."""
+
+    source: str
+    destination: str
+    size: int
+    plan: IngestPlan
+    fingerprint: str
+    part_rows: int
+    done: Manifest | None = None
+    continues: bool = False
+    """Whether a part of it was made before."""
+
+    def run(self, progress: Progress | None = None, spread: Spread = over_ray) -> Manifest:
+        """Make what is missing and write the manifest; Ray is connected by the caller.
+
+        Raises:
+            DataError: if no picture is usable.
+            StorageError: if source or destination fails; the same call continues later.
+        """
+        if self.done is not None:
+            _clear(self)
+            return self.done
+        state = {"fingerprint": self.fingerprint, "source": self.source, "part_rows": self.part_rows}
+        storage.write_bytes(storage.join(self.destination, _PLAN), json.dumps(state).encode())
+        tally = Tally(self.plan.rejects, shared=self.plan.shared)
+        total = self.plan.samples.num_files + len(self.plan.rejects)
+        report = progress or _silent
+        ready, missing = self._work()
+        for record in _read_records(self.destination, ready):
+            tally.add(record)
+        report(tally.num_done, total, tally.num_rejects)
+        where = {"source": self.source, "destination": self.destination, "state": STATE, "size": self.size}
+        for row in spread(make_part, missing, where):
+            raise_failed(row)
+            tally.add(Record.model_validate_json(row["made"]))
+            report(tally.num_done, total, tally.num_rejects)
+        return _finish(self, tally, spread)
+
+    def parts(self) -> Iterator[Part]:
+        """The work in pieces of one shard; rows in an order without meaning, so that neighbours are strangers."""
+        for split, rows in self.plan.samples.by_split().items():
+            for number, start in enumerate(range(0, len(rows), self.part_rows)):
+                yield Part(split, number, self.plan.samples.take(rows[start : start + self.part_rows]))
+
+    def _work(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Names of the records that are there, and a table of the parts to make."""
+        finished = set(storage.list_files(storage.join(self.destination, STATE)))
+        ready: list[str] = []
+        missing: list[dict[str, Any]] = []
+        for part in self.parts():
+            name = record_path(part.split, part.number)
+            if name in finished:
+                ready.append(name)
+            else:
+                missing.append({"part": part.pack()})
+        return ready, missing
+
+
+def ingest(
+    source: str,
+    destination: str,
+    size: int = 64,
+    pairs: str | None = None,
+    val_fraction: float = 0.05,
+    progress: Progress | None = None,
+) -> Manifest:
+    """prepare() and IngestJob.run() in one; arguments and errors as theirs."""
+    return prepare(source, destination, size, pairs, val_fraction).run(progress)
+
+
+def prepare(
+    source: str, destination: str, size: int = 64, pairs: str | None = None, val_fraction: float = 0.05
+) -> IngestJob:
+    """Look at names and settings and say what is to be done; opens no picture and needs no Ray.
+
+    Args:
+        source: folder of pictures, local or s3://.
+        destination: where the dataset goes, local or s3://.
+        size: pixels of a side; pictures are resized by the short side, and the middle is kept.
+        pairs: a CSV with columns target[,sketch,reference,cross_reference,split], paths relative to the source.
+        val_fraction: share of `val` where neither folders nor the CSV name splits.
+
+    Raises:
+        DataError: if the source holds nothing usable or the destination holds something else.
+        StorageError: if one of them cannot be reached.
+        ConfigError: if size or val_fraction is out of range.
+    """
+    if not 8 <= size <= 4096:
+        raise ConfigError("size", str(size), "8 to 4096 pixels")
+    if not 0 <= val_fraction < 1:
+        raise ConfigError("val_fraction", str(val_fraction), "0 to below 1")
+    source, destination = storage.absolute(source), storage.absolute(destination)
+    if _inside(destination, source):
+        raise DataError(destination, "lies inside the source", "choose a place outside of it")
+    if not storage.exists(source):
+        raise DataError(source, "no such folder", f"expected {LAYOUTS}")
+    sizes, faults = storage.survey(source)
+    rejects = _unusable(source, sizes, faults)
+    aside = {reject.path for reject in rejects}
+    paths = [path for path in sizes if path not in aside]
+    if pairs is None:
+        plan = plan_folder(source, paths, val_fraction)
+    else:
+        plan = plan_pairs(source, _read_pairs(source, pairs), paths, val_fraction)
+    plan = replace(plan, rejects=plan.rejects + rejects)
+    job = IngestJob(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
+    return _compare(job)
+
+
+def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tuple[Reject, ...]:
+    """What is set aside before anything is read: names and folders that cannot be used, files too large for memory."""
+    found = [Reject(path, "unreadable", fault) for path, fault in sorted(faults.items()) if not is_junk(path)]
+    if found and not sizes:
+        first = f"{found[0].path}: {found[0].detail}"
+        raise DataError(source, f"none of its files can be used ({first})", "rename them, or check their permissions")
+    for path, size in sizes.items():
+        if size > MAX_FILE_BYTES and PurePosixPath(path).suffix.lower() in DECODED and not is_junk(path):
+            found.append(Reject(path, "too_large", f"has {size:,} bytes, at most {MAX_FILE_BYTES:,}"))
+    return tuple(found)
+
+
+def choose_part_rows(plan: IngestPlan, size: int) -> int:
+    """Rows of a part, so that shards have a good size for a store, and small sources still make many."""
+    rows = max(1, len(plan.samples))
+    # Lossless pictures of this kind take half of their raw bytes, rarely more.
+    row_bytes = 1.5 * size**2 * plan.samples.num_files / rows
+    most = min(MAX_PART_ROWS, int(PART_BYTES / row_bytes))
+    return max(1, min(most, max(MIN_PART_ROWS, rows // MANY_PARTS)))
+
+
+def _compare(job: IngestJob) -> IngestJob:
+    """The job with what the destination holds of it already."""
+    listed = storage.list_files(job.destination) if storage.exists(job.destination) else []
+    there = [path for path in listed if not is_junk(path)]
+    if MANIFEST in there:
+        manifest = Manifest.load(job.destination)
+        if manifest.fingerprint == job.fingerprint:
+            return replace(job, done=manifest)
+        raise DataError(job.destination, f"holds another dataset (from {manifest.source})", "choose an empty place")
+    if _PLAN in there:
+        state = json.loads(storage.read_bytes(storage.join(job.destination, _PLAN)))
+        if state.get("fingerprint") == job.fingerprint:
+            # Cut as the parts that are there.
+            return replace(job, continues=True, part_rows=state.get("part_rows", _OLD_PART_ROWS))
+        found = f"holds an unfinished ingest of other content (from {state.get('source')})"
+        raise DataError(job.destination, found, "choose an empty place, or delete it")
+    if there:
+        raise DataError(job.destination, f"holds other files ({there[0]})", "choose an empty place")
+    return job
+
+
+def _inside(inner: str, outer: str) -> bool:
+    inner, outer = (uri.partition("?")[0].rstrip("/") for uri in (inner, outer))
+    return inner == outer or inner.startswith(outer + "/")
+
+
+def _read_pairs(source: str, pairs: str) -> str:
+    place = pairs
+    if not storage.is_remote(pairs) and not Path(pairs).is_file():
+        place = storage.join(source, pairs)
+    if not storage.exists(place):
+        raise DataError(pairs, "no such pairs CSV", "give a file with a column `target`")
+    try:
+        return storage.read_bytes(place).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(pairs, "is not UTF-8 text", "save the CSV as UTF-8") from error
+
+
+def _fingerprint(plan: IngestPlan, sizes: dict[str, int], size: int) -> str:
+    """Equal for equal names, sizes in bytes, roles and splits: what was read is not read again to compare it."""
+    # As text, in the order of Python's own: one value for the whole would hold all rows as lists.
+    rows = sorted(map(_texts, ([*sample, *(sizes[path] for path in sample.files)] for sample in plan.samples)))
+    head, tail = json.dumps([_VERSION, size])[:-1], json.dumps(sorted(reject.path for reject in plan.rejects))
+    digest = hashlib.sha256(f"{head}, [".encode())
+    for number, (_, row) in enumerate(rows):
+        digest.update(f"{', ' if number else ''}{row}".encode())
+    digest.update(f"], {tail}]".encode())
+    return digest.hexdigest()
+
+
+def _texts(row: list[Any]) -> tuple[str, str]:
+    return str(row), json.dumps(row)
+
+
+def _read_records(destination: str, names: Sequence[str]) -> Iterator[Record]:
+    """Records that an earlier run has written, some at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(names), 2 * _READERS):
+            places = [storage.join(destination, STATE, name) for name in names[start : start + 2 * _READERS]]
+            yield from pool.map(read_record, places)
+
+
+def _finish(job: IngestJob, tally: Tally, spread: Spread) -> Manifest:
+    """Set duplicates aside, list the shards, write rejects and manifest, and clear the state."""
+    _drop_twins(job, tally, spread)
+    rejects = tally.rejects()
+    if not tally.num_rows:
+        storage.delete(storage.join(job.destination, STATE))
+        reasons = ", ".join(sorted({reject.reason for reject in rejects}))
+        found = f"no usable picture among {len(rejects)} files ({reasons})"
+        raise DataError(job.source, found, "give readable pictures")
+    manifest = Manifest(
+        image_size=job.size,
+        splits=tally.splits(),
+        num_files=tally.num_used() + len(rejects),
+        num_rejects=len(rejects),
+        source=job.source,
+        content_hash=tally.content_hash(),
+        fingerprint=job.fingerprint,
+    )
+    lines = "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects)
+    storage.write_bytes(storage.join(job.destination, "rejects.jsonl"), lines.encode())
+    manifest.save(job.destination)
+    _clear(job)
+    return manifest
+
+
+def _drop_twins(job: IngestJob, tally: Tally, spread: Spread) -> None:
+    """Write shards anew without the rows whose picture another row has; killed here, all of it is done once more."""
+    repeated = tally.repeated()
+    found = _find_twins(job, repeated, None if job.plan.hashed else "val")
+    if job.plan.hashed and _drops_all(found, "val", tally):
+        found = _find_twins(job, repeated, "val")
+    table = []
+    for key, twins in found.items():
+        tally.drop(key, twins)
+        shard = tally.shard(key)
+        if shard is not None:
+            drop = json.dumps([twin.row.id for twin in twins])
+            table.append({"split": key[0], "number": key[1], "shard": shard.model_dump_json(), "drop": drop})
+    for row in spread(drop_rows, table, {"destination": job.destination}):
+        raise_failed(row)
+        key = row["split"], int(row["number"])
+        tally.replace(key, Shard.model_validate_json(row["made"]) if row["made"] else None)
+
+
+def _find_twins(job: IngestJob, repeated: dict[Key, NDArray[np.int64]], favored: str | None) -> dict[Key, list[Twin]]:
+    records = _read_records(job.destination, [record_path(*key) for key in repeated])
+    return find_twins(records, repeated, favored=favored)
+
+
+def _drops_all(found: dict[Key, list[Twin]], split: str, tally: Tally) -> bool:
+    """Whether no row of a split would be left."""
+    splits = tally.splits()
+    dropped = sum(len(twins) for key, twins in found.items() if key[0] == split)
+    return split in splits and dropped == splits[split].rows
+
+
+def _clear(job: IngestJob) -> None:
+    """Remove what a finished ingest does not need, also what one that was killed has left."""
+    left = storage.list_files(job.destination)
+    if any(name.startswith(f"{STATE}/") for name in left):
+        storage.delete(storage.join(job.destination, STATE))
+    for name in left:
+        if storage.is_partial(name):
+            storage.delete(storage.join(job.destination, name))
+
+
+def _silent(done: int, total: int, rejects: int) -> None:
+    """No progress is shown."""

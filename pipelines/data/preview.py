@@ -1,0 +1,115 @@
+"""A look at a dataset: how much there is, what was set aside, and a contact sheet of its pictures.
+
+counts = show("workspace/data/faces64", out="sheet.png")
+counts["splits"]        # {"train": 2700, "val": 300}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from animediffusion.pipelines.data.manifest import MANIFEST, Manifest
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.platform.errors import DataError, ImageError
+from animediffusion.platform.images.codec import contact_sheet, decode_gray, decode_rgb, encode_png
+from animediffusion.platform.storage import files as storage
+
+COLUMNS = ("target", "sketch", "reference", "cross_reference")
+REJECTS = "rejects.jsonl"
+
+_FLAGS = {"sketch": "has_sketch", "reference": "has_reference", "cross_reference": "has_cross"}
+_BLANK = np.full((8, 8, 3), (238, 235, 230), np.uint8)
+
+Cells = dict[str, list[NDArray[np.uint8] | None]]
+
+
+def show(uri: str, out: str | None, rows: int = 8) -> dict[str, Any]:
+    """What a dataset, or a folder made by synthesize, holds; writes a sheet of its first val rows.
+
+    Args:
+        uri: a dataset, or a local folder SPLIT/{target,sketch,...}/STEM.png.
+        out: path or URI of the PNG to write; None writes none.
+        rows: at most this many on the sheet.
+
+    Returns:
+        `splits` {name: rows}, `image_size`, `num_rejects`, `rejects` {reason: files}, `sheet` (out).
+
+    Raises:
+        DataError: if there is neither a dataset nor such a folder.
+        StorageError: if something cannot be read or written.
+    """
+    if storage.exists(storage.join(uri, MANIFEST)):
+        counts, cells = _from_dataset(uri, rows)
+    else:
+        counts, cells = _from_folder(uri, rows)
+    if out is not None:
+        storage.write_bytes(out, encode_png(_sheet(cells)))
+    return {**counts, "sheet": out}
+
+
+def _from_dataset(uri: str, rows: int) -> tuple[dict[str, Any], Cells]:
+    manifest = Manifest.load(uri)
+    sizes = {name: split.rows for name, split in manifest.splits.items()}
+    counts = {
+        "splits": sizes,
+        "image_size": manifest.image_size,
+        "num_rejects": manifest.num_rejects,
+        "rejects": _rejects(uri) if manifest.num_rejects else {},
+    }
+    arrays = read_split(uri, _shown(uri, sizes), limit=rows)
+    number = range(len(arrays["target"]))
+    cells: Cells = {
+        name: [arrays[name][i] if name not in _FLAGS or arrays[_FLAGS[name]][i] else None for i in number]
+        for name in COLUMNS
+    }
+    return counts, cells
+
+
+def _from_folder(uri: str, rows: int) -> tuple[dict[str, Any], Cells]:
+    targets = {} if "://" in uri else {p.parent.name: _pictures(p) for p in sorted(Path(uri).glob("*/target"))}
+    sizes = {name: len(files) for name, files in targets.items()}
+    files = targets[_shown(uri, sizes)][:rows]
+    cells: Cells = {name: [_read(path.parent.parent / name / path.name) for path in files] for name in COLUMNS}
+    size = next((len(picture) for picture in cells["target"] if picture is not None), None)
+    return {"splits": sizes, "image_size": size, "num_rejects": 0, "rejects": {}}, cells
+
+
+def _shown(uri: str, sizes: dict[str, int]) -> str:
+    """The split to show: val if it has rows, else the first that does."""
+    split = next((name for name in ("val", *sizes) if sizes.get(name)), None)
+    if split is None:
+        raise DataError(uri, "holds no dataset", "make one with `animediffusion data synthesize` or `data ingest`")
+    return split
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
+
+
+def _read(path: Path) -> NDArray[np.uint8] | None:
+    try:
+        decode = decode_gray if path.parent.name == "sketch" else decode_rgb
+        return decode(path.read_bytes(), thing=str(path))
+    except (ImageError, OSError):
+        return None
+
+
+def _rejects(uri: str) -> dict[str, int]:
+    lines = storage.read_bytes(storage.join(uri, REJECTS)).decode().splitlines()
+    return dict(Counter(json.loads(line)["reason"] for line in lines if line.strip()).most_common())
+
+
+def _sheet(cells: Cells) -> NDArray[np.uint8]:
+    """Columns that nobody has are left out; a missing picture is a quiet blank."""
+    columns = [name for name in COLUMNS if any(picture is not None for picture in cells[name])]
+    rows = [
+        [_BLANK if picture is None else picture for picture in row]
+        for row in zip(*(cells[name] for name in columns), strict=True)
+    ]
+    return contact_sheet(rows, [name.replace("_", " ") for name in columns])

@@ -1,0 +1,97 @@
+"""The Parquet shards of a dataset: their columns, and writing and reading them.
+
+A row holds encoded pictures: `target`, and where they exist `sketch`, `reference` and `cross_reference` (else null),
+with `id, split, width, height` (pixels) and `sha256` (of the target's stored bytes).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from animediffusion.pipelines.data.read_order import GROUP_ROWS
+from animediffusion.platform.storage import files as storage
+
+PICTURES = ("target", "sketch", "reference", "cross_reference")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("target", pa.binary(), nullable=False),
+        pa.field("sketch", pa.binary()),
+        pa.field("reference", pa.binary()),
+        pa.field("cross_reference", pa.binary()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+STREAMED = ("id", *PICTURES)
+"""Columns that training and evaluation read."""
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
+    """One shard as Parquet bytes; pictures are compressed already, so the file is not."""
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=GROUP_ROWS,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+    )
+    return sink.getvalue()
+
+
+def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str] = STREAMED) -> pa.Table:
+    """The given rows of one shard, in the given order; only the row groups that hold them are fetched.
+
+    Args:
+        uri: the shard's file.
+        version: its sha256, so that a shard that was written anew is not read by its old footer.
+        rows: numbers within the shard.
+        columns: names.
+
+    Raises:
+        StorageError: if the shard is missing or is no Parquet file.
+    """
+    footer = _footer(uri, version)
+    starts = np.cumsum([0] + [footer.row_group(group).num_rows for group in range(footer.num_row_groups)])
+    group_of = np.searchsorted(starts, rows, side="right") - 1
+    wanted, which = np.unique(group_of, return_inverse=True)
+
+    def read(files: fs.FileSystem, path: str) -> pa.Table:
+        with files.open_input_file(path) as source:
+            shard = pq.ParquetFile(source, metadata=footer, pre_buffer=True)
+            return shard.read_row_groups(wanted.tolist(), columns=list(columns), use_threads=False)
+
+    table = storage.patiently(uri, read)
+    sizes = starts[wanted + 1] - starts[wanted]
+    begins = np.cumsum(sizes) - sizes
+    return table.take(pa.array(np.asarray(rows) - starts[group_of] + begins[which]))
+
+
+def read_shard(uri: str) -> list[dict[str, Any]]:
+    """All rows of one shard, as to_parquet() took them."""
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
+    return rows
+
+
+@functools.lru_cache(maxsize=1024)
+def _footer(uri: str, version: str) -> pq.FileMetaData:  # noqa: ARG001
+    def read(files: fs.FileSystem, path: str) -> pq.FileMetaData:
+        with files.open_input_file(path) as source:
+            return pq.read_metadata(source)
+
+    return storage.patiently(uri, read)

@@ -1,0 +1,168 @@
+"""Measure a model on a split: both tracks, trivial baselines beside it, and a picture.
+
+same: the reference is the target itself, bent. cross: the reference is another picture whose colors are right for the
+target, so that there is an exact truth; where a dataset has none, target and bent reference are recolored together.
+Everything random is fixed: two models see the same inputs and the same noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from animediffusion.models.augmentation.augment import Batch, fixed_batch
+from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.tensors import to_uint8
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import Images, score, trivial_results
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError
+from animediffusion.platform.images.codec import contact_sheet, encode_png
+from animediffusion.platform.registry.client import Registry
+
+TRACKS = ("same", "cross")
+SEED = 20240
+CHUNK = 25
+"""Images at a time: bounds memory, and progress moves."""
+GRID_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Track:
+    """Inputs and results of one track, all uint8 [B, S, S, 3]."""
+
+    sketch: Images
+    reference: Images
+    result: Images
+    truth: Images
+
+
+def evaluate(
+    settings: Settings,
+    model: str,
+    data: str,
+    split: str = "val",
+    limit: int | None = None,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure; returns the contract's JSON and writes OUT/metrics.json and OUT/grid.png if `out` is given.
+
+    Raises:
+        ConfigError: the data's image size is not the model's.
+        BundleError, DataError, RegistryError: model or data cannot be used.
+    """
+    bundle = _load(Registry(settings).fetch(model))
+    manifest = Manifest.load(data)
+    if manifest.image_size != bundle.config.image_size:
+        found = f"{manifest.image_size} px, the model is for {bundle.config.image_size} px"
+        raise ConfigError(data, found, "ingest the source at the model's size")
+    rows = {key: value for key, value in read_split(data, split, limit).items() if key != "id"}
+    tracks = run_tracks(bundle, rows, progress)
+    result: dict[str, Any] = {
+        "model": model,
+        "model_sha256": bundle.sha256,
+        "data": data,
+        "data_hash": manifest.content_hash,
+        "split": split,
+        "num_images": len(rows["target"]),
+        "image_size": manifest.image_size,
+        "sampler": _sampler(bundle),
+        "tracks": {name: score(track.result, track.truth) for name, track in tracks.items()},
+        "baselines": _baselines(tracks),
+        "cross_truth": "second_view" if rows["has_cross"].all() else "recolored",
+        "grid": None,
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        result["grid"] = str(out / "grid.png")
+        (out / "grid.png").write_bytes(encode_png(grid(tracks)))
+        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def run_tracks(
+    bundle: Bundle, rows: dict[str, Any], progress: Callable[[int, int], None] | None = None
+) -> dict[str, Track]:
+    """Color all rows on both tracks with fixed references and noise."""
+    chunks, results, done = fixed_chunks(rows), [], 0
+    for chunk in chunks:
+        results.append(to_uint8(colorize(bundle, chunk.batch.sketch, chunk.batch.reference, seeds=chunk.seeds)))
+        done += len(chunk.seeds)
+        if progress is not None:
+            progress(done, len(TRACKS) * len(rows["target"]))
+    return as_tracks(chunks, results)
+
+
+@dataclass(frozen=True)
+class TrackChunk:
+    """Some rows of a track, with all that is random."""
+
+    track: str
+    batch: Batch
+    seeds: list[int]
+    """Of the noise of each row."""
+
+
+def fixed_chunks(rows: dict[str, Any]) -> list[TrackChunk]:
+    """Both tracks of the rows, CHUNK images at a time."""
+    chunks = []
+    for number, name in enumerate(TRACKS):
+        for start in range(0, len(rows["target"]), CHUNK):
+            part = {key: torch.from_numpy(value[start : start + CHUNK]) for key, value in rows.items()}
+            batch = fixed_batch(part, name, torch.Generator().manual_seed(SEED + 1000 * number + start))
+            chunks.append(TrackChunk(name, batch, [SEED + start + i for i in range(len(part["target"]))]))
+    return chunks
+
+
+def as_tracks(chunks: list[TrackChunk], results: list[torch.Tensor]) -> dict[str, Track]:
+    """What came out of each chunk, uint8 [B, S, S, 3], with what went in."""
+    parts: dict[str, list[tuple[Images, ...]]] = {name: [] for name in TRACKS}
+    for chunk, result in zip(chunks, results, strict=True):
+        batch = chunk.batch
+        sketch, reference, truth = (
+            to_uint8(column).cpu().numpy()
+            for column in (batch.sketch.expand(-1, 3, -1, -1), batch.reference, batch.target)
+        )
+        parts[chunk.track].append((sketch, reference, result.cpu().numpy(), truth))
+    joined = {name: map(np.concatenate, zip(*part, strict=True)) for name, part in parts.items()}
+    return {name: Track(*columns) for name, columns in joined.items()}
+
+
+def grid(tracks: dict[str, Track], rows: int = GRID_ROWS) -> Images:
+    """sketch | reference | result | truth, both tracks side by side."""
+    lines: list[list[Images]] = []
+    for i in range(min(rows, len(tracks["same"].truth))):
+        line = [x[i] for t in tracks.values() for x in (t.sketch, t.reference, t.result, t.truth)]
+        lines.append(line)
+    labels = [f"{name}{suffix}" for suffix in ("", " (cross)") for name in ("sketch", "reference", "result", "truth")]
+    return contact_sheet(lines, labels)
+
+
+def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for name, track in tracks.items():
+        for baseline, images in trivial_results(track.sketch, track.reference).items():
+            table.setdefault(baseline, {})[name] = score(images, track.truth)
+    return table
+
+
+def _sampler(bundle: Bundle) -> dict[str, Any]:
+    sampler = asdict(bundle.config.sampler)
+    return {**sampler, "guidance_interval": list(sampler["guidance_interval"])}
+
+
+def _load(folder: Path) -> Bundle:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return load_bundle(folder, device)
+    except ValueError as error:
+        raise BundleError(str(folder), str(error), "give a bundle as training wrote it") from error

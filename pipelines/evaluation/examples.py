@@ -1,0 +1,86 @@
+"""Rows that show what a model does: those of a dataset, or drawn faces where there is none; and their picture.
+
+The drawn ones are the same for every model, so the samples of two versions can be laid side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from animediffusion.models.augmentation.augment import fixed_batch
+from animediffusion.models.bundle import Bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.tensors import to_tensor, to_uint8
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.images.codec import contact_sheet
+
+Images = NDArray[np.uint8]
+
+SEED = 7
+"""Of drawn faces; demo and tests train on others."""
+NUM_EXAMPLES = 4
+MIN_SIZE_PX = 64
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Cross-reference rows in [-1, 1], all of one size S."""
+
+    sketch: Tensor
+    """[B, 1, S, S]"""
+    reference: Tensor
+    """[B, 3, S, S]"""
+    target: Tensor
+    """[B, 3, S, S]: the truth."""
+
+
+def drawn_examples(size: int, count: int = NUM_EXAMPLES) -> Examples:
+    """Drawn faces; the reference is another drawing of the same character."""
+    rows = [make_row(SEED, index, size) for index in range(count)]
+    columns = [[row.sketch for row in rows], [row.cross_reference for row in rows], [row.target for row in rows]]
+    return Examples(*(to_tensor(torch.from_numpy(np.stack(column))) for column in columns))
+
+
+def dataset_examples(uri: str, count: int = NUM_EXAMPLES, split: str = "val") -> Examples:
+    """The first rows of a split, as `evaluate` sees them on its cross track; raises DataError."""
+    rows = {key: torch.from_numpy(value) for key, value in read_split(uri, split, count).items() if key != "id"}
+    batch = fixed_batch(rows, "cross", torch.Generator().manual_seed(SEED))
+    return Examples(batch.sketch, batch.reference, batch.target)
+
+
+def color_examples(bundle: Bundle, examples: Examples) -> Images:
+    """What a model makes of them, uint8 [B, s, s, 3] at its own size s; row i has noise i."""
+    size = bundle.config.image_size
+    sketch, reference = _resized(examples.sketch, size), _resized(examples.reference, size)
+    result = colorize(bundle, sketch, reference, seeds=range(len(sketch)))
+    return to_uint8(result).cpu().numpy()
+
+
+def sheet(examples: Examples, results: Mapping[str, Images]) -> Images:
+    """sketch | reference | a column for each result | truth, as one picture."""
+    sketch = to_uint8(examples.sketch.expand(-1, 3, -1, -1)).cpu().numpy()
+    reference, target = (to_uint8(images).cpu().numpy() for images in (examples.reference, examples.target))
+    columns = {"sketch": sketch, "reference": reference, **results, "truth": target}
+    cell = max(128, examples.target.shape[-1])
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    return contact_sheet(lines, list(columns), cell=cell)
+
+
+def sample_sheet(bundle: Bundle) -> Images:
+    """The drawn examples colored by one model."""
+    examples = drawn_examples(max(MIN_SIZE_PX, bundle.config.image_size))
+    return sheet(examples, {"result": color_examples(bundle, examples)})
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)

@@ -1,0 +1,79 @@
+"""What a model gives with some sampler settings: rows colored with fixed noise, beside the truth.
+
+Not here: all metrics of a finished model with baselines, see pipelines/evaluation/evaluate.py.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from animediffusion.models.augmentation.augment import Batch, fixed_batch
+from animediffusion.models.bundle import Bundle, SamplerDefaults
+from animediffusion.models.colorize import colorize, network_rows
+from animediffusion.models.tensors import to_uint8
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import psnr, sharpness
+from animediffusion.pipelines.evaluation.point import Point
+
+_ROWS_PER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What points are measured on."""
+
+    searched: Batch
+    unseen: Batch | None
+    """As many more rows of the split, where it has them: the choice is confirmed there."""
+    key: str
+    """Equal for the same rows."""
+
+
+def load_rows(data: str, split: str, num_images: int) -> Rows:
+    """The cross-reference track of the first rows of a split, and of as many rows after them."""
+    manifest = Manifest.load(data)
+    arrays = {key: value for key, value in read_split(data, split, 2 * num_images).items() if key != "id"}
+
+    def track(part: slice) -> Batch:
+        tensors = {name: torch.from_numpy(array[part]) for name, array in arrays.items()}
+        return fixed_batch(tensors, "cross", torch.Generator().manual_seed(0))
+
+    enough = len(arrays["target"]) >= 2 * num_images
+    key = f"{manifest.content_hash} {split} {num_images}"
+    return Rows(track(slice(num_images)), track(slice(num_images, None)) if enough else None, key)
+
+
+@torch.no_grad()
+def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults, ema_length: float | None = None) -> Point:
+    """Color the rows with these settings and compare with the truth; row i has noise i.
+
+    Args:
+        bundle: the model.
+        batch: the rows.
+        sampler: in place of its defaults.
+        ema_length: of the average that its weights are, for the point.
+    """
+    started = time.perf_counter()
+    images = []
+    for start in range(0, len(batch.target), _ROWS_PER_BATCH):
+        rows = slice(start, start + _ROWS_PER_BATCH)
+        seeds = range(start, min(start + _ROWS_PER_BATCH, len(batch.target)))
+        images.append(colorize(bundle, batch.sketch[rows], batch.reference[rows], seeds=seeds, sampler=sampler).cpu())
+    seconds = time.perf_counter() - started
+    result, truth = (to_uint8(image).numpy() for image in (torch.cat(images), batch.target))
+    return Point(
+        sampler=sampler.name,
+        steps=sampler.steps,
+        guidance_scale=sampler.guidance_scale,
+        psnr=float(psnr(result, truth).mean()),
+        sharpness=float(sharpness(result, truth).mean()),
+        evaluations=network_rows(bundle.denoiser.path, sampler),
+        seconds_per_image=seconds / len(batch.target),
+        shift=sampler.shift,
+        guidance_interval=sampler.guidance_interval,
+        ema_length=ema_length,
+    )

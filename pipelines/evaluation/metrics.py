@@ -1,0 +1,177 @@
+"""How close results are to the truth. Images are uint8 [B, S, S, 3] on both sides, as a user sees them.
+
+Not here: LPIPS and FID, which need weights of others, see pipelines/evaluation/perceptual.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+from animediffusion.models.augmentation.lineart import LUMA, blur, xdog
+from animediffusion.models.tensors import to_tensor
+
+Images = NDArray[np.uint8]
+
+MS_SSIM_MIN_SIDE = 176
+"""Five scales with an 11 px window: a sixteenth of the side must be more than 10 px (Wang et al. 2003)."""
+
+HAARPSI_C, HAARPSI_ALPHA = 30.0, 4.2
+"""The paper's constants, found on four databases of human judgments."""
+_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+_LINE_SIGMA = 0.4
+_INK = 0.5
+"""Of the way from black to white: darker pixels of a sketch are line."""
+
+
+def score(result: Images, truth: Images) -> dict[str, float | None]:
+    """Means over images: psnr (dB), ssim, ms_ssim (None for small images), ciede2000 (0 is equal, 1 just visible)."""
+    # A second of processor time, which workers that train would pay for nothing.
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure,
+        structural_similarity_index_measure,
+    )
+
+    if result.shape != truth.shape:
+        raise ValueError(f"results are {result.shape}, truths {truth.shape}")
+    a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (result, truth))
+    ms_ssim = None
+    if result.shape[1] >= MS_SSIM_MIN_SIDE:
+        ms_ssim = round(_mean(multiscale_structural_similarity_index_measure(a, b, data_range=1.0)), 4)
+    return {
+        "psnr": round(float(psnr(result, truth).mean()), 3),
+        "ssim": round(_mean(structural_similarity_index_measure(a, b, data_range=1.0)), 4),
+        "ms_ssim": ms_ssim,
+        "ciede2000": round(ciede2000(result, truth), 3),
+    }
+
+
+def ciede2000(result: Images, truth: Images) -> float:
+    """Mean color difference over all pixels (Sharma et al. 2005)."""
+    difference: Any = deltaE_ciede2000  # scikit-image has no types
+    return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
+
+
+def psnr(result: Images, truth: Images) -> NDArray[np.float64]:
+    """Of each image, [B], dB at 255; equal images count as 100."""
+    error = ((result.astype(np.float64) - truth) ** 2).mean(axis=(1, 2, 3))
+    decibels: NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+    return decibels
+
+
+def detail(result: Images, truth: Images, sketch: Images) -> dict[str, float]:
+    """Means over images of what PSNR does not see: haarpsi (1 is equal), sharpness (1 is right), edge_f1 (1 is best).
+
+    All [B, S, S, 3]; the sketch gray.
+    """
+    return {
+        "haarpsi": round(float(haarpsi(result, truth).mean()), 4),
+        "sharpness": round(float(sharpness(result, truth).mean()), 4),
+        "edge_f1": round(float(edge_f1(result, sketch).mean()), 4),
+    }
+
+
+def haarpsi(result: Images, truth: Images) -> NDArray[np.float64]:
+    """Haar wavelet perceptual similarity in color of each image, [B] in 0..1 (Reisenhofer et al. 2018)."""
+    if result.shape != truth.shape:
+        raise ValueError(f"results are {result.shape}, truths {truth.shape}")
+    (y_a, chroma_a), (y_b, chroma_b) = _halved_yiq(result), _halved_yiq(truth)
+    similar, weights = [], []
+    for transpose in (False, True):
+        fine_a, fine_b = (torch.cat([_haar(y, scale, transpose) for scale in (1, 2)], 1) for y in (y_a, y_b))
+        similar.append(_similar(fine_a, fine_b).mean(1))  # Eq. 10: both fine scales, one orientation
+        coarse = torch.maximum(_haar(y_a, 3, transpose), _haar(y_b, 3, transpose))
+        weights.append(coarse[:, 0])  # Eq. 11: the coarse scale says where one looks
+    similar.append(_similar(chroma_a, chroma_b).mean(1))
+    weights.append((weights[0] + weights[1]) / 2)
+    # A flat pair has no weights at all; the tiny one makes it a plain mean.
+    weight = torch.stack(weights, 1) + 1e-9
+    pooled = (weight * torch.sigmoid(HAARPSI_ALPHA * torch.stack(similar, 1))).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+    values: NDArray[np.float64] = ((torch.logit(pooled) / HAARPSI_ALPHA) ** 2).numpy()  # Eq. 12
+    return values
+
+
+def _halved_yiq(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Luma [B, 1, S/2, S/2] and smoothed |I|, |Q| [B, 2, S/2, S/2], both of 0..255, at the half size of the paper."""
+    yiq = torch.from_numpy(images @ np.array(_YIQ).T).permute(0, 3, 1, 2)
+    halved = F.avg_pool2d(_pad(yiq, 2), 2, 1)[..., ::2, ::2]
+    return halved[:, :1], F.avg_pool2d(_pad(halved[:, 1:], 2), 2, 1).abs()
+
+
+def _haar(y: torch.Tensor, scale: int, transpose: bool) -> torch.Tensor:
+    """|coefficients| of the Haar filter with 2**scale pixels a side, at every pixel."""
+    side = 2**scale
+    kernel = torch.full((1, 1, side, side), 1 / side, dtype=y.dtype)
+    kernel[:, :, : side // 2] *= -1
+    return F.conv2d(_pad(y, side), kernel.mT if transpose else kernel).abs()
+
+
+def _pad(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Zeros around, so that a filter of this side keeps the size; even ones look right and down, as Matlab's."""
+    before, after = (side - 1) // 2, side // 2
+    return F.pad(images, (before, after, before, after))
+
+
+def _similar(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (2 * a * b + HAARPSI_C) / (a**2 + b**2 + HAARPSI_C)
+
+
+def sharpness(result: Images, truth: Images) -> NDArray[np.float64]:
+    """Fine detail of each result in units of the truth's, [B]: below 1 is blurred, above 1 is noisy or harsh.
+
+    Detail is the mean square of luma minus its Gaussian blur of one pixel. It says how much there is, not whether it is
+    in the right place.
+    """
+    fine_result, fine_truth = _fine(result), _fine(truth)
+    values: NDArray[np.float64] = ((fine_result + 1e-6) / (fine_truth + 1e-6)).numpy()
+    return values
+
+
+def _fine(images: Images) -> torch.Tensor:
+    luma = torch.from_numpy(images @ np.array(LUMA))[:, None]
+    return ((luma - blur(luma, torch.ones(len(luma)))) ** 2).mean((1, 2, 3))
+
+
+def edge_f1(result: Images, sketch: Images) -> NDArray[np.float64]:
+    """How well the lines that XDoG finds in each result are those of its sketch, [B]: F1 of their pixels.
+
+    A pixel may be off by one at 64 px, by two at 256. The sketch of another face gets 0.6 and 0.5.
+
+    Args:
+        result: [B, S, S, 3].
+        sketch: [B, S, S, 3], gray; dark is line.
+    """
+    found = xdog(to_tensor(torch.from_numpy(result)), torch.full((len(result),), _LINE_SIGMA)) < 0
+    drawn = torch.from_numpy(sketch[..., :1] < 255 * _INK).permute(0, 3, 1, 2)
+    reach = max(1, round(result.shape[1] / 128))
+    precision, recall = _share_near(found, drawn, reach), _share_near(drawn, found, reach)
+    values: NDArray[np.float64] = (2 * precision * recall / (precision + recall).clamp_min(1e-9)).numpy()
+    return values
+
+
+def _share_near(pixels: torch.Tensor, others: torch.Tensor, reach: int) -> torch.Tensor:
+    """Share of the pixels, bool [B, 1, S, S], that have one of the others within reach; 1 if there are none."""
+    near = F.max_pool2d(others.double(), 2 * reach + 1, 1, reach) > 0
+    count = pixels.sum((1, 2, 3)).double()
+    return torch.where(count > 0, (pixels & near).sum((1, 2, 3)) / count.clamp_min(1), 1.0)
+
+
+def _mean(value: Any) -> float:
+    return float(value)
+
+
+def trivial_results(sketch: Images, reference: Images) -> dict[str, Images]:
+    """What anybody could do without a model: the floor that a result must clear.
+
+    Args:
+        sketch: [B, S, S, 3], gray.
+        reference: [B, S, S, 3].
+    """
+    mean = reference.mean(axis=(1, 2), keepdims=True)
+    tinted: Any = (sketch / 255.0 * mean).round().astype(np.uint8)
+    return {"copy_reference": reference, "mean_color": tinted, "sketch": sketch}

@@ -1,0 +1,75 @@
+"""Send a part of the requests to the challenger, and take it back.
+
+A canary belongs to one challenger beside one champion, so every promotion and every rollback ends it: a version that
+was just made challenger, or a champion that was just restored, never inherits somebody else's percentage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError, RegistryError
+from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.registry.traffic import CHALLENGER, Traffic
+
+
+def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
+    """Give the challenger PERCENT of the requests; 0 ends it. Servers follow within seconds.
+
+    Returns:
+        `{percent, from, champion, challenger, changed}`; `from` is the percentage before.
+
+    Raises:
+        ConfigError: percent is not 0 to 100.
+        RegistryError: no champion, no challenger, or both are one version.
+    """
+    if not 0 <= percent <= 100:
+        raise ConfigError("PERCENT", str(percent), "0 to 100; 0 ends the canary")
+    registry = Registry(settings)
+    with turn(registry):
+        now = traffic.read(registry)
+        if percent:
+            _check(registry, now)
+        if percent != now.percent:
+            _set(registry, now, percent, why)
+    return {
+        "percent": percent,
+        "from": now.percent,
+        "champion": now.champion,
+        "challenger": now.challenger,
+        "changed": percent != now.percent,
+    }
+
+
+def end(registry: Registry, why: str) -> dict[str, int]:
+    """End the canary because an alias moves: `{canary_ended: PERCENT}`, or nothing where none was running."""
+    now = traffic.read(registry)
+    if not now.percent:
+        return {}
+    _set(registry, now, 0, why)
+    return {"canary_ended": now.percent}
+
+
+def _set(registry: Registry, now: Traffic, percent: int, why: str) -> None:
+    if now.challenger is None:  # the alias was removed by hand: nobody gets the percentage, there is nobody to name
+        traffic.set_percent(registry, percent)
+        return
+    with ledger.recorded(registry, "canary", CHALLENGER, now.challenger, now.challenger, reason=why, percent=percent):
+        traffic.set_percent(registry, percent)
+
+
+def _check(registry: Registry, now: Traffic) -> None:
+    if now.champion is None and now.challenger is None and not registry.versions():
+        found = f"no version of {registry.name} is registered"
+        raise RegistryError("canary", found, "run `models register DIR`")
+    if now.champion is None:
+        raise RegistryError("canary", "there is no champion beside it", "run `models promote V`")
+    if now.challenger is None:
+        raise RegistryError("canary", "there is no challenger", "run `models promote V --alias challenger`")
+    if now.challenger == now.champion:
+        found = f"version {now.challenger} is champion and challenger"
+        raise RegistryError("canary", found, "run `models promote V --alias challenger` with another version")

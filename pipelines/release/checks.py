@@ -1,0 +1,118 @@
+"""Checks of a bundle and of a version before it is registered or promoted.
+
+Not here: moving an alias, see pipelines/release/promote.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
+from animediffusion.platform.errors import BundleError, RegistryError
+from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.registry.model_version import Version, headline
+
+PSNR_MARGIN = 0.2
+"""dB of same-reference PSNR that a new champion may lose: less than one sees, about the noise of 100 images."""
+CIEDE2000_MARGIN = 0.5
+"""Color difference that it may gain on cross references; 1 is just noticeable."""
+
+
+def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
+    """Load a bundle and color once with it.
+
+    Args:
+        folder: bundle folder.
+        sha256: the identity it must have, if known.
+
+    Raises:
+        BundleError: damaged, of another format, not the expected one, or its sample is not finite.
+    """
+    try:
+        bundle = load_bundle(Path(folder))
+        if sha256 is not None and bundle.sha256 != sha256:
+            raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
+        smoke_sample(bundle)
+    except ValueError as error:
+        raise BundleError(str(folder), str(error), "give a folder as training wrote it") from error
+    return bundle
+
+
+def evaluation_line(result: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in short: data, rows and the numbers per track."""
+    keys = ("data", "data_hash", "split", "num_images", "sampler")
+    return {**{key: result.get(key) for key in keys}, **headline(result)}
+
+
+def check_quality(candidate: Version, champion: Version | None) -> None:
+    """Compare with the champion on the champion's data.
+
+    Args:
+        candidate: the version to be promoted.
+        champion: None where there is none yet; an evaluation is asked for all the same, as the next one needs it.
+
+    Raises:
+        RegistryError: not evaluated, evaluated on other data, or worse.
+    """
+    name = f"version {candidate.version}"
+    if not candidate.evaluations:
+        raise RegistryError(name, "was not evaluated", f"run `{_evaluate(candidate, 'DATA')}`, or use --force")
+    if champion is None or champion.version == candidate.version:
+        return
+    if not champion.evaluations:
+        found = f"cannot be compared, the champion (version {champion.version}) was not evaluated"
+        raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
+    for theirs in champion.evaluations:
+        ours = next((result for result in reversed(candidate.evaluations) if same_data(result, theirs)), None)
+        if ours is not None:
+            _check_not_worse(name, ours, theirs)
+            return
+    theirs, ours = champion.evaluations[0], candidate.evaluations[0]
+    found = f"was evaluated on {_data(ours)}, the champion (version {champion.version}) on {_data(theirs)}"
+    command = _evaluate(candidate, str(theirs.get("data", "DATA")), str(theirs.get("split", "val")))
+    raise RegistryError(name, found, f"run `{command}`, or use --force")
+
+
+def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    a, b = headline(ours), headline(theirs)
+    limits = {
+        "same.psnr": (1, PSNR_MARGIN, "same-reference PSNR", "dB"),
+        "cross.ciede2000": (-1, CIEDE2000_MARGIN, "cross-reference CIEDE2000", "units"),
+    }
+    for key, (sign, margin, label, unit) in limits.items():
+        if key not in b:
+            continue
+        if key not in a:
+            raise RegistryError(name, f"has no {label}, the champion has", "evaluate it again, or use --force")
+        # Rounded, so that a difference of exactly the margin passes whatever the floats say.
+        gain = round(sign * (a[key] - b[key]), 6)
+        if not gain >= -margin:
+            found = f"{label} {a[key]:.2f} against the champion's {b[key]:.2f}"
+            raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train on, or use --force")
+
+
+def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two evaluations saw the same images; a limit makes another set of them."""
+    keys = ("data_hash", "split", "num_images", "image_size")
+    return bool(a.get("data_hash")) and all(a.get(key) == b.get(key) for key in keys)
+
+
+def _data(result: dict[str, Any]) -> str:
+    return f"{result.get('num_images')} images of {str(result.get('data_hash'))[:12]} {result.get('split')}"
+
+
+def _evaluate(version: Version, data: str, split: str = "val") -> str:
+    option = "" if split == "val" else f" --split {split}"
+    return f"animediffusion evaluate models:/{version.name}/{version.version} {data}{option}"
+
+
+def check_stored(registry: Registry, version: Version) -> None:
+    """Check what the registry holds, not a copy that is cached here."""
+    with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
+        reference = f"models:/{version.name}/{version.version}"
+        try:
+            check_bundle(registry.fetch(reference, cache_dir=Path(folder)), version.sha256)
+        except BundleError as error:
+            raise BundleError(f"version {version.version}", error.found, "register it again") from error

@@ -1,0 +1,78 @@
+"""A model as a folder that colors drawings where this package is not installed.
+
+    export(settings, "3", Path("model"))
+    $ python model/colorize.py SKETCH REFERENCE OUT.png       torch, safetensors, numpy and pillow are enough
+
+It is the bundle with the modules that coloring needs, copied as they are: the same code, so the same picture.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from animediffusion.models.bundle import FILES
+from animediffusion.pipelines.release.checks import check_bundle
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.registry import code_archive as portable
+from animediffusion.platform.registry.client import Registry
+
+SCRIPT = '''"""Color a drawing like a reference image: python colorize.py SKETCH REFERENCE OUT.png
+
+Needs what requirements.txt beside this file names. --help tells the options.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # its own modules, whatever else is installed
+
+from animediffusion.serve.standalone import main  # noqa: E402
+
+sys.exit(main(HERE, sys.argv[1:]))
+'''
+
+
+def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
+    """Write the folder; it appears whole or not at all.
+
+    Args:
+        settings: which registry.
+        model: a version number, an alias, `models:/...`, or a bundle folder or URI.
+        folder: must not exist, or be empty.
+
+    Returns:
+        `{model, folder, sha256, num_files, bytes, command}`.
+
+    Raises:
+        ConfigError: the folder is in use.
+        BundleError, RegistryError, StorageError: no such model, or a damaged one.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(str(folder), "exists and is not empty", "give a new folder")
+    registry = Registry(settings)
+    source = registry.fetch(registry.reference(model))
+    bundle = check_bundle(source)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        whole = Path(name) / "whole"
+        whole.mkdir()
+        for file in (*FILES, "checksums.json"):
+            shutil.copyfile(source / file, whole / file)
+        portable.copy_modules(whole)
+        (whole / "colorize.py").write_text(SCRIPT)
+        (whole / "requirements.txt").write_text(portable.requirements())
+        whole.replace(folder)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        "model": model,
+        "folder": str(folder),
+        "sha256": bundle.sha256,
+        "num_files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "command": f"python {folder / 'colorize.py'} SKETCH REFERENCE OUT.png",
+    }

@@ -1,0 +1,65 @@
+"""A checkpoint of the authors' code as a bundle: the command `models import`.
+
+The names and shapes of their weights are in models/authors/weights.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from animediffusion.models.authors.weights import from_authors
+from animediffusion.models.bundle import save_bundle, verify
+from animediffusion.pipelines.training.model_card import model_card
+from animediffusion.platform.errors import BundleError, ConfigError, StorageError
+
+
+def import_weights(file: Path, folder: Path) -> dict[str, Any]:
+    """Make a bundle in `folder` from `file`; returns `{bundle, sha256, num_parameters, image_size}`.
+
+    The file is read as tensors alone, so nothing in it can run.
+
+    Raises:
+        StorageError: no such file.
+        BundleError: the file is no checkpoint of the authors' model; says in what it differs.
+        ConfigError: the folder holds something else than a bundle.
+    """
+    _require_room(folder)
+    checkpoint = _read(file)
+    try:
+        config, weights = from_authors(checkpoint)
+    except ValueError as error:
+        raise BundleError(
+            str(file), str(error), "give a model checkpoint (.pth) that the authors' code wrote"
+        ) from error
+    config = replace(config, provenance={**config.provenance, "file": file.name})
+    denoiser = config.build()
+    denoiser.load_state_dict(weights)
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = save_bundle(folder, denoiser, config, {}, model_card(config, count))
+    return {"bundle": str(folder), "sha256": sha256, "num_parameters": count, "image_size": config.image_size}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StorageError(str(file), error.strerror or "cannot be read", "give an existing .pth file") from error
+    except Exception as error:  # what it raises on foreign bytes depends on the bytes
+        raise BundleError(
+            str(file), "is no file of tensors as torch.save writes it", "give a model checkpoint (.pth)"
+        ) from error
+
+
+def _require_room(folder: Path) -> None:
+    """Only a bundle is written over: whatever else is there, nobody meant to lose."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        verify(folder)
+    except ValueError as error:
+        raise ConfigError(str(folder), "exists and holds no bundle", "give a new folder") from error

@@ -1,0 +1,206 @@
+"""Register, promote, roll back: what stands between a trained bundle and the people who use it.
+
+The gate: a bundle loads, its hash is the registered one, its smoke sample is finite, and on the champion's data it is
+not worse than the champion. `--force` lets a worse one through and is written down; a broken one never passes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from animediffusion.models.bundle import Bundle
+from animediffusion.pipelines.release import canary
+from animediffusion.pipelines.release.checks import check_bundle, check_quality, check_stored, evaluation_line
+from animediffusion.pipelines.release.lineage import described, dossier, kept_files, samples
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError, RegistryError
+from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
+from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
+from animediffusion.platform.registry.model_version import Version, headline
+
+
+def register(
+    settings: Settings,
+    folder: Path | str,
+    *,
+    run_id: str | None = None,
+    parent: int | None = None,
+    tags: dict[str, str] | None = None,
+) -> Version:
+    """Make a bundle the next version; the same bundle again is the same version.
+
+    Args:
+        settings: which registry.
+        folder: bundle folder or its URI.
+        run_id: the MLflow run that made it; found in run.json beside the folder if None.
+        parent: the version whose weights it started from; found by the bundle's provenance if None.
+        tags: further tags.
+    """
+    path = fetch_folder(folder, cache_folder(settings))
+    bundle = check_bundle(path)
+    registry = Registry(settings)
+    known = registry.find(bundle.sha256)
+    if known is not None:
+        if bundle.metrics.get("tracks"):
+            registry.add_evaluation(known.version, bundle.metrics)
+        return registry.get(known.version)
+    number = registry.register(
+        path,
+        sha256=bundle.sha256,
+        run_id=_known_run(registry, run_id or _run_beside(path)),
+        parent=parent or _parent(registry, bundle),
+        metrics=bundle.metrics,
+        tags={**described(bundle), **(tags or {})},
+        files=kept_files(bundle),
+    )
+    return registry.get(number)
+
+
+def promote(
+    settings: Settings, version: int | str, alias: str = CHAMPION, why: str = "", *, force: bool = False
+) -> dict[str, Any]:
+    """Point the alias at a version that passes the gate.
+
+    Returns:
+        `{version, alias, from, forced, changed}`; `changed` is False where the alias was there already. And
+        `canary_ended`, the percentage of the canary that this ended, if it did.
+
+    Raises:
+        RegistryError: unknown version, or refused; BundleError: the bundle is broken.
+    """
+    if alias not in ALIASES:
+        raise ConfigError("--alias", repr(alias), " or ".join(ALIASES))
+    registry = Registry(settings)
+    candidate = registry.get(version)
+    report = {"version": candidate.version, "alias": alias, "forced": force}
+    if registry.alias(alias) == candidate.version:
+        return {**report, "from": candidate.version, "changed": False}
+    check_stored(registry, candidate)
+    with turn(registry):
+        previous = registry.alias(alias)
+        if previous == candidate.version:
+            return {**report, "from": previous, "changed": False}
+        if not force:
+            check_quality(candidate, _champion(registry))
+        metrics = headline(candidate.metrics)
+        ended = canary.end(registry, f"version {candidate.version} became {alias}")
+        with ledger.recorded(
+            registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
+        ):
+            registry.set_alias(alias, candidate.version)
+    return {**report, "from": previous, "changed": True, **ended}
+
+
+def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
+    """Point the alias at the version it stood at before; again goes one further back. Ends a canary, as promote does.
+
+    Raises:
+        RegistryError: nothing to go back to.
+    """
+    registry = Registry(settings)
+    with turn(registry):
+        present = registry.alias(alias)
+        target = _before(registry, alias, present)
+        metrics = headline(target.metrics)
+        ended = canary.end(registry, f"{alias} rolled back to version {target.version}")
+        with ledger.recorded(registry, "rollback", alias, present, target.version, reason=why, metrics=metrics):
+            registry.set_alias(alias, target.version)
+    return {"version": target.version, "alias": alias, "from": present, "changed": True, **ended}
+
+
+def _before(registry: Registry, alias: str, present: int | None) -> Version:
+    """The version an alias stood at before the present one."""
+    existing = {version.version: version for version in registry.versions()}
+    stack = ledger.stack(ledger.read(registry, alias))
+    if stack and stack[-1] == present:
+        stack.pop()
+    earlier = [version for version in stack if version in existing and version != present]
+    if not earlier:
+        gone = [version for version in stack if version not in existing]
+        found = f"there is no version before {present}" if present is not None else "no version was ever promoted"
+        if gone:
+            found = f"its version {gone[-1]} was deleted, and no other is before it"
+        raise RegistryError(f"alias {alias}", found, "use `models promote V`")
+    return existing[earlier[-1]]
+
+
+def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
+    """Every promotion, rollback and canary, the oldest first."""
+    return [event.summary() for event in ledger.read(Registry(settings), alias)]
+
+
+def versions(settings: Settings) -> list[dict[str, Any]]:
+    """What `models list` prints, the newest version first."""
+    registry = Registry(settings)
+    shares = traffic.read(registry).shares
+    return [{**version.summary(), "share": shares.get(version.version, 0.0)} for version in registry.versions()]
+
+
+def show(settings: Settings, version: int | str, out: Path | None = None) -> dict[str, Any]:
+    """What `models show V` prints: the version, its origin, tags, evaluations and the events it was part of.
+
+    Args:
+        settings: which registry.
+        version: a number, an alias or `models:/...`.
+        out: file for the drawings it colored when it was registered.
+    """
+    registry = Registry(settings)
+    found = registry.get(version)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(samples(registry, found))
+    events = [event for event in ledger.read(registry) if found.version in (event.version, event.previous)]
+    return {
+        **found.summary(),
+        "share": traffic.read(registry).shares.get(found.version, 0.0),
+        "name": found.name,
+        **dossier(registry, found),
+        "tags": {key: value for key, value in found.tags.items() if key not in ("sha256", "parent")},
+        "evaluations": [evaluation_line(result) for result in found.evaluations],
+        "history": [event.summary() for event in events],
+    }
+
+
+def record_evaluation(settings: Settings, model: str, result: dict[str, Any]) -> int | None:
+    """Keep what `evaluate` measured with the version it measured, if MODEL is one; returns its number."""
+    if not model.startswith("models:"):
+        return None
+    registry = Registry(settings)
+    version = registry.get(model).version
+    registry.add_evaluation(version, result)
+    return version
+
+
+def _champion(registry: Registry) -> Version | None:
+    number = registry.alias(CHAMPION)
+    return registry.get(number) if number is not None else None
+
+
+def _parent(registry: Registry, bundle: Bundle) -> int | None:
+    """The version of the bundle that this one's training started from, if it is registered."""
+    sha256 = bundle.config.provenance.get("parent")
+    found = registry.find(str(sha256)) if sha256 else None
+    return found.version if found is not None else None
+
+
+def _run_beside(folder: Path) -> str | None:
+    """The MLflow run of a bundle that lies in its run's folder."""
+    try:
+        return str(json.loads((folder.parent / "run.json").read_text())["mlflow_run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _known_run(registry: Registry, run_id: str | None) -> str | None:
+    """The run, if this MLflow knows it: a bundle may come from another installation."""
+    if run_id is None:
+        return None
+    try:
+        return str(registry.client.get_run(run_id).info.run_id)
+    except Exception:
+        return None

@@ -1,0 +1,28 @@
+"""Measures a model and keeps the numbers with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from animediffusion.models.bundle import with_metrics
+from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.release.promote import record_evaluation
+from animediffusion.platform.config import Settings
+
+
+def evaluate_and_record(
+    settings: Settings,
+    model: str,
+    data: str,
+    split: str = "val",
+    limit: int | None = None,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """evaluate(), kept where the model is: in a bundle folder's metrics.json, or with the registered version."""
+    result = evaluate(settings, model, data, split, limit, out, progress)
+    if record_evaluation(settings, model, result) is None and "://" not in model:
+        with_metrics(Path(model), result)
+    return result

@@ -1,0 +1,217 @@
+"""A dataset of drawn anime faces, written as plain PNG folders.
+
+    synthesize("workspace/data/faces", count=2000, size=64)
+
+    DST/{train,val}/{target,sketch,reference,cross_reference}/000001.png      every tenth row is for val
+
+Row i depends on (seed, i) alone: more rows never change the old ones, a stopped run continues,
+and the number of processes does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from animediffusion.pipelines.synthetic.faces import draw, random_character, random_geometry
+from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.images.codec import encode_png
+
+Array = NDArray[np.uint8]
+
+COLUMNS = ("sketch", "reference", "cross_reference", "target")
+"""In the order they are written: a row with a target is complete."""
+SIZES = (16, 1024)
+VAL_EVERY = 10
+
+_RECORD = ".synthesize.json"
+_DRAWING = 1
+"""Raised whenever the pictures of a seed change."""
+_TASK_PIXELS = 25 * 64**2
+
+
+class DrawnRow(NamedTuple):
+    """Four pictures of one character; `cross_reference` is another drawing of it."""
+
+    target: Array
+    sketch: Array
+    reference: Array
+    cross_reference: Array
+
+
+def synthesize(
+    destination: str,
+    count: int,
+    size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
+) -> dict[str, int | float]:
+    """Draw rows that are not there yet, and return `rows, train, val, seconds`.
+
+    Args:
+        destination: a local folder: new, empty, or begun with the same size and seed and no more rows.
+        count: rows in all, train and val together.
+        size: side of the pictures, pixels.
+        seed: of everything random.
+        progress: called with (rows done, count).
+        workers: processes; one per usable core by default, none (this process) if there is little to do.
+
+    Raises:
+        ConfigError: count, size or seed is out of range, or the destination is no local path.
+        DataError: the destination holds something else.
+    """
+    _check(destination, count, size, seed)
+    folder, started = Path(destination), time.monotonic()
+    _claim(folder, {"drawing": _DRAWING, "size": size, "seed": seed, "count": count})
+    missing = [index for index in range(count) if not _path(folder, index, "target").exists()]
+    done = count - len(missing)
+    for finished in _draw_all(folder, missing, size, seed, workers):
+        done += finished
+        if progress:
+            progress(done, count)
+    val = sum(split_of(index) == "val" for index in range(count))
+    return {"rows": count, "train": count - val, "val": val, "seconds": round(time.monotonic() - started, 3)}
+
+
+def split_of(index: int) -> str:
+    """`val` for every tenth row, from the second on, so that two rows already give both."""
+    return "val" if index % VAL_EVERY == 1 else "train"
+
+
+def make_row(seed: int, index: int, size: int) -> DrawnRow:
+    """Row `index` of the dataset of this seed."""
+    rng = np.random.default_rng([seed, index])
+    character = random_character(rng)
+    target, sketch = draw(character, random_geometry(rng), size)
+    other, _ = draw(character, random_geometry(rng), size)
+    return DrawnRow(target, sketch, warp(target, rng), other)
+
+
+def warp(image: Array, rng: np.random.Generator, strength: float = 0.03, cells: int = 4) -> Array:
+    """The picture under a smooth random deformation, its border kept inside.
+
+    Args:
+        image: RGB [S, S, 3].
+        rng: gives the deformation.
+        strength: standard deviation of the shifts at the nodes, in fractions of the side.
+        cells: nodes per side of the coarse grid, refined smoothly.
+    """
+    side = image.shape[0]
+    shifts = rng.normal(0, strength * side, (2, cells, cells)).astype(np.float32)
+    steps = max(8, min(24, side // 12))
+    ticks = np.linspace(0, side, steps + 1)
+    fine = [np.array(Image.fromarray(s).resize((steps + 1, steps + 1), Image.Resampling.BICUBIC)) for s in shifts]
+    x, y = np.clip(ticks[None, :] + fine[0], 1, side - 1), np.clip(ticks[:, None] + fine[1], 1, side - 1)
+    edges = np.round(ticks).astype(int).tolist()
+    mesh = []
+    for i in range(steps):
+        for j in range(steps):
+            corners = ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1))  # upper left, then counterclockwise
+            quad = tuple(float(axis[corner]) for corner in corners for axis in (x, y))
+            mesh.append(((edges[j], edges[i], edges[j + 1], edges[i + 1]), quad))
+    moved = Image.fromarray(image).transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+    return np.array(moved)
+
+
+def _check(destination: str, count: int, size: int, seed: int) -> None:
+    if "://" in destination:
+        raise ConfigError(destination, "is not a local folder", "synthesize to a local folder, then ingest to any URI")
+    if count < 1:
+        raise ConfigError("count", str(count), "at least 1")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ConfigError("size", str(size), f"{SIZES[0]} to {SIZES[1]} pixels")
+    if seed < 0:
+        raise ConfigError("seed", str(seed), "0 or more")
+
+
+def _claim(folder: Path, record: dict[str, int]) -> None:
+    """Make the folder ours, or refuse it.
+
+    Raises:
+        DataError: it holds something else than a smaller or equal dataset of the same drawing, size and seed.
+    """
+    path = folder / _RECORD
+    if folder.exists() and not folder.is_dir():
+        raise DataError(str(folder), "is a file", "give a new folder")
+    if path.exists():
+        _compare(folder, _read_record(path), record)
+    elif folder.exists() and any(folder.iterdir()):
+        raise DataError(str(folder), "is not empty", "give a new or an empty folder")
+    for split in ("train", "val"):
+        for column in COLUMNS:
+            (folder / split / column).mkdir(parents=True, exist_ok=True)
+    _replace(path, (json.dumps(record) + "\n").encode())
+
+
+def _read_record(path: Path) -> dict[str, int]:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(str(path), "is damaged", "give a new folder") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _compare(folder: Path, there: dict[str, int], wanted: dict[str, int]) -> None:
+    for key, value in wanted.items():
+        found = there.get(key)
+        if found != value and not (key == "count" and found is not None and found < value):
+            raise DataError(str(folder), f"was drawn with {key} {found}, not {value}", "give a new folder")
+
+
+def _path(folder: Path, index: int, column: str) -> Path:
+    """Rows are numbered from 1 within their split."""
+    block, place = divmod(index, VAL_EVERY)
+    if split_of(index) == "val":
+        return folder / "val" / column / f"{block + 1:06d}.png"
+    return folder / "train" / column / f"{block * (VAL_EVERY - 1) + place - (place > 1) + 1:06d}.png"
+
+
+def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: int | None) -> Iterator[int]:
+    """Write the missing rows; yields how many each finished task wrote."""
+    step = max(1, _TASK_PIXELS // size**2)
+    tasks = [missing[start : start + step] for start in range(0, len(missing), step)]
+    if workers is None:  # below some seconds of work, starting processes costs more than it saves
+        workers = _usable_cores() if len(tasks) > 8 else 1
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from (_draw_rows(folder, rows, size, seed) for rows in tasks)
+        return
+    # spawn: a forked child of a process with threads (torch, Ray) may hang.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_draw_rows, folder, rows, size, seed) for rows in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _draw_rows(folder: Path, indices: list[int], size: int, seed: int) -> int:
+    for index in indices:
+        row = make_row(seed, index, size)
+        for column in COLUMNS:
+            _replace(_path(folder, index, column), encode_png(getattr(row, column)))
+    return len(indices)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

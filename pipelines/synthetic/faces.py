@@ -1,0 +1,284 @@
+"""Anime faces drawn from a palette and a geometry: the colored picture and its line art.
+
+    character = random_character(rng)                     # colors, clothes, accessory, background
+    target, sketch = draw(character, random_geometry(rng), size=256)
+    reference, _ = draw(character, random_geometry(rng), size=256)     # the same colors, another drawing
+
+Shading follows fixed rules (light from the upper left), so a second drawing of the same character says
+everything about the first one's colors, and the sketch says everything about its shapes.
+Not here: how datasets of them are written, see pipelines/synthetic/dataset.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from animediffusion.pipelines.synthetic import clothes as wardrobe
+from animediffusion.pipelines.synthetic import hair
+from animediffusion.pipelines.synthetic.background import BACKDROPS, draw_backdrop
+from animediffusion.pipelines.synthetic.canvas import (
+    Canvas,
+    Frame,
+    Pen,
+    Points,
+    blob,
+    curve,
+    ellipse,
+    join,
+    mirror,
+    shifted,
+)
+from animediffusion.pipelines.synthetic.palette import MOUTH, TONGUE, WHITE, Palette, random_palette
+
+EYES = ("round", "tall", "sharp", "droopy", "calm")
+MOUTHS = ("smile", "open", "cat", "small", "line", "grin")
+
+
+@dataclass(frozen=True)
+class Character:
+    """What two drawings of one person share."""
+
+    palette: Palette
+    clothes: str
+    accessory: str
+    backdrop: str
+    shine: bool
+    """Whether the hair has a ring of light."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One drawing: pose, shape of the face, expression, hair style."""
+
+    x: float
+    y: float
+    scale: float
+    """Place and size of the head, in fractions of the picture."""
+    tilt: float
+    """Radians, clockwise."""
+    yaw: float
+    pitch: float
+    """Where the head is turned: -1 (left, up) to 1 (right, down)."""
+    jaw: float
+    chin: float
+    eyes: str
+    eye_size: float
+    gaze: float
+    wink: bool
+    brow: float
+    mouth: str
+    front: str
+    back: str
+    ahoge: bool
+    side: int
+    """-1 or 1: where a bow or a flower sits."""
+    jitter: tuple[float, ...]
+    """-1..1, small variations of locks and background."""
+
+
+def random_character(rng: np.random.Generator) -> Character:
+    """Colors and belongings."""
+    return Character(
+        palette=random_palette(rng),
+        clothes=_one_of(rng, wardrobe.CLOTHES),
+        accessory=_one_of(rng, wardrobe.ACCESSORIES),
+        backdrop=_one_of(rng, BACKDROPS),
+        shine=bool(rng.random() < 0.75),
+    )
+
+
+def random_geometry(rng: np.random.Generator) -> Geometry:
+    """A pose, a face and a hair style."""
+    return Geometry(
+        x=0.5 + 0.035 * _unit(rng),
+        y=0.495 + 0.02 * _unit(rng),
+        scale=0.345 + 0.025 * _unit(rng),
+        tilt=0.13 * _unit(rng),
+        yaw=_unit(rng),
+        pitch=_unit(rng),
+        jaw=1.0 + 0.07 * _unit(rng),
+        chin=0.80 + 0.05 * _unit(rng),
+        eyes=_one_of(rng, EYES),
+        eye_size=1.0 + 0.12 * _unit(rng),
+        gaze=_unit(rng),
+        wink=bool(rng.random() < 0.07),
+        brow=_unit(rng),
+        mouth=_one_of(rng, MOUTHS),
+        front=_one_of(rng, hair.FRONTS),
+        back=_one_of(rng, hair.BACKS),
+        ahoge=bool(rng.random() < 0.25),
+        side=1 if rng.random() < 0.5 else -1,
+        jitter=tuple(_unit(rng) for _ in range(14)),
+    )
+
+
+def _one_of(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _unit(rng: np.random.Generator) -> float:
+    return float(rng.uniform(-1, 1))
+
+
+def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The colored picture [size, size, 3] and its line art [size, size], dark on white."""
+    g, palette = geometry, character.palette
+    canvas = Canvas(size, palette.upper)
+    draw_backdrop(canvas, character.backdrop, palette, (g.x, g.y), g.jitter[-1])
+    head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
+    body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
+    hidden = g.back == "buns" and character.accessory in ("beret", "cat ears")
+    back = "bob" if hidden else g.back  # what one drawing shows in the accent, the other must show too
+    ahoge = g.ahoge and character.accessory not in ("beret", "headband", "headphones")
+    far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
+    if character.accessory == "cat ears":
+        wardrobe.draw_ears_of_a_cat(far, palette)
+    hair.draw_behind(far, back, palette.hair)
+    _neck(body, head, g, palette)
+    wardrobe.draw_clothes(body, character.clothes, palette)
+    hair.draw_beside(far, back, palette.hair, palette.trim, g.jitter)
+    _face(head, skull, features, g, palette)
+    _eyes(features, g, palette)
+    hair.draw_front(skull, g.front, back, palette.hair, g.jitter, shine=character.shine, ahoge=ahoge)
+    _brows(features, g)
+    if character.accessory == "glasses":
+        wardrobe.draw_glasses(features, palette, 0.31)
+    else:
+        wardrobe.draw_accessory(skull, character.accessory, palette, g.side)
+    return canvas.finish()
+
+
+def _outline(g: Geometry) -> Points:
+    half = [
+        (0.46, -0.86),
+        (0.63, -0.45),
+        (0.66, -0.05),
+        (0.625, 0.24),
+        (0.50 * g.jaw, 0.50),
+        (0.27 * g.jaw, g.chin - 0.09),
+    ]
+    points = blob([(0, -1.0), *half, (0, g.chin), *mirror(half)])
+    lean = 0.075 * g.yaw * np.clip(points[:, 1:] + 0.5, 0, None)  # the chin leads when the head turns
+    return np.asarray(points + lean * (1.0, 0.0), np.float64)
+
+
+def _neck(body: Pen, head: Pen, g: Geometry, palette: Palette) -> None:
+    half = [(0.19, 0.4), (0.19, 0.80), (0.24, 0.93), (0.50, 1.06), (0.6, 1.4)]
+    neck = join(curve(half), curve(mirror(half)))
+    body.fill(neck, palette.skin.base)
+    region = body.region(neck)
+    head.tint(shifted(_outline(g), 0.02, 0.13), palette.skin.shade, within=region)
+    for side in (-1, 1):
+        body.stroke(curve([(side * 0.19, 0.5), (side * 0.19, 0.80), (side * 0.25, 0.94)]))
+
+
+def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: Palette) -> None:
+    skin = palette.skin
+    for side in (-1, 1):
+        ear = blob([(side * 0.60, 0.0), (side * 0.74, -0.02), (side * 0.76, 0.16), (side * 0.64, 0.32)])
+        head.fill(ear, skin.base)
+        head.tint(ellipse(side * 0.67, 0.12, 0.05, 0.1), skin.shade)
+        head.stroke(ear)
+    outline = _outline(g)
+    region = head.region(outline)
+    head.fill(outline, skin.base)
+    for shape in hair.shadow_on_face(g.front, g.jitter):
+        skull.tint(shape, skin.shade, within=region)
+    for side in (-1, 1):
+        features.tint(ellipse(side * 0.40, 0.42, 0.15, 0.085), TONGUE, within=region, opacity=0.36)
+    head.stroke(outline)
+    features.stroke(curve([(-0.01, 0.35), (0.025, 0.385), (-0.015, 0.40)], 5), 0.9, taper=(0.2, 0.5))
+    _mouth(features, g)
+
+
+def _mouth(pen: Pen, g: Geometry) -> None:
+    y = 0.56 + 0.3 * (g.chin - 0.8)
+    if g.mouth in ("open", "grin"):
+        wide, deep = (0.13, 0.15) if g.mouth == "open" else (0.18, 0.11)
+        lips = join(
+            curve([(-wide, y - 0.02), (0, y + 0.005), (wide, y - 0.02)]),
+            curve([(wide * 0.8, y + deep * 0.7), (0, y + deep), (-wide * 0.8, y + deep * 0.7)]),
+        )
+        pen.fill(lips, MOUTH)
+        pen.tint(ellipse(0, y + deep, wide * 0.62, deep * 0.5), TONGUE, within=pen.region(lips))
+        pen.stroke(join(lips, lips[:2]))
+    elif g.mouth == "cat":
+        pen.stroke(curve([(-0.13, y - 0.01), (-0.07, y + 0.04), (0, y), (0.07, y + 0.04), (0.13, y - 0.01)]), 1.1)
+    elif g.mouth == "small":
+        dot = ellipse(0, y + 0.02, 0.05, 0.06)
+        pen.fill(dot, MOUTH)
+        pen.stroke(dot)
+    else:
+        sag = 0.05 if g.mouth == "smile" else 0.008
+        pen.stroke(curve([(-0.13, y), (0, y + sag), (0.13, y)]), 1.1, taper=(0.5, 0.5))
+
+
+def _brows(pen: Pen, g: Geometry) -> None:
+    for side in (-1, 1):
+        arch = [(side * 0.17, -0.22 + 0.03 * g.brow), (side * 0.32, -0.265), (side * 0.46, -0.21 - 0.02 * g.brow)]
+        pen.stroke(curve(arch), 1.5, taper=(0.8, 0.1))
+
+
+# Upper and lower lid of each kind of eye: (outward, down) in half sizes of the eye.
+_LIDS = {
+    "round": (
+        [(-1, 0.25), (-0.7, -0.62), (0, -1.0), (0.7, -0.72), (1.0, 0.0)],
+        [(0.78, 0.74), (0.1, 1.0), (-0.6, 0.84)],
+    ),
+    "tall": (
+        [(-0.86, 0.2), (-0.62, -0.78), (0, -1.16), (0.62, -0.85), (0.9, 0.0)],
+        [(0.7, 0.8), (0.1, 1.08), (-0.52, 0.9)],
+    ),
+    "sharp": (
+        [(-1, 0.35), (-0.62, -0.40), (0.1, -0.86), (0.74, -0.80), (1.12, -0.36)],
+        [(0.78, 0.60), (0.1, 0.84), (-0.6, 0.72)],
+    ),
+    "droopy": (
+        [(-1, -0.05), (-0.7, -0.74), (0, -0.92), (0.72, -0.56), (1.08, 0.30)],
+        [(0.8, 0.80), (0.1, 0.92), (-0.6, 0.72)],
+    ),
+    "calm": (
+        [(-1, 0.05), (-0.66, -0.42), (0, -0.56), (0.7, -0.44), (1.06, 0.04)],
+        [(0.78, 0.68), (0.1, 0.90), (-0.6, 0.74)],
+    ),
+}
+
+
+def _eyes(pen: Pen, g: Geometry, palette: Palette) -> None:
+    for side in (-1, 1):
+        width = 0.195 * g.eye_size * (1 - 0.16 * g.yaw * side)
+        center = (side * 0.31 * (1 - 0.06 * g.yaw * side), 0.13)
+        at = pen.moved(*center)
+        scale = np.array((side * width, 0.215 * g.eye_size))
+        if g.wink and side == g.side:
+            at.stroke(curve(np.array([(-0.9, 0.1), (0, 0.62), (0.9, 0.1)]) * scale), 2.2, taper=(0.4, 0.6))
+        else:
+            _eye(at, g, scale, palette)
+
+
+def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: Palette) -> None:
+    upper_lid, lower_lid = _LIDS[g.eyes]
+    upper = curve(np.array(upper_lid) * scale)
+    lower = curve(np.array([upper_lid[-1], *lower_lid, upper_lid[0]]) * scale)
+    opening = join(upper, lower)
+    region = pen.region(opening)
+    width, height = abs(scale[0]), scale[1]
+    pen.fill(opening, WHITE)
+    pen.tint(shifted(opening, 0, -1.55 * height), palette.skin.shade, within=region)
+    x, y = 0.16 * g.gaze * width, 0.08 * height
+    iris = ellipse(x, y, 0.66 * width, 0.92 * height)
+    pen.gradient(iris, palette.eyes.deep, palette.eyes.light, within=region)
+    pen.tint(ellipse(x, y - 0.04 * height, 0.27 * width, 0.42 * height), palette.eyes.deep, within=region)
+    pen.tint(ellipse(x, y + 0.58 * height, 0.36 * width, 0.20 * height), palette.eyes.light, within=region)
+    pen.stroke_within(iris, region, 0.8)
+    for dx, dy, radius in ((-0.26, -0.40, 0.25), (0.26, 0.40, 0.12)):
+        pen.fill(ellipse(x + dx * width, y + dy * height, radius * width, radius * height), WHITE)
+    pen.stroke(upper, 2.6, taper=(0.35, 0.8))
+    flick = np.array([upper_lid[-2], upper_lid[-1], (upper_lid[-1][0] + 0.22, upper_lid[-1][1] - 0.16)]) * scale
+    pen.stroke(curve(flick), 2.0, taper=(0.8, 0.0))
+    pen.stroke(lower[2 : len(lower) // 2 + 4], 1.0, taper=(1.0, 0.0))
+    crease = np.array([(x * 0.92, y - 0.26) for x, y in upper_lid[1:4]]) * scale
+    pen.stroke(curve(crease), 0.7, taper=(0.0, 0.2))

@@ -1,0 +1,355 @@
+"""Run a recipe on Ray Train: resolve, name, resume, train, write the bundle.
+
+    result = train(settings, load_recipe("demo", ["data=workspace/data/faces"]))
+
+A run lives in WORKSPACE/runs/NAME. Its name follows from what decides the result, so the same command finds its own
+checkpoints and goes on. Not here: what is to be done (pipelines/training/plan.py), one worker
+(pipelines/training/worker.py), one step (models/training/loop.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import yaml
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from animediffusion.models.bundle import identity, load_bundle, save_bundle
+from animediffusion.models.network.attention import attention_used
+from animediffusion.models.training.ema import pack
+from animediffusion.models.training.loop import MALLOC, averaged_weights, kept_averages
+from animediffusion.pipelines.data.stream import read_split, training_dataset
+from animediffusion.pipelines.training.checkpoints import best_step, fetch, latest_step, outlast, read_scores
+from animediffusion.pipelines.training.model_card import model_card
+from animediffusion.pipelines.training.plan import RunPlan, plan, read_json, write_json
+from animediffusion.pipelines.training.recipe import TrainConfig, plain
+from animediffusion.pipelines.training.scaling import scaling_for, worker_threads
+from animediffusion.pipelines.training.worker import Progress, train_worker
+from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import DataError, Interrupted, TrainingError
+from animediffusion.platform.storage import files as storage
+from animediffusion.platform.tracking.run import TRAINING, Run, send_left
+
+MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
+"""Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
+POLL_S = 0.5
+
+UNSENT = "unsent"
+"""Folder of a run for records that wait for MLflow."""
+
+Report = Callable[[dict[str, Any]], None]
+"""Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings, ..."""
+
+
+def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
+    """Train to the end of the budget and return what the contract's `train --json` prints.
+
+    The caller has connected to Ray.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the checkpoint is saved.
+        ClusterError: the cluster cannot hold the run.
+        TrainingError: workers failed more often than max_failures, or the loss is not finite.
+    """
+    work = plan(settings, config)
+    if work.finished:
+        summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
+        send_left(settings, summary["mlflow_run_id"], work.folder / UNSENT)
+        return summary
+    scaling, notes = scaling_for(work.config, *cluster.resources())
+    work.folder.mkdir(parents=True, exist_ok=True)
+    (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
+    previous = read_json(work.folder / "run.json").get("mlflow_run_id")
+    params = {**plain(work.config), "data_hash": work.data_hash, "image_size": work.image_size}
+    tags, unsent = {"data_hash": work.data_hash}, work.folder / UNSENT
+    run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags=tags, unsent=unsent)
+    write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
+    progress = _progress()
+    for line in notes:
+        progress.warn.remote(line)
+    begun = time.monotonic()
+    try:
+        latest = _fit(work, scaling, run, progress, report)
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
+        raise
+    finally:
+        ray.kill(progress)
+    return _finish(work, run, latest, time.monotonic() - begun)
+
+
+def _fit(
+    work: RunPlan, scaling: ray.train.ScalingConfig, run: Run, progress: Any, report: Report | None
+) -> dict[str, Any]:
+    weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
+    shared = {"init_weights": weights, "progress": progress, "samples": _samples(work.config)}
+    while True:
+        begun = latest_step(work.checkpoints)
+        trainer = build_trainer(work, scaling, run, shared, worker_threads(scaling))
+        latest = _run_and_watch(trainer, work, progress, report)
+        # One execution of Ray Data has a bounded table of reads; the next continues as a resumed run does.
+        if not begun < latest.get("step", 0) < latest.get("max_steps", 0):
+            return latest
+
+
+def build_trainer(
+    work: RunPlan,
+    scaling: ray.train.ScalingConfig,
+    run: Run,
+    shared: dict[str, Any],
+    threads: int,
+    callbacks: list[Any] | None = None,
+) -> TorchTrainer:
+    """The run as Ray Train knows it.
+
+    Args:
+        work: what is to be done.
+        scaling: workers and what each takes.
+        run: of MLflow.
+        shared: init_weights, progress, samples and, in a search, rungs: see train_worker.
+        threads: of a worker's arithmetic.
+        callbacks: of Ray Train.
+    """
+    config = work.config
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "run": config.model_dump(mode="json"),
+            "run_name": work.run,
+            "checkpoints": work.checkpoints,
+            "image_size": work.image_size,
+            "tracking_uri": run.tracking_uri,
+            "mlflow_run_id": run.run_id,
+            "unsent": str(work.folder / UNSENT),
+            **shared,
+        },
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            # Ray's own notes about this fit(); checkpoints are ours (pipelines/training/checkpoints.py says why).
+            name="ray",
+            storage_path=str(work.folder),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": {**MALLOC, "OMP_NUM_THREADS": str(threads)}},
+            callbacks=callbacks,
+        ),
+        # The rows depend on how many workers there are, which Ray knows when it starts them.
+        datasets={"train": _nothing},
+        dataset_config=_TrainingData(functools.partial(_dataset, work, bool(scaling.use_gpu))),
+    )
+
+
+def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> dict[str, Any]:
+    """fit() in a thread, so that this one can show progress and hear signals."""
+    outcome: list[BaseException | None] = []
+
+    def body() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    heard: list[int] = []
+    thread = threading.Thread(target=body, name="fit", daemon=True)
+    latest: dict[str, Any] = {}
+    with Signals(heard, lambda: progress.stop.remote()), cluster.waits(progress.warn.remote) as moved:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            now = ray.get(progress.look.remote())
+            if now.get("elapsed") != latest.get("elapsed"):
+                moved()
+            if report is not None and now and now != latest:
+                report(now)
+            latest = now
+    if latest.get("failed"):
+        raise _hopeless(work, latest["failed"], latest["advice"])
+    if heard:
+        raise Interrupted(heard[0], work.run, latest_step(work.checkpoints))
+    error = outcome[0]
+    if error is not None:
+        raise _explain(error, work)
+    return latest
+
+
+class Signals:
+    """SIGINT and SIGTERM ask for a stop, in the main thread; the second one is Python's own business."""
+
+    def __init__(self, heard: list[int], stop: Callable[[], object]) -> None:
+        self.heard, self.stop = heard, stop
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._hear)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _hear(self, signum: int, _frame: object) -> None:
+        if self.heard:
+            raise KeyboardInterrupt
+        self.heard.append(signum)
+        self.stop()
+
+
+def _progress() -> Any:
+    """On this node: it is to live as long as the driver, whatever other nodes do."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class _TrainingData(ray.train.DataConfig):
+    """What a TorchTrainer needs as `dataset_config`: rows for as many workers as there are, their order kept.
+
+    Args:
+        build: makes the dataset for a number of workers; called for every group of workers that Ray starts.
+    """
+
+    def __init__(self, build: Callable[[int], ray.data.Dataset]) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+        self._build = build
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """Iterators of each worker, for the dataset of this many workers in place of what the trainer was given."""
+        built = {name: self._build(world_size) for name in datasets}
+        iterators: list[dict[str, ray.data.DataIterator]] = super().configure(built, world_size, *args, **kwargs)
+        return iterators
+
+
+def _nothing() -> None:
+    """No dataset yet."""
+
+
+def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
+    """Rows from the newest checkpoint on, for a group of workers that was just started."""
+    storage.expect(work.checkpoints, work.config.data)
+    config, start = work.config, outlast(lambda: latest_step(work.checkpoints))
+    rows = config.batch_size // world_size
+    if config.max_steps is not None:
+        steps = config.max_steps - start
+    else:
+        steps = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"] / rows)
+    return training_dataset(
+        config.data,
+        seed=config.seed,
+        world_size=world_size,
+        num_rows=max(1, steps) * rows,
+        start_rows=start * rows,
+    )
+
+
+def _samples(config: TrainConfig) -> Any:
+    if not config.num_samples:
+        return None
+    try:
+        rows = read_split(config.data, "val", limit=config.num_samples)
+    except DataError:
+        return None
+    rows.pop("id")
+    return rows
+
+
+def _finish(work: RunPlan, run: Run, latest: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Write the bundle from the last checkpoint, or the best, and the summary."""
+    config, steps, scores = work.config, latest_step(work.checkpoints), read_scores(work.checkpoints)
+    if not steps:
+        raise TrainingError(f"run {work.run}", f"no checkpoint in {work.checkpoints}", "set storage= to a common place")
+    best = best_step(scores)
+    chosen = best if config.bundle == "best" and best else steps
+    bundle, parameters = _write_bundle(work, chosen, latest, seconds)
+    summary = {
+        "run": work.run,
+        "run_dir": str(work.folder),
+        "bundle": str(bundle),
+        "steps": steps,
+        "resumed_from": work.start_step or None,
+        "seconds": round(seconds, 1),
+        "images_per_s": round(latest.get("images_per_s", 0.0), 1),
+        "num_parameters": parameters,
+        "device": latest.get("device", "cpu"),
+        "attention": latest.get("attention", attention_used()),
+        "mlflow_run_id": run.run_id,
+        "metrics": {key: latest[key] for key in ("loss", "grad_norm", "data_wait") if key in latest},
+        "scores": {str(step): scores[step] for step in sorted(scores)},
+        "best_step": best,
+        "bundle_step": chosen,
+        "num_workers": latest.get("workers", 1),
+        "peak_memory_mb": round(latest.get("peak_memory_mb", 0.0), 1),
+    }
+    run.log_artifact(work.folder / "config.yaml")
+    run.log_artifact(bundle / "card.md")
+    run.finish()
+    record = {"run": work.run, "mlflow_run_id": run.run_id, "finished": True, "result": summary}
+    budget = {"max_steps": config.max_steps, "max_minutes": config.max_minutes}
+    write_json(work.folder / "run.json", {**record, "budget": budget})
+    return summary
+
+
+def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: float) -> tuple[Path, int]:
+    config = work.config
+    bundle_config = config.bundle_config(work.image_size)
+    denoiser = bundle_config.build()
+    with tempfile.TemporaryDirectory() as folder:
+        outlast(lambda: fetch(work.checkpoints, step, Path(folder)))
+        denoiser.load_state_dict(averaged_weights(Path(folder)))
+        averages = pack(kept_averages(Path(folder), config.optimizer.ema_lengths))
+    provenance = {
+        "run": work.run,
+        "recipe": config.recipe,
+        "objective": config.objective.name,
+        "steps": step,
+        "batch_size": config.batch_size,
+        "attention": latest.get("attention", ""),
+        "data": config.data,
+        "data_hash": work.data_hash,
+        "parent": None if work.parent_folder is None else identity(work.parent_folder),
+    }
+    bundle_config = replace(bundle_config, provenance=provenance)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    # Of a resumed run only the last part is known. Not in the provenance: equal runs are to have equal bundles.
+    card = model_card(bundle_config, parameters, None if work.start_step else seconds)
+    folder_path = work.folder / "bundle"
+    save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card, averages=averages)
+    return folder_path, parameters
+
+
+def reason(error: BaseException) -> str:
+    """Why fit() failed, in one line: what a worker said last."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), error)
+    return next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
+
+
+def _explain(error: BaseException, work: RunPlan) -> BaseException:
+    step = latest_step(work.checkpoints)
+    return TrainingError(
+        f"run {work.run}", reason(error), f"the last checkpoint is step {step}; the same command goes on there"
+    )
+
+
+def _hopeless(work: RunPlan, reason: str, advice: str) -> TrainingError:
+    """For what would happen again if the same command went on."""
+    kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
+    return TrainingError(f"run {work.run}", reason, f"{kept}; {advice}")
+
+
+logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -1,0 +1,158 @@
+"""What a run will do, before it does anything: its config, name, folder, parent, and where it continues.
+
+    work = plan(settings, load_recipe("demo", ["data=workspace/data/faces"]))
+    print(work.run, work.start_step, work.finished)
+
+Not here: doing it, see pipelines/training/driver.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from animediffusion.models.bundle import BundleConfig, load_bundle
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.pipelines.training.checkpoints import latest_step
+from animediffusion.pipelines.training.recipe import TrainConfig, changed_keys, plain
+from animediffusion.platform.config import Settings, read_yaml
+from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.storage import files as storage
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is known before training begins."""
+
+    config: TrainConfig
+    run: str
+    folder: Path
+    storage: str
+    """URI of the folder that holds `checkpoints`."""
+    image_size: int
+    data_hash: str
+    start_step: int
+    finished: bool
+    parent: BundleConfig | None
+    parent_folder: Path | None
+
+    @property
+    def checkpoints(self) -> str:
+        """URI of the folder of pipelines/training/checkpoints.py."""
+        return storage.join(self.storage, "checkpoints")
+
+
+def plan(settings: Settings, config: TrainConfig) -> RunPlan:
+    """Resolve a run against its data, its parent and what is already there. Writes nothing.
+
+    Raises:
+        ConfigError: a run of that name has another config, image_size differs from the data's, or the parts of the
+            config do not fit each other.
+        DataError, RegistryError, StorageError: data or parent cannot be found.
+    """
+    manifest = Manifest.load(config.data)
+    manifest.split("train")
+    size = config.image_size or manifest.image_size
+    if size != manifest.image_size:
+        raise ConfigError("image_size", str(size), f"the data in {config.data} is {manifest.image_size} px")
+    attention = settings.attention if config.attention == "auto" else config.attention
+    config = config.model_copy(update={"data": storage.absolute(config.data), "attention": attention})
+    parent = parent_folder = None
+    if config.init_from is not None:
+        parent_folder = Registry(settings).fetch(config.init_from)
+        parent = _load(parent_folder).config
+        config = config.started_from(parent)
+    multiple = config.network.size_multiple
+    if size % multiple:
+        raise ConfigError("image_size", str(size), f"this network needs a multiple of {multiple}")
+    _require_fit(config, size)
+    name = config.run_name
+    folder = settings.workspace / "runs" / name
+    place = storage.join(config.storage, name) if config.storage else str(folder)
+    _refuse_another(folder, config)
+    record = read_json(folder / "run.json")
+    finished = bool(record.get("finished")) and _budget_spent(record, config)
+    start = latest_step(storage.join(place, "checkpoints"))
+    return RunPlan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
+
+
+def describe(work: RunPlan) -> dict[str, Any]:
+    """What `train --dry-run` prints: the resolved config, and what can be said before training."""
+    config = work.config
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in config.bundle_config(work.image_size).build().parameters())
+    resolved = yaml.safe_dump(plain(config), sort_keys=False)
+    return {
+        "run": work.run,
+        "run_dir": str(work.folder),
+        "image_size": work.image_size,
+        "num_parameters": parameters,
+        "data_hash": work.data_hash,
+        "resume_step": work.start_step,
+        "finished": work.finished,
+        "yaml": f"# run {work.run}, {parameters / 1e6:.1f} M parameters, {work.image_size} px\n{resolved}".rstrip(),
+        "config": plain(config),
+    }
+
+
+def _require_fit(config: TrainConfig, size: int) -> None:
+    """Prediction, path and objective are made for each other; tried here, where it costs one line and no cluster."""
+    try:
+        with torch.device("meta"):
+            bundle = config.bundle_config(size)
+            config.objective.build(bundle.build(), bundle.sampler, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"recipe {config.recipe!r}", str(error), "change path, prediction or objective") from error
+
+
+def _refuse_another(folder: Path, config: TrainConfig) -> None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    # Through the class: a setting that came later has its default there.
+    old, new = TrainConfig.check(read_yaml(path)).identity(), config.identity()
+    if _is_moved(old["data"], new["data"], folder.parents[1]):
+        old["data"] = new["data"]
+    changed = changed_keys(old, new)
+    if changed:
+        raise ConfigError(
+            f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"
+        )
+
+
+def _is_moved(old: str, new: str, workspace: Path) -> bool:
+    """Whether two addresses of data are the same folder of a workspace, before and after the workspace was moved."""
+    if storage.is_remote(old) or not Path(new).is_relative_to(workspace):
+        return False
+    inside = Path(new).relative_to(workspace).parts
+    return bool(inside) and Path(old).parts[-len(inside) :] == inside
+
+
+def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
+    """A finished run goes on only when it is given more steps."""
+    return config.max_steps is None or int(record["result"]["steps"]) >= config.max_steps
+
+
+def _load(folder: Path) -> Any:
+    try:
+        return load_bundle(folder)
+    except ValueError as error:
+        raise ConfigError("init_from", str(error), "give a bundle as training wrote it") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write it whole, through a neighbor and a rename."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.rename(path)

@@ -1,0 +1,214 @@
+"""What a training run is: a recipe (YAML) with overrides, resolved, and the name that follows from it.
+
+Not here: running it, see pipelines/training/driver.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from animediffusion.models.augmentation.augment import AugmentConfig
+from animediffusion.models.bundle import BundleConfig, SamplerDefaults
+from animediffusion.models.diffusion.denoiser import Prediction
+from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.models.network.unet import UNetConfig
+from animediffusion.models.training.loop import OptimizerConfig
+from animediffusion.models.training.objective import ObjectiveConfig
+from animediffusion.platform.config import Config, read_yaml
+from animediffusion.platform.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+BUDGET = frozenset({"max_steps", "max_minutes"})
+"""One of them is set."""
+
+NOT_IDENTITY = frozenset(
+    {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention", "compile"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures", "bundle"}
+)
+"""Budget, workers, addresses and logging: changing them continues the same run."""
+MOST_WORKERS = 4096
+CPU_WORKERS = 2
+"""Where the recipe does not say and there are no GPUs."""
+
+
+class TrainConfig(Config):
+    """A resolved training run."""
+
+    recipe: str = Field(min_length=1)
+    """Where it came from, and the first part of the run's name."""
+    data: str
+    """URI of a dataset."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Run name; RECIPE + 8 hex of the config if None."""
+    init_from: str | None = None
+    """Model whose weights, network and path to start from (a bundle or a registered version)."""
+    image_size: int | None = Field(default=None, gt=0)
+    """Side in pixels; the dataset's if None, and it must be that."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    network: UNetConfig = UNetConfig()
+    path: PathConfig = PathConfig()
+    prediction: Prediction = "x0"
+    clamp: bool = False
+    sampler: SamplerDefaults | None = None
+    """What the bundle samples with; of the model it starts from, or the defaults, if None."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    batch_size: int = Field(default=32, gt=0)
+    """Rows of a step, all workers together."""
+    max_steps: int | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Of training proper: becomes max_steps once the first steps are timed."""
+
+    num_workers: int | tuple[int, int] | None = None
+    """One per GPU, at most 2 without GPUs, and the largest such number that divides batch_size, if None. Or (fewest,
+    most): as many as the cluster has room for, fewer after a node is lost; batch_size stays."""
+    use_gpu: bool | None = None
+    """One GPU per worker. If None, wherever the cluster has enough of them now; true also waits for an autoscaler."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """Half a CPU on a CPU cluster if None, so that Ray Data has the rest."""
+    storage: str | None = None
+    """URI for checkpoints that all nodes reach; the workspace if None."""
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    compile: bool = False
+    """Compile the network with torch.compile: a faster step after minutes of compiling; needs a C++ compiler."""
+    log_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    num_samples: int = Field(default=32, ge=0)
+    """Rows of val on which each checkpoint is scored and that show in MLflow; 0 scores none."""
+    bundle: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the bundle: best is by CIEDE2000 on the cross track."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures to survive; -1 is no limit. A node that is taken away with a notice does not count."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.max_minutes is None):
+            raise ValueError("set max_steps or max_minutes, one of them")
+        fewest, most = self.workers_on(0)
+        if not 1 <= fewest <= most <= MOST_WORKERS:
+            raise ValueError(f"num_workers must be 1 to {MOST_WORKERS}, or (fewest, most), got {self.num_workers}")
+        for number in range(fewest, most + 1):
+            if self.batch_size % number:
+                raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {number}")
+        return self
+
+    def workers_on(self, gpus: int) -> tuple[int, int]:
+        """Fewest and most workers with this many GPUs to train on (0: on CPUs); equal where their number is fixed."""
+        if isinstance(self.num_workers, tuple):
+            return self.num_workers
+        if self.num_workers is not None:
+            return self.num_workers, self.num_workers
+        most = min(gpus or CPU_WORKERS, self.batch_size, MOST_WORKERS)
+        number = next(number for number in range(most, 0, -1) if self.batch_size % number == 0)
+        return number, number
+
+    @property
+    def run_name(self) -> str:
+        """`name`, else RECIPE + 8 hex."""
+        return self.name or f"{self.recipe}-{self.fingerprint()[:8]}"
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is learned, as plain values."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
+
+    def fingerprint(self) -> str:
+        """sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def bundle_config(self, image_size: int) -> BundleConfig:
+        """The bundle that this run makes."""
+        sampler = self.sampler or SamplerDefaults()
+        return BundleConfig(
+            network=self.network,
+            path=self.path,
+            prediction=self.prediction,
+            clamp=self.clamp,
+            image_size=image_size,
+            sampler=sampler,
+        )
+
+    def started_from(self, parent: BundleConfig) -> TrainConfig:
+        """This run with the network, path and prediction of the model it starts from."""
+        values = {"network": parent.network, "path": parent.path, "prediction": parent.prediction}
+        return self.model_copy(update={**values, "clamp": parent.clamp, "sampler": self.sampler or parent.sampler})
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A recipe by name or YAML file, with key=value overrides.
+
+    A YAML recipe may name another as `base`, whose values it changes.
+
+    Raises:
+        ConfigError: unknown recipe or key, or a value out of range.
+    """
+    values = _with_base(read_yaml(_find(recipe)))
+    if BUDGET & {o.partition("=")[0] for o in overrides}:
+        # A budget on the command line replaces the recipe's, whichever unit that has.
+        values = {key: value for key, value in values.items() if key not in BUDGET}
+    values.setdefault("recipe", Path(recipe).stem)
+    return TrainConfig.load(None, overrides, **values)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    changed: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changed.append(f"{prefix}{key}")
+    return changed
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """All settings as JSON values, for config.yaml and MLflow."""
+    return config.model_dump(mode="json")
+
+
+def _find(recipe: str) -> Path:
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe)
+    path = CONFIGS / f"{recipe}.yaml"
+    if not path.is_file():
+        names = recipe_names()
+        close = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"recipe {recipe!r}", "unknown", f"{hint}one of {', '.join(names)}, or a YAML file")
+    return path
+
+
+def _with_base(values: dict[str, Any]) -> dict[str, Any]:
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    inherited = _with_base(read_yaml(_find(str(base))))
+    # The file that was named names the run; its budget replaces the base's, whichever unit that has.
+    dropped = {"recipe", *(BUDGET if BUDGET & values.keys() else ())}
+    return _merge({key: value for key, value in inherited.items() if key not in dropped}, values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged

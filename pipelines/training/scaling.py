@@ -1,0 +1,76 @@
+"""How many workers a run has, whether they have GPUs, and what each takes of the cluster.
+
+    scaling, lines = scaling_for(config, *cluster.resources())
+
+Not here: waiting until the cluster has room for them, see platform/cluster/connect.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import ray
+import ray.train
+
+from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.platform.errors import ClusterError
+
+
+def scaling_for(
+    config: TrainConfig, has: Mapping[str, float], may: Mapping[str, float]
+) -> tuple[ray.train.ScalingConfig, list[str]]:
+    """How many workers there are and what each takes of the cluster, and a line for GPUs that do not train.
+
+    Args:
+        config: of the run.
+        has: resources of the cluster now.
+        may: the most that it can have; Ray Train waits for nodes that an autoscaler has to add.
+
+    Raises:
+        ClusterError: the cluster can never hold the run.
+    """
+    gpus, cpus = int(has.get("GPU", 0)), may.get("CPU", 0.0)
+    usable = 0 if config.use_gpu is False else max(gpus, int(config.use_gpu is True))
+    fewest, most = config.workers_on(usable)
+    gpu = bool(config.use_gpu) or fewest <= usable
+    if gpu and may.get("GPU", 0) < fewest:
+        found = f"one GPU for each of {fewest} workers, the cluster has at most {may.get('GPU', 0):g}"
+        raise ClusterError("use_gpu", found, "lower num_workers or set use_gpu=false")
+    per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
+    if per_worker * fewest >= cpus:
+        found = f"{fewest} workers take {per_worker * fewest:g} of {cpus:g} CPUs"
+        raise ClusterError("num_workers", found, "leave some for Ray Data: set num_workers or cpus_per_worker lower")
+    scaling = ray.train.ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=gpu,
+        resources_per_worker={"CPU": per_worker, **({"GPU": 1.0} if gpu else {})},
+    )
+    return scaling, _idle_gpus(config, most if gpu else 0, gpus, int(may.get("GPU", 0)))
+
+
+def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str]:
+    """A line if GPUs of the cluster, or those that its autoscaler can add, are not used by this run."""
+    if config.use_gpu is False or used >= (gpus or most):
+        return []
+    where = "" if used else "training runs on CPUs: "
+    if gpus and config.num_workers is None:
+        return [f"{where}{gpus - used} of {gpus} GPUs are idle, batch_size={config.batch_size} has no larger divisor"]
+    if gpus:
+        return [f"{where}{gpus - used} of {gpus} GPUs are idle, num_workers is {config.num_workers}; leave it out"]
+    if not used:
+        return [f"{where}the cluster has no GPU yet, at most {most}; set use_gpu=true to wait for them"]
+    return [] if config.num_workers else [f"one worker for at most {most} GPUs; set num_workers for more"]
+
+
+def worker_threads(scaling: ray.train.ScalingConfig) -> int:
+    """Threads of the arithmetic of each worker, on the nodes that there are."""
+    nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
+    return threads_per_worker(workers, nodes)
+
+
+def threads_per_worker(workers: int, nodes: int = 1) -> int:
+    """What the user set, else a worker's share of the cores, if all nodes are like this one."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)

@@ -1,0 +1,159 @@
+"""Score a checkpoint while training goes on: on CPUs a task of its own, on GPUs all ranks together between two steps.
+
+The first rows of `val`, both tracks, the sampler the bundle will have. Written beside the checkpoint (score.json), to
+MLflow (score/TRACK/METRIC, and the pictures `samples`), and told to the driver. Not here: the tracks, see
+pipelines/evaluation/evaluate.py; which checkpoint is kept for its score, see pipelines/training/checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from animediffusion.models.bundle import Bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.tensors import to_uint8
+from animediffusion.models.training.loop import TrainState, averaged_weights
+from animediffusion.pipelines.evaluation.evaluate import Track, TrackChunk, as_tracks, fixed_chunks, grid, run_tracks
+from animediffusion.pipelines.evaluation.metrics import score
+from animediffusion.pipelines.training.checkpoints import fetch, write_score
+from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.platform.errors import StorageError
+from animediffusion.platform.tracking.run import Run
+
+Score = dict[str, float]
+"""psnr, ssim, ciede2000 on the cross track, and psnr_same."""
+
+
+def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> Score:
+    """Score colored rows, write the score into the checkpoint and record it with a picture of some rows."""
+    cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
+    kept = {key: float(cross[key] or 0.0) for key in ("psnr", "ssim", "ciede2000")}
+    found = {**kept, "psnr_same": float(same["psnr"] or 0.0)}
+    write_score(place, step, found)
+    log.log({f"score/{key}": value for key, value in found.items()}, step)
+    log.log_image(grid(tracks), "samples", step)
+    return found
+
+
+class SharedPainter:
+    """Colors the rows on the devices that train, between two steps; each rank colors a share.
+
+    A CPU core would take minutes for large networks. The score itself is computed by the thread that writes the
+    checkpoint, so the ranks do not wait for it.
+
+    Args:
+        run: the run.
+        image_size: of its data.
+        rows: of val, see read_split.
+    """
+
+    def __init__(self, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> None:
+        self._config, self._chunks = run.bundle_config(image_size), fixed_chunks(rows)
+
+    def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track]:
+        """The rows as the averaged weights color them; all ranks come here, and all get all rows."""
+        bundle = Bundle(self._config, state.averaged(), {}, "", Path())
+        own = [self._share(bundle, chunk, slice(rank, None, world_size)) for chunk in self._chunks]
+        shares: list[Any] = [own]
+        if world_size > 1:
+            shares = [None] * world_size
+            dist.all_gather_object(shares, own)
+        return as_tracks(self._chunks, [_interleave(parts) for parts in zip(*shares, strict=True)])
+
+    def _share(self, bundle: Bundle, chunk: TrackChunk, own: slice) -> torch.Tensor:
+        sketch, reference, seeds = chunk.batch.sketch[own], chunk.batch.reference[own], chunk.seeds[own]
+        return to_uint8(colorize(bundle, sketch, reference, seeds=seeds) if seeds else reference).cpu()
+
+
+def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows 0, n, 2n, ... are of the first of n parts, and so on."""
+    rows = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    for number, part in enumerate(parts):
+        rows[number :: len(parts)] = part
+    return rows
+
+
+SEND_S = 3.0
+"""How long a score waits for MLflow; the driver sends what is left."""
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
+    torch.set_num_threads(1)  # beside the workers, not before them
+    config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
+    denoiser = config.build()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetch(place, step, Path(folder))
+        except (StorageError, ValueError):
+            return None  # newer ones have taken its place
+        denoiser.load_state_dict(averaged_weights(Path(folder)))
+    bundle = Bundle(config, denoiser.eval().requires_grad_(False), {}, "", Path())
+    log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"], unsent=Path(shared["unsent"]))
+    found = record_score(place, step, run_tracks(bundle, shared["samples"]), log)
+    log.leave(SEND_S)
+    return found
+
+
+class Scorer:
+    """Starts a task for each checkpoint, one at a time, and tells what came out.
+
+    Args:
+        place: where the checkpoints are.
+        shared: run (TrainConfig as a dictionary), image_size, tracking_uri, mlflow_run_id, unsent, samples
+            (rows of val).
+    """
+
+    def __init__(self, place: str, shared: dict[str, Any]) -> None:
+        self.place, self.scores = place, dict[int, Score]()
+        wanted = ("run", "image_size", "tracking_uri", "mlflow_run_id", "unsent", "samples")
+        self._shared = ray.put({key: shared[key] for key in wanted})
+        self._lock = threading.Lock()
+        self._running: tuple[int, Any] | None = None
+        self._next: int | None = None
+
+    def awaited(self) -> set[int]:
+        """Steps whose checkpoints are being scored, or will be."""
+        with self._lock:
+            running = {self._running[0]} if self._running is not None else set()
+            return running | ({self._next} if self._next is not None else set())
+
+    def start(self, step: int) -> None:
+        """Score this checkpoint as soon as the one before is done; one that still waits is left out."""
+        with self._lock:
+            self._next = step
+        self.look(0)
+
+    def look(self, timeout_s: float) -> None:
+        """Take the result that is there, and start what waits."""
+        with self._lock:
+            if self._running is not None:
+                step, task = self._running
+                if not ray.wait([task], timeout=timeout_s)[0]:
+                    return
+                self._running = None
+                self._take(step, task)
+            if self._next is not None:
+                self._running = (self._next, _score.remote(self.place, self._next, self._shared))
+                self._next = None
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for what runs and what waits, for so long each."""
+        self.look(timeout_s)
+        self.look(timeout_s)
+
+    def _take(self, step: int, task: Any) -> None:
+        try:
+            found = ray.get(task)
+        except ray.exceptions.RayError:
+            return  # a score is worth having, not worth a run
+        if found is not None:
+            self.scores[step] = found

@@ -1,0 +1,443 @@
+"""The body of a Ray Train worker: rows in, steps, checkpoints and metrics out.
+
+The mathematics of a step is in models/training/loop.py; this file is about processes: DDP, resume, agreement of the
+ranks on when to stop, and what rank 0 tells the world. Not here: how a checkpoint is written
+(pipelines/training/checkpoints.py) and scored (pipelines/training/validation.py).
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from animediffusion.models.compile import compiled
+from animediffusion.models.network.attention import attention_used, use_attention
+from animediffusion.models.numerics import choose_numerics
+from animediffusion.models.training.loop import Snapshot, Step, TrainState, fit, write
+from animediffusion.models.training.objective import NUM_BINS
+from animediffusion.pipelines.data.decoding import Decode
+from animediffusion.pipelines.evaluation.evaluate import Track
+from animediffusion.pipelines.training.checkpoints import (
+    CheckpointWriter,
+    Save,
+    Take,
+    best_step,
+    fetch,
+    fetch_newest,
+    outlast,
+    read_scores,
+)
+from animediffusion.pipelines.training.prometheus import RunGauges
+from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.pipelines.training.step_budget import StepBudget
+from animediffusion.pipelines.training.trial_report import Rungs
+from animediffusion.pipelines.training.validation import Scorer, SharedPainter, record_score
+from animediffusion.platform.errors import StorageError
+from animediffusion.platform.storage import files as storage
+from animediffusion.platform.tracking.run import Run
+
+AGREE_EVERY = 10
+"""Steps between two looks of all ranks at what rank 0 decided."""
+UNKNOWN_LENGTH = 1 << 40
+SCORING_S = 120.0
+"""How long the end of a run waits for the score of its last checkpoints, each."""
+AHEAD = {"cpu": 2, "cuda": 4}
+"""Batches decoded ahead, by kind of device; each has its own thread."""
+SCORED_BETWEEN_STEPS = ("cuda",)
+"""Kinds of devices on which the ranks color the rows of a score themselves."""
+NAMED_ROWS = 8
+"""How many rows a message names."""
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Where the driver looks how a run is going, and says that it should stop."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] = {"warnings": []}
+        self._stop = False
+
+    def tell(self, **values: Any) -> bool:
+        """Rank 0 reports; the answer is whether to stop."""
+        self._latest.update(values)
+        return self._stop
+
+    def warn(self, line: str) -> None:
+        """A line for the person who watches."""
+        self._latest["warnings"] = [*self._latest["warnings"], line]
+
+    def look(self) -> dict[str, Any]:
+        """The latest report."""
+        return self._latest
+
+    def stop(self) -> None:
+        """Ask the run to save a checkpoint and end."""
+        self._stop = True
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One rank of a run. Continues from the newest good checkpoint, else from `init_from`.
+
+    Args:
+        config: run (TrainConfig as a dictionary), run_name, checkpoints (URI of their folder), image_size, init_weights
+            (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress
+            (actor), samples (rows to score, or None); in a search also rungs, see pipelines/training/trial_report.py.
+    """
+    if ray.get(config["progress"].look.remote()).get("failed"):
+        return  # Ray restarted the workers after an error that would come again
+    try:
+        use_attention(TrainConfig.check(config["run"]).attention)
+    except ValueError as error:
+        _give_up_for_good(config, str(error), "set attention=auto")
+        raise
+    rank = None
+    try:
+        rank = _Rank(config)
+        rank.run()
+    except torch.OutOfMemoryError:
+        if config.get("rungs"):
+            raise  # a search counts it and goes on with other settings
+        if rank is not None and rank.log is not None:
+            rank.log.writer.wait()
+        # The other ranks wait for this one's gradients, so it cannot return: Ray ends them all when it raises.
+        _give_up_for_good(
+            config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)"
+        )
+        raise
+
+
+def _give_up_for_good(config: dict[str, Any], failed: str, advice: str) -> None:
+    """Tell the driver of an error that would come again; the workers that Ray restarts return at once."""
+    ray.get(config["progress"].tell.remote(failed=failed, advice=advice))
+
+
+def _card() -> str:
+    """The GPU of this process."""
+    if not torch.cuda.is_available():
+        return "this device"
+    found = torch.cuda.get_device_properties(ray.train.torch.get_device())
+    return f"{found.name} ({found.total_memory / 2**30:.0f} GiB)"
+
+
+class _Rank:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.run_config = TrainConfig.check(config["run"])
+        storage.expect(config["checkpoints"], self.run_config.data)  # the driver has seen both
+        self.shared = config
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        choose_numerics(self.device, exact=self.run_config.objective.strict)
+        self.bundle_config = self.run_config.bundle_config(config["image_size"])
+        self.state = self._state()
+        self.first_step = self.state.step
+        self.stopping = False
+        self.warned_node = False
+        self.waited = 0.0
+        self.row_ids: list[str] = []
+        between_steps = config["samples"] is not None and self.device.type in SCORED_BETWEEN_STEPS
+        self.painter = (
+            SharedPainter(self.run_config, config["image_size"], config["samples"]) if between_steps else None
+        )
+        self.log = _Log(self) if self.rank == 0 else None
+        self.rungs = Rungs(config) if config.get("rungs") else None
+
+    def _state(self) -> TrainState:
+        run = self.run_config
+        torch.manual_seed(run.seed)  # initial weights, equal on all ranks
+        denoiser = self.bundle_config.build()
+        if self.shared["init_weights"] is not None:
+            denoiser.load_state_dict(ray.get(self.shared["init_weights"]))
+        state = TrainState(denoiser.to(self.device), run.optimizer, run.max_steps or UNKNOWN_LENGTH)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "state"
+            if self._fetch(folder):
+                state.restore(folder)
+                if run.max_steps is not None:
+                    state.max_steps = run.max_steps
+        return state
+
+    def _fetch(self, folder: Path) -> int:
+        """The newest good checkpoint, chosen by rank 0 before anybody asks for rows; its step, 0 if there is none."""
+        place, step = self.shared["checkpoints"], 0
+        if self.rank == 0:
+            step = outlast(lambda: fetch_newest(place, folder, self._warn))
+        step = int(self._from_rank_0([step])[0])
+        if self.rank and step:
+            outlast(lambda: fetch(place, step, folder))
+        return step
+
+    def _from_rank_0(self, numbers: list[int]) -> list[int]:
+        values = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(values, 0)
+        decided: list[int] = values.tolist()
+        return decided
+
+    def _warn(self, line: str) -> None:
+        self.shared["progress"].warn.remote(line)
+
+    def _compile(self) -> None:
+        try:
+            compiled(self.state.denoiser)
+        except ValueError as error:
+            if self.rank == 0:
+                self._warn(f"{error}; training goes on without")
+
+    def run(self) -> None:
+        if self.run_config.compile:
+            self._compile()
+        objective = self.run_config.objective.build(
+            self.state.denoiser, self.bundle_config.sampler, self.run_config.seed
+        )
+        if self.world_size > 1:
+            objective = _ddp(objective, self.device)
+        try:
+            fit(
+                self.state,
+                objective,
+                self._rows(),
+                UNKNOWN_LENGTH,
+                self._on_step,
+                augment=self.run_config.augment,
+                seed=self.run_config.seed,
+                rank=self.rank,
+            )
+        except FloatingPointError as error:
+            if self.rungs is not None:
+                raise  # a search counts it and goes on with other settings
+            self._give_up(str(error))
+            return
+        tracks = None if self.stopping else self._paint()
+        if self.log is not None:
+            self.log.finish(tracks)
+
+    def _paint(self) -> dict[str, Track] | None:
+        return None if self.painter is None else self.painter.paint(self.state, self.rank, self.world_size)
+
+    def _give_up(self, reason: str) -> None:
+        """Tell which rows made the loss infinite or no number. All ranks come here; trying again would not help."""
+        found: list[Any] = [(reason, self.row_ids)]
+        if self.world_size > 1:
+            found = [None] * self.world_size
+            dist.all_gather_object(found, (reason, self.row_ids))
+        if self.log is not None:
+            # Ranks with good rows see only that the common gradients are bad.
+            bad = [pair for pair in found if "the loss is" in pair[0]] or found
+            ids = [name for _, names in bad for name in names]
+            more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+            self.log.give_up(f"{bad[0][0]}, rows {', '.join(ids[:NAMED_ROWS])}{more}")
+
+    def _rows(self) -> Iterator[dict[str, Tensor]]:
+        if self.state.step >= self.state.max_steps:
+            return
+        shard = ray.train.get_dataset_shard("train")
+        batches = iter(
+            shard.iter_torch_batches(
+                batch_size=self.run_config.batch_size // self.world_size,
+                drop_last=True,
+                prefetch_batches=AHEAD[self.device.type],
+                collate_fn=Decode(self.device),
+            )
+        )
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.row_ids = batch.ids
+            self.waited += time.monotonic() - asked
+            yield batch.tensors
+
+    def _on_step(self, step: Step) -> bool:
+        if self.log is not None:
+            self.log.step(step)
+        if self.rungs is not None:
+            self.rungs.after(self.state, self.rank)
+        if (step.step - self.first_step) % AGREE_EVERY == 0:
+            self._agree()
+        done = step.step >= self.state.max_steps or self.stopping
+        if step.step % self.run_config.checkpoint_every == 0 and not done:
+            tracks = self._paint()
+            if self.log is not None:
+                self.log.checkpoint(tracks)
+        return done
+
+    def _agree(self) -> None:
+        """All ranks take over from rank 0 how long the run is and whether it is to stop now."""
+        mine = self.log.decide() if self.log is not None else [0, 0]
+        self.state.max_steps, stop = self._from_rank_0(mine)
+        self.stopping = bool(stop)
+        # A node is about to be taken away: what was learned since the last checkpoint would be learned again.
+        if ray.train.get_preemption_info() is None or self.warned_node:
+            return
+        self.warned_node = True
+        if self.log is not None:
+            self._warn(f"a node will be taken away; saving step {self.state.step}")
+            self.log.checkpoint()
+
+
+def _ddp(objective: nn.Module, device: torch.device) -> nn.Module:
+    ids = [device.index or 0] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A copied state on its way to a checkpoint, and the rows that it was scored on, colored."""
+
+    snapshot: Snapshot
+    tracks: dict[str, Track] | None
+
+    def __call__(self, folder: Path) -> None:
+        write(self.snapshot, folder)
+
+
+class _Log:
+    """What rank 0 tells MLflow and the driver."""
+
+    def __init__(self, rank: _Rank) -> None:
+        self.rank = rank
+        self.config = rank.run_config
+        self.progress = rank.shared["progress"]
+        self.run = Run.attach(
+            rank.shared["tracking_uri"],
+            rank.shared["mlflow_run_id"],
+            system_metrics=True,
+            unsent=Path(rank.shared["unsent"]),
+            warn=rank._warn,
+        )
+        self.answer: Any = None
+        self.begun = time.monotonic()
+        self.last = (rank.state.step, self.begun, 0.0)
+        self.pace = StepBudget((self.config.max_minutes or 0) * 60)
+        self.values: dict[str, float] = {}
+        self.gauges = RunGauges(rank.shared["run_name"])
+        self.bins, self.counts = torch.zeros(2, NUM_BINS, device=rank.device)
+        place, run = rank.shared["checkpoints"], rank.run_config
+        in_a_task = rank.shared["samples"] is not None and rank.painter is None
+        self.scorer = Scorer(place, rank.shared) if in_a_task else None
+        awaited = self.scorer.awaited if self.scorer is not None else tuple
+        self.writer = CheckpointWriter(place, run.keep_checkpoints, rank._warn, self._saved, awaited)
+        self.scores = read_scores(place) if rank.state.step else {}
+
+    def step(self, step: Step) -> None:
+        # Where they are made: to read them here would wait for a GPU in each step.
+        self.bins += step.loss.bins
+        self.counts += step.loss.counts
+        self.pace.step()
+        if step.step % self.config.log_every == 0:
+            self._report(step)
+
+    def _report(self, step: Step) -> None:
+        now = time.monotonic()
+        steps, since, waited = self.last
+        seconds = max(now - since, 1e-6)
+        self.last = (step.step, now, self.rank.waited)
+        self.values = {
+            "loss": float(step.loss.total),
+            "grad_norm": float(step.grad_norm),
+            "learning_rate": step.learning_rate,
+            "images_per_s": (step.step - steps) * self.config.batch_size / seconds,
+            "data_wait": (self.rank.waited - waited) / seconds,
+            "seconds_per_step": seconds / max(1, step.step - steps),
+        }
+        means = enumerate(zip(self.bins.tolist(), self.counts.tolist(), strict=True))
+        by_level = {f"loss_by_noise/{i}": total / count for i, (total, count) in means if count}
+        self.bins.zero_()
+        self.counts.zero_()
+        self.run.log({**self.values, **by_level}, step.step)
+        self.gauges.set(step=step.step, workers=self.rank.world_size, **self.values)
+        if self.scorer is not None:
+            self.scorer.look(0)
+        self._tell()
+
+    def _saved(self, step: int, state: Save) -> None:
+        """In the thread that wrote the checkpoint of `step`."""
+        if self.scorer is not None:
+            self.scorer.start(step)
+        if isinstance(state, _Taken) and state.tracks is not None:
+            with suppress(StorageError):  # a score is worth having, not worth a run
+                self.scores[step] = record_score(self.writer.place, step, state.tracks, self.run)
+
+    def _tell(self) -> None:
+        # Never wait for the driver: read the answer to the report before this one.
+        self.answer = self.progress.tell.remote(
+            step=self.rank.state.step,
+            max_steps=self.rank.state.max_steps,
+            elapsed=time.monotonic() - self.begun,
+            attention=attention_used(),
+            device=_device_name(self.rank.device),
+            workers=self.rank.world_size,
+            peak_memory_mb=_peak_memory_mb(self.rank.device),
+            **self._best(),
+            **self.values,
+        )
+
+    def _best(self) -> dict[str, Any]:
+        scores = {**self.scores, **(self.scorer.scores if self.scorer is not None else {})}
+        best = best_step(scores)
+        return {} if best is None else {"best_step": best, "best_score": scores[best]}
+
+    def decide(self) -> list[int]:
+        """[max_steps, stop]"""
+        stop = 0
+        if self.answer is not None:
+            ready, _ = ray.wait([self.answer], timeout=0)
+            stop = int(bool(ready) and bool(ray.get(ready[0])))
+        if self.rank.rungs is not None and self.rank.rungs.stopped():
+            stop = 1
+        max_steps = self.rank.state.max_steps
+        if max_steps == UNKNOWN_LENGTH and (more := self.pace.more()) is not None:
+            max_steps = self.rank.state.step + more
+        return [max_steps, stop]
+
+    def checkpoint(self, tracks: dict[str, Track] | None = None) -> None:
+        """Save the state; the score comes later, of `tracks` where the ranks have colored them."""
+        self.writer.save(self.rank.state.step, self._taker(tracks))
+        self._tell()
+
+    def _taker(self, tracks: dict[str, Track] | None) -> Take:
+        return lambda: _Taken(self.rank.state.snapshot(), tracks)
+
+    def finish(self, tracks: dict[str, Track] | None) -> None:
+        """The last checkpoint, its score, and the end of the records."""
+        if self.rank.rungs is None:  # of a trial, what it reported is all that stays
+            self.writer.finish(self.rank.state.step, self._taker(tracks))
+        if self.scorer is not None and not self.rank.stopping:
+            self.scorer.finish(SCORING_S)
+            self.writer.prune()
+        self._tell()
+        ray.get(self.answer)
+        self.run.finish("KILLED" if self.rank.stopping else "FINISHED")
+
+    def give_up(self, reason: str) -> None:
+        """The run cannot go on; the checkpoints stay as they are."""
+        self.writer.wait()
+        advice = "lower optimizer.learning_rate or look at these rows, with another name="
+        ray.get(self.progress.tell.remote(failed=reason, advice=advice))
+        self.run.finish("FAILED")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Of this process, or of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

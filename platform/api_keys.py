@@ -1,0 +1,219 @@
+"""API keys: who may use the server. A key is shown once; only its sha256 is kept, in one JSON file.
+
+    key = Keys("workspace/keys.json").create("studio")      # ad_...: tell it to the client, it cannot be had again
+    keyring = Keyring("workspace/keys.json")                # what a server holds
+    keyring.name_of(key)                                    # "studio", or None
+
+    {"format": 1, "keys": [{"name": "studio", "sha256": "...", "created": "2026-01-31T12:00:00Z", "revoked": null}]}
+
+A key is 32 random bytes, so a plain hash needs neither salt nor slowness: nobody can try them all. The file may be in
+an object store (s3://), where nodes share no disk. A revoked key stays in the file, with the time: a server whose last
+key was revoked is closed, not open to all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Literal
+
+from animediffusion.platform.atomic_update import update
+from animediffusion.platform.config import Config
+from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
+from animediffusion.platform.storage import files as storage
+
+PREFIX = "ad_"
+"""Lets people, and scanners for leaked secrets, recognize a key."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REFRESH_S = 2.0
+"""How often a server looks whether the keys have changed."""
+
+log = logging.getLogger(__name__)
+
+
+class Key(Config):
+    """One entry of the file."""
+
+    name: str
+    sha256: str
+    """Of the key's ASCII text, in hex."""
+    created: str
+    """ISO 8601, UTC."""
+    revoked: str | None = None
+    """When, if it was."""
+
+
+class KeyFile(Config):
+    """The whole file."""
+
+    format: Literal[1] = 1
+    keys: tuple[Key, ...] = ()
+
+
+class Keys:
+    """The keys in a file, for those who manage them.
+
+    Args:
+        uri: a local path or s3://; need not exist yet.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def entries(self) -> tuple[Key, ...]:
+        """All keys ever made, the oldest first; none where there is no file.
+
+        Raises:
+            StorageError: if it cannot be read.
+            ConfigError: if it is damaged.
+        """
+        return self._parse(storage.read_bytes(self.uri) if storage.exists(self.uri) else None).keys
+
+    def active(self) -> tuple[Key, ...]:
+        """Those that are not revoked."""
+        return tuple(key for key in self.entries() if key.revoked is None)
+
+    def create(self, name: str) -> str:
+        """Make a key; it cannot be had a second time.
+
+        Raises:
+            ConfigError: for a name that is unusable or taken.
+        """
+        if not NAME.fullmatch(name):
+            raise ConfigError("NAME", repr(name[:80]), "up to 64 letters, digits, dots, dashes and underscores")
+        text = PREFIX + secrets.token_urlsafe(32)
+        entry = Key(name=name, sha256=_digest(text), created=_now())
+
+        def add(old: bytes | None) -> bytes:
+            keys = self._parse(old).keys
+            if any(key.name == name and key.revoked is None for key in keys):
+                raise ConfigError(f"key {name!r}", "exists already", "choose another name, or revoke it first")
+            return _dump(KeyFile(keys=(*keys, entry)))
+
+        update(self.uri, add)
+        return text
+
+    def revoke(self, name: str) -> None:
+        """Make a key useless; servers notice within 5 s.
+
+        Raises:
+            ConfigError: if there is no such key.
+        """
+
+        def mark(old: bytes | None) -> bytes:
+            keys = self._parse(old).keys
+            names = [key.name for key in keys if key.revoked is None]
+            if name not in names:
+                raise ConfigError(f"key {name[:80]!r}", "does not exist", f"one of {', '.join(names) or 'none'}")
+            ended = {"revoked": _now()}
+            hit = [key.model_copy(update=ended) if (key.name, key.revoked) == (name, None) else key for key in keys]
+            return _dump(KeyFile(keys=tuple(hit)))
+
+        update(self.uri, mark)
+
+    def _parse(self, data: bytes | None) -> KeyFile:
+        if data is None:
+            return KeyFile()
+        try:
+            return KeyFile.check(json.loads(data))
+        except (ValueError, TypeError, ConfigError):
+            # Not what was found, nor the chain: it may be a key that someone put there by mistake.
+            what_to_do = "restore it, or remove it and make new keys"
+            raise ConfigError(self.uri, "is not a file of keys", what_to_do) from None
+
+
+class Keyring:
+    """The keys that a server accepts, kept up to date while watching() runs.
+
+    A file that cannot be read any more changes nothing: the server goes on with the keys that it knows.
+
+    Args:
+        uri: as for Keys; None is a server without keys, open to everybody who reaches it.
+        is_closed: ask for a key also while none was ever made, as on a node where the file is missing.
+
+    Raises:
+        AnimeDiffusionError: if the file cannot be read now, or is damaged.
+    """
+
+    def __init__(self, uri: str | None, *, is_closed: bool = False) -> None:
+        self._keys = Keys(uri) if uri is not None else None
+        self._names: dict[bytes, str] = {}
+        self._problem = ""
+        self.is_closed = False
+        """Whether a key is needed: true once a key has been made, for good."""
+        if self._keys is not None:
+            self._take(self._keys.entries())
+        if is_closed and not self._names:
+            log.warning("no API key in %s: nobody is let in until there is one", uri)
+        self.is_closed = self.is_closed or is_closed
+
+    def name_of(self, text: str) -> str | None:
+        """The name of a key that is accepted, else None; takes as long for a wrong key as for a right one."""
+        digest, found = _digest(text).encode(), None
+        for known, name in self._names.items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+    def refresh(self) -> None:
+        """Read the file again."""
+        if self._keys is None:
+            return
+        try:
+            self._take(self._keys.entries())
+        except AnimeDiffusionError as error:
+            self._stay(str(error))
+
+    @contextmanager
+    def watching(self, period_s: float = REFRESH_S) -> Iterator[None]:
+        """Refresh from a thread until the block ends."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(period_s):
+                try:
+                    self.refresh()
+                except Exception:  # a thread that ends here would let revoked keys in for good
+                    log.exception("the API keys could not be read")
+
+        thread = threading.Thread(target=watch, name="keys", daemon=True)
+        if self._keys is not None:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+
+    def _stay(self, problem: str) -> None:
+        """Change nothing, and say why, once."""
+        if problem != self._problem:
+            log.warning("the API keys stay as they were: %s", problem)
+        self._problem = problem
+
+    def _take(self, entries: tuple[Key, ...]) -> None:
+        if not entries and self.is_closed:
+            self._stay("the file is gone or empty")
+            return
+        self._problem = ""
+        self._names = {key.sha256.encode(): key.name for key in entries if key.revoked is None}
+        self.is_closed = bool(entries)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _dump(file: KeyFile) -> bytes:
+    return json.dumps(file.model_dump(), indent=1).encode() + b"\n"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,105 @@
+"""Changes one small file so that of two processes that do it at once neither loses its change.
+
+    update("workspace/keys.json", lambda old: add(old, entry))
+    update("s3://bucket/keys.json", lambda old: add(old, entry))
+
+On disk a lock is held meanwhile and the file is for its owner alone (mode 0600). A store has no locks: there the write
+is conditional on the version that was read (If-Match), and made again from the new one when it was overtaken. AWS,
+MinIO and moto know such writes. Not here: what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from animediffusion.platform.errors import StorageError
+from animediffusion.platform.storage import files as storage
+
+Change = Callable[[bytes | None], bytes]
+"""From the old content, None where there is no file, to the new; may be called several times."""
+
+ATTEMPTS = 20
+OWNER_ONLY = 0o600
+
+
+def update(uri: str, change: Change) -> None:
+    """Replace the content of a file by what `change` makes of it.
+
+    Raises:
+        StorageError: if it cannot be read or written, or others are always faster; and whatever `change` raises, the
+            file then being as it was.
+    """
+    storage.filesystem(uri)  # asks a store its first question, with an answer in seconds
+    if storage.is_remote(uri):
+        _update_object(uri, change)
+        return
+    with storage.explained(uri):
+        _update_file(Path(storage.absolute(uri)), change)
+
+
+def _update_file(path: Path, change: Change) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _replace(path, change(path.read_bytes() if path.exists() else None))
+    finally:
+        os.close(lock)  # releases it, too
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _update_object(uri: str, change: Change) -> None:
+    bucket, key, endpoint, region = storage.s3_object(uri)
+    patient = ClientConfig(connect_timeout=3, read_timeout=15, retries={"mode": "standard", "max_attempts": 5})
+    client = boto3.client("s3", endpoint_url=endpoint, region_name=region, config=patient)
+    try:
+        for _ in range(ATTEMPTS):
+            old, condition = _read(client, bucket, key)
+            if _write(client, bucket, key, change(old), condition):
+                return
+            time.sleep(random.uniform(0, 0.2))
+    except (BotoCoreError, ClientError) as error:
+        raise StorageError(uri, " ".join(str(error).split())[:300], "check the store and its policy") from error
+    raise StorageError(uri, f"was changed by others {ATTEMPTS} times in between", "try again")
+
+
+def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, str]]:
+    """The content, and under which condition it may be replaced."""
+    try:
+        found = client.get_object(Bucket=bucket, Key=key)
+    except client.exceptions.NoSuchKey:
+        return None, {"IfNoneMatch": "*"}
+    return found["Body"].read(), {"IfMatch": found["ETag"]}
+
+
+def _write(client: Any, bucket: str, key: str, data: bytes, condition: dict[str, str]) -> bool:
+    """False if the condition does not hold any more."""
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+            return False
+        raise
+    return True

@@ -1,0 +1,249 @@
+"""Connect to Ray: the cluster that RAY_ADDRESS names, else a private one on this machine.
+
+The private one listens on loopback, has no dashboard, writes nothing to the user's home and ends with this process.
+Not here: jobs that outlive the caller, see `animediffusion.platform.cluster.jobs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.state import state
+from ray.autoscaler.v2.schema import ResourceDemandSummary
+from ray.autoscaler.v2.sdk import get_cluster_status
+
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ClusterError
+from animediffusion.platform.network import temporary_folder_problem, why_unreachable
+from animediffusion.platform.storage.files import PATIENCE_VARIABLE
+
+OBJECT_STORE_BYTES = 512 * 1024 * 1024
+"""Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
+
+WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
+"""Seconds between two looks at what the cluster has no room for, of one at most, and between two lines about it."""
+_COUNTED = ("CPU", "GPU")
+
+_WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
+
+# Ray's switch for "this node will never be part of a cluster": the one way to make all its servers bind to loopback.
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+# What a private cluster does not need: usage reports, metric exporters, advice on its own logs.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+# Where a proxy of Ray Serve finds what makes problems of its errors; every actor of our jobs gets it, the proxy too.
+_PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares"}
+
+_PASSED_ON = ("OMP_NUM_THREADS", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", PATIENCE_VARIABLE)
+"""Variables of the driver that its workers get."""
+
+
+def connect(
+    settings: Settings,
+    num_cpus: int | None = None,
+    *,
+    include_dashboard: bool = False,
+    object_store_memory: int = OBJECT_STORE_BYTES,
+    worker_logs: bool = False,
+) -> None:
+    """Connect this process to Ray; does nothing when it already is.
+
+    Args:
+        settings: the workspace is told to the workers, so that both sides mean the same folder; but see
+            `own_workspaces`.
+        num_cpus: logical CPUs of an embedded cluster, the machine's own number if None.
+        include_dashboard: start the dashboard of an embedded cluster, which takes a second and 200 MB.
+        object_store_memory: bytes, of an embedded cluster.
+        worker_logs: show what workers print.
+
+    Raises:
+        ClusterError: if nothing answers at RAY_ADDRESS, the token is wrong, or Ray cannot start here.
+    """
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    common = {"log_to_driver": worker_logs, "logging_level": logging.ERROR, "runtime_env": _runtime_env(settings)}
+    address = cluster_address()
+    if address is not None:
+        reason = why_unreachable(address)
+        if reason is not None:
+            raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
+        # Inside a job that was submitted with variables of its own, Ray would refuse ours.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        # Ray itself uses a token at an address that it was given only where RAY_AUTH_MODE says so, too.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        _init(f"Ray at {address}", address=address, **common)
+        return
+    problem = temporary_folder_problem()
+    if problem is not None:
+        raise ClusterError("Ray on this machine", problem, "set RAY_TMPDIR=/tmp")
+    _private_token()
+    _loopback_only(True)
+    _init(
+        "Ray on this machine",
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=include_dashboard,
+        object_store_memory=object_store_memory,
+        **common,
+    )
+
+
+def shutdown() -> None:
+    """Leave Ray; an embedded cluster ends with it."""
+    if ray.is_initialized():
+        ray.shutdown()
+        _loopback_only(False)
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS where it names a cluster to join; None for an embedded one.
+
+    An http address is that of the jobs API, which `jobs` uses; it cannot be joined.
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") or address.startswith(("http://", "https://")) else address
+
+
+def resources() -> tuple[dict[str, float], dict[str, float]]:
+    """What the cluster has now, and the most that it can have: more where an autoscaler adds nodes."""
+    has: dict[str, float] = ray.cluster_resources()
+    limits: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    return has, {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in has | limits}
+
+
+@contextmanager
+def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
+    """While work inside the block makes no progress for `after_s`, `tell` gets a line on what has no room, if anything.
+
+    Yields:
+        a function to call at every progress.
+    """
+    progress, done = [time.monotonic()], threading.Event()
+
+    def moved() -> None:
+        progress[0] = time.monotonic()
+
+    def watch() -> None:
+        said, again = "", 0.0
+        while not done.wait(WATCH_S):
+            now = time.monotonic()
+            if now - progress[0] >= after_s and now >= again and (line := no_room()) not in ("", said):
+                said, again = line, now + AGAIN_S
+                tell(line)
+
+    thread = threading.Thread(target=watch, name="waits", daemon=True)
+    thread.start()
+    try:
+        yield moved
+    finally:
+        done.set()
+        thread.join()
+
+
+def no_room() -> str:
+    """What tasks, actors and placement groups ask for and do not get, and what is free, in a line; "" if nothing.
+
+    From the cluster's control store, which always answers: Ray's state API needs a dashboard.
+    """
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=WATCH_TIMEOUT_S)
+        (has, most), free = resources(), ray.available_resources()
+    except Exception:  # the work that waits meets the same error, and its message is the one to show
+        return ""
+    asked = _asked(status.resource_demands)
+    if not asked:
+        return ""
+    wanted = " and ".join(f"{count} x ({_listed(needs)})" for needs, count in sorted(asked.items()))
+    names = sorted({name for needs in asked for name, _ in needs})
+    found = ", ".join(_free(name, free, has, most) for name in names)
+    return f"waiting: the cluster has no room for {wanted}; {found}"
+
+
+def _asked(demand: ResourceDemandSummary) -> Counter[tuple[tuple[str, float], ...]]:
+    """How often each set of CPUs and GPUs is asked for."""
+    asked = Counter[tuple[tuple[str, float], ...]]()
+    for group in (*demand.ray_task_actor_demand, *demand.placement_group_demand):
+        for bundle in group.bundles_by_count:
+            if needs := tuple((name, bundle.bundle[name]) for name in _COUNTED if name in bundle.bundle):
+                asked[needs] += bundle.count
+    return asked
+
+
+def _listed(needs: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in needs)
+
+
+def _free(name: str, free: Mapping[str, float], has: Mapping[str, float], most: Mapping[str, float]) -> str:
+    more = f" (an autoscaler can make it {most[name]:g})" if most.get(name, 0.0) > has.get(name, 0.0) else ""
+    return f"{free.get(name, 0.0):g} of {has.get(name, 0.0):g} {name} free{more}"
+
+
+def own_workspaces() -> bool:
+    """Whether each node has a workspace of its own: on a cluster with an MLflow server, where nodes may share no disk.
+
+    The driver's may be a path that no other node has, nor can make.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://"))
+    return server and cluster_address() is not None
+
+
+def _runtime_env(settings: Settings) -> dict[str, Any]:
+    """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
+    workspace = {} if own_workspaces() else {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
+    return {"env_vars": {**workspace, **_PROXY, **passed_on}}
+
+
+def _loopback_only(on: bool) -> None:
+    """Tell this process and the Ray processes that it starts; ray reads the variable only when it is imported."""
+    ray_constants.ENABLE_RAY_CLUSTER = not on
+    if on:
+        os.environ[_LOOPBACK_ONLY] = "0"
+    else:
+        os.environ.pop(_LOOPBACK_ONLY, None)
+
+
+def _private_token() -> None:
+    """Protect the embedded cluster with a token that lives in this process's environment only.
+
+    Left alone, Ray would write ~/.ray/auth_token; without any token, every user of this machine could run code as us.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    if (Path.home() / ".ray" / "auth_token").exists():
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _init(thing: str, **arguments: Any) -> None:
+    try:
+        ray.init(**arguments)
+    except Exception as error:
+        # Which of its errors Ray raises depends on how far it came; the cause stands in one of their texts.
+        if any(sign in f"{error} {error.__cause__} {error.__context__}" for sign in _WRONG_TOKEN):
+            raise ClusterError(thing, "refuses the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
+        found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(thing, f"cannot be used ({found.strip()})", "see `animediffusion doctor`") from error

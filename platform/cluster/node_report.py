@@ -1,0 +1,239 @@
+"""What every node of a Ray cluster says of itself: versions, devices, object store, MLflow, and what listens there.
+
+    found = checks(settings, device=probe, store="s3://runs")    # for platform/doctor.py; this process is connected
+
+Each node answers from its own environment: that is what workers there will use. Not here: this machine, see
+platform/doctor.py.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import httpx
+import psutil
+import ray
+from ray._private.worker import get_dashboard_url
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import animediffusion
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import AnimeDiffusionError
+from animediffusion.platform.network import why_unreachable, without_password
+from animediffusion.platform.storage import files as storage
+
+PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "kornia", "safetensors", "optuna", "fastapi")
+ANSWER_S = 60.0
+"""How long a node may take; it may have to start a worker and import torch."""
+
+Finding = tuple[str, bool, str]
+"""Name, whether it is well, detail: a Check of platform/doctor.py."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP port of Ray's that others can reach."""
+
+    process: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """The answer of one node."""
+
+    node: str
+    versions: dict[str, str]
+    device: str
+    store: str | None
+    """What is wrong with the object store, None if it could be written and read, "" if none was asked for."""
+    mlflow: str | None
+    """What is wrong with the MLflow server, None if it answers."""
+    mlflow_uri: str
+    listeners: list[Listener] = field(default_factory=list)
+
+
+def checks(settings: Settings, device: Callable[[], str], store: str | None = None) -> list[Finding]:
+    """Ask all nodes, and compare.
+
+    Args:
+        settings: for the place where MLflow is without a server.
+        device: runs on each node; its device and the attention that torch will use there.
+        store: URI of a folder to write to and read from, or None.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    asked = {_ask(node_id).remote(address, device, store): address for node_id, address in nodes.items()}
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    reports, silent = [], [f"{asked[ref]} does not answer" for ref in late]
+    for ref in ready:
+        try:
+            reports.append(ray.get(ref))
+        except Exception as error:  # a node that left, or one whose image has no such package
+            lines = str(error).strip().splitlines()
+            silent.append(f"{asked[ref]}: {lines[-1] if lines else type(error).__name__}")
+    local = not settings.tracking_uri.startswith(("http://", "https://"))
+    return [
+        _nodes(reports, silent),
+        ("devices", True, _grouped({one.node: one.device for one in reports})),
+        _store(reports, store),
+        _mlflow(reports, local),
+        *_doors(reports),
+    ]
+
+
+def _ask(node_id: str) -> Any:
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    # Ray would hide the GPUs from a task that takes none.
+    environment = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+    asking = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(report)
+    return asking.options(scheduling_strategy=here)
+
+
+def report(address: str, device: Callable[[], str], store: str | None) -> NodeReport:
+    """Runs on a node."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return NodeReport(
+        node=address,
+        versions=_versions(),
+        device=device(),
+        store="" if store is None else write_and_read(store),
+        mlflow=why_unreachable(uri) if uri.startswith(("http://", "https://")) else None,
+        mlflow_uri=without_password(uri),
+        listeners=_listeners(ray.get_runtime_context().get_session_name()),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "animediffusion": animediffusion.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def write_and_read(folder: str) -> str | None:
+    """What is wrong with a folder, None if it can be written and read."""
+    uri, data = storage.join(folder, f".doctor-{uuid.uuid4().hex}"), os.urandom(4096)
+    try:
+        storage.write_bytes(uri, data)
+        same = storage.read_bytes(uri) == data
+        storage.delete(uri)
+    except AnimeDiffusionError as error:
+        return f"{error.found}; {error.allowed}"
+    return None if same else "gave other bytes back"
+
+
+def _listeners(session: str) -> list[Listener]:
+    """Of the Ray processes of one session here, what others than this machine can reach."""
+    found = set()
+    for process in _processes(session):
+        with suppress(psutil.Error, OSError):
+            words = " ".join(process.cmdline())
+            for connection in process.net_connections("tcp"):
+                host = connection.laddr.ip.removeprefix("::ffff:") if connection.laddr else ""
+                if connection.status == psutil.CONN_LISTEN and host not in ("127.0.0.1", "::1"):
+                    found.add(Listener(_short(words), host, connection.laddr.port))
+    return sorted(found, key=lambda one: (one.process, one.port))
+
+
+def _processes(session: str) -> set[psutil.Process]:
+    """The session's name stands in the command of Ray's own processes; workers, which have other names, are their
+    children. A machine may have other clusters.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if any(session in word for word in process.cmdline()):
+                found |= {process, *process.children(recursive=True)}
+    return found
+
+
+def _short(command: str) -> str:
+    for sign, name in (
+        ("ProxyActor", "http"),
+        ("gcs_server", "gcs"),
+        ("dashboard/agent", "agent"),
+        ("ray::", "worker"),
+    ):
+        if sign in command:
+            return name
+    return "dashboard" if "dashboard" in command else "raylet"
+
+
+def _nodes(reports: list[NodeReport], silent: list[str]) -> Finding:
+    differing = {
+        name: _grouped({one.node: one.versions[name] for one in reports})
+        for name in (reports[0].versions if reports else {})
+        if len({one.versions[name] for one in reports}) > 1
+    }
+    problems = [*silent, *(f"{name} differs: {which}" for name, which in differing.items())]
+    if reports and not differing:
+        named = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
+        problems.append(f"all with {named}")
+    return "nodes", not silent and not differing and bool(reports), f"{len(reports)} answer; {'; '.join(problems)}"
+
+
+def _store(reports: list[NodeReport], store: str | None) -> Finding:
+    if store is None:
+        return "node store", True, "not tried; --storage s3://BUCKET/FOLDER writes and reads there, from every node"
+    wrong = {one.node: one.store for one in reports if one.store}
+    if wrong:
+        return "node store", False, f"{store}: {_grouped(wrong)}"
+    where = "" if storage.is_remote(store) or len(reports) < 2 else "; a local folder, which each node has for itself"
+    return "node store", not where, f"{store} is written and read by {len(reports)} nodes{where}"
+
+
+def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
+    if len({one.mlflow_uri for one in reports}) > 1:
+        named = {one.node: one.mlflow_uri or "none" for one in reports}
+        return "node mlflow", False, f"MLFLOW_TRACKING_URI differs: {_grouped(named)}"
+    wrong = {one.node: one.mlflow for one in reports if one.mlflow}
+    if wrong:
+        return "node mlflow", False, f"{reports[0].mlflow_uri} {_grouped(wrong)}"
+    if local and len(reports) > 1:
+        return "node mlflow", False, "embedded, which only one node can see; set MLFLOW_TRACKING_URI to a server"
+    return "node mlflow", True, f"{(reports and reports[0].mlflow_uri) or 'embedded'} answers {len(reports)} nodes"
+
+
+def _doors(reports: list[NodeReport]) -> list[Finding]:
+    """Whether Ray asks for its token, and what is open."""
+    asks, said = _asks_for_a_token(get_dashboard_url())
+    opened = {one.node: ", ".join(f"{at.process} {at.host}:{at.port}" for at in one.listeners) for one in reports}
+    total = sum(len(one.listeners) for one in reports)
+    known = {node: listed for node, listed in opened.items() if listed}
+    detail = f"{total} ports can be reached from outside: {_grouped(known)}" if total else "all on loopback"
+    return [("ray auth", asks, said), ("ray ports", asks or not total, detail)]
+
+
+def _asks_for_a_token(address: str | None) -> tuple[bool, str]:
+    if not address:
+        return True, "no dashboard, so no jobs API"
+    url = address if "://" in address else f"http://{address}"
+    try:
+        status = httpx.get(f"{url}/api/jobs/", timeout=5).status_code
+    except httpx.HTTPError as error:
+        return False, f"{url} does not answer ({type(error).__name__})"
+    if status in (401, 403):
+        return True, f"{url} refuses who has no token"
+    return False, f"{url} lets everybody run code; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on all nodes"
+
+
+def _grouped(values: Mapping[str, str | None]) -> str:
+    """`VALUE (3 nodes)`, the most common first; with names where they are few."""
+    by_value: dict[str, list[str]] = {}
+    for node, value in values.items():
+        by_value.setdefault(value or "", []).append(node)
+    ordered: Iterable[tuple[str, list[str]]] = sorted(by_value.items(), key=lambda item: -len(item[1]))
+    if len(by_value) == 1 and len(values) > 1:
+        return f"{next(iter(by_value))} ({len(values)} nodes)"
+    return ", ".join(f"{value} ({' '.join(sorted(nodes)[:3])})" for value, nodes in ordered)

@@ -1,0 +1,113 @@
+"""Names what a file holds by its first bytes: the formats that are read, others, and what is not a picture.
+
+    format_of(data)                      # "PNG", "HEIC", None ...
+    raise not_an_image("a.png", data, ("PNG", "JPEG", "WEBP"))
+
+Not here: decoding, see platform/images/codec.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from PIL import UnidentifiedImageError
+
+from animediffusion.platform.errors import ImageError
+
+_SIGNATURES = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"8BPS": "PSD",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\2\0": "CUR",
+    b"CSFCHUNK": "CLIP STUDIO PAINT",
+    b"gimp xcf": "GIMP (XCF)",
+    b"v/1\x01": "OpenEXR",
+    b"qoif": "QOI",
+    b"DDS ": "DDS",
+    b"#?RADIANCE": "Radiance HDR",
+    b"%!PS": "PostScript",
+}
+_BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+"""Sizes of the headers that follow the 14 bytes of a BMP file: "BM" alone also begins texts."""
+_HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "QuickTime"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
+"""Of files that begin with `ftyp`, the most special first; others are MP4."""
+_NOT_PICTURES = {
+    b"version https://git-lfs": ("is a Git LFS pointer, not the picture", "fetch it with `git lfs pull`"),
+    b"%PDF": ("is a PDF document", "export the page as PNG"),
+    b"PK\3\4": ("is a ZIP archive", "unpack it, or export the picture in it"),
+    b"\0\5\x16\7": ("holds macOS metadata (AppleDouble), not a picture", "give the file without `._` in its name"),
+}
+_MARKUP = {
+    b"<svg": ("is an SVG drawing", "export it as PNG"),
+    b"<html": ("is a web page (HTML), not a picture", "download the picture itself"),
+    b"<!doctype html": ("is a web page (HTML), not a picture", "download the picture itself"),
+    b"<?xml": ("is an XML document, not a picture", "give the picture itself"),
+}
+"""Found anywhere near the start of a text that begins with `<`."""
+
+
+def format_of(data: bytes) -> str | None:
+    """Pillow's name of a format that can be read, the usual name of another, None if the bytes are of none."""
+    if data.startswith(b"RIFF") and b"WEBP".startswith(data[8:12]):
+        return "WEBP"
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BITMAP_HEADERS:
+        return "BMP"
+    if data[4:8] == b"ftyp":
+        brands = [data[start : start + 4] for start in range(8, min(64, len(data)), 4)]
+        return next((name for brand, name in _HEIF_BRANDS.items() if brand in brands), "MP4")
+    return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+
+
+def not_an_image(thing: str, data: bytes, formats: Sequence[str]) -> ImageError:
+    """The error for bytes of a format that is not allowed, or of none."""
+    name, names = format_of(data), [name.replace("WEBP", "WebP") for name in formats]
+    choice = " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+    if name is not None:
+        kind = f"{name} video" if name in ("MP4", "QuickTime") else f"{name} picture"
+        found, allowed = f"is {'an' if kind[0] in 'AIMO' else 'a'} {kind}", f"save it as {choice}"
+        return ImageError(thing, found, allowed, reason="not_an_image")
+    if (known := _not_a_picture(data)) is not None:
+        return ImageError(thing, *known, reason="not_an_image")
+    start = repr(data[:12])[1:]
+    return ImageError(thing, f"is not an image (starts with {start})", f"give {choice}", reason="not_an_image")
+
+
+def _not_a_picture(data: bytes) -> tuple[str, str] | None:
+    text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    marks = _MARKUP.items() if text.startswith(b"<") else ()
+    found = (known for start, known in _NOT_PICTURES.items() if data.startswith(start))
+    return next(found, next((known for mark, known in marks if mark in text), None))
+
+
+def broken(thing: str, data: bytes, error: BaseException) -> ImageError:
+    """The error for bytes of an allowed format that cannot be decoded: cut off, or damaged."""
+    if ends_early(data) or "truncated" in str(error).lower():
+        return ImageError(thing, "is cut off before its end", "give the whole file", reason="truncated")
+    why = str(error).partition("\n")[0] or type(error).__name__
+    is_headless = isinstance(error, UnidentifiedImageError)
+    found = "is damaged (its header cannot be read)" if is_headless else f"cannot be decoded ({why})"
+    return ImageError(thing, found, "save it again as PNG", reason="unreadable")
+
+
+def ends_early(data: bytes) -> bool:
+    """Whether the file lacks the end that its format always has."""
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"RIFF"):
+        return len(data) < 12 or len(data) < struct.unpack("<I", data[4:8])[0] + 8
+    return len(data) < 64

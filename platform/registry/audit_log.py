@@ -1,0 +1,177 @@
+"""Who moved which alias, or how much of the traffic, when and why: one MLflow run per event, never changed afterwards.
+
+MLflow keeps no history of aliases itself. The runs work on every backend and show in its page, too.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
+
+from animediffusion.platform.errors import RegistryError
+from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.tracking import run as tracking
+
+EXPERIMENT = "animediffusion-promotions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One move of an alias, or another share for the challenger."""
+
+    action: str
+    """promote, rollback or canary."""
+    alias: str
+    previous: int | None
+    """The version the alias pointed at before."""
+    version: int
+    """The version it points at since."""
+    user: str
+    reason: str
+    forced: bool
+    time: str
+    """ISO 8601, UTC."""
+    metrics: dict[str, float]
+    run: str
+    percent: int | None = None
+    """Of the requests, for the challenger from then on; of a canary only."""
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of `models history --json`."""
+        return {
+            "action": self.action,
+            "from": self.previous,
+            "to": self.version,
+            "alias": self.alias,
+            "percent": self.percent,
+            "user": self.user,
+            "reason": self.reason,
+            "forced": self.forced,
+            "time": self.time,
+            "metrics": self.metrics,
+        }
+
+
+@contextmanager
+def recorded(
+    registry: Registry,
+    action: str,
+    alias: str,
+    previous: int | None,
+    version: int,
+    *,
+    reason: str = "",
+    forced: bool = False,
+    metrics: dict[str, float] | None = None,
+    percent: int | None = None,
+) -> Iterator[str]:
+    """Write the event around the act: its run is FINISHED only if the block inside was.
+
+    Yields:
+        The id of the event's run.
+    """
+    client = registry.client
+    tags = {
+        "action": action,
+        "model": registry.name,
+        "alias": alias,
+        "from": "" if previous is None else str(previous),
+        "to": str(version),
+        "user": user_name(),
+        "reason": reason,
+        "forced": str(forced).lower(),
+        **({} if percent is None else {"percent": str(percent)}),
+    }
+    try:
+        experiment = tracking.experiment_id(client, EXPERIMENT, tracking.artifact_root(registry.settings))
+        run_id = str(client.create_run(experiment, run_name=f"{action} {alias} {version}").info.run_id)
+        now = int(datetime.now(UTC).timestamp() * 1000)
+        numbers = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
+        client.log_batch(run_id, metrics=numbers, tags=[RunTag(key, value) for key, value in tags.items()])
+    except MlflowException as error:
+        found = f"cannot be written ({tracking.first_line(error)})"
+        raise RegistryError("promotion ledger", found, "nothing was changed") from error
+    try:
+        yield run_id
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def read(registry: Registry, alias: str | None = None) -> list[Event]:
+    """Events of this model that took effect, the oldest first; of one alias, or of all."""
+    try:
+        experiment = registry.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return []
+        if experiment.lifecycle_stage == "deleted":
+            found = f"the experiment {EXPERIMENT} was deleted in MLflow"
+            command = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or promote again"
+            raise RegistryError("promotion ledger", found, command)
+        runs = _search(registry, experiment.experiment_id)
+    except MlflowException as error:
+        found = f"cannot be read ({tracking.first_line(error)})"
+        raise RegistryError("promotion ledger", found, "see `animediffusion doctor`") from error
+    return [event for event in map(_event, runs) if alias is None or event.alias == alias]
+
+
+def stack(events: list[Event]) -> list[int]:
+    """The versions an alias stood at, the present one last: promote pushes, rollback pops, a canary moves nothing."""
+    versions: list[int] = []
+    for event in events:
+        if event.action == "canary":
+            continue
+        if event.action == "rollback":
+            while versions and versions[-1] != event.version:
+                versions.pop()
+        if not versions or versions[-1] != event.version:
+            versions.append(event.version)
+    return versions
+
+
+def user_name() -> str:
+    """The name to sign events with; a container may have a user without one."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _search(registry: Registry, experiment_id: str) -> list[Any]:
+    found: list[Any] = []
+    token: str | None = None
+    wanted = f"attributes.status = 'FINISHED' and tags.model = '{registry.name}'"
+    while True:
+        page = registry.client.search_runs(
+            [experiment_id], wanted, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _event(run: Any) -> Event:
+    tags = run.data.tags
+    return Event(
+        action=tags["action"],
+        alias=tags["alias"],
+        previous=int(tags["from"]) if tags.get("from") else None,
+        version=int(tags["to"]),
+        user=tags.get("user", ""),
+        reason=tags.get("reason", ""),
+        forced=tags.get("forced") == "true",
+        time=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="milliseconds"),
+        metrics=dict(run.data.metrics),
+        run=run.info.run_id,
+        percent=int(tags["percent"]) if "percent" in tags else None,
+    )

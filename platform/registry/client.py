@@ -1,0 +1,346 @@
+"""Model versions in MLflow: register a bundle folder, find a version, bring it here, point an alias at it.
+
+A version is a folder of plain files without any pickle: the bundle, what makes it an MLflow model (flavor.py), and what
+the caller adds to tell of it. It has the tags `sha256`, `parent` and one `evaluation.*` per data set it was measured
+on. torch is not needed: who fetches a bundle checks it by loading it. Not here: who promoted what and why, see
+`animediffusion.platform.registry.audit_log`; the gate, see `pipelines/release/promote.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import mlflow.artifacts
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, RegistryError
+from animediffusion.platform.registry.downloads import cache_folder, fetch_folder, whole_folder
+from animediffusion.platform.registry.model_version import (
+    ASIDE,
+    Version,
+    bundle_files,
+    damage,
+    difference,
+    evaluation_tags,
+    headline,
+    listed,
+    read_version,
+)
+from animediffusion.platform.registry.pyfunc_flavor import write_flavor
+from animediffusion.platform.tracking import embedded
+from animediffusion.platform.tracking import run as tracking
+
+CHAMPION = "champion"
+ALIASES = (CHAMPION, "challenger")
+MODELS = "animediffusion-models"
+"""Experiment of versions that no training run made, an imported bundle for example."""
+
+_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
+_READY_SECONDS = 60
+
+
+class Registry:
+    """Versions of one registered model, in the embedded MLflow or behind MLFLOW_TRACKING_URI."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.model_name
+        self.tracking_uri = settings.tracking_uri
+        self.client: MlflowClient = tracking.setup(settings)
+
+    def register(
+        self,
+        folder: Path,
+        *,
+        sha256: str,
+        run_id: str | None = None,
+        parent: int | None = None,
+        metrics: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        files: dict[str, bytes] | None = None,
+    ) -> int:
+        """Upload a bundle folder and make it the next version; returns its number.
+
+        Args:
+            folder: a bundle whose hash the caller has checked.
+            sha256: identity of the bundle.
+            run_id: the run that made it; a run of its own if None.
+            parent: the version it comes from.
+            metrics: its metrics.json.
+            tags: further tags of the version.
+            files: further files to keep with it, by name.
+        """
+        all_tags = {"sha256": sha256, **(tags or {}), **evaluation_tags(metrics or {}, own=True)}
+        if parent is not None:
+            all_tags["parent"] = str(parent)
+        with self._reported(f"registering {folder}"):
+            run_id = run_id or self._own_run(folder)
+            model = self._upload(folder, run_id, sha256, files or {})
+            self._log_headline(run_id, model.model_id, metrics or {})
+            self._create_registered_model()
+            # Not models:/ID: the embedded store would look that up in the global tracking URI, not in ours.
+            version = self.client.create_model_version(
+                self.name,
+                source=model.artifact_location,
+                run_id=run_id,
+                model_id=model.model_id,
+                tags=all_tags,
+                await_creation_for=_READY_SECONDS,
+            )
+        return int(version.version)
+
+    def versions(self) -> list[Version]:
+        """All versions, the newest first; empty where nothing was registered yet."""
+        with self._reported("listing versions"):
+            aliases = self._aliases()
+            if aliases is None:
+                return []
+            found = self._search()
+        return sorted((read_version(item, aliases) for item in found), key=lambda v: -v.version)
+
+    def get(self, reference: str | int) -> Version:
+        """The version that a number, an alias, `models:/NAME@alias` or `models:/NAME/3` means.
+
+        Raises:
+            RegistryError: listing the versions and aliases that exist.
+        """
+        wanted = _selector(str(reference), self.name)
+        with self._reported(str(reference)):
+            aliases = self._aliases() or {}
+            number = wanted if wanted.isdecimal() else aliases.get(wanted)
+            found = self._find_number(number) if number is not None else None
+        if found is None:
+            raise self._unknown(str(reference), wanted)
+        return read_version(found, aliases)
+
+    def find(self, sha256: str) -> Version | None:
+        """The version of a bundle with this identity, or None."""
+        return next((version for version in self.versions() if version.sha256 == sha256), None)
+
+    def reference(self, model: str) -> str:
+        """`models:/NAME/3` for a bare number, `models:/NAME@champion` for a bare alias; all else as it is."""
+        if model.isdecimal():
+            return f"models:/{self.name}/{model}"
+        return f"models:/{self.name}@{model}" if model in ALIASES else model
+
+    def fetch(self, model: str | Path, cache_dir: Path | None = None, *, averages: bool = False) -> Path:
+        """The local folder of a bundle, downloaded once per version.
+
+        Args:
+            model: a bundle folder, the URI of one (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
+            cache_dir: parent of downloads, WORKSPACE/cache if None.
+            averages: of a version, bring also the file that coloring does not need, where it has one.
+
+        Raises:
+            BundleError: no such folder.
+            RegistryError: no such version or alias.
+            StorageError: the URI cannot be read.
+        """
+        if not str(model).startswith("models:"):
+            return fetch_folder(model, cache_dir or cache_folder(self.settings))
+        version = self.get(str(model))
+        destination = self._cached(version, cache_dir)
+        with self._reported(f"downloading {model}"):
+            if damage(destination) is not None:
+                with whole_folder(destination) as temporary:
+                    self._download(version.version, temporary)
+            if averages:
+                self._add_aside(version.version, destination)
+        return destination
+
+    def forget(self, model: str) -> None:
+        """Remove the local copy of a version, so that the next `fetch` downloads it again."""
+        shutil.rmtree(self._cached(self.get(model)), ignore_errors=True)
+
+    def _cached(self, version: Version, cache_dir: Path | None = None) -> Path:
+        cache = cache_dir or cache_folder(self.settings)
+        return cache / version.name / f"{version.version}-{version.sha256[:12]}"
+
+    def _download(self, version: int, folder: Path) -> None:
+        """Download a version's bundle without the files kept aside; raises where it is not whole."""
+        held, location = self.file_names(version), self.location(version)
+        if "checksums.json" in held:
+            self._bring(location, "checksums.json", folder)
+        names = (listed(folder) or held) - ASIDE
+        missing = names - held
+        if missing or not names:
+            found = f"has no {', '.join(sorted(missing)) or 'files'} at {location}"
+            raise RegistryError(f"version {version}", found, "bring the files back there, or register the bundle again")
+        for name in sorted(names - {"checksums.json"}):
+            self._bring(location, name, folder)
+        self._check_whole(version, damage(folder))
+
+    def _add_aside(self, version: int, folder: Path) -> None:
+        missing = {name for name in ASIDE & (listed(folder) or set()) if not (folder / name).exists()}
+        if missing:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                for name in missing & self.file_names(version):
+                    path = self._bring(self.location(version), name, Path(temporary))
+                    self._check_whole(version, difference(path, folder))
+                    path.rename(folder / name)
+
+    def _check_whole(self, version: int, damage: str | None) -> None:
+        if damage is not None:
+            raise BundleError(
+                f"version {version}", damage, f"register it again; its files are at {self.location(version)}"
+            )
+
+    def _bring(self, location: str, name: str, folder: Path) -> Path:
+        """Download one file of a version's folder."""
+        place = f"{location.rstrip('/')}/{quote(name)}"
+        return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
+
+    def location(self, version: int) -> str:
+        """URI of the folder that holds a version's files."""
+        # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
+        with self._reported(f"version {version}"):
+            location = str(self.client.get_model_version_download_uri(self.name, str(version)))
+        is_embedded = tracking.is_embedded(self.settings)
+        return embedded.relocated(location, self.settings.artifact_root) if is_embedded else location
+
+    def read_file(self, version: int, name: str) -> bytes | None:
+        """A file of a version's folder that is not the bundle's; None where it has no such file."""
+        with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
+            if name not in self.file_names(version):
+                return None
+            return self._bring(self.location(version), name, Path(folder)).read_bytes()
+
+    def file_names(self, version: int) -> set[str]:
+        """Names of the files in a version's folder."""
+        with self._reported(f"version {version}"):
+            held = mlflow.artifacts.list_artifacts(self.location(version), tracking_uri=self.tracking_uri)
+        return {Path(item.path).name for item in held}
+
+    def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
+        """Remember what `evaluate` found for a version, so that the promotion gate can compare it."""
+        with self._reported(f"version {version}"):
+            for key, value in evaluation_tags(result, own=False).items():
+                self.client.set_model_version_tag(self.name, str(version), key, value)
+
+    def set_tag(self, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        with self._reported(f"version {version}"):
+            self.client.set_model_version_tag(self.name, str(version), key, value)
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point an alias at a version, in one atomic step."""
+        with self._reported(f"alias {alias}"):
+            self.client.set_registered_model_alias(self.name, alias, str(version))
+
+    def alias(self, alias: str) -> int | None:
+        """The version an alias points at, or None."""
+        with self._reported(f"alias {alias}"):
+            version = (self._aliases() or {}).get(alias)
+        return int(version) if version is not None else None
+
+    def _aliases(self) -> dict[str, str] | None:
+        """Alias -> version; None where the registered model does not exist."""
+        try:
+            return dict(self.client.get_registered_model(self.name).aliases)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _find_number(self, number: str) -> Any:
+        try:
+            return self.client.get_model_version(self.name, number)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _search(self) -> list[Any]:
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.name}'", max_results=500, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def _own_run(self, folder: Path) -> str:
+        """A run that stands for the registration of a bundle which no run here made."""
+        experiment = tracking.experiment_id(self.client, MODELS, tracking.artifact_root(self.settings))
+        run_id = str(self.client.create_run(experiment, run_name=f"register {folder.name}").info.run_id)
+        self.client.set_terminated(run_id)
+        return run_id
+
+    def _upload(self, folder: Path, run_id: str, sha256: str, files: dict[str, bytes]) -> Any:
+        experiment = self.client.get_run(run_id).info.experiment_id
+        model = self.client.create_logged_model(
+            experiment, name=self.name, source_run_id=run_id, model_type="bundle", tags={"sha256": sha256}
+        )
+        try:
+            for path in bundle_files(folder):
+                self.client.log_model_artifact(model.model_id, str(path))
+            with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
+                beside = Path(name)
+                write_flavor(beside, model_id=model.model_id, run_id=run_id)
+                for file, content in files.items():
+                    (beside / file).write_bytes(content)
+                self.client.log_model_artifacts(model.model_id, str(beside))
+        except Exception:
+            self.client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        return self.client.finalize_logged_model(model.model_id, "READY")
+
+    def _log_headline(self, run_id: str, model_id: str, metrics: dict[str, Any]) -> None:
+        now = int(datetime.now(UTC).timestamp() * 1000)
+        numbers = [Metric(key, value, now, 0, model_id=model_id) for key, value in headline(metrics).items()]
+        if numbers:
+            self.client.log_batch(run_id, metrics=numbers)
+
+    def _create_registered_model(self) -> None:
+        try:
+            self.client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _unknown(self, reference: str, wanted: str) -> RegistryError:
+        versions = self.versions()
+        if not versions:
+            return RegistryError(reference, f"no version of {self.name} is registered", "run `models register DIR`")
+        kind = "version" if wanted.isdecimal() else "alias"
+        thing = f"{kind} {reference}" if reference == wanted else reference
+        numbers = ", ".join(str(v.version) for v in reversed(versions[:20]))
+        aliases = ", ".join(f"{alias} (version {v.version})" for v in versions for alias in v.aliases) or "none"
+        return RegistryError(thing, f"no such {kind}", f"versions: {numbers}; aliases: {aliases}")
+
+    @contextmanager
+    def _reported(self, thing: str) -> Iterator[None]:
+        try:
+            yield
+        except MlflowException as error:
+            found = f"{tracking.place(self.tracking_uri)} refused ({tracking.first_line(error)})"
+            raise RegistryError(thing, found, "see `animediffusion doctor`") from error
+        except (OSError, BotoCoreError, ClientError) as error:  # of the disk, the network or the store of artifacts
+            raise RegistryError(
+                thing, f"failed ({tracking.first_line(error)})", "see `animediffusion doctor`"
+            ) from error
+
+
+def _selector(reference: str, name: str) -> str:
+    """A version number or an alias, out of any form a user may write."""
+    if not reference.startswith("models:"):
+        return reference
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise RegistryError(reference, "is not a model reference", f"models:/{name}@champion or models:/{name}/3")
+    if match["name"] != name:
+        raise RegistryError(reference, f"no model {match['name']!r} here", f"the registered model is {name}")
+    return match["alias"] or match["version"]

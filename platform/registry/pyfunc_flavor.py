@@ -1,0 +1,63 @@
+"""What makes a registered bundle an MLflow model that any client can load and ask, without a pickle.
+
+Beside the bundle's files a version holds MLmodel (what MLflow reads first), model.py ("models from code": a copy of
+serve/mlflow_model.py), code.zip (the modules it needs), requirements.txt and python_env.yaml. docs/registry.md shows
+how such a model is asked. Not here: the upload, see registry.py.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import yaml
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+from animediffusion.platform.registry import code_archive as portable
+
+CODE = "code.zip"
+SCRIPT = "model.py"
+_SOURCE = "serve/mlflow_model.py"
+_LOADER = "mlflow.pyfunc.loaders.code_model"
+
+
+def write_flavor(folder: Path, *, model_id: str, run_id: str) -> None:
+    """Write the files that are to lie beside those of a bundle.
+
+    Args:
+        folder: an empty folder.
+        model_id: MLflow's logged model.
+        run_id: the run that made it.
+    """
+    portable.zip_modules(folder / CODE)
+    (folder / SCRIPT).write_bytes(portable.source(_SOURCE))
+    (folder / "requirements.txt").write_text(portable.requirements("mlflow"))
+    environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
+    (folder / "python_env.yaml").write_text(yaml.safe_dump(environment))
+    model = Model(run_id=run_id, model_id=model_id, signature=signature())
+    pyfunc.add_to_model(
+        model,
+        loader_module=_LOADER,
+        python_env="python_env.yaml",
+        model_code_path=SCRIPT,
+        artifacts={"bundle": {"path": ".", "uri": "."}, "code": {"path": CODE, "uri": CODE}},
+    )
+    model.save(str(folder / "MLmodel"))
+
+
+def signature() -> ModelSignature:
+    """Columns `sketch` and `reference` in, `image` and `color_layer` out, all bytes of image files; and parameters."""
+    return ModelSignature(
+        inputs=Schema([ColSpec("binary", "sketch"), ColSpec("binary", "reference")]),
+        outputs=Schema([ColSpec("binary", "image"), ColSpec("binary", "color_layer")]),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", "long", 0),
+                ParamSpec("num_inference_steps", "long", None),
+                ParamSpec("guidance_scale", "double", None),
+                ParamSpec("size", "string", "native"),
+            ]
+        ),
+    )

@@ -1,0 +1,85 @@
+"""Which versions should answer, and what share of the requests each gets: the registry's aliases and one tag.
+
+Champion and challenger are aliases, the challenger's percentage is the tag `challenger_percent` of the registered
+model. One question to MLflow brings all three, so that nobody sees half of a change.
+Not here: who may change it and how that is written down, see pipelines/release/canary.py; who acts on it, see
+serve/replica/versions.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from mlflow.exceptions import MlflowException
+
+from animediffusion.platform.errors import RegistryError
+from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
+from animediffusion.platform.tracking import run as tracking
+
+CHALLENGER = ALIASES[1]
+PERCENT_TAG = "challenger_percent"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What the registry asks of servers."""
+
+    champion: int | None = None
+    challenger: int | None = None
+    percent: int = 0
+    """Of the requests, for the challenger; 0 to 100."""
+
+    @property
+    def is_canary(self) -> bool:
+        """True if a challenger beside the champion gets requests."""
+        return self.percent > 0 and None not in (self.champion, self.challenger) and self.champion != self.challenger
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Version -> share of the requests, 1 together, the challenger first; empty without a champion."""
+        if self.champion is None:
+            return {}
+        if not self.is_canary or self.challenger is None:
+            return {self.champion: 1.0}
+        return {self.challenger: self.percent / 100, self.champion: 1 - self.percent / 100}
+
+
+def read(registry: Registry) -> Traffic:
+    """What is asked now; nothing where nothing is registered yet.
+
+    Raises:
+        RegistryError: MLflow does not answer.
+    """
+    try:
+        model = registry.client.get_registered_model(registry.name)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return Traffic()
+        raise _refused(registry, error) from error
+    versions = {alias: int(version) for alias, version in model.aliases.items() if alias in ALIASES}
+    percent = _percent(model.tags.get(PERCENT_TAG, "0"))
+    return Traffic(champion=versions.get(CHAMPION), challenger=versions.get(CHALLENGER), percent=percent)
+
+
+def set_percent(registry: Registry, percent: int) -> None:
+    """Set the challenger's percentage, in one atomic step."""
+    try:
+        registry.client.set_registered_model_tag(registry.name, PERCENT_TAG, str(percent))
+    except MlflowException as error:
+        raise _refused(registry, error) from error
+
+
+def _percent(text: str) -> int:
+    """A tag that somebody wrote by hand must not stop a server: what is no percentage counts as none."""
+    if text.isdecimal() and int(text) <= 100:
+        return int(text)
+    log.warning("the tag %s is %r, not 0 to 100: no canary", PERCENT_TAG, text)
+    return 0
+
+
+def _refused(registry: Registry, error: MlflowException) -> RegistryError:
+    found = f"refused ({tracking.first_line(error)})"
+    return RegistryError(tracking.place(registry.tracking_uri), found, "see `animediffusion doctor`")

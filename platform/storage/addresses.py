@@ -1,0 +1,140 @@
+"""Addresses of files: local paths, file:// and s3:// URIs, read exactly or refused.
+
+In a URI, `?` begins options, so a ? in a name is written %3F, and a % is written %25. No part of an address is dropped.
+Not here: what is at an address, see storage.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, quote, unquote
+
+from animediffusion.platform.errors import StorageError
+from animediffusion.platform.network import SCHEME
+from animediffusion.platform.storage import s3
+from animediffusion.platform.storage.s3 import FileError
+
+OPTIONS = ("endpoint_override", "region", "scheme")
+_SECRETS = ("access_key", "secret_key", "session_token", "password")
+_S3 = re.compile(r"s3://(?P<bucket>[^/?]*)(?P<key>[^?]*)(?P<options>\?.*)?", re.DOTALL)
+_FILE = re.compile(r"file:(?://(?P<host>[^/?]*))?(?P<path>/[^?]*)(?P<options>\?.*)?", re.DOTALL)
+
+
+class Location(NamedTuple):
+    """A parsed address; `bucket` is empty for a local path."""
+
+    bucket: str
+    path: str
+    endpoint: str | None = None
+    region: str | None = None
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object store, not a local path."""
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts added, before its options where it has any; parts are taken literally."""
+    if not is_remote(uri):
+        return str(Path(parse(uri).path).joinpath(*parts))
+    base, mark, options = uri.partition("?")
+    names = [quote(part.rstrip("/"), safe="/ +=&,;:@!$'()~") for part in parts]
+    return "/".join([base.rstrip("/"), *names]) + mark + options
+
+
+def parse(uri: str) -> Location:
+    """The place that an address names.
+
+    Raises:
+        StorageError: for an unknown scheme or option, credentials, no bucket, or an address that is not well formed.
+    """
+    if not uri:
+        raise StorageError("storage", "the path is empty", "give a local path or s3://bucket/path")
+    scheme = SCHEME.match(uri)
+    if scheme is None:
+        return Location("", _absolute(uri))
+    if scheme[0] == "file":
+        return Location("", _absolute(_file_path(uri)))
+    if scheme[0] == "s3":
+        return _parse_s3(uri)
+    raise StorageError(_without_secrets(uri), f"scheme {scheme[0]!r} is not known", "a local path or s3://")
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _file_path(uri: str) -> str:
+    match = _FILE.fullmatch(uri)
+    if match is None or match["host"] not in (None, "", "localhost"):
+        raise StorageError(uri, "is not the URI of a file", "write file:///path, or the path alone")
+    if match["options"] is not None:
+        raise StorageError(uri, "has options, as files do not", "write a ? in a name as %3F")
+    return unquote(match["path"], errors="surrogateescape")
+
+
+def _parse_s3(uri: str) -> Location:
+    match = _S3.fullmatch(uri)
+    if match is None:
+        raise StorageError(
+            _without_secrets(uri), "is not an S3 address", "write s3://bucket/path, or ./s3:... for a file"
+        )
+    options = _options(uri, match["bucket"], match["options"])
+    if not match["bucket"]:
+        raise StorageError(uri, "no bucket", "write s3://bucket/path")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", match["bucket"]):
+        allowed = "letters, digits, dots and hyphens, then / and the path"
+        raise StorageError(uri, f"{match['bucket']!r} is not the name of a bucket", allowed)
+    return Location(
+        match["bucket"], match["bucket"] + _key(uri, match["key"]), _endpoint(uri, options), options.get("region")
+    )
+
+
+def _key(uri: str, quoted: str) -> str:
+    """The path in a bucket: empty, or / and a key without a slash at its end."""
+    try:
+        key = unquote(quoted, errors="strict").removesuffix("/")
+    except UnicodeDecodeError as error:
+        raise FileError(uri, "has a name that is not UTF-8", "rename the object") from error
+    if "//" in key or key.endswith("/"):
+        raise FileError(uri, "has an empty part between two slashes", "write one slash, or rename the object")
+    return key
+
+
+def _options(uri: str, bucket: str, text: str | None) -> dict[str, str]:
+    values = parse_qs(text[1:], keep_blank_values=True) if text else {}
+    if "@" in bucket or any(key in values for key in _SECRETS):
+        allowed = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        raise StorageError(_without_secrets(uri), "credentials in the URI", allowed)
+    unknown = sorted(set(values or ([""] if text else [])) - set(OPTIONS))
+    if unknown:
+        allowed = f"one of {', '.join(OPTIONS)}; a ? in a name is written %3F"
+        raise StorageError(uri, f"option {unknown[0]!r} is not known", allowed)
+    for name, given in values.items():
+        if len(given) != 1 or not given[0]:
+            raise StorageError(
+                uri, f"option {name!r} has {len(given) if given[0] else 'no'} values", "give it one value"
+            )
+    return {name: given[0] for name, given in values.items()}
+
+
+def _endpoint(uri: str, options: dict[str, str]) -> str | None:
+    """The address of the store: the URI's, else the one that boto3 is configured with."""
+    given, scheme = options.get("endpoint_override"), options.get("scheme")
+    if scheme is not None and (given is None or "://" in given or scheme not in ("http", "https")):
+        raise StorageError(
+            uri, f"scheme {scheme!r} cannot be used here", "endpoint_override=HOST:PORT with http or https"
+        )
+    if given is None:
+        return s3.configured(uri)[0]
+    return given if "://" in given else f"{scheme or 'https'}://{given}"
+
+
+def _without_secrets(uri: str) -> str:
+    base, mark, options = uri.partition("?")
+    base = re.sub(r"//[^/@]*@", "//", base)
+    kept = [one for one in options.split("&") if one.partition("=")[0] not in _SECRETS]
+    return base + (mark if options and kept else "") + "&".join(kept)

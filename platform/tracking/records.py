@@ -1,0 +1,66 @@
+"""What is recorded of a run, as entries that can wait in a file, and how each kind is sent to MLflow.
+
+{"metric": [key, value, milliseconds, step]}    {"tags": {...}}    {"artifact": path, "folder": name or None}
+{"image": PNG as base64, "name": ..., "step": number or None}      {"status": "FINISHED", "time": milliseconds}
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from animediffusion.platform.tracking.spool import Entry
+
+BATCH = 1000
+"""Metrics that MLflow takes at once."""
+_HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
+
+
+def groups(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Metrics that follow each other in batches, everything else alone; the order stays."""
+    batch: list[Entry] = []
+    for entry in entries:
+        if batch and (len(batch) == BATCH or "metric" not in entry):
+            yield batch
+            batch = []
+        if "metric" in entry:
+            batch.append(entry)
+        else:
+            yield [entry]
+    if batch:
+        yield batch
+
+
+def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
+    """Send what groups() made; raises what MLflow raises."""
+    first = group[0]
+    if "metric" in first:
+        client.log_batch(run_id, metrics=[Metric(*entry["metric"]) for entry in group])
+    elif "tags" in first:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in first["tags"].items()])
+    elif "artifact" in first:
+        path = Path(first["artifact"])
+        if path.exists():
+            send = client.log_artifacts if path.is_dir() else client.log_artifact
+            send(run_id, str(path), first["folder"])
+    elif "image" in first:
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["image"]))))
+        if first["step"] is None:
+            client.log_image(run_id, image, artifact_file=f"{first['name']}.png")
+        else:
+            client.log_image(run_id, image, key=first["name"], step=first["step"])
+    else:
+        client.set_terminated(run_id, first["status"], first["time"])
+
+
+def is_hopeless(error: Exception) -> bool:
+    """Whether it is the record's fault, not the store's: the same one would be refused again."""
+    return isinstance(error, MlflowException) and error.error_code in _HOPELESS

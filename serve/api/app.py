@@ -1,0 +1,218 @@
+"""The HTTP API and the page. Knows a Backend and nothing of Ray: uvicorn serves it as it is.
+
+uvicorn.run(create_app(replica), port=8000)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from animediffusion.platform.api_keys import Keyring
+from animediffusion.serve.api.access_log import CLIENT_LEFT, AccessLog
+from animediffusion.serve.api.auth import KeyGate
+from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
+from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, HeadRequests, RequestLimits
+from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
+from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
+from animediffusion.serve.api.sse import events
+from animediffusion.serve.protocol import Backend, ColorizeJob, LateError, NoModelError
+from animediffusion.serve.rendering.render import read_picture, read_sketch, render
+from animediffusion.serve.rendering.sketch import Drawing, as_gray
+
+T = TypeVar("T")
+
+FOLDER = Path(__file__).parents[1] / "web"
+EXAMPLES = tuple(f"{kind}_{number}.png" for number in range(1, 5) for kind in ("sketch", "reference"))
+
+
+def create_app(
+    backend: Backend,
+    *,
+    keyring: Keyring | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    upload_timeout_s: float = UPLOAD_TIMEOUT_S,
+    timeout_s: float = 60,
+    num_threads: int = 2,
+    names_requests: bool = True,
+) -> FastAPI:
+    """The application for one backend. No origin but its own may use it from a browser: CORS is off.
+
+    Args:
+        backend: where pictures are made.
+        keyring: the keys that let clients in; None lets in everybody.
+        max_body_bytes: of a request.
+        upload_timeout_s: for the body of a request to arrive.
+        timeout_s: for one picture, waiting included.
+        num_threads: that decode uploads and finish pictures.
+        names_requests: add the header X-Request-Id; False where the server in front does.
+    """
+    keyring = keyring or Keyring(None)
+    # It warns of every malformed body, which is an answer of ours and no event of the server's.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with keyring.watching():
+            yield
+
+    app = FastAPI(
+        lifespan=lifespan,
+        title="AnimeDiffusion",
+        version=version("animediffusion"),
+        description="Colors anime line art from a reference image. A server that has API keys wants one with every "
+        "request, as the header Authorization: Bearer KEY.",
+        docs_url=None,
+        redoc_url=None,
+        # A redirect would name an address without the prefix that a proxy in front may have removed.
+        redirect_slashes=False,
+    )
+    # The last one added is the outermost.
+    app.add_middleware(KeyGate, keyring=keyring)
+    app.add_middleware(
+        RequestLimits,
+        max_body_bytes=max_body_bytes,
+        upload_timeout_s=upload_timeout_s,
+        names_requests=names_requests,
+    )
+    app.add_middleware(HeadRequests)
+    app.add_middleware(AccessLog)
+    add_handlers(app)
+    _add_pages(app)
+    _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s)
+    _add_status(app, backend)
+    return app
+
+
+def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
+    @app.post("/v1/colorize", response_class=Response, openapi_extra=FORM, responses=PICTURE, dependencies=[KEY])
+    async def colorize(request: Request) -> Response:
+        """Color a sketch with the colors of a reference; answers with a PNG."""
+        form = await read_form(request)
+        asked, loop = form.parameters, asyncio.get_running_loop()
+        if asked.output == "both":
+            raise unusable("output", "both", ALLOWED["output"])
+        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        answer = await _unless_client_leaves(request, backend.colorize(job), timeout_s)
+        request.state.model_version = answer.model_version
+        png = await loop.run_in_executor(
+            pool, lambda: render(answer.picture, drawing, output=asked.output, size=asked.size)[asked.output]
+        )
+        headers = {"X-Model-Version": answer.model_version, "X-Seed": str(asked.seed), "Cache-Control": "no-store"}
+        return Response(png, media_type="image/png", headers=headers)
+
+    @app.post(
+        "/v1/colorize/stream",
+        response_class=StreamingResponse,
+        openapi_extra=FORM,
+        responses=EVENTS,
+        dependencies=[KEY],
+    )
+    async def colorize_stream(request: Request) -> StreamingResponse:
+        """The same as server-sent events: `progress` with a preview after each step, then `result` or `error`."""
+        form = await read_form(request)
+        loop = asyncio.get_running_loop()
+        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        items = backend.stream(job)
+        # Waiting for the first one keeps busy, late and unusable an ordinary answer with its status.
+        first = await _unless_client_leaves(request, _first(items), timeout_s)
+        body = events(first, items, drawing, form.parameters, request.state, pool)
+        headers = {"Cache-Control": "no-store", "X-Seed": str(form.parameters.seed)}
+        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+
+
+async def _first(items: AsyncIterator[T]) -> T:
+    return await anext(items)
+
+
+def _key(request: Request) -> str:
+    """The name of the key that the request came with; empty where none is asked for."""
+    return str(getattr(request.state, "key", ""))
+
+
+def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, ColorizeJob]:
+    asked = form.parameters
+    drawing = read_sketch(form.sketch)
+    job = ColorizeJob(
+        lines=as_gray(drawing),
+        reference=read_picture(form.reference),
+        seed=asked.seed,
+        steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        sampler=asked.sampler,
+        timeout_s=timeout_s,
+        key=key,
+    )
+    return drawing, job
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """The result of `work`, which is cancelled when nobody waits for it any more, or not any longer."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the disconnect
+    try:
+        done, _ = await asyncio.wait({working, leaving}, timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED)
+        if working in done:
+            return working.result()
+        if leaving in done:
+            raise ProblemError(CLIENT_LEFT, "the client closed the connection")
+        raise LateError("no answer in time")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await leaving
+
+
+def _add_status(app: FastAPI, backend: Backend) -> None:
+    @app.get("/v1/models", responses=problems(401), dependencies=[KEY])
+    async def models() -> dict[str, Any]:
+        """Which versions are wanted, which get traffic, and what every replica does."""
+        return await backend.models()
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Answers as long as the process does."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses=problems(503))
+    async def readyz() -> dict[str, str]:
+        """200 once pictures can be made."""
+        if not await backend.is_ready():
+            raise NoModelError("none is loaded yet")
+        return {"status": "ready"}
+
+
+def _add_pages(app: FastAPI) -> None:
+    def page(path: str, file: str, media_type: str = "text/html") -> None:
+        @app.get(path, include_in_schema=False)
+        async def show() -> Response:
+            return Response((FOLDER / file).read_text(), media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    page("/", "page.html")
+    page("/page.css", "page.css", "text/css")
+    page("/page.js", "page.js", "text/javascript")
+    page("/colorize.js", "colorize.js", "text/javascript")
+    page("/key.js", "key.js", "text/javascript")
+    page("/docs", "docs.html")
+
+    @app.get("/examples/{name}", include_in_schema=False)
+    async def example(name: str) -> Response:
+        if name not in EXAMPLES:
+            raise ProblemError(404, f"no example {name[:80]!r}; there are {', '.join(EXAMPLES)}")
+        return Response(
+            (FOLDER / "examples" / name).read_bytes(), media_type="image/png", headers={"Cache-Control": "max-age=3600"}
+        )
+
+    @app.get("/examples", include_in_schema=False)
+    async def examples() -> JSONResponse:
+        return JSONResponse({"examples": [name for name in EXAMPLES if (FOLDER / "examples" / name).exists()]})

@@ -1,0 +1,174 @@
+"""Read the multipart form of a coloring request; name what is wrong with it in one line.
+
+Nothing that a client sends is dropped in silence: a cut-off body, an unknown or repeated field, a parameter in the
+address or in a header is an error.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import MultipartParseError
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from animediffusion.serve.api.problems import ProblemError, unusable
+from animediffusion.serve.rendering.render import Output, Size
+
+FILES = ("sketch", "reference")
+MAX_SEED = 2**32 - 1
+MAX_STEPS = 100
+MAX_GUIDANCE = 20
+MAX_TEXT_BYTES = 4096
+"""Size of a text field."""
+
+
+class Parameters(BaseModel):
+    """What may be asked besides the two pictures."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
+    """Denoising steps; the model's own number if left out."""
+    guidance_scale: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = None
+    """How strongly the reference counts; 1 is plain."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
+    """Same seed, same picture; random if left out, and always in the answer's X-Seed."""
+    sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
+    """The model's own if left out."""
+    output: Output = "image"
+    """`color_layer` is RGBA without lines. `both`, of `/v1/colorize/stream` alone, adds `color_layer` to the result."""
+    size: Size = "native"
+    """`native`: the sketch's own size; `model`: the network's square."""
+
+
+ALLOWED = {
+    "num_inference_steps": f"a whole number from 1 to {MAX_STEPS}",
+    "guidance_scale": f"a number from 0 to {MAX_GUIDANCE}",
+    "seed": f"a whole number from 0 to {MAX_SEED}",
+    "sampler": "euler, heun or dpmpp_2m",
+    "output": "image or color_layer; both from /v1/colorize/stream",
+    "size": "native or model",
+}
+
+
+@dataclass(frozen=True)
+class ColorizeForm:
+    """A request as it arrived: bytes of two files, and checked parameters."""
+
+    sketch: bytes
+    reference: bytes
+    parameters: Parameters
+
+
+async def read_form(request: Request) -> ColorizeForm:
+    """Return the form of a request.
+
+    Raises:
+        ProblemError: 400 not multipart, cut off or a file missing, 415 compressed, 422 a parameter is wrong.
+    """
+    _check_head(request)
+    form = await _parse(request)
+    try:
+        _check_names(form)
+        return ColorizeForm(await _file(form, "sketch"), await _file(form, "reference"), _parameters(form))
+    finally:
+        await form.close()
+
+
+def _check_head(request: Request) -> None:
+    """Refuse a body that is not a plain form, and parameters outside of it: dropping them would look like success."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("identity", ""):
+        detail = f"Content-Encoding {coding[:80]!r} is not supported; send the body as it is"
+        raise ProblemError(415, detail, headers={"Accept-Encoding": "identity"})
+    for name in request.query_params:
+        raise unusable(name[:80], "in the address", "send it as a field of the form")
+    for header in request.headers:
+        name = header.removeprefix("x-").replace("-", "_")
+        if name in Parameters.model_fields:
+            raise unusable(name, f"in the header {header}", "send it as a field of the form")
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, which also knows whether the body was complete and how far it was read."""
+
+    def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
+        super().__init__(headers, self._counted(stream), max_files=4, max_fields=16, max_part_size=MAX_TEXT_BYTES)
+        self.is_complete = False
+        self.num_read = 0
+
+    def on_end(self) -> None:
+        """Called at the closing boundary only, not where the body ends without one."""
+        self.is_complete = True
+
+    async def _counted(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+            self.num_read += len(chunk)
+
+
+async def _parse(request: Request) -> FormData:
+    parser = _Parser(request.headers, request.stream())
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ProblemError(400, f"the multipart body cannot be read: {_reason(parser, error)}") from error
+    if not parser.is_complete:
+        await form.close()
+        raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")
+    return form
+
+
+def _reason(parser: _Parser, error: MultiPartException) -> str:
+    if isinstance(error.__cause__, MultipartParseError):
+        place = parser.num_read + error.__cause__.offset
+        return (
+            f"byte {place} is not as expected; begin each part with CRLF--BOUNDARY CRLF, the first without a preamble"
+        )
+    if "maximum size" in error.message:
+        limit = f"a text field is longer than {MAX_TEXT_BYTES} bytes"
+        return f"{limit}; send sketch and reference as files, each with a filename"
+    return error.message
+
+
+async def _file(form: FormData, name: str) -> bytes:
+    value = form.get(name)
+    if value is None:
+        raise ProblemError(400, f"the file {name} is missing; send sketch and reference")
+    if not isinstance(value, UploadFile):
+        raise ProblemError(400, f"{name} is a text field; send it as a file, with a filename")
+    return await value.read()
+
+
+def _check_names(form: FormData) -> None:
+    names = [*FILES, *Parameters.model_fields]
+    for name in form:
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            raise unusable(name[:80], "unknown field", f"did you mean {close[0]}?" if close else ", ".join(names))
+        if len(form.getlist(name)) > 1:
+            raise unusable(name, "given more than once", "give it once")
+
+
+def _parameters(form: FormData) -> Parameters:
+    values: dict[str, Any] = {name: value for name, value in form.items() if name not in FILES and value != ""}
+    for name, value in values.items():
+        if isinstance(value, UploadFile):
+            raise unusable(name, "is a file", ALLOWED[name])
+    try:
+        return Parameters.model_validate(values)
+    except ValidationError as error:
+        wrong = [str(one["loc"][0]) for one in error.errors(include_url=False)]
+        errors = [{"field": name, "found": str(values[name])[:80], "allowed": ALLOWED[name]} for name in wrong]
+        detail = "; ".join(f"{one['field']}: {one['found']!r}, allowed is {one['allowed']}" for one in errors)
+        raise ProblemError(422, detail, errors) from error

@@ -1,0 +1,155 @@
+"""What stands around every request: its id, limits on head and body, strict headers, an answer to every failure."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from animediffusion.serve.api.problems import ProblemError, from_error, respond
+
+MAX_BODY_BYTES = 32 * 2**20
+UPLOAD_TIMEOUT_S = 60.0
+MAX_HEAD_BYTES = 32 * 2**10
+"""Names and values of all headers together."""
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SECURITY = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'self'",
+}
+
+
+class RequestLimits:
+    """ASGI middleware; bytes are counted while they arrive, whatever Content-Length says.
+
+    Args:
+        app: what is behind.
+        max_body_bytes: of a request; more is 413.
+        upload_timeout_s: in which the whole body must have arrived, else 408: a slow client holds a place.
+        names_requests: add the header X-Request-Id; False where the server in front does.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, upload_timeout_s: float, names_requests: bool) -> None:
+        self.app = app
+        self.added = {**SECURITY, "X-Request-Id": ""} if names_requests else SECURITY
+        self.max_body_bytes = max_body_bytes
+        self.upload_timeout_s = upload_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = request_id_of(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        is_started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                answer = MutableHeaders(scope=message)
+                answer.update({name: value or request_id for name, value in self.added.items()})
+            await send(message)
+
+        problem = refusal(scope, self.max_body_bytes)
+        if problem is not None:
+            await respond(problem, scope, receive, send_with_headers)
+            return
+        body = Body(receive, self.max_body_bytes, self.upload_timeout_s)
+        try:
+            await self.app(scope, body.receive, send_with_headers)
+        except Exception as error:
+            if is_started:  # the server cuts the connection, which is all that can be said now
+                raise
+            # Starlette's own last resort stands outside of this, and knows neither id nor headers.
+            await respond(from_error(error, request_id), scope, receive, send_with_headers)
+
+
+class HeadRequests:
+    """ASGI middleware: answers HEAD as GET without the body, and lists HEAD where GET is allowed (RFC 9110 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _allow_head(MutableHeaders(scope=message))
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, answer)
+
+
+def _allow_head(headers: MutableHeaders) -> None:
+    allowed = set(headers.get("allow", "").split(", "))
+    if "GET" in allowed:
+        headers["allow"] = ", ".join(sorted(allowed | {"HEAD"}))
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the client gave where it is a plain word, else a new one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def refusal(scope: Scope, max_body_bytes: int) -> ProblemError | None:
+    """What is wrong with a request that can be seen from its head alone."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+        return ProblemError(431, f"the headers have more than {MAX_HEAD_BYTES // 2**10} KiB")
+    announced = Headers(scope=scope).get("content-length", "")
+    # A number with more digits than any real one is not even read.
+    if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_body_bytes):
+        return too_large(max_body_bytes)
+    return None
+
+
+class Body:
+    """Counts and times the body of one request while it is received.
+
+    Args:
+        receive: of ASGI.
+        max_bytes: more is a ProblemError 413.
+        timeout_s: until the last byte, from now; later is a ProblemError 408.
+    """
+
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+        self._seen = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """The next message of ASGI."""
+        if self._complete:  # what comes now is the client's leaving, which may take as long as it likes
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
+        except TimeoutError as error:
+            raise ProblemError(408, f"the body did not arrive within {self._timeout_s:g} s") from error
+        self._seen += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._seen > self._max_bytes:
+            raise too_large(self._max_bytes)
+        return message
+
+
+def too_large(max_bytes: int) -> ProblemError:
+    """413, with the limit."""
+    return ProblemError(413, f"the body is larger than {max_bytes / 2**20:g} MiB; send smaller images")

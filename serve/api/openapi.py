@@ -1,0 +1,85 @@
+"""What /openapi.json says of requests and answers, beyond what FastAPI sees by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Security
+from fastapi.security import HTTPBearer
+
+from animediffusion.serve.api.form import Parameters
+from animediffusion.serve.api.problems import MEDIA_TYPE
+
+KEY = Security(
+    HTTPBearer(auto_error=False, description="A key of `animediffusion keys create`, where the server has any.")
+)
+"""Only describes: serve/api/auth.py is what asks."""
+
+_REASONS = {
+    400: "Not multipart, cut off, or a file is missing",
+    401: "No key, or one that is not known",
+    408: "The body did not arrive in time",
+    413: "The body is over the limit",
+    415: "An image is not a PNG, JPEG or WebP, or the body is compressed",
+    422: "An image or a parameter is not usable; `errors` says which",
+    429: "Busy; `Retry-After` says when to come back",
+    431: "The headers are over the limit",
+    503: "No model is loaded, or no engine can make the picture now; `Retry-After` says when to come back",
+    504: "Not finished in time",
+}
+_FIELD_ERROR = {"type": "object", "properties": {name: {"type": "string"} for name in ("field", "found", "allowed")}}
+_PROBLEM = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "request_id"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+        "errors": {"type": "array", "items": _FIELD_ERROR},
+    },
+}
+_HEADERS = {
+    "X-Model-Version": "Registry number, or sha256 and 12 hex digits",
+    "X-Seed": "The seed that was used",
+    "X-Request-Id": "Names this request in logs",
+}
+
+Answers = dict[int | str, dict[str, Any]]
+
+
+def problems(*codes: int) -> Answers:
+    """The answers of an operation that are errors, for its `responses`."""
+    return {
+        code: {"description": _REASONS[code], "content": {MEDIA_TYPE: {"schema": _PROBLEM}}} for code in sorted(codes)
+    }
+
+
+def _form_schema() -> dict[str, Any]:
+    schema = Parameters.model_json_schema()
+    files = {
+        "sketch": {
+            "type": "string",
+            "format": "binary",
+            "description": "Line art: PNG, JPEG or WebP, up to 25 Mpixel.",
+        },
+        "reference": {"type": "string", "format": "binary", "description": "A picture with the wanted colors."},
+    }
+    return {"type": "object", "required": ["sketch", "reference"], "properties": {**files, **schema["properties"]}}
+
+
+FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}}
+
+PICTURE: Answers = {
+    200: {
+        "description": "The picture",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        "headers": {name: {"schema": {"type": "string"}, "description": what} for name, what in _HEADERS.items()},
+    },
+    **problems(*_REASONS),
+}
+EVENTS: Answers = {
+    **PICTURE,
+    200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+}

@@ -1,0 +1,134 @@
+"""Every error of the HTTP API as application/problem+json (RFC 9457).
+
+raise ProblemError(413, "the body has more than 32 MiB")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http.client import responses
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from animediffusion.platform.errors import ImageError
+from animediffusion.serve.api.access_log import CLIENT_LEFT
+from animediffusion.serve.protocol import (
+    BusyError,
+    LateError,
+    NoModelError,
+    ServeError,
+    UnavailableError,
+    UnusableError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 2
+TITLES = {CLIENT_LEFT: "Client Closed Request"}
+
+log = logging.getLogger(__name__)
+
+
+class ProblemError(Exception):
+    """An answer that is an error (RFC 9457 calls it a problem).
+
+    Args:
+        status: of HTTP.
+        detail: one sentence for the person who sent the request.
+        errors: `{field, found, allowed}` each, for 422.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: list[dict[str, str]] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = errors
+        self.headers = dict(headers or {})
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        """The JSON object to send."""
+        body: dict[str, Any] = {
+            "type": "about:blank",
+            "title": TITLES.get(self.status) or responses.get(self.status, "Error"),
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+        }
+        return body if self.errors is None else {**body, "errors": self.errors}
+
+
+def unusable(field: str, found: str, allowed: str) -> ProblemError:
+    """422 for one field."""
+    return ProblemError(422, f"{field}: {found}; {allowed}", [{"field": field, "found": found, "allowed": allowed}])
+
+
+def from_error(error: Exception, request_id: str = "") -> ProblemError:
+    """The problem that an error of ours is; one that is nobody's is logged under the request's id."""
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, ImageError):
+        if error.reason in ("not_an_image", "empty"):
+            return ProblemError(415, f"{error.thing} {error.found}; send a PNG, JPEG or WebP image")
+        return unusable(error.thing, error.found, error.allowed)
+    if isinstance(error, UnusableError):
+        return unusable(*error.args)
+    if isinstance(error, BusyError):
+        wait = error.retry_after_s or RETRY_AFTER_S
+        detail = f"too many requests are waiting; try again in {wait} s"
+        return ProblemError(429, detail, headers={"Retry-After": str(wait)})
+    if isinstance(error, UnavailableError):
+        what = "no model to answer with" if isinstance(error, NoModelError) else "the picture cannot be made now"
+        return ProblemError(503, f"{what}: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
+    if isinstance(error, LateError):
+        return ProblemError(504, "the picture was not finished in time; try fewer steps, or later")
+    if isinstance(error, ClientDisconnect):
+        return ProblemError(CLIENT_LEFT, "the client closed the connection")
+    log.error("request %s failed", request_id, exc_info=error)
+    return ProblemError(500, "the server failed; the request may be tried again")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every error of `app`, its own and ours, a problem; what nobody foresaw is left to limits.RequestLimits."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return response(request, from_error(error, _id(request.scope)))
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return response(request, ProblemError(error.status_code, str(error.detail), headers=error.headers))
+
+    async def validation_error(request: Request, _: Exception) -> JSONResponse:
+        return response(request, ProblemError(422, "the request is not usable"))
+
+    for kind in (ProblemError, ImageError, ServeError, ClientDisconnect):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+
+
+def response(request: Request, problem: ProblemError) -> JSONResponse:
+    """The answer for a problem."""
+    return JSONResponse(problem.body(_id(request.scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
+
+
+async def respond(problem: ProblemError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a problem, from a middleware."""
+    answer = JSONResponse(problem.body(_id(scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
+    await answer(scope, receive, send)
+
+
+def _id(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))

@@ -1,0 +1,85 @@
+"""A picture while it is made, as server-sent events: progress, progress, ..., result (or error)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from typing import Any
+
+from starlette.datastructures import State
+
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.serve.api.form import Parameters
+from animediffusion.serve.api.problems import from_error
+from animediffusion.serve.protocol import Answer, Preview
+from animediffusion.serve.rendering.render import render
+from animediffusion.serve.rendering.sketch import Drawing, Pixels
+from animediffusion.serve.rendering.upsample import place_in_square
+
+
+async def events(
+    first: Preview | Answer,
+    rest: AsyncIterator[Preview | Answer],
+    drawing: Drawing,
+    asked: Parameters,
+    state: State,
+    pool: Executor,
+) -> AsyncIterator[str]:
+    """The body of the answer; `rest` is closed at its end, or when the listener leaves.
+
+    Args:
+        first: what the backend said first: had that been an error, the answer would be one.
+        rest: what it says then.
+        drawing: the sketch.
+        asked: parameters of the request.
+        state: of the request: `request_id` names it in the last event, `model_version` is set once it is known.
+        pool: where pictures are finished.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async for item in _chain(first, rest):
+            if isinstance(item, Preview):
+                yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
+            else:
+                state.model_version = item.model_version
+                result = await loop.run_in_executor(pool, _result, item, drawing, asked)
+                yield _event("result", {**result, "request_id": state.request_id})
+    except Exception as error:
+        yield _event("error", from_error(error, state.request_id).body(state.request_id))
+    finally:
+        close = getattr(rest, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _chain(first: Preview | Answer, rest: AsyncIterator[Preview | Answer]) -> AsyncIterator[Preview | Answer]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
+    picture = base64.b64encode(encode_png(_inside(item.picture, drawing))).decode()
+    return {"step": item.step, "total": item.total, "preview": f"data:image/png;base64,{picture}"}
+
+
+def _result(item: Answer, drawing: Drawing, asked: Parameters) -> dict[str, Any]:
+    made = render(item.picture, drawing, output=asked.output, size=asked.size)
+    if asked.output != "both":
+        made = {"image": made[asked.output]}
+    pictures = {name: base64.b64encode(png).decode() for name, png in made.items()}
+    return {**pictures, "model_version": item.model_version, "seed": asked.seed}
+
+
+def _inside(picture: Pixels, drawing: Drawing) -> Pixels:
+    """The network's square without the margins of the letterbox."""
+    height, width = drawing.darkness.shape
+    box = place_in_square(height, width, len(picture))
+    return picture[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -1,0 +1,65 @@
+"""Colors drawings with a bundle in this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection
+
+import torch
+
+from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import BundleError, ConfigError
+from animediffusion.serve.client.colorize_files import Options, Painting
+from animediffusion.serve.engine.engine import settings_for
+from animediffusion.serve.replica.model_source import ModelSource
+from animediffusion.serve.standalone import paint
+
+
+class LocalPainter:
+    """A painter.Painter.
+
+    Args:
+        settings: of the registry.
+        model: MODEL, None is the champion.
+        device: CUDA where there is some by default.
+
+    Raises:
+        AnimeDiffusionError: no such model, or a damaged one.
+    """
+
+    def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        self.num_at_once = min(4, os.cpu_count() or 1)
+        self._turn = threading.Lock()
+        source = ModelSource(settings, model)
+        self.version = source.wanted()
+        folder = source.fetch(self.version)
+        try:
+            self.bundle: Bundle = load_bundle(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except ValueError as error:
+            raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
+
+    def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
+        """See painter.Painter. One thread at a time runs the network; the others read and finish drawings."""
+        try:
+            sampler = settings_for(
+                self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
+            )
+        except ValueError as error:
+            raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
+        picture, layer = paint(
+            self.bundle,
+            sketch,
+            reference,
+            seed=options.seed,
+            sampler=sampler,
+            size=options.size,
+            thing=thing,
+            turn=self._turn,
+        )
+        return Painting(picture, layer, self.version)
+
+    def versions(self) -> Collection[str]:
+        """See painter.Painter."""
+        return (self.version,)

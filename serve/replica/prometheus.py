@@ -1,0 +1,110 @@
+"""A replica's measures as Prometheus metrics, through Ray: every node's metrics port shows them, with a `ray_` before.
+
+docs/serving.md lists the names. Every series says its `version`; Ray adds application, deployment and replica.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter as Totals
+from typing import Any
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from animediffusion.serve.replica.follower import Follower
+from animediffusion.serve.replica.stats import CACHE, REQUESTS, ROWS, SWAPS, TURNS, Labels, ReplicaStats
+
+PERIOD_S = 2.0
+TURN_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0]
+PREFIX = "animediffusion_"
+_BY_OUTCOME = ("version", "outcome")
+
+log = logging.getLogger(__name__)
+
+
+class Exporter:
+    """Shows what a replica counts, from a thread of its own. Made in a Serve replica, which names the series.
+
+    Args:
+        follower: whose replica is shown.
+        period_s: between two looks.
+    """
+
+    def __init__(self, follower: Follower, period_s: float = PERIOD_S) -> None:
+        self.follower = follower
+        self.period_s = period_s
+        self._gauges = {
+            name: Gauge(f"{PREFIX}{name}", what, tag_keys=("version",))
+            for name, what in {
+                "queued": "Requests that wait for a place in the running batch.",
+                "running": "Requests in the running batch.",
+                "occupancy": "Part of the batch's places that were taken, 0 to 1.",
+                "traffic_share": "Share of new requests, 0 to 1.",
+            }.items()
+        }
+        self._missing = Gauge(f"{PREFIX}versions_missing", "Versions that are wanted and not loaded here.")
+        self._counters = {
+            REQUESTS: requests_counter(),
+            SWAPS: _counter("swaps_total", "Versions that were loaded and tried.", _BY_OUTCOME),
+            CACHE: _counter("reference_cache_total", "References, encoded already or now.", _BY_OUTCOME),
+            TURNS: _counter("turns_total", "Network evaluations of a running batch.", ("version",)),
+        }
+        self._turn_seconds = Histogram(
+            f"{PREFIX}turn_seconds", "Seconds that a turn took.", boundaries=TURN_BOUNDARIES_S, tag_keys=("version",)
+        )
+        self._shown: dict[str, Totals[Labels]] = {}
+        self._versions: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Show, now and every period."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread at once."""
+        self._stop.set()
+
+    def export(self) -> None:
+        """Bring every series up to date."""
+        replica = self.follower.replica
+        gauges = {one.version: one for one in replica.gauges()}
+        totals = replica.measures.totals()
+        gains = {name: total - self._shown.get(name, Totals()) for name, total in totals.items()}
+        self._shown = totals
+        for name, counter in self._counters.items():
+            for labels, gain in gains[name].items():
+                counter.inc(gain, tags=dict(zip(_BY_OUTCOME, labels, strict=False)))
+        for version, seconds in replica.measures.take_turn_seconds():
+            self._turn_seconds.observe(seconds, tags={"version": version})
+        for version in self._versions | set(gauges):  # one that left is shown as empty, not as it was last
+            for name, value in _values(gauges.get(version), gains[TURNS][version,], gains[ROWS][version,]).items():
+                self._gauges[name].set(value, tags={"version": version})
+        self._versions = set(gauges)
+        self._missing.set(len(self.follower.missing))
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.export()
+            except Exception:  # pictures matter more than their count
+                log.exception("the metrics of this engine were not brought up to date")
+            if self._stop.wait(self.period_s):
+                return
+
+
+def requests_counter() -> Any:
+    """requests_total; the HTTP side counts there, too, what it refused before any version saw it."""
+    return _counter("requests_total", "Requests by outcome.", _BY_OUTCOME)
+
+
+def _counter(name: str, what: str, labels: tuple[str, ...]) -> Any:
+    return Counter(f"{PREFIX}{name}", what, tag_keys=labels)
+
+
+def _values(now: ReplicaStats | None, turns: int, rows: int) -> dict[str, float]:
+    if now is None:
+        return {"queued": 0, "running": 0, "occupancy": 0, "traffic_share": 0}
+    occupancy = min(1.0, rows / (turns * now.max_batch)) if turns else 0.0
+    return {"queued": now.queued, "running": now.running, "occupancy": occupancy, "traffic_share": now.share}

@@ -1,0 +1,159 @@
+"""The command line: every verb, its arguments, and the one place where errors become exit codes.
+
+Everything heavy is imported inside the verb that needs it, so that --help is instant. What verbs print for people goes
+to stdout (results) and stderr (progress, errors); `--json` makes the last line of stdout one JSON object.
+
+Exit codes: 0 done; 1 failed, or some items failed; 2 wrong usage, setting or input; 130 / 143 after SIGINT / SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from animediffusion.cli import common, data, doctor, jobs, models, serve, train, tune
+from animediffusion.cli.common import HELP, Common
+
+app = typer.Typer(
+    **HELP,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Color anime line art from a reference image: train, tune, promote and serve a diffusion model.",
+    epilog="Every verb also takes: --workspace DIR (ANIMEDIFFUSION_WORKSPACE, default ./workspace), --json, --debug.",
+)
+
+for _name, _group in (
+    ("data", data.data),
+    ("tune", tune.tune),
+    ("models", models.models),
+    ("keys", serve.keys),
+    ("jobs", jobs.jobs),
+):
+    app.add_typer(_group, name=_name)
+for _command in (train.train, train.evaluate, serve.colorize, serve.serve, doctor.doctor):
+    app.command()(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
+
+    _warn_of_variables()
+    # Importing mlflow is enough for it to write to the user's home and to call its maker.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # boto3, with which MLflow moves artifacts: pauses that grow, at random, and more than its three attempts.
+    os.environ.setdefault("AWS_RETRY_MODE", "standard")
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
+    options = Common()
+    try:
+        arguments, options = _split_common(arguments)
+        common.current.set(options)
+        code = app(arguments, prog_name="animediffusion", standalone_mode=False)
+        return int(code or 0)
+    except Interrupted as stopped:
+        return _fail(str(stopped), stopped, stopped.exit_code, options.debug)
+    except AnimeDiffusionError as error:
+        return _fail(f"error: {error}", error, error.exit_code, options.debug)
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            return _fail(f"error: {_usage(error)}", error, 2, options.debug)
+        if options.debug:
+            raise
+        return _fail(
+            f"error: {type(error).__name__}: {_first_line(error)}; run again with --debug", error, 1, options.debug
+        )
+
+
+def _warn_of_variables() -> None:
+    if any(name.upper().startswith("ANIMEDIFFUSION_") for name in os.environ):  # else the import is not needed
+        from animediffusion.platform.config import unknown_variables
+
+        for line in unknown_variables():
+            print(f"warning: {line}", file=sys.stderr)
+
+
+def _fail(line: str, error: BaseException, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(line, file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> str:
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "animediffusion"
+    message = error.format_message().rstrip(".")
+    return f"{command}: {message[:1].lower() + message[1:]}; see {command} --help"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
+    """Take --workspace, --json and --debug out, wherever they stand before a `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    rest: list[str] = []
+    values: dict[str, Any] = {"workspace": None, "json": False, "debug": False}
+    head = iter(arguments[:end])
+    for argument in head:
+        name, separator, value = argument.removeprefix("--").partition("=")
+        if argument in ("--json", "--debug"):
+            values[name] = True
+        elif argument.startswith("--") and name == "workspace":
+            from animediffusion.platform.errors import ConfigError
+
+            if values["workspace"]:
+                raise ConfigError("--workspace", "given twice", "give it once")
+            values["workspace"] = value if separator else next(head, None)
+            if not values["workspace"]:
+                raise ConfigError("--workspace", "no folder given", "write --workspace DIR")
+        else:
+            rest.append(argument)
+    return rest + arguments[end:], Common(**values)
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training minutes, both phases together.")] = 6.0,
+    rows: Annotated[int, typer.Option(min=100, help="Faces to draw and learn from.")] = 4000,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up and serve the page at the end.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free one if taken.")] = 8000,
+) -> int:
+    """Every stage once, from drawn faces to pictures colored over HTTP."""
+    from animediffusion.demo import run_demo
+
+    return run_demo(common.settings(), minutes, common.console(), rows=rows, port=port, stay=serve)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from animediffusion import __version__
+
+        print(f"animediffusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -1,0 +1,56 @@
+"""What all commands share: the common options, the settings, the console, the connection to Ray."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from animediffusion.console import Console
+
+if TYPE_CHECKING:
+    from animediffusion.platform.config import Settings
+
+HELP: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
+"""Of every group of commands."""
+
+
+class Common(NamedTuple):
+    """The options of every command."""
+
+    workspace: str | None = None
+    json: bool = False
+    debug: bool = False
+
+
+current: ContextVar[Common] = ContextVar("common", default=Common())  # noqa: B039 - a tuple
+"""Those of the command that runs now; app.run() sets them."""
+
+
+def console() -> Console:
+    """Where the present command writes."""
+    return Console(as_json=current.get().json)
+
+
+def settings() -> Settings:
+    """The settings of the present command, from the environment and --workspace."""
+    from animediffusion.platform.config import Settings
+
+    return Settings.from_environment(workspace=current.get().workspace)
+
+
+def use_attention(settings: Settings) -> None:
+    """ANIMEDIFFUSION_ATTENTION, for the models of this process."""
+    from animediffusion.models.network.attention import use_attention
+    from animediffusion.platform.errors import ConfigError
+
+    try:
+        use_attention(settings.attention)
+    except ValueError as error:
+        raise ConfigError("ANIMEDIFFUSION_ATTENTION", str(error), "unset it") from error
+
+
+def connect(settings: Settings) -> None:
+    """Connect to the cluster that the settings name, else start a private Ray."""
+    from animediffusion.platform.cluster import connect as cluster
+
+    cluster.connect(settings)

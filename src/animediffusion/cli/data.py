@@ -1,0 +1,71 @@
+"""`data`: make and look at datasets."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    pass
+
+data = typer.Typer(**common.HELP, help="Make and look at datasets.")
+
+
+@data.command("synthesize")
+def data_synthesize(
+    dst: Annotated[str, typer.Argument(help="A new folder.")],
+    count: Annotated[int, typer.Option(min=1, help="Rows in all; a tenth of them is for val.")],
+    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw anime faces: target, sketch, reference and a second view with the same colors."""
+    from animediffusion.pipelines.synthetic.dataset import synthesize
+
+    console = common.console()
+    with console.progress("drawing", "rows") as progress:
+        result = synthesize(dst, count, size, seed, progress)
+    console.result(result, f"drew {result['rows']} rows in {result['seconds']:.1f} s: {dst}")
+
+
+@data.command("ingest")
+def data_ingest(
+    src: Annotated[str, typer.Argument(help="Folder or s3:// prefix of images.")],
+    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the dataset to make.")],
+    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
+    pairs: Annotated[str | None, typer.Option(help="CSV with target,sketch,reference,... paths.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Where no folder names a split.")] = 0.05,
+) -> None:
+    """Turn images into a dataset of Parquet shards; goes on where it was killed."""
+    from animediffusion.pipelines.data.ingest import over_ray, prepare
+
+    console, settings = common.console(), common.settings()
+    job = prepare(src, dst, size, pairs, val_fraction)
+    if job.done is None:
+        console.note("continues an earlier ingest" if job.continues else "starting Ray")
+        common.connect(settings)
+    with console.progress("ingesting", "files") as progress:
+        manifest = job.run(progress, partial(over_ray, tell=console.note))
+    splits = {name: split.rows for name, split in manifest.splits.items()}
+    line = ", ".join(f"{name} {rows}" for name, rows in splits.items())
+    state = "up to date" if job.done is not None else "ingested"
+    console.result(
+        {"data": dst, "splits": splits, **manifest.model_dump(include={"num_files", "num_rejects", "content_hash"})},
+        f"{state}: {line} rows, {manifest.num_rejects} of {manifest.num_files} files rejected: {dst}",
+    )
+
+
+@data.command("show")
+def data_show(
+    dst: Annotated[str, typer.Argument(help="A dataset, or a synthesized folder.")],
+    out: Annotated[str | None, typer.Option(help="Where to write a contact sheet (PNG).")] = None,
+) -> None:
+    """Count rows and rejects, and draw a contact sheet."""
+    from animediffusion.pipelines.data.preview import show
+
+    console = common.console()
+    result = show(dst, out)
+    console.result(result, console.facts(result))

@@ -1,0 +1,57 @@
+"""`doctor`: what is installed and reachable, and which attention will run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    pass
+
+
+def doctor(
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix to write to and read from, on a cluster from every node.")
+    ] = None,
+) -> int:
+    """Say what is installed, reachable, and which attention will run; on a cluster (RAY_ADDRESS), on every node."""
+    from animediffusion.platform import doctor as checkup
+
+    console = common.console()
+    settings = common.settings()
+    common.use_attention(settings)
+    found = checkup.checks(settings, [_torch_probe], _device, storage)
+    lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
+    report = checkup.report(found)
+    console.result(report, "\n".join(lines))
+    return 0 if report["ok"] else 1
+
+
+def _torch_probe() -> Any:
+    from animediffusion.platform.doctor import Check
+
+    return Check("torch", _unused_gpu() is None, _device())
+
+
+def _device() -> str:
+    """Of this process, and the attention that will run on it; `doctor` asks this of every node."""
+    import torch
+
+    from animediffusion.models.network.attention import explain_attention
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"{count} x {torch.cuda.get_device_name()}" if count else f"cpu, {torch.get_num_threads()} threads"
+    unused = _unused_gpu()
+    return f"{device}; attention {explain_attention()}" + (f"; {unused}" if unused else "")
+
+
+def _unused_gpu() -> str | None:
+    """Why torch does not use a GPU that is there."""
+    import torch
+
+    from animediffusion.platform.gpu import why_unused
+
+    return None if torch.cuda.is_available() else why_unused(str(torch.__version__), torch.version.cuda)

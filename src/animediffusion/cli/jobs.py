@@ -1,0 +1,95 @@
+"""`jobs`: commands as jobs on a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    pass
+
+jobs = typer.Typer(**common.HELP, help="Run verbs on a Ray cluster.")
+
+
+@jobs.command("submit", context_settings={"ignore_unknown_options": True})
+def jobs_submit(
+    verb: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="What to run there.")],
+    with_code: Annotated[bool, typer.Option("--with-code", help="Send this package along.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Show its log, end with its exit code.")] = False,
+) -> int:
+    """Run a verb on the cluster."""
+    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.errors import ConfigError
+
+    if verb[0].startswith("-"):
+        raise ConfigError(
+            verb[0], "unknown option of jobs submit", "write jobs submit [--with-code] [--wait] -- VERB ..."
+        )
+    console = common.console()
+    job = ray_jobs.submit(verb, with_code=with_code)
+    console.note(f"job {job}")
+    code = _follow(ray_jobs.follow, job) if wait else 0
+    console.result({"id": job, "exit_code": code if wait else None}, job)
+    return code
+
+
+@jobs.command("list")
+def jobs_list() -> None:
+    """Jobs that the cluster remembers, the newest first."""
+    from animediffusion.platform.cluster import jobs as ray_jobs
+
+    console = common.console()
+    found = ray_jobs.jobs()
+    console.result(found, console.table(found, "no jobs"))
+
+
+@jobs.command("status")
+def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """One job."""
+    from animediffusion.platform.cluster import jobs as ray_jobs
+
+    console = common.console()
+    found = ray_jobs.status(job)
+    console.result(found, console.facts(found))
+
+
+@jobs.command("logs")
+def jobs_logs(
+    job: Annotated[str, typer.Argument(metavar="ID")],
+    follow: Annotated[bool, typer.Option("--follow", help="Until it ends; its exit code is ours.")] = False,
+) -> int:
+    """What a job printed."""
+    from animediffusion.platform.cluster import jobs as ray_jobs
+
+    console = common.console()
+    if not follow:
+        text = ray_jobs.logs(job)
+        console.result({"id": job, "log": text}, text.removesuffix("\n"))
+        return 0
+    code = _follow(ray_jobs.follow, job)
+    if console.as_json:
+        console.result({"id": job, "exit_code": code}, "")
+    return code
+
+
+@jobs.command("stop")
+def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """End a job; it saves a checkpoint first."""
+    from animediffusion.platform.cluster import jobs as ray_jobs
+
+    console = common.console()
+    stopped = ray_jobs.stop(job)
+    console.result({"id": job, "stopped": stopped}, f"{job} {'is stopping' if stopped else 'had ended already'}")
+
+
+def _follow(follow: Callable[[str, Callable[[str], Any]], int], job: str) -> int:
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return follow(job, write)

@@ -1,0 +1,118 @@
+"""`colorize`, `serve` and `keys`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    from animediffusion.platform.config import Settings
+
+keys = typer.Typer(**common.HELP, help="Make and revoke API keys.")
+
+
+def colorize(
+    sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files, or folders of them.")],
+    reference: Annotated[Path, typer.Option(help="Image with the colors.")],
+    out: Annotated[Path, typer.Option(help="Folder for STEM.png and STEM.color.png.")],
+    model: Annotated[str | None, typer.Option(help="The champion by default.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server to ask in place of a model here.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The model's own default if left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0.0, max=20.0)] = None,
+    size: Annotated[str, typer.Option(help="native: the sketch's own size; model: the model's.")] = "native",
+) -> int:
+    """Color drawings: STEM.png and the color layer without lines, STEM.color.png."""
+    from animediffusion.platform.errors import ConfigError
+    from animediffusion.serve.client.colorize_files import Options, colorize_files, list_left_out, list_sketches
+
+    if size not in ("native", "model"):
+        raise ConfigError("--size", repr(size), "native or model")
+    if model is not None and url is not None:
+        raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
+    console, settings = common.console(), common.settings()
+    options = Options(seed=seed, steps=steps, guidance_scale=guidance_scale, size=size)  # type: ignore[arg-type]
+    files, left_out, done, failed = list_sketches(sketches), list_left_out(sketches), [], 0
+    if left_out:
+        names = ", ".join(file.name for file in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        count = f"{len(left_out)} {'file' if len(left_out) == 1 else 'files'}"
+        console.note(f"left out {count}: {names}; save them as PNG, JPEG or WebP")
+    with console.progress("colored", "drawings") as progress:
+        for one in colorize_files(_painter(settings, model, url), files, reference, out, options):
+            done.append(one)
+            failed += one.error is not None
+            if one.error:
+                console.note(f"error: {one.error}")
+            elif not console.terminal:
+                console.note(f"{one.sketch} -> {one.output}{' (done before)' if one.skipped else ''}")
+            if console.terminal:
+                progress(len(done), len(files), failed)
+    skipped = sum(one.skipped for one in done)
+    text = f"colored {len(done) - failed - skipped} of {len(done)}"
+    text += f"; {skipped} done before with the same settings" if skipped else ""
+    console.result([one.summary() for one in done], text + (f"; {failed} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _painter(settings: Settings, model: str | None, url: str | None) -> Any:
+    if url is not None:
+        from animediffusion.serve.client.remote import RemotePainter
+
+        return RemotePainter(url)
+    from animediffusion.serve.client.local import LocalPainter
+
+    common.use_attention(settings)
+    return LocalPainter(settings, model)
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="The champion by default, followed when it changes.")] = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> int:
+    """Serve the HTTP API and the page until Ctrl-C."""
+    from animediffusion.serve.server import serve_app
+
+    settings = common.settings()
+    common.use_attention(settings)
+    return serve_app(settings, model, host, port, announce=common.console().say)
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; servers log this name.")],
+) -> None:
+    """Make an API key and show it, once: only its hash is kept."""
+    from animediffusion.platform.api_keys import Keys
+
+    console = common.console()
+    key = Keys(common.settings().keys_uri).create(name)
+    console.note("clients set ANIMEDIFFUSION_API_KEY to this key, or send it as Authorization: Bearer KEY")
+    console.result({"name": name, "key": key}, key)
+
+
+@keys.command("list")
+def keys_list() -> None:
+    """All keys ever made, the oldest first; never the keys themselves."""
+    from animediffusion.platform.api_keys import Keys
+
+    console = common.console()
+    found = [
+        {"name": key.name, "created": key.created, "revoked": key.revoked}
+        for key in Keys(common.settings().keys_uri).entries()
+    ]
+    console.result(found, console.table(found, "no keys yet; `animediffusion keys create NAME` makes one"))
+
+
+@keys.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Make a key useless; running servers notice within 5 s."""
+    from animediffusion.platform.api_keys import Keys
+
+    console = common.console()
+    Keys(common.settings().keys_uri).revoke(name)
+    console.result({"name": name, "revoked": True}, f"key {name} is revoked")

@@ -1,0 +1,87 @@
+"""`train` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from animediffusion.cli import common
+from animediffusion.console import Console
+
+if TYPE_CHECKING:
+    from animediffusion.pipelines.training.plan import RunPlan
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (demo, phase1, phase2, ...) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="data=, max_steps=, init_from=, ...")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run, try some steps for what it will take, and stop.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Of --dry-run: time and memory, or only the settings.")
+    ] = True,
+) -> None:
+    """Train on Ray; the same command continues a run that was stopped."""
+    from animediffusion.pipelines.training.driver import train as run_training
+    from animediffusion.pipelines.training.plan import plan
+    from animediffusion.pipelines.training.recipe import load_recipe
+    from animediffusion.platform.errors import ConfigError
+
+    if not (dry_run or estimate):
+        raise ConfigError("--no-estimate", "given without --dry-run", "leave it out")
+    console, settings = common.console(), common.settings()
+    common.use_attention(settings)
+    config = load_recipe(recipe, overrides or [])
+    work = plan(settings, config)
+    if dry_run:
+        _dry_run(console, work, estimate)
+        return
+    if work.finished:
+        console.note(f"{work.run} is finished")
+    elif work.start_step:
+        console.note(f"resuming {work.run} at step {work.start_step}")
+    else:
+        console.note(f"run {work.run}")
+    if not work.finished:
+        common.connect(settings)
+    with console.training() as report:
+        result = run_training(settings, config, report)
+    console.result(result, console.run(result))
+
+
+def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
+    """Settings at once, then what the run will take."""
+    from animediffusion.pipelines.estimate.estimate import estimate, lines
+    from animediffusion.pipelines.training.plan import describe
+
+    facts = describe(work)
+    if not measure:
+        console.result(facts, facts["yaml"])
+        return
+    if not console.as_json:
+        console.say(facts["yaml"])
+    console.note("trying some steps, about 15 s; --no-estimate leaves that out")
+    found = estimate(work)
+    console.result({**facts, "estimate": found}, "\n".join(lines(found)))
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundle folder or URI, models:/animediffusion@champion, ...")],
+    data: Annotated[str, typer.Argument(help="A dataset.")],
+    split: Annotated[str, typer.Option()] = "val",
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and grid.png.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+) -> None:
+    """Measure a model, with trivial baselines beside it."""
+    from animediffusion.pipelines.release.record import evaluate_and_record
+
+    console, settings = common.console(), common.settings()
+    common.use_attention(settings)
+    with console.progress("coloring", "images") as progress:
+        result = evaluate_and_record(settings, model, data, split, limit, out, progress)
+    console.result(result, console.metrics(result))

@@ -1,0 +1,222 @@
+"""Ingest when things break: the store throttles or is gone, the command or one of its workers is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from faults import Fault, FaultyStore
+from sources import fill, picture, without_ray
+
+from animediffusion.pipelines.data.ingest import MIN_PART_ROWS, STATE, prepare
+from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.platform.storage.files import (
+    PATIENCE_VARIABLE,
+    exists,
+    join,
+    list_files,
+    read_bytes,
+    upload_folder,
+)
+
+pytestmark = pytest.mark.ray
+
+SIZE = 16
+COUNT = 2 * MIN_PART_ROWS + 20
+WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures for three parts of `train` and one of `val`, two of them equal."""
+    place = tmp_path_factory.mktemp("source")
+    files = {f"train/{number}.png": picture(number, (SIZE, SIZE)) for number in range(COUNT)}
+    fill(place, files | {"val/1.png": picture(COUNT, (SIZE, SIZE)), "train/again.png": files["train/7.png"]})
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return without_ray(prepare(str(folder), str(tmp_path_factory.mktemp("undisturbed")), SIZE))
+
+
+class Ends:
+    """Source and destination behind the way that fails, and the same destination on the way that does not."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.source = f"s3://bucket/faulty-source?endpoint_override={url}"
+        self.destination = f"s3://bucket/{name}?endpoint_override={url}"
+        self.healthy = f"s3://bucket/{name}"
+
+    def last_picture(self) -> str:
+        """A file of the last part of train."""
+        parts = prepare("s3://bucket/faulty-source", self.healthy, SIZE).parts()
+        return [part for part in parts if part.split == "train"][-1].samples[0].target
+
+    def num_records(self) -> int:
+        names = list_files(self.healthy) if exists(self.healthy) else []
+        return sum(name.startswith((f"{STATE}/train-", f"{STATE}/val-")) for name in names)
+
+
+@pytest.fixture
+def ends(folder: Path, faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> Ends:
+    if not exists("s3://bucket/faulty-source"):
+        upload_folder(folder, "s3://bucket/faulty-source")
+    return Ends(faulty_s3[0], tmp_path.name)
+
+
+@pytest.fixture
+def command(ray_cluster: None) -> Iterator[Callable[[Ends], subprocess.Popen[str]]]:
+    """Starts the real command in a process of its own, on the cluster of the tests."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(ends: Ends) -> subprocess.Popen[str]:
+        words = ["data", "ingest", ends.source, ends.destination, "--size", str(SIZE)]
+        variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, PATIENCE_VARIABLE: "2"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "animediffusion", *words],
+            env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it wrote to stderr, after it has ended well."""
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def pictures_read(store: FaultyStore) -> set[str]:
+    """Requests for the content of a picture, each once."""
+    return {request for request in store.requests if request.startswith("GET /bucket/faulty-source/")}
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "reset", "refuse"])
+def test_a_fault_of_the_store_changes_nothing(
+    ray_cluster: None, kind: Fault, ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest
+) -> None:
+    job = prepare(ends.source, ends.destination, SIZE)
+    begun: list[int] = []
+
+    def begin(done: int, *_: int) -> None:
+        if not begun:
+            faulty_s3[1].fail(kind, seconds=2)
+        begun.append(done)
+
+    manifest = job.run(begin)
+
+    assert manifest.content_hash == undisturbed.content_hash
+    assert manifest.splits == undisturbed.splits
+    assert (manifest.num_files, manifest.num_rejects) == (undisturbed.num_files, 1)
+
+
+def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
+    command: Callable[[Ends], subprocess.Popen[str]],
+    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
+) -> None:  # fmt: skip
+    faulty_s3[1].fail("stall", where=f"/{ends.last_picture()}")
+    process = command(ends)
+    until(lambda: faulty_s3[1].hits["stall"] > 0 and ends.num_records() >= 2, process)
+
+    faulty_s3[1].fail("slow_down")
+    _, errors = process.communicate(timeout=WAIT_S)
+
+    assert process.returncode == 1
+    lines = [line for line in errors.splitlines() if not line.startswith(("starting Ray", "ingesting "))]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: s3://bucket/faulty-source")
+    assert "run the same command again when the store is well" in lines[0]
+
+    faulty_s3[1].heal()
+    faulty_s3[1].requests.clear()
+    assert "continues an earlier ingest" in finish(command(ends))
+    assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
+    assert 0 < len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
+
+
+def test_a_killed_command_goes_on_with_what_is_missing(
+    command: Callable[[Ends], subprocess.Popen[str]],
+    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
+) -> None:  # fmt: skip
+    last = ends.last_picture()
+    faulty_s3[1].fail("stall", where=f"/{last}")
+    process = command(ends)
+    until(lambda: faulty_s3[1].hits["stall"] > 0 and ends.num_records() >= 2, process)
+
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    faulty_s3[1].heal()
+    faulty_s3[1].requests.clear()
+    finish(command(ends))
+
+    manifest = Manifest.load(ends.healthy)
+    assert manifest.content_hash == undisturbed.content_hash
+    assert manifest.splits == undisturbed.splits
+    assert any(last in request for request in pictures_read(faulty_s3[1]))
+    assert len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
+    assert not any(STATE in name for name in list_files(ends.healthy))
+
+
+def test_a_killed_worker_is_replaced(
+    command: Callable[[Ends], subprocess.Popen[str]],
+    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
+) -> None:  # fmt: skip
+    faulty_s3[1].fail("stall", where=f"/{ends.last_picture()}")
+    process = command(ends)
+    until(lambda: faulty_s3[1].hits["stall"] > 0 and ends.num_records() >= 2, process)
+
+    killed = [worker.pid for worker in psutil.process_iter(["cmdline"]) if is_busy(worker)]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    faulty_s3[1].heal()
+    finish(process)
+
+    assert killed
+    assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
+    assert b"duplicate" in read_bytes(join(ends.healthy, "rejects.jsonl"))
+
+
+def is_busy(process: psutil.Process) -> bool:
+    """Whether a process of the tests' own cluster makes a part."""
+    return "make_part" in " ".join(process.info["cmdline"] or ()) and os.getpid() in {p.pid for p in process.parents()}
+
+
+def test_an_ingest_that_has_no_room_says_what_it_waits_for_and_ends_when_there_is(
+    ends: Ends, command: Callable[[Ends], subprocess.Popen[str]], undisturbed: Manifest
+) -> None:
+    @ray.remote(num_cpus=1.25)
+    class Server:
+        def ready(self) -> bool:
+            return True
+
+    server = Server.remote()
+    assert ray.get(server.ready.remote())
+    process = command(ends)
+    assert process.stderr is not None
+    waiting = next((line for line in process.stderr if "waiting: " in line), "")
+    ray.kill(server)
+    assert re.match(r"waiting: the cluster has no room for \d+ x \(1 CPU\); 0.75 of 2 CPU free\n", waiting)
+    assert process.wait(WAIT_S) == 0
+    assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash

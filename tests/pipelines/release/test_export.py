@@ -1,0 +1,133 @@
+"""An exported model in a virtual environment that has nothing but what it says it needs."""
+
+import importlib.metadata
+import io
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import new_model, write_bundle
+from PIL import Image
+
+from animediffusion.cli import app as cli
+from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release.export import export
+from animediffusion.pipelines.synthetic.dataset import make_row
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.registry import code_archive as portable
+
+
+def needed(names):
+    """Distributions and all that they need themselves, extras left out."""
+    found, waiting = set(), list(names)
+    while waiting:
+        name = re.split(r"[ ;<>=!~\[(]", waiting.pop())[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        found.add(name)
+        waiting += [line for line in requires if "extra ==" not in line]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """Python of a venv into which only torch, safetensors, numpy and pillow are linked, and what torch itself needs."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    there = Path(sysconfig.get_path("purelib"))
+    here = next(folder.glob("lib/python*/site-packages"))
+    for name in needed(portable.NEEDS):
+        files = importlib.metadata.files(name) or []
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (here / top).exists() and (there / top).exists():
+                (here / top).symlink_to(there / top)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield new_model(tmp_path_factory.mktemp("workspace"))
+
+
+def run(python, *arguments, cwd):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
+    command = [str(python), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_an_exported_model_paints_what_colorize_paints(bare_python, settings, tmp_path, capsys):
+    row = make_row(3, 0, 200)
+    (tmp_path / "drawing.png").write_bytes(encode_png(row.sketch[:150]))
+    (tmp_path / "colors.png").write_bytes(encode_png(row.cross_reference))
+    release.register(settings, write_bundle(tmp_path / "bundle", 1, image_size=32))
+    found = export(settings, "1", tmp_path / "model")
+    assert (tmp_path / "model" / "checksums.json").exists()
+
+    arguments = [tmp_path / "drawing.png", tmp_path / "colors.png", tmp_path / "out.png", "--seed", 7]
+    done = run(bare_python, tmp_path / "model" / "colorize.py", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    command = ["colorize", str(tmp_path / "drawing.png"), "--reference", str(tmp_path / "colors.png")]
+    assert cli.run([*command, "--out", str(tmp_path / "ours"), "--model", str(tmp_path / "bundle"), "--seed", "7"]) == 0
+    a, b = (np.asarray(Image.open(io.BytesIO(path.read_bytes()))).astype(int) for path in
+            (tmp_path / "out.png", tmp_path / "ours" / "drawing.png"))  # fmt: skip
+    assert a.shape == b.shape == (150, 200, 3)
+    assert np.abs(a - b).max() <= 1
+    assert found["num_files"] > 10
+
+
+def test_the_bare_environment_is_bare(bare_python, tmp_path):
+    for module in ("scipy", "mlflow", "ray", "animediffusion", "kornia", "pydantic"):
+        assert "ModuleNotFoundError" in run(bare_python, "-c", f"import {module}", cwd=tmp_path).stderr
+
+
+def test_what_the_exported_script_cannot_use_is_one_line(settings, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    export(settings, str(write_bundle(tmp_path / "bundle", 1)), tmp_path / "model")
+    script = tmp_path / "model" / "colorize.py"
+    done = run(sys.executable, script, tmp_path / "text.png", tmp_path / "text.png", "out.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is not an image" in done.stderr
+    done = run(sys.executable, script, tmp_path / "no.png", tmp_path / "no.png", "out.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, f"error: {tmp_path / 'no.png'}: No such file or directory; give files that can be read or written\n"
+    )  # fmt: skip
+
+
+def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export(settings, "1", tmp_path / "used")
+    with pytest.raises(RegistryError, match=r"models:/.*/99: no such version"):
+        export(settings, "99", tmp_path / "new")
+    with pytest.raises(BundleError, match="no such folder"):
+        export(settings, str(tmp_path / "nothing"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_modules_that_travel_need_nothing_else():
+    names = set(portable.modules())
+    assert "animediffusion/models/network/unet.py" in names
+    assert names.isdisjoint(
+        {"animediffusion/cli.py", "animediffusion/serve/engine/engine.py", "animediffusion/platform/config.py"}
+    )
+
+
+def test_equal_modules_make_equal_zip_files(tmp_path):
+    for name in ("a.zip", "b.zip"):
+        portable.zip_modules(tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()

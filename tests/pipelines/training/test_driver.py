@@ -1,0 +1,244 @@
+"""Training on Ray with two workers, three runs in all: straight, resumed after a crash, phase 2 with a Ctrl-C."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import NETWORK
+
+from animediffusion.cli import app as cli
+from animediffusion.models.bundle import load_bundle, smoke_sample
+from animediffusion.models.training.ema import read_averages
+from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.training.checkpoints import fetch, latest_step
+from animediffusion.pipelines.training.driver import Interrupted, train
+from animediffusion.pipelines.training.plan import plan
+from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
+from animediffusion.platform.storage import files as storage
+
+RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, ema_lengths: [0.08]}}
+sampler: {{steps: 2}}
+batch_size: 4
+num_workers: 2
+max_steps: 20
+checkpoint_every: 8
+log_every: 5
+num_samples: 2
+"""
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield Settings(workspace=tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, faces_dataset):
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(f"data: {faces_dataset}\n{RECIPE}")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(ray_cluster, settings, recipe):
+    """The result of a run from start to end, and its reports."""
+    reports = []
+    return train(settings, load_recipe(recipe), reports.append), reports
+
+
+def weights(settings, run, step):
+    return load_file(settings.workspace / "runs" / run / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
+
+
+def fetched(settings, runs, step):
+    """The state of the run `afar`, from the store."""
+    folder = settings.workspace / "afar"
+    fetch(storage.join(runs, "afar", "checkpoints"), step, folder)
+    return folder / "state.safetensors"
+
+
+def crash_back_to(folder, step):
+    """Leave the run as a crash would have left it: no result, and no checkpoint after `step`."""
+    for path in (folder / "checkpoints").glob("step-*"):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "bundle")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+
+
+def test_a_run_leaves_its_settings_checkpoints_and_a_bundle_that_colors(straight, settings, recipe):
+    result, _ = straight
+    folder = settings.workspace / "runs" / result["run"]
+    assert result["run"].startswith("tiny-")
+    assert result["run_dir"] == str(folder)
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "run.json", "checkpoints", "bundle"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 4
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000020"]
+    bundle = load_bundle(result["bundle"])
+    smoke_sample(bundle)
+    assert bundle.config.sampler.steps == 2
+    assert {"recipe": "tiny", "steps": 20, "parent": None}.items() <= bundle.config.provenance.items()
+    average = weights(settings, result["run"], 20)
+    for name, parameter in bundle.denoiser.named_parameters():
+        assert torch.equal(parameter, average[f"average.{name}"])
+    averages = read_averages(bundle)
+    assert averages.kept.keys() == {0.08}
+    for length, kept in averages.kept.items():
+        assert all(torch.equal(tensor, average[f"average_{length:g}.{name}"]) for name, tensor in kept.items())
+
+
+def test_the_result_has_the_keys_of_the_contract(straight):
+    result, reports = straight
+    contract = {"run", "run_dir", "bundle", "steps", "resumed_from", "seconds", "images_per_s", "num_parameters"}
+    contract |= {"device", "attention", "mlflow_run_id", "metrics"}
+    assert set(result) == contract | {"scores", "best_step", "bundle_step", "num_workers", "peak_memory_mb"}
+    assert 100 < result["peak_memory_mb"] < 4000
+    assert (result["steps"], result["resumed_from"], result["device"], result["attention"]) == (20, None, "cpu", "sdpa")
+    assert result["images_per_s"] > 0
+    assert reports[-1]["step"] == reports[-1]["max_steps"] == 20
+
+
+def test_checkpoints_are_scored_beside_training_and_the_scores_are_those_of_evaluate(straight, settings, recipe):
+    result, reports = straight
+    folder = settings.workspace / "runs" / result["run"]
+    written = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("checkpoints/*/score.json")}
+    assert {f"step-{int(step):08d}": score for step, score in result["scores"].items()} == written
+    assert "20" in result["scores"]
+    best = min(result["scores"].values(), key=lambda score: score["ciede2000"])
+    assert result["scores"][str(result["best_step"])] == best
+    assert reports[-1]["best_score"] == best
+    found = evaluate(settings, result["bundle"], load_recipe(recipe).data, limit=2)
+    cross, same = found["tracks"]["cross"], found["tracks"]["same"]
+    expected = {key: cross[key] for key in ("psnr", "ssim", "ciede2000")} | {"psnr_same": same["psnr"]}
+    assert result["scores"]["20"] == expected
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
+    wild = ["name=wild", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "checkpoint_every=1"]
+    with pytest.raises(TrainingError, match=r"run wild: step \d+: the .* is (nan|inf), rows train/\d+, ") as error:
+        train(settings, load_recipe(recipe, wild))
+    assert "\n" not in str(error.value)
+    step = int(re.search(r"checkpoint of step (\d+) is kept", str(error.value))[1])
+    assert latest_step(str(settings.workspace / "runs" / "wild" / "checkpoints")) == step > 0
+
+
+def test_mlflow_has_parameters_steps_and_the_sample_grid(straight, settings):
+    result, _ = straight
+    client = mlflow.MlflowClient(settings.tracking_uri)
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optimizer.warmup_steps"] == "3"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in history] == [5, 10, 15, 20]
+    assert {"grad_norm", "learning_rate", "images_per_s", "data_wait"} <= set(run.data.metrics)
+    assert any(name.startswith("loss_by_noise/") for name in run.data.metrics)
+    assert [item.path for item in client.list_artifacts(run.info.run_id) if "config" in item.path] == ["config.yaml"]
+
+
+def test_a_finished_run_says_so_and_is_not_trained_again(straight, settings, recipe, capsys):
+    assert cli.run(["train", recipe, "--workspace", str(settings.workspace), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert f"{straight[0]['run']} is finished" in captured.err
+    assert json.loads(captured.out.splitlines()[-1]) == straight[0]
+
+
+def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_not(straight, settings, recipe):
+    result, _ = straight
+    folder = settings.workspace / "runs" / result["run"]
+    expected = weights(settings, result["run"], 20)
+    bundle = load_bundle(result["bundle"]).sha256
+    crash_back_to(folder, 16)
+    assert plan(settings, load_recipe(recipe)).start_step == 16
+    again = train(settings, load_recipe(recipe))
+    assert (again["resumed_from"], again["steps"], again["mlflow_run_id"]) == (16, 20, result["mlflow_run_id"])
+    found = weights(settings, result["run"], 20)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert load_bundle(again["bundle"]).sha256 == bundle
+
+
+def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(
+    straight, settings, recipe, faulty_s3, faces_dataset
+):
+    url, store = faulty_s3
+    data = f"s3://bucket/faces?endpoint_override={url}"
+    storage.upload_folder(Path(faces_dataset), data)
+    away = []
+
+    def cut(now):
+        if now.get("step", 0) >= 8 and not away:
+            away.append(now["step"])
+            store.fail("refuse", seconds=12)
+
+    runs = f"s3://bucket/runs?endpoint_override={url}"
+    overrides = [f"data={data}", f"storage={runs}", "name=afar", "log_every=1"]
+    result = train(settings, load_recipe(recipe, overrides), cut)
+    assert (result["steps"], len(away)) == (20, 1)
+    found = load_file(fetched(settings, runs, result["steps"]))
+    expected = weights(settings, straight[0]["run"], 20)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_phase_2_starts_from_phase_1_and_ctrl_c_saves_a_checkpoint(straight, settings, faces_dataset):
+    parent = straight[0]["bundle"]
+    overrides = [f"data={faces_dataset}", f"init_from={parent}", "max_steps=3000", "batch_size=4", "num_samples=0"]
+    config = load_recipe("phase2", [*overrides, "log_every=1", "name=second"])
+    sent = []
+
+    def interrupt(now):
+        if now.get("step", 0) > 0 and not sent:
+            sent.append(now["step"])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as stopped:
+        train(settings, config, interrupt)
+    step = stopped.value.step
+    assert (stopped.value.run, stopped.value.signum) == ("second", signal.SIGINT)
+    assert sent[0] <= step < 3000
+    work = plan(settings, config)
+    assert (work.start_step, work.finished) == (step, False)
+    assert work.config.network == load_bundle(parent).config.network
+    trained, first = weights(settings, "second", step), dict(load_bundle(parent).denoiser.named_parameters())
+    changed = [name for name in first if not torch.equal(trained[f"model.{name}"], first[name])]
+    assert len(changed) == len(first)
+    assert all(torch.isfinite(trained[f"model.{name}"]).all() for name in first)
+    # It did not start anew: the network is still near its parent.
+    apart = sum(float((trained[f"model.{name}"] - first[name]).square().sum()) for name in first)
+    assert apart < 0.5 * sum(float(value.square().sum()) for value in first.values())
+
+
+def test_without_a_checkpoint_the_latest_step_is_zero(tmp_path):
+    assert latest_step(str(tmp_path)) == 0
+
+
+def test_what_cannot_be_trained_is_refused_before_training(ray_cluster, settings, recipe, faces_dataset, tmp_path):
+    with pytest.raises(DataError, match="no dataset"):
+        plan(settings, load_recipe(recipe, [f"data={tmp_path}"]))
+    with pytest.raises(ConfigError, match=r"image_size: 64; the data in .* is 32 px"):
+        plan(settings, load_recipe(recipe, ["image_size=64"]))
+    with pytest.raises(ConfigError, match="image_size: 32; this network needs a multiple of 64"):
+        plan(settings, load_recipe(recipe, ["network.patch_size=64"]))
+    with pytest.raises(ClusterError, match="4 workers take 2 of 2 CPUs; leave some for Ray Data"):
+        train(settings, load_recipe(recipe, ["num_workers=4", "cpus_per_worker=0.5", "name=wide"]))
+    assert not (settings.workspace / "runs" / "wide").exists()
+
+
+def test_the_plan_of_a_run_depends_on_no_ray(settings, recipe):
+    work = plan(settings, load_recipe(recipe, ["name=planned"]))
+    assert (work.run, work.start_step, work.image_size, work.parent) == ("planned", 0, 32, None)
+    assert work.storage == str(settings.workspace / "runs" / "planned")

@@ -1,0 +1,32 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from animediffusion.pipelines.training.plan import RunPlan, plan
+from animediffusion.pipelines.training.recipe import load_recipe, plain
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ConfigError
+
+
+def planned(workspace: Path, data: Path, **changed: str) -> RunPlan:
+    given = {"data": str(data), "name": "first", "max_steps": "2", "image_size": "32", **changed}
+    config = load_recipe("demo", [f"{key}={value}" for key, value in given.items()])
+    return plan(Settings(workspace=workspace), config)
+
+
+def test_a_run_of_a_workspace_that_was_moved_is_the_same_run(faces_dataset: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(faces_dataset, old / "data" / "faces")
+    shutil.copytree(faces_dataset, old / "data" / "others")
+    work = planned(old, old / "data" / "faces")
+    work.folder.mkdir(parents=True)
+    (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config)))
+    old.rename(new)
+    assert planned(new, new / "data" / "faces").folder == new / "runs" / "first"
+    for data in (new / "data" / "others", Path(faces_dataset)):
+        with pytest.raises(ConfigError, match="run first: exists with another data"):
+            planned(new, data)
+    with pytest.raises(ConfigError, match="run first: exists with another seed"):
+        planned(new, new / "data" / "faces", seed="7")

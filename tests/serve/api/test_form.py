@@ -1,0 +1,129 @@
+"""Raw multipart bodies: each is read whole and exactly, or refused with the reason."""
+
+import gzip
+
+import pytest
+from fastapi.testclient import TestClient
+
+from animediffusion.serve.api.app import create_app
+
+BOUNDARY = "b1"
+HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+END = f"--{BOUNDARY}--\r\n".encode()
+
+
+@pytest.fixture(scope="module")
+def client(replica):
+    with TestClient(create_app(replica)) as client:
+        yield client
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    disposition = f'form-data; name="{name}"' + (f'; filename="{filename}"' if filename else "")
+    return f"--{BOUNDARY}\r\nContent-Disposition: {disposition}\r\n\r\n".encode() + data + b"\r\n"
+
+
+@pytest.fixture(scope="module")
+def parts(files) -> bytes:
+    """The two pictures of a good form, then a text field."""
+    return part("sketch", files["sketch"][1], "s") + part("reference", files["reference"][1], "r") + part("seed", b"1")
+
+
+def post(client: TestClient, body: bytes, path: str = "/v1/colorize", **headers: str):
+    return client.post(path, content=body, headers={**HEADERS, **headers})
+
+
+def refused(response, status: int) -> dict:
+    assert response.status_code == status, response.content[:300]
+    assert response.headers["content-type"] == "application/problem+json"
+    return response.json()
+
+
+def test_a_body_that_is_cut_off_anywhere_is_refused(client, parts):
+    whole = parts + END
+    near_the_end = range(len(parts) - 60, len(whole) - len("\r\n"))
+    for end in (0, 1, 5, 40, len(parts) // 2, *near_the_end):
+        assert "ends early" in refused(post(client, whole[:end]), 400)["detail"], end
+
+
+def test_a_body_whose_last_boundary_is_another_is_refused(client, parts):
+    for end in (b"", b"--b1\r\n", b"--b1-\r\n", b"--b2--\r\n", b"--b1 --\r\n"):
+        refused(post(client, parts + end), 400)
+
+
+@pytest.mark.parametrize("end", [END, END[:-2], END[:-1], END + b"an epilogue\r\n", b"\r\n" + END])
+def test_a_complete_body_is_taken_however_it_ends(client, parts, end):
+    response = post(client, parts + end)
+    assert response.headers["x-seed"] == "1", response.content[:300]
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        f'multipart/form-data; boundary="{BOUNDARY}"',
+        f"Multipart/Form-Data; Boundary={BOUNDARY}",
+        f"multipart/form-data; charset=utf-8; boundary={BOUNDARY}",
+    ],
+)
+def test_a_boundary_may_be_written_in_every_valid_way(client, parts, media_type):
+    assert post(client, parts + END, **{"Content-Type": media_type}).headers["x-seed"] == "1"
+
+
+def test_what_is_not_multipart_is_refused_at_a_byte(client, parts):
+    assert "byte 0 " in refused(post(client, b"a preamble\r\n" + parts + END), 400)["detail"]
+    line_feeds = (parts + END).replace(b"\r\n", b"\n")
+    assert f"byte {len(BOUNDARY) + 2} " in refused(post(client, line_feeds), 400)["detail"]
+    broken = parts + b"--b1\r\nno colon\r\n\r\n\r\n" + END
+    first = len(parts) + len("--b1\r\n")
+    place = int(refused(post(client, broken), 400)["detail"].partition("byte ")[2].partition(" ")[0])
+    assert first <= place <= first + len("no colon\r\n")
+    refused(post(client, parts + END, **{"Content-Type": f"multipart/form-datax; boundary={BOUNDARY}"}), 400)
+
+
+@pytest.mark.parametrize("path", ["/v1/colorize", "/v1/colorize/stream"])
+@pytest.mark.parametrize("query", ["seed=5", "num_inference_steps=3&seed=1", "seed=", "seed", "speed=9"])
+def test_a_parameter_in_the_address_is_refused(client, parts, path, query):
+    (error,) = refused(post(client, parts + END, f"{path}?{query}"), 422)["errors"]
+    assert error["field"] == query.partition("=")[0]
+    assert error["found"] == "in the address"
+    assert "field of the form" in error["allowed"]
+
+
+@pytest.mark.parametrize("header", ["X-Seed", "seed", "Num-Inference-Steps", "X-Output"])
+def test_a_parameter_in_a_header_is_refused(client, parts, header):
+    (error,) = refused(post(client, parts + END, **{header: "5"}), 422)["errors"]
+    assert error["found"] == f"in the header {header.lower()}"
+
+
+def test_a_compressed_body_is_refused_by_its_header(client, parts):
+    response = post(client, gzip.compress(parts + END), **{"Content-Encoding": "gzip"})
+    assert "Content-Encoding 'gzip'" in refused(response, 415)["detail"]
+    assert response.headers["accept-encoding"] == "identity"
+    assert post(client, parts + END, **{"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_a_field_is_given_once_and_is_known(client, parts, files):
+    sketch = part("sketch", files["sketch"][1], "s")
+    for more in (sketch, part("sketch", b"text"), part("seed", b"2"), part("seed", b"1", "file")):
+        (error,) = refused(post(client, parts + more + END), 422)["errors"]
+        assert error["found"] == "given more than once"
+    for name in ("_charset_", "sketch[]", "Seed", "seed "):
+        (error,) = refused(post(client, parts + part(name, b"1") + END), 422)["errors"]
+        assert error["found"] == "unknown field"
+
+
+def test_a_picture_without_a_filename_is_told_how_to_be_sent(client, files):
+    detail = refused(post(client, part("sketch", files["sketch"][1] * 9) + END), 400)["detail"]
+    assert "send sketch and reference as files, each with a filename" in detail
+
+
+@pytest.mark.parametrize("value", ["\u0663", "1e3", "0x10", "7.5", "null", "\uff11"])
+def test_a_number_is_written_in_plain_digits(client, files, value):
+    (error,) = refused(client.post("/v1/colorize", files=files, data={"seed": value}), 422)["errors"]
+    assert (error["field"], error["found"]) == ("seed", value)
+
+
+def test_an_empty_field_is_one_that_was_left_out(client, files):
+    response = client.post("/v1/colorize", files=files, data={"seed": "", "num_inference_steps": "", "size": ""})
+    assert response.status_code == 200
+    assert response.headers["x-seed"].isdigit()

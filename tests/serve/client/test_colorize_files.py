@@ -1,0 +1,283 @@
+import io
+import json
+import os
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from animediffusion.cli import app as cli
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError, StorageError
+from animediffusion.platform.images.codec import decode_rgb, encode_png
+from animediffusion.serve.client.colorize_files import Options, colorize_files
+from animediffusion.serve.client.local import LocalPainter
+from animediffusion.serve.client.png_metadata import read_stamp, stamped
+from animediffusion.serve.client.remote import RemotePainter
+
+
+@pytest.fixture(scope="module")
+def painter(bundle_folder, tmp_path_factory) -> LocalPainter:
+    return LocalPainter(Settings(workspace=tmp_path_factory.mktemp("workspace")), str(bundle_folder))
+
+
+@pytest.fixture
+def drawings(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
+    folder = tmp_path / "drawings"
+    folder.mkdir()
+    for name in ("b.png", "a.png"):
+        (folder / name).write_bytes(encode_png(sketch))
+    (folder / "notes.txt").write_text("not a drawing")
+    (tmp_path / "reference.png").write_bytes(encode_png(reference))
+    return folder
+
+
+def color(painter, sketches: list[Path], folder: Path, **options) -> list:
+    return list(colorize_files(painter, sketches, folder / "reference.png", folder / "out", Options(**options)))
+
+
+def test_a_folder_becomes_pictures_and_color_layers(painter, drawings, tmp_path, sketch):
+    done = color(painter, [drawings], tmp_path, seed=7)
+    assert [one.summary()["output"] for one in done] == [str(tmp_path / "out" / f"{stem}.png") for stem in "ab"]
+    assert done[0].model_version.startswith("sha256:")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "a.color.png", "a.png", "b.color.png", "b.png",
+    ]  # fmt: skip
+    assert decode_rgb((tmp_path / "out" / "a.png").read_bytes()).shape == sketch.shape
+
+
+def test_the_seed_decides(painter, drawings, tmp_path):
+    def picture(seed: int) -> bytes:
+        (done,) = color(painter, [drawings / "a.png"], tmp_path, seed=seed)
+        return done.output.read_bytes()
+
+    assert picture(1) == picture(1) != picture(2)
+
+
+def test_a_server_makes_the_same_picture(painter, drawings, tmp_path, url):
+    (here,) = color(painter, [drawings / "a.png"], tmp_path, seed=3, steps=2)
+    pictures = [here.output.read_bytes()]
+    with RemotePainter(url) as remote:
+        (there,) = color(remote, [drawings / "a.png"], tmp_path, seed=3, steps=2)
+    pictures.append(there.output.read_bytes())
+    ours, theirs = (decode_rgb(data).astype(int) for data in pictures)
+    assert there.model_version == "3"
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_one_bad_drawing_does_not_stop_the_others(painter, drawings, tmp_path, url):
+    (drawings / "a.png").write_text("no picture")
+    with RemotePainter(url) as remote:
+        for where, kind in ((painter, ImageError), (remote, DataError)):
+            bad, good = color(where, [drawings], tmp_path)
+            assert isinstance(bad.error, kind)
+            assert str(drawings / "a.png") in str(bad.error)
+            assert good.output.exists()
+
+
+def test_a_server_that_is_not_there_is_one_line(drawings, tmp_path):
+    with RemotePainter("http://127.0.0.1:9") as remote, pytest.raises(ClusterError, match="does not answer"):
+        color(remote, [drawings], tmp_path)
+    with pytest.raises(ConfigError):
+        RemotePainter("127.0.0.1:8000")
+
+
+def errors(done: list) -> dict[str, str]:
+    return {one.sketch.name: str(one.error) for one in done if one.error}
+
+
+def outputs(folder: Path) -> set[str]:
+    return {file.name for file in (folder / "out").iterdir()}
+
+
+def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_colored(painter, drawings, tmp_path):
+    (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
+    done = color(painter, [drawings], tmp_path)
+    assert set(errors(done)) == {"a.png", "a.jpg"}
+    assert "a.jpg: has the same name as " in errors(done)["a.jpg"]
+    assert outputs(tmp_path) == {"b.png", "b.color.png"}
+    (drawings / "b.color.png").write_bytes((drawings / "a.png").read_bytes())
+    done = color(painter, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
+    assert set(errors(done)) == {"b.png", "b.color.png"}
+
+
+def test_no_sketch_is_overwritten(painter, drawings, tmp_path):
+    with pytest.raises(ConfigError, match="overwritten"):
+        list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings, Options()))
+    with pytest.raises(ConfigError, match="is a file"):
+        list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", Options()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_or_written_is_an_error_of_its_own(painter, drawings, tmp_path):
+    data = (drawings / "a.png").read_bytes()
+    kana = "\N{HIRAGANA LETTER KA}"
+    for name in (
+        kana * 80 + ".png",
+        "x" * 251 + ".png",
+        "taken.png",
+        "-dash.png",
+        "line\nend.png",
+        os.fsdecode(b"\x90\xfc.png"),
+    ):
+        (drawings / name).write_bytes(data)
+    (drawings / "gone.png").symlink_to("nothing")
+    os.mkfifo(drawings / "pipe.png")
+    (tmp_path / "out" / "taken.png").mkdir(parents=True)
+    done = color(painter, [drawings], tmp_path)
+    found = errors(done)
+    assert set(found) == {"x" * 251 + ".png", "taken.png", "gone.png"}
+    assert "its name is 6 bytes too long for STEM.color.png" in found["x" * 251 + ".png"]
+    assert "taken.png: is a directory" in found["taken.png"]
+    assert len(done) == 9
+    assert {kana * 80 + ".png", kana * 80 + ".color.png", "-dash.png", "line\nend.png"} <= outputs(tmp_path)
+
+
+def test_a_link_is_a_drawing_of_its_own_name(painter, drawings, tmp_path):
+    (drawings / "link.png").symlink_to("b.png")
+    color(painter, [drawings], tmp_path)
+    assert {"b.png", "link.png", "a.png"} <= outputs(tmp_path)
+
+
+def test_a_folder_gives_its_drawings_and_tells_which_pictures_are_left_out(drawings, bundle_folder, tmp_path, capsys):
+    (drawings / "b.png").unlink()
+    image = Image.open(drawings / "a.png")
+    (drawings / "._a.png").write_bytes(b"\0\5\x16\7" + bytes(4000))
+    for name, kind in (("d.JFIF", "JPEG"), ("b.tif", "TIFF"), ("c.bmp", "BMP"), ("e.GIF", "GIF")):
+        image.save(drawings / name, kind)
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+    assert cli.run([str(word) for word in words]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "colored 2 of 2\n"
+    assert "left out 3 files: b.tif, c.bmp, e.GIF; " in captured.err
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_colored(painter, drawings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/out: not a directory"):
+        list(colorize_files(painter, [drawings], tmp_path / "reference.png", tmp_path / "file" / "out", Options()))
+
+
+def test_a_drawing_named_twice_is_colored_once(painter, drawings, tmp_path):
+    assert len(color(painter, [drawings, drawings / "a.png", drawings / ".." / "drawings" / "b.png"], tmp_path)) == 2
+
+
+def test_what_is_done_with_the_same_settings_is_skipped(painter, drawings, tmp_path, sketch):
+    first = color(painter, [drawings], tmp_path, seed=7)
+    assert [one.skipped for one in first] == [False, False]
+    out = tmp_path / "out"
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    again = color(painter, [drawings], tmp_path, seed=7)
+    assert [one.summary() for one in again] == [{**one.summary(), "skipped": True} for one in first]
+    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["seed", "steps", "drawing", "reference", "no layer", "another layer", "cut off"])
+def test_what_was_made_of_something_else_is_made_again(painter, drawings, tmp_path, change, sketch, reference):
+    color(painter, [drawings], tmp_path, seed=7)
+    out, options = tmp_path / "out", {"seed": 7}
+    if change in ("seed", "steps"):
+        options[change] = 3
+    elif change == "drawing":
+        (drawings / "a.png").write_bytes(encode_png(sketch[::-1]))
+    elif change == "reference":
+        (tmp_path / "reference.png").write_bytes(encode_png(reference[::-1]))
+    elif change == "no layer":
+        (out / "a.color.png").unlink()
+    elif change == "another layer":
+        (out / "a.color.png").write_bytes(encode_png(sketch))
+    else:
+        (out / "a.png").write_bytes((out / "a.png").read_bytes()[:20])
+    a, b = color(painter, [drawings], tmp_path, **options)
+    assert not a.skipped
+    assert b.skipped == (change not in ("seed", "steps", "reference"))
+    assert read_stamp(out / "a.png") == read_stamp(out / "a.color.png")
+
+
+def test_pictures_of_a_version_that_no_longer_answers_are_made_again(drawings, tmp_path, url):
+    with RemotePainter(url) as remote:
+        (made,) = color(remote, [drawings / "a.png"], tmp_path)
+        (again,) = color(remote, [drawings / "a.png"], tmp_path)
+        assert (made.skipped, again.skipped, again.model_version) == (False, True, "3")
+        for file in (tmp_path / "out").iterdir():
+            facts = {**read_stamp(file), "model_version": "2"}
+            file.write_bytes(stamped(encode_png(decode_rgb(file.read_bytes())), facts))
+        (once_more,) = color(remote, [drawings / "a.png"], tmp_path)
+    assert (once_more.skipped, once_more.model_version) == (False, "3")
+
+
+def test_a_stamp_changes_no_pixel(tmp_path, sketch):
+    png = encode_png(sketch)
+    (tmp_path / "a.png").write_bytes(stamped(png, {"seed": 7}))
+    assert read_stamp(tmp_path / "a.png") == {"seed": 7}
+    assert (decode_rgb((tmp_path / "a.png").read_bytes()) == sketch).all()
+    (tmp_path / "plain.png").write_bytes(png)
+    assert read_stamp(tmp_path / "plain.png") is None
+    assert read_stamp(tmp_path / "nothing.png") is None
+
+
+def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path, url, sketch, reference):
+    with RemotePainter(url) as remote:
+        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(seed=5), thing="a")
+    layer = Image.open(io.BytesIO(painting.color_layer))
+    white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(painting.picture)).max() <= 2
+
+
+def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
+    result = {"image": "aW1n", "color_layer": "bGF5", "model_version": "4"}
+    answers = [
+        httpx.Response(429, headers={"Retry-After": "0"}, json={"detail": "busy"}),
+        httpx.Response(200, text='event: error\ndata: {"status": 503, "detail": "no model"}\n\n'),
+        httpx.Response(200, text=f"event: result\ndata: {json.dumps(result)}\n\n"),
+    ]
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return answers[len(asked) - 1]
+
+    with RemotePainter("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
+        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(), thing="a")
+    assert asked == ["/v1/colorize/stream"] * 3
+    assert (painting.picture, painting.color_layer, painting.model_version) == (b"img", b"lay", "4")
+
+
+def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, tmp_path, bundle_folder, capsys):
+    (drawings / "bad.png").write_text("no picture")
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+
+    def run(*more: str) -> tuple[list[str], list[str]]:
+        assert cli.run([str(word) for word in [*words, *more]]) == 1
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines()
+
+    out, lines = run()
+    assert out == ["colored 2 of 3; 1 failed"]
+    assert [line.split(" -> ")[0] for line in lines if "->" in line] == [str(drawings / f"{stem}.png") for stem in "ab"]
+    assert sum(line.startswith(f"error: {drawings / 'bad.png'}") for line in lines) == 1
+    (tmp_path / "out" / "b.png").unlink()
+    out, lines = run()
+    assert out == ["colored 1 of 3; 1 done before with the same settings; 1 failed"]
+    assert [line for line in lines if line.endswith("a.png (done before)")]
+    out, _ = run("--json")
+    assert [one.get("skipped", False) for one in json.loads(out[-1])] == [True, True, False]
+
+
+def test_nothing_to_color_is_an_error(painter, tmp_path, drawings):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        color(painter, [tmp_path / "empty"], tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        color(painter, [tmp_path / "nothing.png"], tmp_path)
+    with pytest.raises(DataError):
+        list(colorize_files(painter, [drawings], tmp_path / "nothing.png", tmp_path / "out", Options()))
+
+
+def test_settings_out_of_range_are_one_line(painter, drawings, tmp_path):
+    with pytest.raises(ConfigError, match="steps"):
+        color(painter, [drawings / "a.png"], tmp_path, steps=0)

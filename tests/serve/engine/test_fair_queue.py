@@ -1,0 +1,116 @@
+"""The waiting line alone, under any order of comings and goings."""
+
+from collections import Counter, defaultdict
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from animediffusion.serve.engine.fair_queue import FairQueue
+
+PATIENCE = 3
+KEYS = "abcde"
+
+# Somebody comes, with a key; somebody starts, while keys have so many places; somebody gives up.
+comes = st.tuples(st.just("comes"), st.sampled_from(KEYS))
+starts = st.tuples(st.just("starts"), st.dictionaries(st.sampled_from(KEYS), st.integers(0, 4)))
+leaves = st.tuples(st.just("leaves"), st.integers(0, 30))
+
+
+class Watched:
+    """A queue, and what a bystander would write down about it."""
+
+    def __init__(self):
+        self.queue = FairQueue(PATIENCE)
+        self.key_of, self.lines, self.started = {}, defaultdict(list), []
+        self.passed, self.bound = {}, {}
+
+    def come(self, key):
+        number = len(self.key_of)
+        self.key_of[number] = key
+        self.lines[key].append(number)
+        self.queue.add(number, key)
+        self.watch()
+
+    def start(self, places):
+        shown = self.queue.peek(places)
+        number = self.queue.take(places)
+        assert shown == (number, self.key_of[number])
+        assert self.lines[self.key_of[number]].pop(0) == number
+        self.started.append(number)
+        for line in self.lines.values():
+            if line and self.key_of[line[0]] != self.key_of[number]:
+                self.passed[line[0]] += 1
+        self.watch()
+
+    def leave(self, number):
+        waits = any(number in line for line in self.lines.values())
+        assert self.queue.remove(number) == waits
+        if waits:
+            self.lines[self.key_of[number]].remove(number)
+            self.watch()
+
+    def watch(self):
+        waiting = [line[0] for line in self.lines.values() if line]
+        for first in waiting:
+            if first not in self.bound:
+                self.passed[first], self.bound[first] = 0, PATIENCE + len(waiting)
+            assert self.passed[first] <= self.bound[first]
+
+
+@given(st.lists(st.one_of(comes, starts, leaves), max_size=120))
+def test_nobody_is_lost_passed_too_often_or_started_out_of_turn(events):
+    watched, left = Watched(), 0
+    for kind, value in events:
+        if kind == "comes":
+            watched.come(value)
+        elif kind == "starts" and len(watched.queue):
+            watched.start(value)
+        elif kind == "leaves":
+            before = len(watched.queue)
+            watched.leave(value)
+            left += before - len(watched.queue)
+    while len(watched.queue):
+        watched.start({})
+    assert len(watched.started) == len(set(watched.started)) == len(watched.key_of) - left
+    assert watched.queue.peek({}) is None
+
+
+def test_the_key_with_the_fewest_places_is_next():
+    queue = FairQueue(PATIENCE)
+    for number, key in enumerate("aab"):
+        queue.add(number, key)
+    assert queue.take({"a": 1}) == 2
+
+
+def test_with_one_place_keys_take_turns():
+    queue = FairQueue(patience=100)
+    for number, key in enumerate("aaaabb"):
+        queue.add(number, key)
+    assert "".join("aaaabb"[queue.take({})] for _ in range(6)) == "ababaa"
+
+
+def test_new_keys_cannot_keep_the_request_of_a_busy_key_waiting_for_ever():
+    queue = FairQueue(PATIENCE)
+    queue.add("old", "busy")
+    order = []
+    for number in range(10):
+        queue.add(number, f"new {number}")
+        order.append(queue.take({"busy": 1}))
+    assert order.index("old") == PATIENCE
+
+
+def test_before_counts_what_fair_turns_would_start_first():
+    queue = FairQueue(PATIENCE)
+    for number, key in enumerate("aaab"):
+        queue.add(number, key)
+    assert sorted(queue.before("c")) == [0, 3]
+    assert sorted(queue.before("b")) == [0, 1, 3]
+    assert sorted(queue.before("a")) == [0, 1, 2, 3]
+
+
+def test_it_remembers_nobody_who_is_gone():
+    queue = FairQueue(PATIENCE)
+    for number in range(1000):
+        queue.add(number, f"key {number}")
+        queue.take(Counter())
+    assert len(queue._served) <= 2

@@ -1,0 +1,296 @@
+"""A device that fails for good, one that runs out of memory, and a network that fails: what an engine makes of each."""
+
+import copy
+import gc
+import logging
+import time
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from animediffusion.models.bundle import Bundle
+from animediffusion.models.colorize import colorize
+from animediffusion.models.tensors import to_uint8
+from animediffusion.serve.engine.engine import Engine, EngineError, Request, settings_for
+from animediffusion.serve.engine.faults import for_log, for_request, is_lost, is_out_of_memory
+from animediffusion.serve.engine.memory_limit import TURNS_UNTIL_RETRY, Room
+
+SIZE = 32
+LOST = "CUDA error: device-side assert triggered"
+CALLS = ("encode_reference", "combine", "denoise")
+
+
+def request(number: int, **settings) -> Request:
+    generator = torch.Generator().manual_seed(number)
+    sketch, reference = (torch.rand(c, SIZE, SIZE, generator=generator) * 2 - 1 for c in (1, 3))
+    return Request(sketch=sketch, reference=reference, seed=number, **settings)
+
+
+def is_right(picture: np.ndarray, bundle: Bundle, asked: Request) -> bool:
+    """Whether an engine's picture is the one that the request gets alone, but for rounding."""
+    settings = settings_for(bundle, sampler=asked.sampler, steps=asked.steps, guidance_scale=asked.guidance_scale)
+    alone = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=[asked.seed], sampler=settings)
+    return int(np.abs(picture.astype(int) - to_uint8(alone)[0].numpy().astype(int)).max()) <= 1
+
+
+class Device:
+    """Stands between a denoiser's network and its callers: calls fail as `fault(rows)` says, from when it is set."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        denoiser = copy.deepcopy(bundle.denoiser)
+        self.fault = lambda _rows: None
+        self.calls: list[tuple[str, int]] = []
+        for name in CALLS:
+            setattr(denoiser.network, name, self._checked(name, getattr(denoiser.network, name)))
+        self.bundle = replace(bundle, denoiser=denoiser)
+
+    def _checked(self, name, method):
+        def call(x, *rest):
+            self.calls.append((name, len(x)))
+            if (error := self.fault(len(x))) is not None:
+                held = torch.zeros(3)  # as an activation that the failed call had made
+                self.held = weakref.ref(held)
+                raise error
+            return method(x, *rest)
+
+        return call
+
+
+@pytest.fixture
+def device(bundle: Bundle) -> Device:
+    return Device(bundle)
+
+
+def lost(_rows: int) -> Exception:
+    return torch.AcceleratorError(f"{LOST}\nCUDA kernel errors might be asynchronously reported")
+
+
+def too_large(most: int):
+    """Memory for calls of so many rows."""
+    return lambda rows: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB") if rows > most else None
+
+
+def drive(engine: Engine) -> None:
+    while engine.turn():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory", "is_fatal"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+            True,
+            False,
+        ),
+        (MemoryError(), True, False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False, True),
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
+            False,
+            True,
+        ),
+        (RuntimeError("shapes do not fit"), False, False),
+        (ValueError("out of memory"), False, False),
+    ],
+)
+def test_errors_of_a_device_are_told_apart(error, out_of_memory, is_fatal):
+    assert (is_out_of_memory(error), is_lost(error)) == (out_of_memory, is_fatal)
+    assert isinstance(for_request(error), EngineError) == (out_of_memory or is_fatal)
+    if out_of_memory or is_fatal:
+        assert "\n" not in for_log(error)
+
+
+@pytest.mark.parametrize("moment", ["join", "turn", "cached condition", "wait"])
+def test_a_lost_device_ends_the_engine_and_every_request_at_once(device, monkeypatch, caplog, moment):
+    engine = Engine(device.bundle, own_thread=False, max_batch=2)
+    if moment in ("cached condition", "turn"):
+        engine.submit(request(0, steps=1))
+        drive(engine)
+    futures = [engine.submit(request(0 if moment == "cached condition" else number)) for number in range(4)]
+    if moment == "turn":
+        engine.turn()
+    if moment == "wait":  # a kernel's failure shows when the host waits for it
+        monkeypatch.setattr(engine._evaluator, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+    else:
+        device.fault = lost
+    device.calls.clear()
+    assert engine.turn()
+    assert len(device.calls) <= (1 if moment != "wait" else 10)  # no halves of what cannot work
+    for future in futures:
+        assert type(future.exception(0)) is EngineError
+        assert LOST in str(future.exception(0))
+    assert not engine.is_alive
+    assert LOST in engine.lost
+    assert (engine.num_running, engine.num_waiting, engine.turn()) == (0, 0, False)
+    with pytest.raises(EngineError, match="device-side assert"):
+        engine.submit(request(5))
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "\n" not in caplog.records[0].getMessage()
+
+
+def test_a_lost_device_ends_the_engines_thread(device):
+    engine = Engine(device.bundle, max_batch=2)
+    device.fault = lost
+    futures = []
+    end = time.monotonic() + 30
+    while engine.is_alive and time.monotonic() < end:
+        try:
+            futures.append(engine.submit(request(len(futures))))
+        except EngineError:
+            break
+    engine._thread.join(30)
+    assert not engine._thread.is_alive()
+    assert futures
+    assert all(isinstance(future.exception(10), EngineError) for future in futures)
+    engine.close()
+
+
+def test_a_picture_that_was_finished_before_the_device_failed_is_delivered(device, monkeypatch):
+    engine = Engine(device.bundle, own_thread=False)
+    done, other = engine.submit(request(1, steps=1, sampler="euler")), engine.submit(request(2, steps=9))
+    monkeypatch.setattr(engine._evaluator, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+    engine.turn()
+    assert done.result(0).shape == (SIZE, SIZE, 3)
+    assert isinstance(other.exception(0), EngineError)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_network_that_fails_for_every_request_is_noticed_wherever_it_fails(device, call):
+    engine = Engine(device.bundle, own_thread=False)
+    device.fault = lambda _rows: RuntimeError("no kernel") if device.calls[-1][0] == call else None
+    for number in range(3):
+        assert engine.is_alive
+        future = engine.submit(request(number))
+        engine.turn()
+        assert str(future.exception(0)) == "no kernel"
+    assert not engine.is_alive
+    device.fault = lambda _rows: None
+    engine.submit(request(7, steps=1, sampler="euler"))
+    engine.turn()
+    assert engine.is_alive  # nothing was lost
+
+
+def test_an_error_in_the_engine_itself_is_counted_and_leaves_nobody_waiting(device, monkeypatch):
+    engine = Engine(device.bundle, own_thread=False)
+    monkeypatch.setattr(engine._batch, "leave", lambda _rows: 1 / 0)
+    for number in range(3):
+        assert engine.is_alive
+        future = engine.submit(request(number))
+        engine.turn()
+        assert isinstance(future.exception(0), ZeroDivisionError)
+    assert not engine.is_alive
+
+
+def test_a_batch_without_room_is_made_in_parts_and_then_in_smaller_ones(device, bundle, caplog):
+    engine = Engine(device.bundle, own_thread=False, max_batch=8)
+    asked = [request(number, steps=6, sampler="euler", guidance_scale=1.0) for number in range(8)]
+    futures = [engine.submit(one) for one in asked]
+    engine.turn()
+    device.fault, made = too_large(3), []
+    for _ in range(5):
+        device.calls.clear()
+        engine.turn()
+        made.append([rows for _, rows in device.calls])
+    # Two turns find out that 8 and 4 are too many; then no such call is tried.
+    assert made == [[8, 4, 2, 2, 4, 2, 2]] * 2 + [[2, 2, 2, 2]] * 3
+    for one, future in zip(asked, futures, strict=True):
+        assert is_right(future.result(0), bundle, one)
+    assert engine.is_alive
+    assert len(caplog.records) == 2
+    assert "no memory for 8 requests in one evaluation; lower max_batch" in caplog.records[0].getMessage()
+
+
+def test_without_room_for_one_request_the_engine_continues(device, bundle, caplog):
+    engine = Engine(device.bundle, own_thread=False, max_batch=4)
+    device.fault = too_large(0)
+    for number in range(5):
+        future = engine.submit(request(number))
+        drive(engine)
+        with pytest.raises(EngineError, match="out of memory"):
+            future.result(0)
+    assert engine.is_alive
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+    device.fault = lambda _rows: None
+    future = engine.submit(request(9))
+    drive(engine)
+    assert is_right(future.result(0), bundle, request(9))
+
+
+def test_a_lack_of_memory_beside_the_network_costs_that_batch_only(device, monkeypatch):
+    engine = Engine(device.bundle, own_thread=False)
+    first = engine.submit(request(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._batch, "_show", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
+        engine.turn()
+    assert isinstance(first.exception(0), EngineError)
+    assert not engine._conditions._conditions._kept
+    second = engine.submit(request(2))
+    drive(engine)
+    assert engine.is_alive
+    assert second.result(0).shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("fault", [too_large(0), lost, lambda _rows: RuntimeError("no kernel")])
+def test_a_failed_call_keeps_no_memory(device, call, fault, caplog):
+    caplog.set_level(logging.DEBUG)  # whose handler keeps the records
+    engine = Engine(device.bundle, own_thread=False, max_batch=4)
+    device.fault = lambda rows: fault(rows) if device.calls[-1][0] == call else None
+    futures = [engine.submit(request(number)) for number in range(3)]
+    gc.disable()
+    try:
+        drive(engine)
+        assert all(future.exception(0) is not None for future in futures)
+        assert device.held() is None
+    finally:
+        gc.enable()
+
+
+def test_conditions_are_dropped_when_memory_is_short(device):
+    engine = Engine(device.bundle, own_thread=False)
+    engine.submit(request(1))
+    drive(engine)
+    assert len(engine._conditions._conditions._kept) == 2
+    device.fault = too_large(0)
+    engine.submit(request(1))
+    drive(engine)
+    assert not engine._conditions._conditions._kept
+    assert not engine._conditions._references._kept
+
+
+def test_one_lack_of_memory_limits_nothing_and_a_limit_is_lifted_after_a_while():
+    room = Room()
+    room.failed(8)
+    room.end_turn()
+    assert room.has(8)
+    room.end_turn()
+    for _ in range(2):
+        room.failed(8)
+        room.failed(4)
+        room.end_turn()
+    assert [room.has(count) for count in (1, 2, 3)] == [True, True, False]
+    for _ in range(TURNS_UNTIL_RETRY):
+        assert not room.has(3)
+        room.end_turn()
+    assert room.has(8)
+    room.failed(8)
+    room.end_turn()
+    assert (room.has(8), room.has(4)) == (False, True)
+
+
+def test_pictures_of_a_limited_engine_mix_samplers_and_guidance(device, bundle):
+    engine = Engine(device.bundle, own_thread=False, max_batch=8)
+    names = ("euler", "heun", "dpmpp_2m")
+    asked = [request(n, steps=4, sampler=names[n % 3], guidance_scale=(1.0, 2.0)[n % 2]) for n in range(5)]
+    futures = [engine.submit(one) for one in asked]
+    device.fault = too_large(3)
+    drive(engine)
+    for one, future in zip(asked, futures, strict=True):
+        assert is_right(future.result(0), bundle, one)
