@@ -1,7 +1,6 @@
 """What holds the folders together: imports, packaging, command line, recipes, and what runs it elsewhere."""
 
 import ast
-import importlib
 import json
 import os
 import platform
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -30,7 +30,10 @@ from animediffusion.serve.deployments import build_app
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("platform", "models", "pipelines", "serve")
 PACKAGE = ROOT / "src" / "animediffusion"
-SOURCES = sorted([*PACKAGE.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
+HOMES = [PACKAGE / "cli", *(ROOT / name for name in FOLDERS)]
+SOURCES = sorted([*PACKAGE.glob("*.py"), *(path for home in HOMES for path in home.rglob("*.py"))])
+MOST_FILES = 12
+"""Of one folder: more are not found at a glance."""
 
 MAY_IMPORT = {
     "animediffusion": {"animediffusion", "pipelines", "serve", "models", "platform"},
@@ -39,8 +42,42 @@ MAY_IMPORT = {
     "models": {"models"},
     "platform": {"platform"},
 }
+LAYERS = {
+    "platform": {
+        "storage": {"errors", "network"},
+        "images": {"errors"},
+        "tracking": {"config", "errors", "images", "network", "storage"},
+        "registry": {"config", "errors", "network", "storage", "tracking"},
+        "cluster": {"config", "errors", "network", "storage"},
+    },
+    "models": {
+        "network": set(),
+        "diffusion": {"network"},
+        "augmentation": {"authors", "tensors"},
+        "authors": {"network", "diffusion", "bundle", "tensors"},
+        "training": {"network", "diffusion", "augmentation", "authors", "bundle", "compile", "tensors"},
+    },
+    "pipelines": {
+        "data": set(),
+        "synthetic": set(),
+        "evaluation": {"data", "synthetic"},
+        "training": {"data", "evaluation"},
+        "estimate": {"data", "training"},
+        "release": {"evaluation", "training"},
+        "tuning": {"evaluation", "training", "release"},
+    },
+    "serve": {
+        "rendering": set(),
+        "engine": set(),
+        "replica": {"engine", "rendering", "protocol", "retry_after"},
+        "api": {"rendering", "protocol", "retry_after"},
+        "client": {"engine", "rendering", "replica", "standalone"},
+    },
+}
+"""What the files of a subfolder may import of the folder around it. Files that lie in no subfolder may import all."""
+
 MODELS_NEED = {"torch", "numpy", "safetensors"}
-MODELS_NEED_BESIDES = {"augment.py": {"kornia"}, "attention.py": {"xformers"}}
+MODELS_NEED_ALSO = {"augment.py": {"kornia"}, "attention.py": {"xformers"}}
 
 VERBS = {"demo", "data", "train", "evaluate", "tune", "models", "colorize", "serve", "keys", "jobs", "doctor"}
 
@@ -103,15 +140,49 @@ def test_imports_run_one_way(folder):
         assert found <= MAY_IMPORT[folder], f"{path.relative_to(ROOT)} imports {found}"
 
 
+@pytest.mark.parametrize(("folder", "inner"), [(folder, inner) for folder in LAYERS for inner in LAYERS[folder]])
+def test_imports_between_subfolders_run_one_way(folder, inner):
+    files = list((ROOT / folder / inner).rglob("*.py"))
+    assert files
+    for path in files:
+        reached = {
+            parts[2]
+            for module, name in imports_of(path)
+            if (parts := [*module.split("."), name])[:2] == ["animediffusion", folder]
+        }
+        assert reached <= LAYERS[folder][inner] | {inner}, f"{path.relative_to(ROOT)} imports {reached}"
+
+
+def test_every_subfolder_has_its_place_among_the_layers():
+    for folder in FOLDERS:
+        there = {path.name for path in (ROOT / folder).iterdir() if list(path.glob("*.py"))}
+        assert there == set(LAYERS[folder])
+
+
+def test_no_folder_holds_more_files_than_one_sees_at_a_glance():
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES)
+    assert {folder: number for folder, number in counts.items() if number > MOST_FILES} == {}
+
+
+def test_no_two_classes_have_the_same_name():
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, number in names.items() if number > 1] == []
+
+
 def test_models_need_only_torch_numpy_and_safetensors():
-    for path in (ROOT / "models").glob("*.py"):
+    for path in (ROOT / "models").rglob("*.py"):
         tops = {module.partition(".")[0] for module, _ in imports_of(path)} - set(sys.stdlib_module_names)
-        allowed = MODELS_NEED | MODELS_NEED_BESIDES.get(path.name, set()) | {"animediffusion"}
+        allowed = MODELS_NEED | MODELS_NEED_ALSO.get(path.name, set()) | {"animediffusion"}
         assert tops <= allowed, f"models/{path.name} imports {tops - allowed}"
 
 
 def test_platform_does_not_need_torch():
-    tops = {module.partition(".")[0] for path in (ROOT / "platform").glob("*.py") for module, _ in imports_of(path)}
+    tops = {module.partition(".")[0] for path in (ROOT / "platform").rglob("*.py") for module, _ in imports_of(path)}
     assert "torch" not in tops
 
 
@@ -158,13 +229,6 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy():
 def test_every_command_has_a_help_text(words, capsys):
     assert cli.run([*words, "--help"]) == 0
     assert f"Usage: animediffusion {' '.join(words)}" in capsys.readouterr().out
-
-
-def test_every_function_that_a_verb_calls_exists():
-    for module, name in imports_of(PACKAGE / "cli.py"):
-        if module.startswith("animediffusion"):
-            found = importlib.import_module(module)
-            assert name is None or hasattr(found, name) or importlib.import_module(f"{module}.{name}")
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -242,18 +306,18 @@ def test_links_of_the_texts_lead_to_files_of_the_repository():
             assert (ROOT / text).parent.joinpath(target).exists(), f"{text} links to {target}"
 
 
-def test_the_readme_has_a_line_on_every_file_and_none_on_others():
-    tree = (ROOT / "README.md").read_text().partition("## What is where")[2].split("```")[1]
-    told, folder = set(), ""
-    for top, inner in re.findall(r"^(\S+)/ .*$|^  (\S+\.py) ", tree, flags=re.MULTILINE):
-        folder = top or folder
-        told |= {f"{folder}/{inner}"} if inner else set()
-    there = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
-    assert told == there
+def test_the_architecture_has_a_line_on_every_file_and_none_on_others():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    listed = {
+        f"{folder}/{name}"
+        for folder, table in re.findall(r"^### `(\S+)/`\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"^\| `(\S+\.py)` \|", table, flags=re.MULTILINE)
+    }
+    assert listed == {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
 
 
-def test_the_readme_names_every_verb():
-    named = re.findall(r"^\| `([a-z]+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+def test_the_table_of_commands_names_every_verb():
+    named = re.findall(r"^\| `([a-z]+)", (ROOT / "docs" / "commands.md").read_text(), flags=re.MULTILINE)
     assert set(named) == VERBS
 
 
@@ -271,9 +335,18 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_has_every_module_and_every_data_file(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"animediffusion/{path.name}" for path in PACKAGE.glob("*.py")} | {"animediffusion/py.typed"}
+    wanted = {f"animediffusion/{path.relative_to(PACKAGE)}" for path in SOURCES if PACKAGE in path.parents}
+    wanted |= {"animediffusion/py.typed"}
     for name in tracked_files():
-        if name.split("/")[0] in FOLDERS and Path(name).suffix in (".py", ".yaml", ".html", ".png", ".svg"):
+        if name.split("/")[0] in FOLDERS and Path(name).suffix in (
+            ".py",
+            ".yaml",
+            ".html",
+            ".png",
+            ".svg",
+            ".css",
+            ".js",
+        ):
             wanted.add(f"animediffusion/{name}")
     assert len(wanted) > len(FOLDERS)
     assert wanted - held == set()
