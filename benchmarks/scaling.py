@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table there")
     options = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to the home
-    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         config = BundleConfig(network=NETWORK, image_size=64)
         save_bundle(Path(folder) / "bundle", config.build(), config)
@@ -119,7 +119,7 @@ def main() -> None:
             max_batch=4,
             min_replicas=0,
             max_replicas=2,
-            engine_gpus=1,
+            engine_gpus=0,
             **DELAYS,
         )
         seen, answers = measure(start(application, port=free_port()), options.seconds, options.clients)

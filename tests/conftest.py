@@ -28,9 +28,9 @@ LONGEST = (
     "test_cluster_faults.py",
     "test_demo.py",
     "test_jobs.py",
-    "test_train.py",
+    "test_driver.py",
     "test_live.py",
-    "test_schedule.py",
+    "test_schedule_search.py",
 )
 """Files of minutes."""
 

@@ -23,6 +23,15 @@ def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode
     return buffer.getvalue()
 
 
+def lined() -> bytes:
+    """A PNG that is a drawing and a reference: gray with two dark lines."""
+    pixels = np.full((48, 48, 3), 230, np.uint8)
+    pixels[12:15], pixels[:, 30:33] = 20, 20
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def fill(folder: Path, files: dict[str, bytes]) -> str:
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -23,15 +23,13 @@ from typing import Any
 
 import httpx
 import manifests
-import numpy as np
 import stack
 import yaml
 from containers import ADDRESS, Container, network, peak, terminate
 from moto.server import ThreadedMotoServer
 from servers import postgres
+from sources import lined
 from sqlalchemy import create_engine, text
-
-from animediffusion.platform.images.codec import encode_png
 
 WAIT_S = 300
 """For a server to answer."""
@@ -164,7 +162,7 @@ def application(outside: Container, folder: Path, key: str) -> dict[str, Any]:
     deployer = Container(
         outside.image, {**outside.variables, "RAY_DASHBOARD_ADDRESS": "http://ray:8265"}, folder, memory=["/tmp"]
     )
-    files = dict.fromkeys(("sketch", "reference"), encode_png(np.full((48, 48, 3), 255, np.uint8)))
+    files = dict.fromkeys(("sketch", "reference"), lined())
     url = f"http://{ADDRESS}:8000/v1/colorize"
     headers = {"Authorization": f"Bearer {key}"}
     with deployer.running(folder / "serve.log", *words, json.dumps(config), script):

@@ -323,10 +323,12 @@ def two(names: list[str]) -> list[str] | None:
 def serve(there: Network, key: str) -> dict[str, Any]:
     """An engine on each of two machines; the one that has an ingress, too, is lost."""
     config = yaml.safe_load((ROOT / "infra/serve.yaml").read_text())
-    replicas = {"min_replicas": 2, "max_replicas": 2, "engine_gpus": 1, "num_ingress_replicas": 2}
+    replicas = {"min_replicas": 2, "max_replicas": 2, "engine_gpus": 0, "engine_cpus": 1.5, "num_ingress_replicas": 2}
     config["applications"][0]["args"] |= replicas
     there.deploy(config)
-    files = dict.fromkeys(("sketch", "reference"), encode_png(np.full((48, 48, 3), 255, np.uint8)))
+    pixels = np.full((48, 48, 3), 230, np.uint8)
+    pixels[12:15] = 20  # a drawing has a line
+    files = dict.fromkeys(("sketch", "reference"), encode_png(pixels))
     authorized = {"Authorization": f"Bearer {key}"}
     url = f"http://{there.front.address}:8000"
     with httpx.Client(base_url=url, headers=authorized, timeout=WAIT_S, trust_env=False) as client:

@@ -26,6 +26,7 @@ from head import Head, ray_head, ray_node
 from manifests import KUBERNETES, ROOT
 from PIL import Image
 from ports import free_port
+from sources import lined
 from stack import Stack, composed, stack
 from tiny import NETWORK
 
@@ -87,9 +88,9 @@ def client(services: Stack) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def head(services: Stack, workspace: Path) -> Iterator[Head]:
-    """With what compose gives the head, and a GPU."""
+    """With what compose gives the head."""
     given = [one for one in composed()["ray"]["command"] if one.startswith(("--num-cpus=", "--object-store-memory="))]
-    options = [*given, "--num-gpus=1", f"--redis-password={services.redis_password}"]
+    options = [*given, f"--redis-password={services.redis_password}"]
     settings = {"ANIMEDIFFUSION_WORKSPACE": str(workspace), **services.environment}
     with (
         ray_head(*options, RAY_metrics_report_interval_ms="1000", **settings) as there,
@@ -102,12 +103,7 @@ def head(services: Stack, workspace: Path) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, bytes]:
-    found = {}
-    for name, color in (("sketch", "white"), ("reference", "red")):
-        buffer = io.BytesIO()
-        Image.new("RGB", (48, 48), color).save(buffer, "PNG")
-        found[name] = buffer.getvalue()
-    return found
+    return dict.fromkeys(("sketch", "reference"), lined())
 
 
 def here(config: dict) -> dict:
@@ -235,8 +231,11 @@ def test_the_application_of_the_gpu_nodes_has_an_engine_and_an_ingress_on_each(
     [service] = [one for one in manifests.build(KUBERNETES / "gpu") if one["kind"] == "RayService"]
     [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     limits = manifests.containers(group)[0]["resources"]["limits"]
+    config = serve_configs()["gpu"]
+    # An engine refuses a GPU that is only a number: here it takes a node's CPUs for itself instead.
+    config["applications"][0]["args"] |= {"engine_gpus": 0, "engine_cpus": 3.7}
     with ray_node(head, f"--num-cpus={limits['cpu']}", f"--num-gpus={limits['nvidia.com/gpu']}"):
-        deploy(head, serve_configs()["gpu"])
+        deploy(head, config)
         check_colors(client, pictures)
         deployments = applications(head).json()["applications"]["animediffusion"]["deployments"]
         for name in ("engine", "ingress"):
