@@ -43,7 +43,7 @@ def test_missing_programs_are_one_line_before_anything_is_installed(setup, check
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: missing: git chromium")
+    assert done.stderr.startswith("error: missing: git curl chromium")
     assert "; install: " in done.stderr
     assert not (checkout / ".venv").exists()
 
