@@ -1,14 +1,14 @@
-"""API keys: who may use the server. A key is shown once; only its sha256 is kept, in one JSON file.
+"""API keys for the server. A key is shown once when it is created; a JSON file keeps only its sha256.
 
-    key = Keys("workspace/keys.json").create("studio")      # ad_...: tell it to the client, it cannot be had again
-    keyring = Keyring("workspace/keys.json")                # what a server holds
-    keyring.name_of(key)                                    # "studio", or None
+    key = Keys("workspace/keys.json").create("studio")      # ad_...: give it to the client, it is not shown again
+    keyring = Keyring("workspace/keys.json")                # the keys that a server accepts
+    keyring.name_of(key)                                    # "studio", or None for an unknown key
 
     {"format": 1, "keys": [{"name": "studio", "sha256": "...", "created": "2026-01-31T12:00:00Z", "revoked": null}]}
 
-A key is 32 random bytes, so a plain hash needs neither salt nor slowness: nobody can try them all. The file may be in
-an object store (s3://), where nodes share no disk. A revoked key stays in the file, with the time: a server whose last
-key was revoked is closed, not open to all.
+A key is 32 random bytes, too many to try all, so a plain hash needs neither a salt nor a slow function. The file may be
+in an object store (s3://) for nodes that share no disk. A revoked key stays in the file with the time, so that a server
+whose last key was revoked does not become open to everybody.
 """
 
 from __future__ import annotations
@@ -31,61 +31,61 @@ from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.storage import files as storage
 
 PREFIX = "ad_"
-"""Lets people, and scanners for leaked secrets, recognize a key."""
+"""Prefix by which people and scanners for leaked secrets recognize a key."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 REFRESH_S = 2.0
-"""How often a server looks whether the keys have changed."""
+"""Seconds between two reads of the key file by a server."""
 
 log = logging.getLogger(__name__)
 
 
 class Key(Config):
-    """One entry of the file."""
+    """One entry of the key file."""
 
     name: str
     sha256: str
-    """Of the key's ASCII text, in hex."""
+    """Hash of the key's ASCII text, in hex."""
     created: str
-    """ISO 8601, UTC."""
+    """Time of creation, ISO 8601, UTC."""
     revoked: str | None = None
-    """When, if it was."""
+    """Time of revocation; None for an active key."""
 
 
 class KeyFile(Config):
-    """The whole file."""
+    """Content of the key file."""
 
     format: Literal[1] = 1
     keys: tuple[Key, ...] = ()
 
 
 class Keys:
-    """The keys in a file, for those who manage them.
+    """Manage the keys in a file: create, list and revoke them.
 
     Args:
-        uri: a local path or s3://; need not exist yet.
+        uri: a local path or s3:// URI of the file, which need not exist yet.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
     def entries(self) -> tuple[Key, ...]:
-        """All keys ever made, the oldest first; none where there is no file.
+        """Return all keys ever created, oldest first; empty if the file does not exist.
 
         Raises:
-            StorageError: if it cannot be read.
-            ConfigError: if it is damaged.
+            StorageError: if the file cannot be read.
+            ConfigError: if the file is damaged.
         """
         return self._parse(storage.read_bytes(self.uri) if storage.exists(self.uri) else None).keys
 
     def active(self) -> tuple[Key, ...]:
-        """Those that are not revoked."""
+        """Return the keys that are not revoked."""
         return tuple(key for key in self.entries() if key.revoked is None)
 
     def create(self, name: str) -> str:
-        """Make a key; it cannot be had a second time.
+        """Create a key and return its text, which cannot be read again later.
 
         Raises:
-            ConfigError: for a name that is unusable or taken.
+            ConfigError: if the name is invalid or already used by an active key.
         """
         if not NAME.fullmatch(name):
             raise ConfigError("NAME", repr(name[:80]), "up to 64 letters, digits, dots, dashes and underscores")
@@ -102,10 +102,10 @@ class Keys:
         return text
 
     def revoke(self, name: str) -> None:
-        """Make a key useless; servers notice within 5 s.
+        """Revoke a key; servers reject it within 5 s.
 
         Raises:
-            ConfigError: if there is no such key.
+            ConfigError: if no active key has this name.
         """
 
         def mark(old: bytes | None) -> bytes:
@@ -125,7 +125,7 @@ class Keys:
         try:
             return KeyFile.check(json.loads(data))
         except (ValueError, TypeError, ConfigError):
-            # Not what was found, nor the chain: it may be a key that someone put there by mistake.
+            # The error leaves out the content and the exception chain: the file may hold a key by mistake.
             what_to_do = "restore it, or remove it and make new keys"
             raise ConfigError(self.uri, "is not a file of keys", what_to_do) from None
 
@@ -133,14 +133,14 @@ class Keys:
 class Keyring:
     """The keys that a server accepts, kept up to date while watching() runs.
 
-    A file that cannot be read any more changes nothing: the server goes on with the keys that it knows.
+    If the file becomes unreadable later, the server keeps the keys that it has read before.
 
     Args:
-        uri: as for Keys; None is a server without keys, open to everybody who reaches it.
-        is_closed: ask for a key also while none was ever made, as on a node where the file is missing.
+        uri: the key file, as for Keys; None means that the server has no keys and is open to everybody.
+        is_closed: require a key even if none was ever created, for example on a node where the file is missing.
 
     Raises:
-        AnimeDiffusionError: if the file cannot be read now, or is damaged.
+        AnimeDiffusionError: if the file cannot be read now or is damaged.
     """
 
     def __init__(self, uri: str | None, *, is_closed: bool = False) -> None:
@@ -148,7 +148,7 @@ class Keyring:
         self._names: dict[bytes, str] = {}
         self._problem = ""
         self.is_closed = False
-        """Whether a key is needed: true once a key has been made, for good."""
+        """Whether clients need a key. It becomes True once the file has a key, and then stays True."""
         if self._keys is not None:
             self._take(self._keys.entries())
         if is_closed and not self._names:
@@ -156,7 +156,7 @@ class Keyring:
         self.is_closed = self.is_closed or is_closed
 
     def name_of(self, text: str) -> str | None:
-        """The name of a key that is accepted, else None; takes as long for a wrong key as for a right one."""
+        """Return the name of an accepted key, else None; right and wrong keys take equally long."""
         digest, found = _digest(text).encode(), None
         for known, name in self._names.items():
             if hmac.compare_digest(known, digest):
@@ -164,7 +164,7 @@ class Keyring:
         return found
 
     def refresh(self) -> None:
-        """Read the file again."""
+        """Read the key file again; if that fails, keep the known keys and log a warning."""
         if self._keys is None:
             return
         try:
@@ -174,14 +174,14 @@ class Keyring:
 
     @contextmanager
     def watching(self, period_s: float = REFRESH_S) -> Iterator[None]:
-        """Refresh from a thread until the block ends."""
+        """Refresh the keys in a thread until the block ends."""
         stop = threading.Event()
 
         def watch() -> None:
             while not stop.wait(period_s):
                 try:
                     self.refresh()
-                except Exception:  # a thread that ends here would let revoked keys in for good
+                except Exception:  # if this thread ended, keys revoked later would stay accepted
                     log.exception("the API keys could not be read")
 
         thread = threading.Thread(target=watch, name="keys", daemon=True)
@@ -193,7 +193,7 @@ class Keyring:
             stop.set()
 
     def _stay(self, problem: str) -> None:
-        """Change nothing, and say why, once."""
+        """Keep the known keys and log the reason once."""
         if problem != self._problem:
             log.warning("the API keys stay as they were: %s", problem)
         self._problem = problem

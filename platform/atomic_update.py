@@ -1,11 +1,11 @@
-"""Changes one small file so that of two processes that do it at once neither loses its change.
+"""Atomic read-modify-write of a small file that several processes share.
 
     update("workspace/keys.json", lambda old: add(old, entry))
     update("s3://bucket/keys.json", lambda old: add(old, entry))
 
-On disk a lock is held meanwhile and the file is for its owner alone (mode 0600). A store has no locks: there the write
-is conditional on the version that was read (If-Match), and made again from the new one when it was overtaken. AWS,
-MinIO and moto know such writes. Not here: what the bytes mean.
+A local file is locked during the update, and only its owner may read it (mode 0600). An object store has no locks: its
+write is conditional on the version that was read (If-Match) and is retried from the new version if another process was
+faster. AWS, MinIO and moto support conditional writes. Not here: the meaning of the bytes.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
 
 Change = Callable[[bytes | None], bytes]
-"""From the old content, None where there is no file, to the new; may be called several times."""
+"""Maps the old content, None if there is no file, to the new content; may be called several times."""
 
 ATTEMPTS = 20
 OWNER_ONLY = 0o600
 
 
 def update(uri: str, change: Change) -> None:
-    """Replace the content of a file by what `change` makes of it.
+    """Replace the content of a file by the result of `change`.
+
+    An exception raised by `change` propagates and leaves the file unchanged.
 
     Raises:
-        StorageError: if it cannot be read or written, or others are always faster; and whatever `change` raises, the
-            file then being as it was.
+        StorageError: if the file cannot be read or written, or other processes changed it during every attempt.
     """
-    storage.filesystem(uri)  # asks a store its first question, with an answer in seconds
+    storage.filesystem(uri)  # probes a store, so that an unreachable one fails within seconds
     if storage.is_remote(uri):
         _update_object(uri, change)
         return
@@ -55,7 +56,7 @@ def _update_file(path: Path, change: Change) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _replace(path, change(path.read_bytes() if path.exists() else None))
     finally:
-        os.close(lock)  # releases it, too
+        os.close(lock)  # also releases the lock
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -86,7 +87,7 @@ def _update_object(uri: str, change: Change) -> None:
 
 
 def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, str]]:
-    """The content, and under which condition it may be replaced."""
+    """Return the content of an object and the condition for replacing it."""
     try:
         found = client.get_object(Bucket=bucket, Key=key)
     except client.exceptions.NoSuchKey:
@@ -95,7 +96,7 @@ def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, s
 
 
 def _write(client: Any, bucket: str, key: str, data: bytes, condition: dict[str, str]) -> bool:
-    """False if the condition does not hold any more."""
+    """Write an object; return False if the condition does not hold any more."""
     try:
         client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
     except ClientError as error:

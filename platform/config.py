@@ -1,6 +1,6 @@
-"""Settings of this installation, and the base of every run configuration.
+"""Settings of this installation, and the base class of every run configuration.
 
-Not here: the recipes themselves, see pipelines/configs.
+Not here: the recipes, see pipelines/configs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from animediffusion.platform.network import is_uri
 
 ENV_PREFIX = "ANIMEDIFFUSION_"
 _OTHER_VARIABLES = ("API_KEY", "MAX_BODY_BYTES", "STORAGE_PATIENCE_S")
-"""Read elsewhere, without the prefix; `Settings` has the others."""
+"""Variables, named without the prefix, that other modules read; `Settings` reads all the rest."""
 
 
 class Config(BaseModel):
-    """Base of every run configuration: immutable, and an unknown key is an error."""
+    """Base class of every run configuration: it is immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = (), /, **values: Any) -> Self:
-        """Read YAML, then apply `values`, then `key.sub=value` overrides: for settings of text the text, else YAML.
+        """Read a YAML file, then apply `values`, then overrides of the form `key.sub=value`.
+
+        An override of a text setting is used literally; the value of any other override is parsed as YAML.
 
         Raises:
-            ConfigError: naming the key, what was found and what is allowed.
+            ConfigError: with the key, the value found and the allowed values.
         """
         merged = read_yaml(path) if path is not None else {}
         merged.update({key: value for key, value in values.items() if value is not None})
@@ -52,7 +54,7 @@ class Config(BaseModel):
 
     @classmethod
     def check(cls, values: dict[str, Any]) -> Self:
-        """Validate a plain dictionary, with a one-line ConfigError in place of pydantic's report."""
+        """Validate a plain dictionary and raise a one-line ConfigError instead of pydantic's report."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -60,10 +62,10 @@ class Config(BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Read a YAML mapping from a file.
 
     Raises:
-        ConfigError: if the file is missing or is no mapping.
+        ConfigError: if the file is missing or is not a YAML mapping.
     """
     try:
         value = _load(Path(path).read_text(encoding="utf-8"))
@@ -77,9 +79,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: plain numbers, true, false and null are values, and all else is text: dates, 007, 1:30, on.
+    """Loader for YAML 1.2: only plain numbers, true, false and null become values; dates, 007, 1:30 and on stay text.
 
-    A key given twice is an error.
+    A duplicate key is an error.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - a class attribute of the library
@@ -107,7 +109,7 @@ def _load(text: str) -> Any:
 
 
 def _parse(kind: Any, key: str, value: str) -> Any:
-    """The value behind `key=`: text as it is for a setting that is text, else YAML."""
+    """Return the value of `key=value`: the text itself for a text setting, else the parsed YAML."""
     if _is_text(kind):
         return value if value or type(None) not in get_args(kind) else None
     try:
@@ -119,7 +121,7 @@ def _parse(kind: Any, key: str, value: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a type takes strings or paths only, or one of some words."""
+    """Whether a type accepts only strings, paths or a fixed set of words."""
     if kind in (str, Path):
         return True
     if get_origin(kind) is Literal:
@@ -152,13 +154,13 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> ConfigError:
         return ConfigError(path, f"{first['input']} is read as a number", "write it in quotes")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[:1].lower() + message[1:]
-    # A rule about several keys has all of them as its input; its message says which matters.
+    # The input of a rule about several keys is the whole dictionary; the rule's message names the keys that matter.
     found = "cannot be used" if isinstance(first["input"], dict) else repr(first["input"])
     return ConfigError(path, found, message)
 
 
 def _group(model: type[Any], location: Iterable[int | str]) -> Any:
-    """The class whose field the last part of `location` is."""
+    """Return the class that has the last part of `location` as a field."""
     kind: Any = model
     for part in list(location)[:-1]:
         kind = _field_types(kind).get(str(part), kind)
@@ -177,7 +179,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 
 def unknown_variables() -> list[str]:
-    """A line on each variable of the environment that has our prefix and that nothing reads: a typo, most likely."""
+    """Return a warning for each environment variable with our prefix that is not read, most likely a typo."""
     known = [ENV_PREFIX + name.upper() for name in (*Settings.model_fields, *_OTHER_VARIABLES)]
     lines = []
     for name in sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name not in known):
@@ -188,30 +190,30 @@ def unknown_variables() -> list[str]:
 
 
 def sqlite_uri(file: Path) -> str:
-    """The URI of a SQLite database by its absolute path, whatever characters that has."""
+    """Return the URI of the SQLite database at an absolute path, which may contain any characters."""
     quoted = str(file).replace("%", "%25").replace("?", "%3F")
-    # At a plain sqlite:/// URI, MLflow makes the folder that it spells, the quotes included.
+    # For a plain sqlite:/// URI, MLflow would create the folder without decoding the %-escapes in its name.
     return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
 
 
 class Settings(Config):
-    """Where this installation keeps its things; each from `ANIMEDIFFUSION_*`, else the default.
+    """Settings of this installation, each read from the variable `ANIMEDIFFUSION_<NAME>` if it is set.
 
-    MLflow, AWS and Ray settings come from their own usual variables.
+    MLflow, AWS and Ray are configured by their own usual variables.
     """
 
     workspace: Path = Path("workspace")
-    """Folder for data, runs, the embedded MLflow database and artifacts."""
+    """Folder for data, runs, the embedded MLflow database and its artifacts."""
     model_name: str = "animediffusion"
-    """Registered model name."""
+    """Name of the registered model."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """auto, xformers or sdpa."""
+    """Implementation of attention."""
     keys: str | None = None
-    """File of the API keys' hashes, a path or s3://; in the workspace if left out."""
+    """File with the hashes of the API keys, a path or s3:// URI; keys.json in the workspace if None."""
 
     @classmethod
     def from_environment(cls, **overrides: Any) -> Settings:
-        """Settings from the environment; arguments that are not None win."""
+        """Read the settings from the environment; arguments that are not None take precedence."""
         values = {
             name: os.environ[ENV_PREFIX + name.upper()]
             for name in cls.model_fields
@@ -223,21 +225,21 @@ class Settings(Config):
 
     @property
     def tracking_uri(self) -> str:
-        """MLFLOW_TRACKING_URI, else SQLite in the workspace."""
+        """MLFLOW_TRACKING_URI if it is set, else the SQLite database in the workspace."""
         return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.database)
 
     @property
     def database(self) -> Path:
-        """File of the embedded MLflow."""
+        """Database file of the embedded MLflow."""
         return self.workspace / "mlflow.db"
 
     @property
     def keys_uri(self) -> str:
-        """The file of API keys, meant the same from any working directory."""
+        """Absolute path or URI of the file of API keys."""
         given = self.keys or str(self.workspace / "keys.json")
         return given if is_uri(given) else str(Path(given).expanduser().absolute())
 
     @property
     def artifact_root(self) -> Path:
-        """Artifacts of the embedded MLflow (a server keeps its own)."""
+        """Artifact folder of the embedded MLflow (a server has its own)."""
         return self.workspace / "artifacts"

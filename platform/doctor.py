@@ -1,10 +1,10 @@
-"""Say what is installed, reachable and allowed here, one line per check.
+"""Check what is installed, reachable and allowed on this machine; each check gives one line.
 
     for check in checks(settings, [attention_probe]):
         print("ok " if check.ok else "NO ", check.name, check.detail)
 
-On a cluster, every node is asked, too (platform/cluster/node_report.py). Not here: anything that needs torch; the
-caller hands such checks over as functions.
+On a cluster, every node is checked, too (platform/cluster/node_report.py). Not here: anything that needs torch; the
+caller passes such checks as functions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MIN_FREE_BYTES = 5 * 1024**3
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -56,13 +56,13 @@ def checks(
     device: Callable[[], str] = lambda: "not asked",
     store: str | None = None,
 ) -> list[Check]:
-    """Every check, in the order to read them; none raises, and none takes longer than some seconds.
+    """Run all checks and return their results in reading order; no check raises or takes more than some seconds.
 
     Args:
         settings: workspace and addresses.
-        probes: further checks, for example which device and which attention torch will use.
-        device: of a cluster's node, as a line; runs there.
-        store: URI of a folder that this machine, or every node of the cluster, is to write to and read from.
+        probes: further checks, for example of the device and the attention that torch will use.
+        device: describes the device of a cluster's node in one line; runs on that node.
+        store: URI of a folder that this machine, or every node of the cluster, must be able to write to and read from.
     """
     named: list[tuple[str, Probe]] = [
         ("python", _python),
@@ -97,7 +97,7 @@ def _store(folder: str) -> Check:
 
 
 def report(found: Sequence[Check]) -> dict[str, Any]:
-    """What `doctor --json` prints: `{ok, checks: [{name, ok, detail}]}`."""
+    """Return the output of `doctor --json`: `{ok, checks: [{name, ok, detail}]}`."""
     return {"ok": all(check.ok for check in found), "checks": [asdict(check) for check in found]}
 
 
@@ -106,7 +106,7 @@ def _guarded(name: str, probe: Probe) -> Check:
         return probe()
     except AnimeDiffusionError as error:
         return Check(name, False, str(error))
-    except Exception as error:  # a doctor that falls ill himself helps nobody
+    except Exception as error:  # a check that fails must not stop the others
         return Check(name, False, f"{type(error).__name__}: {tracking.first_line(error)}")
 
 
@@ -173,7 +173,7 @@ def _storage() -> Check:
     endpoint = s3.configured("S3")[0]
     given = {} if endpoint is None else {s3.endpoint_source(endpoint): endpoint}
     mlflow = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
-    if mlflow and mlflow != endpoint:  # read by MLflow alone: its artifacts would be in another store than the data
+    if mlflow and mlflow != endpoint:  # only MLflow reads it, so artifacts and data are in different stores
         given["MLFLOW_S3_ENDPOINT_URL"] = mlflow
     if not given:
         return Check("storage", True, "local files, and S3 at AWS (no endpoint is configured)")
@@ -204,6 +204,6 @@ def _jobs() -> Check:
     reason = why_unreachable(address)
     if reason is None:
         return Check("ray jobs", True, f"{address} answers, {len(jobs.jobs())} jobs")
-    # Nobody asked for this address: a machine without a cluster is in good health.
+    # The user did not configure the default address: a machine without a cluster passes this check.
     asked = address != jobs.DEFAULT_ADDRESS
     return Check("ray jobs", not asked, f"{address} {reason}" if asked else f"no cluster at {address}")

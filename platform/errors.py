@@ -1,12 +1,12 @@
-"""The errors a user can meet, all shown as one line: THING: FOUND; ALLOWED OR WHAT TO DO.
+"""Errors that are shown to users, each as one line: THING: FOUND; ALLOWED VALUES OR WHAT TO DO.
 
 AnimeDiffusionError
     ConfigError     a setting or an argument is wrong
     StorageError    an object cannot be read or written
-    DataError       a dataset or a source folder is not usable
+    DataError       a dataset or a source folder cannot be used
     ImageError      bytes are not a usable image
     BundleError     a model bundle is damaged or does not fit
-    RegistryError   no such model version or alias, or a promotion is refused
+    RegistryError   a model version or alias does not exist, or a promotion is refused
     ClusterError    Ray or a service on it cannot be reached or started
     TrainingError   a training run failed; its last checkpoint is kept
     Interrupted     a signal stopped a run; its checkpoint is saved
@@ -21,20 +21,20 @@ AnimeDiffusionError
 import re
 
 _BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Line ends, control characters and bytes that are not UTF-8: file names may have them, a line has none."""
+"""Line ends, control characters and bytes that are not UTF-8, which file names may contain; messages escape them."""
 
 
 def _escape(found: re.Match[str]) -> str:
-    byte = ord(found[0]) - 0xDC00  # how Python keeps a byte that is not UTF-8
+    byte = ord(found[0]) - 0xDC00  # Python's surrogate for a byte that is not UTF-8
     return f"\\x{byte:02x}" if byte >= 0x80 else found[0].encode("unicode_escape").decode()
 
 
 class AnimeDiffusionError(Exception):
-    """Base class: what went wrong, in the words of the person who caused it.
+    """Base class of all errors that are shown to users, worded for the user who can fix the cause.
 
     Args:
-        thing: which input, file or setting.
-        found: what is wrong with it, values quoted.
+        thing: the input, file or setting that has the error.
+        found: what is wrong with it; values are quoted.
         allowed: what is allowed, or what to do now.
     """
 
@@ -55,11 +55,11 @@ class ConfigError(AnimeDiffusionError):
 
 
 class StorageError(AnimeDiffusionError):
-    """An object cannot be read or written; names the URI."""
+    """An object cannot be read or written; the message names the URI."""
 
 
 class DataError(AnimeDiffusionError):
-    """A dataset, or a folder to make one from, is not usable."""
+    """A dataset or a source folder cannot be used."""
 
 
 class ImageError(AnimeDiffusionError):
@@ -99,14 +99,14 @@ class TrainingError(AnimeDiffusionError):
     exit_code = 1
 
 
-class Interrupted(AnimeDiffusionError):  # noqa: N818 - it is no error
+class Interrupted(AnimeDiffusionError):  # noqa: N818 - a stop request is not an error
     """A signal stopped a run; its checkpoint is saved.
 
     Args:
-        signum: which signal.
+        signum: number of the signal.
         run: name of the run.
-        step: of the checkpoint.
-        unit: what is counted by `step`.
+        step: step of the saved checkpoint.
+        unit: the unit that `step` counts.
     """
 
     def __init__(self, signum: int, run: str, step: int, unit: str = "step") -> None:

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs and driver on this machine, from NVML, which sees them also where torch cannot use them."""
+"""NVIDIA GPUs and driver of this machine, read from NVML, which also finds GPUs that torch cannot use."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import pynvml
 
 DRIVERS = {12: "525 (570 for Blackwell)", 13: "580"}
-"""The oldest Linux driver for a major version of CUDA (CUDA Toolkit Release Notes, table 3)."""
+"""The oldest Linux driver for each major version of CUDA (CUDA Toolkit Release Notes, table 3)."""
 
 
 @dataclass(frozen=True)
 class Driver:
-    """An installed driver and what it drives."""
+    """An installed driver and its GPUs."""
 
     version: str
     cuda: tuple[int, int]
-    """The newest CUDA version that it runs."""
+    """The newest CUDA version that the driver supports, as (major, minor)."""
     gpus: tuple[str, ...]
 
 
 def driver() -> Driver | None:
-    """The driver of this machine; None without one, or without a GPU."""
+    """Return the NVIDIA driver of this machine; None if it has no driver or no GPU."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -40,11 +40,11 @@ def driver() -> Driver | None:
 
 
 def why_unused(torch_version: str, torch_cuda: str | None) -> str | None:
-    """Why torch cannot use the GPUs of this machine, and what to do; None where there are none, or they are hidden.
+    """Explain why torch cannot use this machine's GPUs and what to do; None if it has no GPUs or they are hidden.
 
     Args:
-        torch_version: of a torch that finds no CUDA.
-        torch_cuda: the CUDA version that it is built for, `torch.version.cuda`; None without CUDA.
+        torch_version: version of the installed torch, which finds no CUDA device.
+        torch_cuda: the CUDA version that torch is built for, `torch.version.cuda`; None if built without CUDA.
     """
     found = driver()
     if found is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

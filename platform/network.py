@@ -1,4 +1,7 @@
-"""Addresses: whether anything answers, before a client library retries for a minute; how to show and recognize one."""
+"""Network addresses: recognize a URI, hide its password, and test whether a server answers.
+
+The test comes before calls of client libraries, which would retry an unreachable address for a minute.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ import sys
 from urllib.parse import urlsplit
 
 SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+(?=://)|(?:s3|file)(?=:))")
-"""The scheme of a URI; s3: and file: are meant as schemes even where slashes are missing."""
+"""The scheme of a URI; s3: and file: count as schemes even if the slashes are missing."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_uri(text: str) -> bool:
-    """Whether `text` is a URI of some scheme, not a local path."""
+    """Whether `text` is a URI with a scheme, not a local path."""
     return SCHEME.match(text) is not None
 
 
 def why_unreachable(address: str, timeout: float = 5.0) -> str | None:
-    """The reason why no TCP connection to `address` can be made, or None when one can.
+    """Return the reason why no TCP connection to `address` can be made; None if the connection succeeds.
 
     Args:
         address: `host:port` or a URL.
@@ -39,14 +42,14 @@ def why_unreachable(address: str, timeout: float = 5.0) -> str | None:
 
 
 def without_password(address: str) -> str:
-    """An address as it may be printed: `user:password@` becomes `***@`."""
+    """Return an address that is safe to print: `user:password@` becomes `***@`."""
     return re.sub(r"//[^/@]*@", "//***@", address)
 
 
 def temporary_folder_problem() -> str | None:
-    """Why Ray cannot put its sockets where RAY_TMPDIR or TMPDIR says; None where it can.
+    """Explain why Ray cannot create its sockets in the folder of RAY_TMPDIR or TMPDIR; None if it can.
 
-    The path of a socket has 107 bytes at most (103 on macOS), of which Ray's names of session and socket take most.
+    The path of a socket may have 107 bytes (103 on macOS), and Ray's session and socket names take most of them.
     """
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
