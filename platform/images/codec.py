@@ -1,6 +1,6 @@
-"""Image files to uint8 arrays and back: every format people really send, every way it can be broken.
+"""Decode image files to uint8 arrays and encode them again; damaged files raise an ImageError.
 
-    array = decode_rgb(path.read_bytes(), thing=str(path))      # [H, W, 3], upright, over white
+    array = decode_rgb(path.read_bytes(), thing=str(path))      # [H, W, 3], upright, on white
     stored = encode_lossless(fit_square(array, 64))
 
 Arrays are uint8: RGB [H, W, 3], RGBA [H, W, 4] or gray [H, W].
@@ -26,7 +26,7 @@ from animediffusion.platform.images.formats import broken, format_of, not_an_ima
 Array = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Only these parsers ever see foreign bytes; Pillow's others (some start programs) do not."""
+"""Only these of Pillow's parsers get untrusted bytes; some of its other parsers start programs."""
 MAX_PIXELS = 64_000_000
 
 _WHITE = (255, 255, 255)
@@ -41,11 +41,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a picture of each EXIF orientation upright."""
+"""The transposition that makes a picture of each EXIF orientation upright."""
 
 
 class Box(NamedTuple):
-    """Where a letterboxed picture lies inside its square, and how large it was before."""
+    """Position and size of a letterboxed picture in its square, and its original size, in pixels."""
 
     left: int
     top: int
@@ -58,13 +58,13 @@ class Box(NamedTuple):
 def decode_rgb(
     data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Array:
-    """RGB pixels [H, W, 3] of an encoded image: sRGB, upright by EXIF, transparency over white, 8 bits.
+    """Decode an image to RGB pixels [H, W, 3]: sRGB, 8 bits, upright by EXIF, transparent parts on white.
 
     Args:
-        data: the bytes of one file; its name plays no role. Of an animation, the first frame.
-        thing: how error messages call it.
-        max_pixels: width x height allowed, read from the header before anything is decoded.
-        formats: Pillow's names of the formats allowed.
+        data: the bytes of one file, whose content decides the format. Only an animation's first frame is decoded.
+        thing: the name of the image in error messages.
+        max_pixels: largest width x height allowed; the header is checked before the pixels are decoded.
+        formats: Pillow's names of the allowed formats.
 
     Raises:
         ImageError: with `reason` empty, not_an_image, truncated, too_large or unreadable.
@@ -75,26 +75,30 @@ def decode_rgb(
 def decode_gray(
     data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Array:
-    """Luma (ITU-R 601) [H, W] of an encoded image; arguments and errors as decode_rgb."""
+    """Decode an image to luma (ITU-R 601) [H, W]; arguments and errors are those of decode_rgb()."""
     return np.array(_open(data, thing, max_pixels, formats).convert("L"))
 
 
 def decode_alpha(
     data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Array:
-    """Opacity [H, W] of an encoded image, 255 where it has none; arguments and errors as decode_rgb."""
+    """Decode the opacity [H, W] of an image, 255 if it has no alpha; arguments and errors are those of decode_rgb()."""
     return np.array(_open(data, thing, max_pixels, formats, _opacity))
 
 
 def encode_png(array: Array, compress_level: int = 6) -> bytes:
-    """PNG bytes of a gray, RGB or RGBA array; level 3 takes half the time of 6 for 2 % more bytes of a painting."""
+    """Encode a gray, RGB or RGBA array as PNG.
+
+    For a painting, level 3 takes half the time of level 6 and produces 2 % more bytes.
+    """
     return _save(array, "PNG", compress_level=compress_level)
 
 
 def encode_lossless(array: Array) -> bytes:
-    """The bytes a shard stores: lossless, smaller than PNG, quick to write and to read.
+    """Encode an array losslessly for a shard: smaller than PNG, fast to write and to read.
 
-    WebP; PNG for gray (WebP has none: it would store three planes) and above WebP's 16,383 pixels a side.
+    The format is WebP. PNG is used for gray arrays, which WebP would store as three planes, and for arrays with a side
+    of more than 16,383 pixels, WebP's limit.
     """
     if array.ndim == 2 or max(array.shape) > 16_383:
         return _save(array, "PNG", compress_level=6)
@@ -102,10 +106,10 @@ def encode_lossless(array: Array) -> bytes:
 
 
 def fit_square(array: Array, size: int, *, fill: int = 255, crop: bool = True) -> Array:
-    """The picture as a size x size square, antialiased.
+    """Resize a picture to a size x size square, antialiased.
 
-    With `crop` the short side fills the square and the middle is kept; without, the whole picture is
-    centered on a ground of gray level `fill`.
+    With `crop`, the short side fills the square and the center is kept. Without `crop`, the whole picture is centered
+    on a background of gray level `fill`.
     """
     if not crop:
         return letterbox(array, size, fill=fill)[0]
@@ -116,7 +120,7 @@ def fit_square(array: Array, size: int, *, fill: int = 255, crop: bool = True) -
 
 
 def letterbox(array: Array, size: int, *, fill: int = 255) -> tuple[Array, Box]:
-    """The whole picture centered in a size x size square, and the Box that unletterbox() needs."""
+    """Center the whole picture in a size x size square; also return the Box that unletterbox() needs."""
     height, width = array.shape[:2]
     scale = size / max(height, width)
     inner_width, inner_height = (max(1, round(side * scale)) for side in (width, height))
@@ -127,9 +131,9 @@ def letterbox(array: Array, size: int, *, fill: int = 255) -> tuple[Array, Box]:
 
 
 def unletterbox(array: Array, box: Box) -> Array:
-    """The inner picture of a letterboxed square at its source size.
+    """Cut the inner picture out of a letterboxed square and resize it to its source size.
 
-    The square may have another size than the one letterbox() made; the box scales with it.
+    The square may be larger or smaller than letterbox() made it; the box is scaled accordingly.
     """
     scale = array.shape[0] / max(box.width, box.height)
     left, top = box.left * scale, box.top * scale
@@ -144,13 +148,14 @@ def contact_sheet(
     names: Sequence[str] = (),
     cell: int | None = None,
 ) -> Array:
-    """One RGB picture of rows of pictures, a label above each column, on a quiet ground.
+    """Arrange rows of pictures as one RGB picture, with a label above each column, on a light background.
 
     Args:
-        rows: pictures of any size, gray or RGB, None where there is none; a row may be shorter than `labels`.
-        labels: one per column.
-        names: one per row, to its left.
-        cell: side of a picture on the sheet, pixels; by default a multiple of the first picture's, 128 or more.
+        rows: pictures of any size, gray or RGB; None leaves a cell empty. A row may be shorter than `labels`.
+        labels: one label per column.
+        names: one name per row, drawn to its left.
+        cell: side of a cell in pixels; by default a multiple of the first picture's longer side, at least 128, and 256
+            if that side is longer than 256.
     """
     side = cell or _cell_side(rows)
     gap, margin, head = side // 12, side // 5, side // 4
@@ -179,7 +184,7 @@ def _cell_side(rows: Sequence[Sequence[Array | None]]) -> int:
 
 
 def _rounded(side: int) -> Image.Image:
-    """A mask with slightly rounded corners, antialiased."""
+    """Return an antialiased square mask with slightly rounded corners."""
     large = Image.new("L", (4 * side, 4 * side))
     ImageDraw.Draw(large).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=side // 5, fill=255)
     return large.resize((side, side), Image.Resampling.BOX)
@@ -206,7 +211,7 @@ def _open(
     formats: tuple[str, ...],
     finish: Callable[[Image.Image, bytes], Image.Image] | None = None,
 ) -> Image.Image:
-    """A fully decoded, upright image: RGB, or what `finish` makes of it and its color profile."""
+    """Decode an image and make it upright; convert it with `finish(image, color profile)`, by default to RGB."""
     if not data:
         raise ImageError(thing, "is empty", "give an image file", reason="empty")
     kind = format_of(data)
@@ -214,20 +219,21 @@ def _open(
         raise not_an_image(thing, data, formats)
     pixels, profile = png.without_metadata(data, thing=thing) if data.startswith(png.SIGNATURE) else (data, b"")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's notes on size and metadata: we have our own limits
+        warnings.simplefilter("ignore")  # Pillow warns about size and metadata; we have our own limits
         try:
             image: Image.Image = Image.open(io.BytesIO(pixels), formats=(kind,))
             _check_size(image, thing, max_pixels)
             image.load()
             profile = profile or image.info.get("icc_profile") or b""
             if kind == "PNG" and image.mode == "RGBA" and pixels[25] == png.GRAY_ALPHA:
-                image = image.convert("LA")  # of 16 bits, which Pillow opens as color; the profile is one of gray
+                # Pillow opens 16-bit gray with alpha as color, but the color profile is for gray.
+                image = image.convert("LA")
             return (finish or _to_rgb)(_upright(image), profile)
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
             raise _too_large(thing, "has far too many pixels", max_pixels) from error
-        except Exception as error:  # Pillow does not say what its parsers raise on bytes they were not made for
+        except Exception as error:  # Pillow does not document what its parsers raise for damaged files
             raise broken(thing, data, error) from error
 
 
@@ -243,13 +249,13 @@ def _too_large(thing: str, found: str, max_pixels: int) -> ImageError:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF is no reason to refuse good pixels
+    except Exception:  # pixels can be good although the EXIF data is damaged
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """RGB over white; colors are converted before they are mixed with it."""
+    """Convert to RGB on white; colors are converted to sRGB before they are blended with white."""
     if image.mode in _WIDE_MODES:
         image = _to_eight_bits(image)
     gray = image.mode in ("1", "L", "LA", "La")
@@ -270,9 +276,10 @@ def _opacity(image: Image.Image, _: bytes) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits as 8, with alpha where one level is transparent.
+    """Convert gray of 16 or 32 bits to 8 bits, with an alpha channel if one level is marked as transparent.
 
-    Whole numbers of 16 bits are 0..65535; of 32 bits, and fractions, the smallest usual range that holds all values.
+    The range of 16-bit integers is 0..65535. For 32-bit integers and floats it is the smallest usual range that
+    contains all values.
     """
     values = np.nan_to_num(np.asarray(image, np.float64))
     most = values.max(initial=0)

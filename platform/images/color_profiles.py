@@ -1,9 +1,9 @@
-"""Colors that a picture's ICC profile describes, as sRGB.
+"""Convert a picture from the colors of its ICC profile to sRGB.
 
     image = to_srgb(image, image.info.get("icc_profile", b""))
 
-A profile that is damaged, or of another kind than the picture, is ignored. Most profiles are sRGB itself: each is
-recognized once, and costs nothing after that.
+A profile is ignored if it is damaged or if its color space does not fit the picture. Most profiles are sRGB itself;
+the result of that check is cached, so such a profile costs nothing after its first use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from PIL import Image, ImageCms
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _ALPHA = {"RGBA": "RGB", "LA": "L"}
 _SAME_LEVELS = 1
-"""A profile that moves no color by more levels than this is sRGB."""
+"""A profile that changes no color by more than this many levels counts as sRGB."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture in sRGB, its alpha unchanged; the same picture if nothing is to be done.
+    """Convert a picture to sRGB and keep its alpha; return the same picture if no conversion is needed.
 
     Args:
-        image: of any mode; other modes than L, LA, RGB, RGBA and CMYK are left as they are.
+        image: a picture of any mode; modes other than L, LA, RGB, RGBA and CMYK are returned unchanged.
         profile: ICC profile of its colors, empty if it has none.
     """
     mode = _ALPHA.get(image.mode, image.mode)
@@ -39,7 +39,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile to sRGB, relative colorimetric; None if it does not fit the mode, or changes nothing."""
+    """Return the relative colorimetric transform to sRGB; None if the profile does not fit or changes nothing."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[mode]:

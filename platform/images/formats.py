@@ -1,4 +1,4 @@
-"""Names what a file holds by its first bytes: the formats that are read, others, and what is not a picture.
+"""Recognize the format of a file by its first bytes: readable and other image formats, and files without an image.
 
     format_of(data)                      # "PNG", "HEIC", None ...
     raise not_an_image("a.png", data, ("PNG", "JPEG", "WEBP"))
@@ -39,11 +39,11 @@ _SIGNATURES = {
     b"%!PS": "PostScript",
 }
 _BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
-"""Sizes of the headers that follow the 14 bytes of a BMP file: "BM" alone also begins texts."""
+"""Sizes of the second header of a BMP file, after 14 bytes; they are checked because texts may also begin with "BM"."""
 _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "QuickTime"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
-"""Of files that begin with `ftyp`, the most special first; others are MP4."""
+"""Brands of files whose first box is `ftyp`, the most specific brand first; all other brands count as MP4."""
 _NOT_PICTURES = {
     b"version https://git-lfs": ("is a Git LFS pointer, not the picture", "fetch it with `git lfs pull`"),
     b"%PDF": ("is a PDF document", "export the page as PNG"),
@@ -56,11 +56,11 @@ _MARKUP = {
     b"<!doctype html": ("is a web page (HTML), not a picture", "download the picture itself"),
     b"<?xml": ("is an XML document, not a picture", "give the picture itself"),
 }
-"""Found anywhere near the start of a text that begins with `<`."""
+"""Marks that are searched in the first 1024 bytes of a text that begins with `<`."""
 
 
 def format_of(data: bytes) -> str | None:
-    """Pillow's name of a format that can be read, the usual name of another, None if the bytes are of none."""
+    """Return Pillow's name of a readable format, the usual name of another format, or None for unknown bytes."""
     if data.startswith(b"RIFF") and b"WEBP".startswith(data[8:12]):
         return "WEBP"
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BITMAP_HEADERS:
@@ -72,7 +72,7 @@ def format_of(data: bytes) -> str | None:
 
 
 def not_an_image(thing: str, data: bytes, formats: Sequence[str]) -> ImageError:
-    """The error for bytes of a format that is not allowed, or of none."""
+    """Return the error for bytes whose format is unknown or not allowed."""
     name, names = format_of(data), [name.replace("WEBP", "WebP") for name in formats]
     choice = " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
     if name is not None:
@@ -93,7 +93,7 @@ def _not_a_picture(data: bytes) -> tuple[str, str] | None:
 
 
 def broken(thing: str, data: bytes, error: BaseException) -> ImageError:
-    """The error for bytes of an allowed format that cannot be decoded: cut off, or damaged."""
+    """Return the error for bytes of an allowed format that cannot be decoded: truncated or damaged."""
     if ends_early(data) or "truncated" in str(error).lower():
         return ImageError(thing, "is cut off before its end", "give the whole file", reason="truncated")
     why = str(error).partition("\n")[0] or type(error).__name__
@@ -103,7 +103,7 @@ def broken(thing: str, data: bytes, error: BaseException) -> ImageError:
 
 
 def ends_early(data: bytes) -> bool:
-    """Whether the file lacks the end that its format always has."""
+    """Whether the file lacks the end marker or the length that its format requires."""
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     if data.startswith(b"\xff\xd8"):

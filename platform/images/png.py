@@ -1,9 +1,9 @@
-"""What of a PNG matters to its pixels (PNG specification, third edition), and its color profile.
+"""Reduce a PNG to the chunks that its pixels need (PNG specification, third edition), and read its color profile.
 
     pixels, profile = without_metadata(data, thing="a.png")
 
-Texts, times and previews in a file can be huge or damaged; none of them is a reason to refuse good pixels, so the
-decoder never sees them. Not here: decoding, see platform/images/codec.py.
+Texts, times and previews in a file can be huge or damaged although its pixels are good, so they are removed before
+decoding. Not here: decoding, see platform/images/codec.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from animediffusion.platform.errors import ImageError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PROFILE_BYTES = 8 * 2**20
-"""The profiles of printers have up to 4 MB."""
+"""Limit of a color profile; the profiles of printers have up to 4 MB."""
 _DECODED = (b"tRNS", b"eXIf")
-"""Ancillary chunks that say how pixels look; all critical chunks do."""
+"""Ancillary chunks that affect the pixels, as all critical chunks do."""
 _GRAY, _RGB, _PALETTE, GRAY_ALPHA = 0, 2, 3, 4
-"""Color types: the byte at 25."""
+"""Color types, stored in the byte at offset 25."""
 
 
 class Chunk(NamedTuple):
-    """One chunk: its name, where it starts and ends in the file, and whether the file ends within it."""
+    """One chunk: its name, its start and end in the file, and whether the file ends inside it (`cut`)."""
 
     name: bytes
     start: int
@@ -34,16 +34,16 @@ class Chunk(NamedTuple):
 
     @property
     def is_critical(self) -> bool:
-        """Whether the picture cannot be shown without it."""
+        """Whether the picture cannot be shown without this chunk."""
         return self.name[:1].isupper()
 
     def body(self, data: bytes) -> bytes:
-        """Its content."""
+        """Return the content of the chunk."""
         return data[self.start + 8 : self.end - 4]
 
 
 def chunks(data: bytes) -> Iterator[Chunk]:
-    """The chunks of a PNG up to IEND, or to the first bytes that are not a chunk."""
+    """Yield the chunks of a PNG up to IEND, or up to the first bytes that are not a chunk."""
     start, end = len(SIGNATURE), len(data)
     while start + 8 <= end:
         length, name = struct.unpack_from(">I4s", data, start)
@@ -57,9 +57,9 @@ def chunks(data: bytes) -> Iterator[Chunk]:
 
 
 def without_metadata(data: bytes, *, thing: str) -> tuple[bytes, bytes]:
-    """The file without what does not change its pixels, and the color profile in it, empty if there is none.
+    """Return the file without chunks that do not affect its pixels, and its color profile, empty if it has none.
 
-    Of an animation the first frame is left. An ancillary chunk with a wrong checksum is left out, as libpng does.
+    Only the first frame of an animation is kept. An ancillary chunk with a wrong checksum is removed, as in libpng.
 
     Raises:
         ImageError: if the checksum of a critical chunk is wrong.
@@ -95,7 +95,7 @@ def _is_intact(chunk: Chunk, view: memoryview) -> bool:
 
 
 def _profile(body: bytes) -> bytes:
-    """The profile in an iCCP chunk; empty if it is damaged or larger than any real one."""
+    """Return the profile in an iCCP chunk; empty if it is damaged or larger than MAX_PROFILE_BYTES."""
     try:
         found = zlib.decompressobj().decompress(body.partition(b"\0")[2][1:], MAX_PROFILE_BYTES + 1)
     except zlib.error:
@@ -104,9 +104,10 @@ def _profile(body: bytes) -> bytes:
 
 
 def _transparency(header: bytes, body: bytes) -> bytes:
-    """A tRNS chunk in the levels of the decoded pixels, empty if the pixels have no use for it.
+    """Convert a tRNS chunk to the levels of the decoded pixels; empty if the color type does not use tRNS.
 
-    Pillow scales gray of 2 and 4 bits to 255, and takes the high bytes of 16-bit RGB, but compares with what tRNS says.
+    Pillow scales gray of 2 and 4 bits to 255 and reduces 16-bit RGB to the high bytes, but it compares these pixels
+    with the unscaled levels of tRNS.
     """
     depth, color = header[8:10]
     if color == _PALETTE:
@@ -123,5 +124,5 @@ def _transparency(header: bytes, body: bytes) -> bytes:
 
 
 def chunk_bytes(name: bytes, body: bytes) -> bytes:
-    """A chunk as it is stored."""
+    """Encode a chunk: length, name, body and checksum."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
