@@ -1,7 +1,7 @@
-"""Addresses of files: local paths, file:// and s3:// URIs, read exactly or refused.
+"""Parse the addresses of files: local paths, file:// and s3:// URIs.
 
-In a URI, `?` begins options, so a ? in a name is written %3F, and a % is written %25. No part of an address is dropped.
-Not here: what is at an address, see storage.py.
+In a URI, `?` starts the options, so a ? in a name is written %3F and a % is written %25. An address with an invalid or
+unknown part is refused; no part is ignored. Not here: access to the files, see files.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FILE = re.compile(r"file:(?://(?P<host>[^/?]*))?(?P<path>/[^?]*)(?P<options>\?.
 
 
 class Location(NamedTuple):
-    """A parsed address; `bucket` is empty for a local path."""
+    """A parsed address; `bucket` is empty for a local path, and `path` starts with the bucket's name otherwise."""
 
     bucket: str
     path: str
@@ -37,7 +37,7 @@ def is_remote(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with path parts added, before its options where it has any; parts are taken literally."""
+    """Append path parts to the path of `uri` and keep its options; characters in the parts have no special meaning."""
     if not is_remote(uri):
         return str(Path(parse(uri).path).joinpath(*parts))
     base, mark, options = uri.partition("?")
@@ -46,10 +46,10 @@ def join(uri: str, *parts: str) -> str:
 
 
 def parse(uri: str) -> Location:
-    """The place that an address names.
+    """Parse an address.
 
     Raises:
-        StorageError: for an unknown scheme or option, credentials, no bucket, or an address that is not well formed.
+        StorageError: for an unknown scheme or option, credentials, a missing bucket, or a malformed address.
     """
     if not uri:
         raise StorageError("storage", "the path is empty", "give a local path or s3://bucket/path")
@@ -94,7 +94,7 @@ def _parse_s3(uri: str) -> Location:
 
 
 def _key(uri: str, quoted: str) -> str:
-    """The path in a bucket: empty, or / and a key without a slash at its end."""
+    """Return the path in a bucket: empty, or a slash and a key without a trailing slash."""
     try:
         key = unquote(quoted, errors="strict").removesuffix("/")
     except UnicodeDecodeError as error:
@@ -122,7 +122,7 @@ def _options(uri: str, bucket: str, text: str | None) -> dict[str, str]:
 
 
 def _endpoint(uri: str, options: dict[str, str]) -> str | None:
-    """The address of the store: the URI's, else the one that boto3 is configured with."""
+    """Return the store's address from the URI's options, else the address that boto3 is configured with."""
     given, scheme = options.get("endpoint_override"), options.get("scheme")
     if scheme is not None and (given is None or "://" in given or scheme not in ("http", "https")):
         raise StorageError(

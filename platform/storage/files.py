@@ -1,13 +1,13 @@
-"""Bytes and folders behind a local path or an s3:// URI.
+"""Read and write files and folders at local paths or s3:// URIs.
 
     write_bytes(join("s3://bucket/faces", "manifest.json"), data)
     for name in list_files("data/faces"): ...
 
-The endpoint is that of `?endpoint_override=` in a URI, else the one boto3 and with it MLflow are configured with:
-AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or the AWS profile. Credentials come from the environment or the machine, never
-from a URI. All errors are a StorageError that names the URI. A store
-that throttles, resets or stalls is asked again for a minute, then it is a StoreFailedError.
-Not here: what the bytes mean; how addresses are read, see addresses.py; how an S3 store is asked, see s3.py.
+The endpoint comes from `?endpoint_override=` in a URI, else from the configuration of boto3, which MLflow uses, too:
+AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile. Credentials come from the environment or the machine, never
+from a URI. All errors are a StorageError that names the URI. Requests to a store that throttles, resets or stalls are
+retried for PATIENCE_S, then a StoreFailedError is raised.
+Not here: the meaning of the bytes; the syntax of addresses, see addresses.py; S3 requests, see s3.py.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ __all__ = ["FileError", "StoreFailedError", "UnreachableError", "is_remote", "jo
 T = TypeVar("T")
 
 PATIENCE_S = 90.0
-"""Seconds for which a store that fails is asked again, enough for one that is away for a minute."""
+"""Seconds for which failed requests to a store are retried, enough to survive an outage of one minute."""
 PATIENCE_VARIABLE = "ANIMEDIFFUSION_STORAGE_PATIENCE_S"
-"""Sets another number of seconds."""
+"""Environment variable that overrides PATIENCE_S."""
 _LONGEST_PAUSE_S = 10.0
 _PARTIAL = ".part"
 
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
-"""Errors of the machine or of a mount, which any file would meet."""
+"""Errors of the machine or of a mount, which do not depend on the file."""
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The pyarrow filesystem that holds `uri`, and the path inside it.
+    """Return the pyarrow filesystem of `uri` and the path inside it.
 
     Raises:
-        StorageError: for an unknown scheme, credentials in the URI, no bucket, or a store that does not answer.
+        StorageError: for an unknown scheme, credentials in the URI, a missing bucket, or a store that does not answer.
     """
     location = parse(uri)
     if not location.bucket:
@@ -61,18 +61,18 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """The same place, meant the same from any working directory (Ray's workers have another one)."""
+    """Make a local path absolute, because Ray's workers have another working directory; an s3:// URI is unchanged."""
     return uri if is_remote(uri) else str(Path(parse(uri).path))
 
 
 def s3_object(uri: str) -> tuple[str, str, str | None, str | None]:
-    """(bucket, key, endpoint, region) of an s3:// URI, for what only boto3 can ask."""
+    """Return (bucket, key, endpoint, region) of an s3:// URI, for requests that only boto3 supports."""
     location = parse(uri)
     return location.bucket, location.path.removeprefix(f"{location.bucket}/"), location.endpoint, location.region
 
 
 def expect(*uris: str) -> None:
-    """Places that have answered, perhaps in another process: that they are silent now is a fault to wait out."""
+    """Mark stores as known to answer, perhaps to another process, so that their failures are retried."""
     for uri in uris:
         location = parse(uri)
         if location.bucket:
@@ -80,19 +80,19 @@ def expect(*uris: str) -> None:
 
 
 def patiently(uri: str, work: Callable[[fs.FileSystem, str], T]) -> T:
-    """What `work` returns for the filesystem and the path of `uri`, called again while the store fails.
+    """Return `work(filesystem, path)` for `uri`, and call `work` again while the store fails.
 
-    pyarrow repeats single requests for some seconds; this repeats the whole for PATIENCE_S, with pauses that
-    double up to 10 s, each at random length, so that a hundred workers do not come back together.
+    pyarrow retries single requests for some seconds. This function retries all of `work` for patience_s() seconds; the
+    pauses double up to 10 s and have a random length, so that a hundred workers do not retry at the same moment.
 
     Args:
-        uri: what is read or written, for messages too.
-        work: may be called several times, so it must not matter how far a call before came.
+        uri: address that is read or written; it is also named in error messages.
+        work: may be called several times, so it must be safe to repeat after a partial call.
 
     Raises:
         StoreFailedError: if the store still fails after that time.
-        UnreachableError: if it did not answer the very first question, in under 10 s.
-        StorageError: for all that waiting does not mend.
+        UnreachableError: if the store did not answer the first probe; this takes less than 10 s.
+        StorageError: for errors that a retry cannot fix.
     """
     files, path = filesystem(uri)
     patience, started, pause = patience_s(), time.monotonic(), 0.5
@@ -110,10 +110,10 @@ def patiently(uri: str, work: Callable[[fs.FileSystem, str], T]) -> T:
 
 
 def patience_s() -> float:
-    """Seconds for which a failing store is asked again, 0 or more.
+    """Return the seconds for which failed requests to a store are retried, 0 or more.
 
     Raises:
-        ConfigError: if the variable holds something else.
+        ConfigError: if the environment variable has an invalid value.
     """
     value = os.environ.get(PATIENCE_VARIABLE) or str(PATIENCE_S)
     try:
@@ -126,12 +126,12 @@ def patience_s() -> float:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file, or a folder with something in it, is there."""
+    """Whether a file or a folder exists; in an object store, only a folder that contains something exists."""
     return patiently(uri, lambda files, path: bool(files.get_file_info(path).type != fs.FileType.NotFound))
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content of one file."""
+    """Return the content of one file."""
 
     def read(files: fs.FileSystem, path: str) -> bytes:
         with files.open_input_stream(path) as stream:
@@ -141,7 +141,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
-    """Create or replace one file; a reader sees the old content or the new, never a part."""
+    """Create or replace one file; a reader sees either the old or the new content, never a part of it."""
 
     def write(files: fs.FileSystem, path: str) -> None:
         if is_remote(uri):
@@ -150,7 +150,7 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")  # not longer than the target's name may be
+        partial = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")  # the target's name may be too long for a suffix
         try:
             partial.write_bytes(data)
             os.replace(partial, target)
@@ -161,10 +161,10 @@ def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
 
 
 def survey(uri: str) -> Listing:
-    """Every file below a folder, hidden ones included, and what of it cannot be used.
+    """List all files below a folder, hidden files included, and the entries that cannot be used.
 
     Raises:
-        StorageError: if there is no such folder.
+        StorageError: if the folder does not exist.
     """
 
     def look(files: fs.FileSystem, path: str) -> Listing:
@@ -180,10 +180,10 @@ def survey(uri: str) -> Listing:
 
 
 def list_sizes(uri: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by path relative to it, sorted; hidden files included.
+    """Return the size in bytes of every file below a folder, hidden files included, sorted by relative path.
 
     Raises:
-        StorageError: if there is no such folder, or something in it cannot be listed.
+        StorageError: if the folder does not exist or an entry in it cannot be used.
     """
     found = survey(uri)
     for path, fault in found.faults.items():
@@ -192,12 +192,12 @@ def list_sizes(uri: str) -> dict[str, int]:
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of every file below a folder, relative to it, sorted."""
+    """Return the sorted relative paths of all files below a folder."""
     return list(list_sizes(uri))
 
 
 def delete(uri: str) -> None:
-    """Remove a file, or a folder with all that is in it; nothing happens when it is not there."""
+    """Delete a file, or a folder with its content; a missing file or folder is ignored."""
 
     def remove(files: fs.FileSystem, path: str) -> None:
         kind = files.get_file_info(path).type
@@ -210,31 +210,31 @@ def delete(uri: str) -> None:
 
 
 def is_partial(path: str) -> bool:
-    """Whether a file is what write_bytes() leaves when it is killed: nobody reads it."""
+    """Whether a file is an unfinished file that a killed write_bytes() left behind; such files are not read."""
     name = path.rpartition("/")[2]
     return name.startswith(".") and name.endswith(_PARTIAL)
 
 
 def download_folder(uri: str, local: Path) -> None:
-    """Copy every file below `uri` into a local folder."""
+    """Copy all files below `uri` into a local folder."""
     for name in list_files(uri):
         write_bytes(str(local / name), read_bytes(join(uri, name)))
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file of a local folder below `uri`."""
+    """Copy all files of a local folder to `uri`."""
     for name in list_files(str(local)):
         write_bytes(join(uri, name), (local / name).read_bytes())
 
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Any error of pyarrow or the system as a StorageError of one line."""
+    """Convert errors of pyarrow and of the system to a one-line StorageError."""
     try:
         yield
     except StorageError:
         raise
-    except UnicodeEncodeError as error:  # pyarrow
+    except UnicodeEncodeError as error:  # raised by pyarrow
         raise FileError(uri, "its name is not UTF-8", "rename it") from error
     except (OSError, pa.ArrowException) as error:
         raise _explain(uri, error) from error

@@ -1,4 +1,4 @@
-r"""Lists the files of a local folder: each once, links followed, whatever their names are.
+r"""List the files of a local folder: links are followed, each file is listed once, and any file name is accepted.
 
 listing = list_folder("drawings")
 listing.sizes            # {"a.png": 1200, "line/a.png": 300}
@@ -16,19 +16,19 @@ from typing import NamedTuple
 
 
 class Listing(NamedTuple):
-    """What is below a folder, by path relative to it."""
+    """The files below a folder and the entries that cannot be used, by path relative to the folder."""
 
     sizes: dict[str, int]
-    """Bytes of every file; 0 for a link that leads to nothing, which fails when it is read."""
+    """Size of every file in bytes; 0 for a broken link, which fails when it is read."""
     faults: dict[str, str]
-    """Files whose name is not UTF-8, written with escapes, and folders that cannot be opened, with a / at the end."""
+    """Problem of each unusable entry: a file with a name that is not UTF-8 (escaped), or a folder (ends with /)."""
 
 
 def list_folder(root: str) -> Listing:
-    """The files below a folder; pipes, sockets and devices are none.
+    """List the files below a folder, without pipes, sockets and devices.
 
-    A folder is entered once, by its own path if it has one below the root, else by the first link to it. A link to the
-    root or to a folder above it is not entered.
+    A folder that several paths lead to is listed once: by its own path if that is below the root, else by the first
+    link to it. Links to the root or to a folder above it are not followed.
 
     Raises:
         OSError: if the root itself cannot be opened.
@@ -45,18 +45,18 @@ def list_folder(root: str) -> Listing:
 
 
 def escaped(path: str) -> str:
-    """The path with escapes for bytes that are not UTF-8."""
+    """Return the path with escapes for bytes that are not UTF-8."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def reason(error: OSError) -> str:
-    """What the system says of an error, without the path."""
+    """Return the system's description of an error, without the path."""
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]
 
 
 class _Walk:
-    """The folders still to enter, links last, and what was found so far."""
+    """State of a listing: a queue of the folders to list, with links last, and the files found so far."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -65,7 +65,7 @@ class _Walk:
         self._known = {_identity(os.stat(place)) for place in Path(os.path.realpath(root)).parents}
 
     def enter(self, path: str) -> None:
-        """List one folder, unless it is known."""
+        """List one folder unless it was listed before."""
         place = os.path.join(self.root, path)
         identity = _identity(os.stat(place))
         if identity in self._known:
@@ -79,7 +79,7 @@ class _Walk:
         try:
             status = entry.stat()
         except OSError as error:
-            if entry.is_symlink() or error.errno != errno.ENOENT:  # gone since the folder was read
+            if entry.is_symlink() or error.errno != errno.ENOENT:  # else the file was deleted meanwhile
                 self._add(path, 0)
             return
         if stat.S_ISDIR(status.st_mode):

@@ -1,7 +1,7 @@
-"""The S3-compatible store behind a URI: its connection, the first question to it, and its errors as one line each.
+"""Connect to the S3-compatible store of a URI, probe it, and turn its errors into one line each.
 
-pyarrow repeats a failed request itself, with growing random pauses, for some seconds; what takes longer is
-storage.patiently()'s. Not here: URIs, bytes and folders, see platform/storage/files.py.
+pyarrow itself retries a failed request for some seconds, with growing random pauses; files.patiently() retries for
+longer. Not here: URIs, files and folders, see platform/storage/files.py.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Settings = tuple[tuple[str, str], ...]
 
 CONNECT_S = 3
 PROBE_S = 6
-"""The first question to a store must be answered in this time; later ones may take longer and are retried."""
+"""Timeout in seconds of the first request to a store; later requests may take longer and are retried."""
 STALLED_S = 15
-"""Seconds without a single byte after which a request is given up and made again."""
+"""Seconds without a single byte after which a request is aborted and retried."""
 ATTEMPTS = 5
-"""Of each request, by pyarrow: pauses of up to 1, 2, 4 and 8 s between them."""
+"""Number of times that pyarrow tries each request, with pauses of up to 1, 2, 4 and 8 s in between."""
 
 _BUSY = r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTL|TOO_MANY|HTTP status (429|500|502|503|504)"
 _SILENT = r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT"
-# The first answer to the end of an upload was lost; the upload itself is there or can be made again.
+# The response to the end of an upload was lost; the upload is complete or can be repeated.
 _LOST = r"NO_SUCH_UPLOAD|NoSuchUpload"
 _CREDENTIALS = r"INVALID_ACCESS_KEY|INVALID_CLIENT|SIGNATURE|InvalidAccessKeyId|CREDENTIALS|EXPIRED|ExpiredToken"
 _DENIED = r"ACCESS_DENIED|HTTP (status )?403|INVALID_OBJECT_STATE|InvalidObjectState"
@@ -42,34 +42,34 @@ _answered: set[tuple[str | None, str]] = set()
 
 
 class UnreachableError(StorageError):
-    """The store does not answer, or answers that it is too busy: no file can be blamed for it."""
+    """The store does not answer or is too busy, whatever the file."""
 
 
 class StoreFailedError(UnreachableError):
-    """A store that worked has failed for longer than we wait; the same command goes on later."""
+    """A store that answered before has failed for longer than the retry time; the same command resumes later."""
 
     exit_code = 1
 
 
 class FileError(StorageError):
-    """This one file is gone, or may not be read; others of the same store may be fine."""
+    """A single file is missing or cannot be accessed; other files of the same store may be usable."""
 
 
 def expect(endpoint: str | None, bucket: str) -> None:
-    """Ask no first question: another process had an answer, so that failures from now on are worth waiting for."""
+    """Skip the probe of a store that has answered another process, so that its failures are retried."""
     _answered.add((endpoint, bucket))
 
 
 def settings() -> Settings:
-    """The environment that decides what boto3 and pyarrow are configured with; a key for caches."""
+    """Return the environment variables that configure boto3 and pyarrow, as a key for caches."""
     return tuple(sorted((name, value) for name, value in os.environ.items() if name == "HOME" or name[:4] == "AWS_"))
 
 
 def configured(uri: str) -> tuple[str | None, str | None]:
-    """(endpoint, region) by AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile; the endpoint of AWS is None.
+    """Return (endpoint, region) of AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile; AWS's endpoint is None.
 
     Raises:
-        StorageError: the profile does not exist, or its file cannot be read.
+        StorageError: if the profile does not exist or its file cannot be read.
     """
     try:
         return _configured(settings())
@@ -87,24 +87,26 @@ def _configured(_: Settings) -> tuple[str | None, str | None]:
 
 
 def endpoint_source(endpoint: str) -> str:
-    """The setting that a configured endpoint comes from, for people."""
+    """Return the name of the setting that a configured endpoint comes from, for messages."""
     named = (name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name) == endpoint)
     return next(named, f"AWS profile {os.environ.get('AWS_PROFILE', 'default')}")
 
 
 @functools.lru_cache(maxsize=64)
 def connect(endpoint: str | None, region: str | None, bucket: str, environment: Settings) -> fs.FileSystem:  # noqa: ARG001
-    """A filesystem for one bucket, after one quick question; the environment is an argument so that new keys are used.
+    """Return a filesystem for one bucket after a quick probe of the store.
+
+    The environment is an argument so that changed credentials are not hidden by the cache.
 
     Raises:
-        OSError: as pyarrow words it; see explain().
+        OSError: an error of pyarrow, which explain() translates.
     """
     if endpoint:
-        # Off AWS the SDK would look for credentials at a link-local address, for seconds, before it gives up.
+        # Outside AWS, the SDK would spend seconds on looking for credentials at a link-local address.
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     if region is None:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
-    # Delayed open: a file below 10 MB is one request, not three.
+    # With delayed open, a file below 10 MB takes one request instead of three.
     options: dict[str, Any] = {
         "region": region,
         "endpoint_override": endpoint,
@@ -125,19 +127,19 @@ def _probe(files: fs.FileSystem, bucket: str) -> None:
         info = files.get_file_info(bucket)
     except OSError as error:
         if "ACCESS_DENIED" in str(error):
-            return  # a policy may allow the objects and not the question about the bucket
+            return  # a policy may allow access to the objects but not to the bucket itself
         if re.search(_BUSY, str(error)):
-            return  # it is there; the work itself is patient
+            return  # the store answers, and later requests are retried
         if not re.search(_SILENT, str(error)) or time.monotonic() - started > 1:
             raise
-        time.sleep(1)  # a store that is just restarting
+        time.sleep(1)  # the store may be restarting
         info = files.get_file_info(bucket)
     if info.type == fs.FileType.NotFound:
         raise OSError("NO_SUCH_BUCKET")
 
 
 def explain(uri: str, endpoint: str | None, bucket: str, error: Exception) -> StorageError:
-    """An error of pyarrow, about a file of a store, in our words."""
+    """Turn an error of pyarrow about a file in a store into a one-line StorageError."""
     message = " ".join(str(error).split())
     where = endpoint or "AWS S3"
     if "NO_SUCH_BUCKET" in message:
