@@ -1,7 +1,7 @@
-"""One at a time: who moves an alias waits for whoever is moving one now, on any machine.
+"""A cross-machine lock that serializes alias changes.
 
-MLflow has no locks, but names of registered models are unique in every store: whoever creates `NAME-turn` has the
-turn, and deletes it afterwards.
+MLflow has no locks, but the names of registered models are unique in every store. The process that creates the
+registered model `NAME-turn` holds the lock and deletes the model afterwards.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.tracking import run as tracking
 
 STALE_S = 30.0
-"""A turn takes a second or two. One that lasts this long belongs to a process that was killed, and is taken over."""
+"""A lock is held for a second or two. A lock that is held this long belongs to a killed process and is taken over."""
 _POLL_S = (0.1, 0.3)
 
 
 @contextmanager
 def turn(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
-    """Hold the turn for the block inside.
+    """Hold the lock while the block runs.
 
     Args:
-        registry: whose aliases are to be moved.
-        stale_s: how long the same holder is waited for.
+        registry: the registry whose aliases are to be changed.
+        stale_s: seconds after which a lock with the same holder is taken over.
 
     Raises:
-        RegistryError: the store does not answer, or refuses.
+        RegistryError: if the store does not answer or refuses the lock.
     """
     name = f"{registry.name}-turn"
     try:
@@ -42,7 +42,7 @@ def turn(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(MlflowException):  # what was done in the turn is done; the next one takes a stale one over
+        with suppress(MlflowException):  # the block's work is done; the next process takes over a stale lock
             registry.client.delete_registered_model(name)
 
 
@@ -65,16 +65,16 @@ def _take(registry: Registry, name: str, stale_s: float) -> None:
 
 
 def _end(registry: Registry, name: str) -> None:
-    """End the turn of somebody who is gone; refused where the model is another user's, which then is the error."""
+    """Delete the lock of a process that has ended; raises if the store refuses, as it does for another user's model."""
     try:
         registry.client.delete_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another one who waited was first
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else another waiting process deleted it
             raise
 
 
 def _created(registry: Registry, name: str) -> int | None:
-    """When the present holder took the turn, by the store's clock; None where it was given back meanwhile."""
+    """Return when the current lock was created, by the store's clock; None if it was released meanwhile."""
     try:
         return int(registry.client.get_registered_model(name).creation_timestamp)
     except MlflowException:

@@ -1,6 +1,7 @@
-"""Who moved which alias, or how much of the traffic, when and why: one MLflow run per event, never changed afterwards.
+"""Audit log of alias and traffic changes: one MLflow run per event, which is never changed afterwards.
 
-MLflow keeps no history of aliases itself. The runs work on every backend and show in its page, too.
+An event records who changed what, when and why. MLflow itself keeps no history of aliases. Runs work with every backend
+and are visible in MLflow's UI.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ EXPERIMENT = "animediffusion-promotions"
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One move of an alias, or another share for the challenger."""
+    """One change of an alias or of the challenger's share of the requests."""
 
     action: str
     """promote, rollback or canary."""
     alias: str
     previous: int | None
-    """The version the alias pointed at before."""
+    """The version that the alias pointed at before the event."""
     version: int
-    """The version it points at since."""
+    """The version that the alias points at after the event."""
     user: str
     reason: str
     forced: bool
@@ -42,10 +43,10 @@ class Event:
     metrics: dict[str, float]
     run: str
     percent: int | None = None
-    """Of the requests, for the challenger from then on; of a canary only."""
+    """The challenger's new percentage of the requests; None unless the action is canary."""
 
     def summary(self) -> dict[str, Any]:
-        """The fields of `models history --json`."""
+        """Return the fields of `models history --json`."""
         return {
             "action": self.action,
             "from": self.previous,
@@ -73,7 +74,7 @@ def recorded(
     metrics: dict[str, float] | None = None,
     percent: int | None = None,
 ) -> Iterator[str]:
-    """Write the event around the act: its run is FINISHED only if the block inside was.
+    """Record an event before the block runs; its MLflow run becomes FINISHED only if the block succeeds.
 
     Yields:
         The id of the event's run.
@@ -108,7 +109,7 @@ def recorded(
 
 
 def read(registry: Registry, alias: str | None = None) -> list[Event]:
-    """Events of this model that took effect, the oldest first; of one alias, or of all."""
+    """Return the events of this model that took effect, oldest first, for one alias or for all."""
     try:
         experiment = registry.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
@@ -125,7 +126,7 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
 
 
 def stack(events: list[Event]) -> list[int]:
-    """The versions an alias stood at, the present one last: promote pushes, rollback pops, a canary moves nothing."""
+    """Return the versions of an alias, the current one last: promote pushes, rollback pops, canary does nothing."""
     versions: list[int] = []
     for event in events:
         if event.action == "canary":
@@ -139,7 +140,7 @@ def stack(events: list[Event]) -> list[int]:
 
 
 def user_name() -> str:
-    """The name to sign events with; a container may have a user without one."""
+    """Return the user's name for events, or the uid if the user has no name, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -1,9 +1,10 @@
-"""Model versions in MLflow: register a bundle folder, find a version, bring it here, point an alias at it.
+"""Model versions in MLflow: register a bundle folder, find a version, download it, point an alias at it.
 
-A version is a folder of plain files without any pickle: the bundle, what makes it an MLflow model (flavor.py), and what
-the caller adds to tell of it. It has the tags `sha256`, `parent` and one `evaluation.*` per data set it was measured
-on. torch is not needed: who fetches a bundle checks it by loading it. Not here: who promoted what and why, see
-`animediffusion.platform.registry.audit_log`; the gate, see `pipelines/release/promote.py`.
+A version is a folder of plain files without any pickle: the bundle, the files that make it an MLflow model
+(pyfunc_flavor.py), and files that the caller adds. It has the tags `sha256` and `parent`, and one tag `evaluation.*`
+for each data set that it was evaluated on. This module does not need torch: the caller checks a fetched bundle by
+loading it. Not here: the history of promotions, see `animediffusion.platform.registry.audit_log`; the checks before a
+promotion, see `pipelines/release/promote.py`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from animediffusion.platform.tracking import run as tracking
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")
 MODELS = "animediffusion-models"
-"""Experiment of versions that no training run made, an imported bundle for example."""
+"""Experiment for versions without a training run, for example an imported bundle."""
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
 _READY_SECONDS = 60
 
 
 class Registry:
-    """Versions of one registered model, in the embedded MLflow or behind MLFLOW_TRACKING_URI."""
+    """Versions of one registered model, in the embedded MLflow or on the server of MLFLOW_TRACKING_URI."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -71,16 +72,16 @@ class Registry:
         tags: dict[str, str] | None = None,
         files: dict[str, bytes] | None = None,
     ) -> int:
-        """Upload a bundle folder and make it the next version; returns its number.
+        """Upload a bundle folder and register it as the next version; return the version's number.
 
         Args:
             folder: a bundle whose hash the caller has checked.
             sha256: identity of the bundle.
-            run_id: the run that made it; a run of its own if None.
-            parent: the version it comes from.
-            metrics: its metrics.json.
+            run_id: the run that made the bundle; a new run is created if None.
+            parent: the version that this version was made from.
+            metrics: content of the bundle's metrics.json.
             tags: further tags of the version.
-            files: further files to keep with it, by name.
+            files: further files to store with the version, by name.
         """
         all_tags = {"sha256": sha256, **(tags or {}), **evaluation_tags(metrics or {}, own=True)}
         if parent is not None:
@@ -90,7 +91,7 @@ class Registry:
             model = self._upload(folder, run_id, sha256, files or {})
             self._log_headline(run_id, model.model_id, metrics or {})
             self._create_registered_model()
-            # Not models:/ID: the embedded store would look that up in the global tracking URI, not in ours.
+            # Not models:/ID: the embedded store would look this URI up in the global tracking URI, not in ours.
             version = self.client.create_model_version(
                 self.name,
                 source=model.artifact_location,
@@ -102,7 +103,7 @@ class Registry:
         return int(version.version)
 
     def versions(self) -> list[Version]:
-        """All versions, the newest first; empty where nothing was registered yet."""
+        """Return all versions, newest first; empty if nothing is registered yet."""
         with self._reported("listing versions"):
             aliases = self._aliases()
             if aliases is None:
@@ -111,10 +112,10 @@ class Registry:
         return sorted((read_version(item, aliases) for item in found), key=lambda v: -v.version)
 
     def get(self, reference: str | int) -> Version:
-        """The version that a number, an alias, `models:/NAME@alias` or `models:/NAME/3` means.
+        """Return the version of a number, an alias, `models:/NAME@alias` or `models:/NAME/3`.
 
         Raises:
-            RegistryError: listing the versions and aliases that exist.
+            RegistryError: if the version does not exist; the message lists the existing versions and aliases.
         """
         wanted = _selector(str(reference), self.name)
         with self._reported(str(reference)):
@@ -126,27 +127,27 @@ class Registry:
         return read_version(found, aliases)
 
     def find(self, sha256: str) -> Version | None:
-        """The version of a bundle with this identity, or None."""
+        """Return the version whose bundle has this identity, or None."""
         return next((version for version in self.versions() if version.sha256 == sha256), None)
 
     def reference(self, model: str) -> str:
-        """`models:/NAME/3` for a bare number, `models:/NAME@champion` for a bare alias; all else as it is."""
+        """Expand a bare number to `models:/NAME/3` and a bare alias to `models:/NAME@champion`; keep any other text."""
         if model.isdecimal():
             return f"models:/{self.name}/{model}"
         return f"models:/{self.name}@{model}" if model in ALIASES else model
 
     def fetch(self, model: str | Path, cache_dir: Path | None = None, *, averages: bool = False) -> Path:
-        """The local folder of a bundle, downloaded once per version.
+        """Return the local folder of a bundle; a version is downloaded only once.
 
         Args:
-            model: a bundle folder, the URI of one (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
-            cache_dir: parent of downloads, WORKSPACE/cache if None.
-            averages: of a version, bring also the file that coloring does not need, where it has one.
+            model: a bundle folder, the URI of a bundle folder (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
+            cache_dir: parent folder of downloads, WORKSPACE/cache if None.
+            averages: also download a version's averages.safetensors, which coloring does not need, if it has that file.
 
         Raises:
-            BundleError: no such folder.
-            RegistryError: no such version or alias.
-            StorageError: the URI cannot be read.
+            BundleError: if the folder does not exist, or the downloaded files are damaged.
+            RegistryError: if the version or alias does not exist.
+            StorageError: if the URI cannot be read.
         """
         if not str(model).startswith("models:"):
             return fetch_folder(model, cache_dir or cache_folder(self.settings))
@@ -161,7 +162,7 @@ class Registry:
         return destination
 
     def forget(self, model: str) -> None:
-        """Remove the local copy of a version, so that the next `fetch` downloads it again."""
+        """Delete the local copy of a version, so that the next fetch() downloads it again."""
         shutil.rmtree(self._cached(self.get(model)), ignore_errors=True)
 
     def _cached(self, version: Version, cache_dir: Path | None = None) -> Path:
@@ -169,7 +170,7 @@ class Registry:
         return cache / version.name / f"{version.version}-{version.sha256[:12]}"
 
     def _download(self, version: int, folder: Path) -> None:
-        """Download a version's bundle without the files kept aside; raises where it is not whole."""
+        """Download a version's bundle without the files in ASIDE; raises if the bundle is incomplete or damaged."""
         held, location = self.file_names(version), self.location(version)
         if "checksums.json" in held:
             self._bring(location, "checksums.json", folder)
@@ -203,28 +204,28 @@ class Registry:
         return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
 
     def location(self, version: int) -> str:
-        """URI of the folder that holds a version's files."""
-        # Not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
+        """Return the URI of the folder with a version's files."""
+        # The result is not models:/NAME/3: MLflow would look that up in its global tracking URI, not in ours.
         with self._reported(f"version {version}"):
             location = str(self.client.get_model_version_download_uri(self.name, str(version)))
         is_embedded = tracking.is_embedded(self.settings)
         return embedded.relocated(location, self.settings.artifact_root) if is_embedded else location
 
     def read_file(self, version: int, name: str) -> bytes | None:
-        """A file of a version's folder that is not the bundle's; None where it has no such file."""
+        """Return the content of a version's file, for files that are not part of the bundle; None if it is missing."""
         with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
             if name not in self.file_names(version):
                 return None
             return self._bring(self.location(version), name, Path(folder)).read_bytes()
 
     def file_names(self, version: int) -> set[str]:
-        """Names of the files in a version's folder."""
+        """Return the names of the files in a version's folder."""
         with self._reported(f"version {version}"):
             held = mlflow.artifacts.list_artifacts(self.location(version), tracking_uri=self.tracking_uri)
         return {Path(item.path).name for item in held}
 
     def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
-        """Remember what `evaluate` found for a version, so that the promotion gate can compare it."""
+        """Store an evaluation of a version in its tags, so that a promotion can compare versions."""
         with self._reported(f"version {version}"):
             for key, value in evaluation_tags(result, own=False).items():
                 self.client.set_model_version_tag(self.name, str(version), key, value)
@@ -240,13 +241,13 @@ class Registry:
             self.client.set_registered_model_alias(self.name, alias, str(version))
 
     def alias(self, alias: str) -> int | None:
-        """The version an alias points at, or None."""
+        """Return the version that an alias points at, or None."""
         with self._reported(f"alias {alias}"):
             version = (self._aliases() or {}).get(alias)
         return int(version) if version is not None else None
 
     def _aliases(self) -> dict[str, str] | None:
-        """Alias -> version; None where the registered model does not exist."""
+        """Return the version of each alias; None if the registered model does not exist."""
         try:
             return dict(self.client.get_registered_model(self.name).aliases)
         except MlflowException as error:
@@ -273,7 +274,7 @@ class Registry:
                 return found
 
     def _own_run(self, folder: Path) -> str:
-        """A run that stands for the registration of a bundle which no run here made."""
+        """Create a run for the registration of a bundle that was made without a run in this store."""
         experiment = tracking.experiment_id(self.client, MODELS, tracking.artifact_root(self.settings))
         run_id = str(self.client.create_run(experiment, run_name=f"register {folder.name}").info.run_id)
         self.client.set_terminated(run_id)
@@ -328,14 +329,14 @@ class Registry:
         except MlflowException as error:
             found = f"{tracking.place(self.tracking_uri)} refused ({tracking.first_line(error)})"
             raise RegistryError(thing, found, "see `animediffusion doctor`") from error
-        except (OSError, BotoCoreError, ClientError) as error:  # of the disk, the network or the store of artifacts
+        except (OSError, BotoCoreError, ClientError) as error:  # disk, network or artifact store
             raise RegistryError(
                 thing, f"failed ({tracking.first_line(error)})", "see `animediffusion doctor`"
             ) from error
 
 
 def _selector(reference: str, name: str) -> str:
-    """A version number or an alias, out of any form a user may write."""
+    """Extract the version number or the alias from a reference that a user wrote."""
     if not reference.startswith("models:"):
         return reference
     match = _REFERENCE.fullmatch(reference)

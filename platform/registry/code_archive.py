@@ -1,8 +1,8 @@
-"""The part of this package that colors a picture, as files that run without the rest of it.
+"""Collect the modules that color a picture, as files that run without the rest of this package.
 
-An exported model and a registered version carry these modules along: those that serve/standalone.py imports, found by
-reading import statements, so that the list cannot grow old. They need torch, safetensors, numpy and pillow. Nothing
-is imported here.
+An exported model and a registered version contain these modules. The list is found by reading the import statements of
+serve/standalone.py and of the modules that it imports, so it is always up to date. The modules need torch, safetensors,
+numpy and pillow; collecting them imports none of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import animediffusion
 
 ENTRY = "animediffusion.serve.standalone"
 NEEDS = ("torch", "safetensors", "numpy", "pillow")
-"""What the modules import besides the standard library, by the names of their distributions."""
+"""Distributions that the modules import in addition to the standard library."""
 
 _PACKAGE = Path(animediffusion.__file__).parent
 
 
 def modules() -> dict[str, Path]:
-    """Archive name ("animediffusion/models/diffusion/path.py") to file, of every module that `ENTRY` reaches."""
+    """Return the file of each module that `ENTRY` imports, by archive name ("animediffusion/models/bundle.py")."""
     found: dict[str, Path] = {"animediffusion/__init__.py": _PACKAGE / "__init__.py"}
     waiting = [ENTRY]
     while waiting:
@@ -38,17 +38,17 @@ def modules() -> dict[str, Path]:
 
 
 def copy_modules(folder: Path) -> None:
-    """Write the modules under a folder, which put on sys.path makes `animediffusion` importable."""
+    """Copy the modules into a folder; with this folder on sys.path, `animediffusion` can be imported."""
     for name, path in modules().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(path.read_bytes())
 
 
 def zip_modules(file: Path) -> None:
-    """The same as one zip file, from which Python imports as well; equal modules make equal bytes."""
+    """Write the modules to one zip file that Python can import from; equal modules give equal bytes."""
     with zipfile.ZipFile(file, "w") as archive:
         found = modules()
-        # Folders without __init__.py are packages in a zip only where it names them.
+        # zipimport finds a folder without __init__.py only if the archive has an entry for it.
         for folder in sorted({f"{parent}/" for name in found for parent in PurePosixPath(name).parents if parent.name}):
             archive.writestr(zipfile.ZipInfo(folder), b"")
         for name, path in found.items():
@@ -56,17 +56,17 @@ def zip_modules(file: Path) -> None:
 
 
 def source(name: str) -> bytes:
-    """The text of a file of this package, "serve/mlflow_model.py" for example."""
+    """Return the content of a file of this package, for example "serve/mlflow_model.py"."""
     return (_PACKAGE / name).read_bytes()
 
 
 def requirements(*more: str) -> str:
-    """A requirements.txt: the versions that are installed here, without local labels such as +cpu."""
+    """Return a requirements.txt with the installed versions, without local labels such as +cpu."""
     return "".join(f"{name}=={importlib.metadata.version(name).partition('+')[0]}\n" for name in (*more, *NEEDS))
 
 
 def _file(module: str) -> Path | None:
-    """Where a module of this package lies; None for others, and for names that are no module."""
+    """Return the file of a module of this package; None for other packages and for names that are not modules."""
     top, *parts = module.split(".")
     if top != "animediffusion" or not parts:
         return None
@@ -80,5 +80,5 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            # `from animediffusion.models import authors` names a module, too.
+            # In `from animediffusion.models import bundle`, the imported name is a module, too.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)

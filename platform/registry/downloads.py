@@ -1,6 +1,6 @@
-"""Folders that are downloaded: where they are kept, and how each appears whole or not at all.
+"""Download folders into a cache so that each folder appears completely or not at all.
 
-Not here: which files a registered version has, see registry.py.
+Not here: the files of a registered version, see client.py.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from animediffusion.platform.storage import files as storage
 
 @functools.cache
 def _own_cache() -> tempfile.TemporaryDirectory[str]:
-    """A cache of this process alone, removed at its end."""
+    """Return a cache folder for this process only, which is deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="animediffusion-cache-")
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Parent of downloads: WORKSPACE/cache, or a temporary folder where the workspace cannot be written."""
+    """Return the parent folder of downloads: WORKSPACE/cache, or a temporary folder if the workspace is read-only."""
     cache = settings.workspace / "cache"
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return cache if os.access(existing, os.W_OK) else Path(_own_cache().name)
 
 
 def fetch_folder(model: str | Path, cache: Path) -> Path:
-    """The local folder of a bundle given by path or URI; a URI is downloaded each time, as it may have changed."""
+    """Return the local folder of a bundle; a URI is downloaded each time, because its content may have changed."""
     if is_uri(str(model)) and not str(model).startswith("file:"):
         destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
         with whole_folder(destination) as temporary:
@@ -48,7 +48,7 @@ def fetch_folder(model: str | Path, cache: Path) -> Path:
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its place in one rename; another process may do the same at the same time."""
+    """Yield a temporary folder and rename it to `destination` at the end; several processes may do so concurrently."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:

@@ -1,4 +1,4 @@
-"""A registered bundle, and how MLflow's tags carry what is known of it."""
+"""A registered bundle, and the encoding of its evaluations as MLflow tags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 _EVALUATION = "evaluation."
 
 ASIDE = frozenset({"averages.safetensors"})
-"""Files of a bundle that coloring does not need (models/bundle.py): large, and brought here only where asked for."""
+"""Large files of a bundle that coloring does not need (models/bundle.py); they are downloaded only on request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +23,26 @@ class Version:
     version: int
     aliases: list[str]
     parent: int | None
-    """The version whose weights this one started from or shares."""
+    """The version whose weights this version started from or shares."""
     run: str | None
-    """MLflow run that made it, or that registered it where it came from elsewhere."""
+    """MLflow run that made the bundle, or that registered it if it was made elsewhere."""
     sha256: str
     created: str
-    """ISO 8601, UTC."""
+    """Time of registration, ISO 8601, UTC."""
     metrics: dict[str, Any]
-    """metrics.json of the bundle, else an evaluation made later; empty where there is none."""
+    """metrics.json of the bundle, else a later evaluation; empty if the version was never evaluated."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Every evaluation known of it, the bundle's own first: objects as `evaluate` prints them."""
+    """All evaluations of the version, the bundle's own first, in the format that `evaluate` prints."""
     tags: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The fields that `models list --json` prints."""
+        """Return the fields that `models list --json` prints."""
         keys = ("version", "aliases", "parent", "run", "sha256", "created", "metrics")
         return {key: value for key, value in asdict(self).items() if key in keys}
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation as flat metrics, `same.psnr` and so on."""
+    """Return the numbers of an evaluation as flat metrics such as `same.psnr`."""
     return {
         f"{track}.{name}": float(value)
         for track, values in (metrics.get("tracks") or {}).items()
@@ -52,7 +52,7 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def read_version(item: Any, aliases: dict[str, str]) -> Version:
-    """A Version from MLflow's ModelVersion and the aliases of its model."""
+    """Return the Version for MLflow's ModelVersion and the aliases of its model."""
     tags = dict(item.tags or {})
     evaluations = _evaluations(tags)
     own = json.loads(tags["metrics"]) if "metrics" in tags else {}
@@ -76,7 +76,7 @@ def _evaluations(tags: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
-    """Tags that carry an evaluation: `metrics` for the bundle's own, else one per data set."""
+    """Encode an evaluation as tags: `metrics` for the bundle's own evaluation, else one tag per data set and split."""
     if not metrics:
         return {}
     text = json.dumps(metrics, sort_keys=True)
@@ -86,13 +86,13 @@ def evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
 
 
 def bundle_files(folder: Path) -> list[Path]:
-    """The files that a bundle's checksums.json names, and itself; all files where there is no such list."""
+    """Return checksums.json and the files that it lists; all files of the bundle if checksums.json is missing."""
     names = listed(folder)
     return [path for path in folder.iterdir() if path.is_file() and (names is None or path.name in names)]
 
 
 def listed(folder: Path) -> set[str] | None:
-    """Names of the files of a bundle by its checksums.json, which is one of them; None where there is no such list."""
+    """Return the file names in a bundle's checksums.json and the name of that file; None if it cannot be read."""
     try:
         return {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
     except (OSError, ValueError, TypeError):
@@ -100,9 +100,9 @@ def listed(folder: Path) -> set[str] | None:
 
 
 def damage(folder: Path) -> str | None:
-    """Description of the first file of a bundle that is missing or changed; None where all are whole.
+    """Describe the first missing or changed file of a bundle; None if all files are intact.
 
-    A folder without checksums.json is whole if it has any file.
+    A folder without checksums.json counts as intact if it is not empty. Files in ASIDE are not checked.
     """
     names = listed(folder)
     if names is None and (folder / "checksums.json").exists():
@@ -114,7 +114,7 @@ def damage(folder: Path) -> str | None:
 
 
 def difference(file: Path, folder: Path) -> str | None:
-    """How a file differs from the one of its name in the checksums.json of `folder`; None where it does not."""
+    """Describe how a file differs from its checksum in the checksums.json of `folder`; None if it does not differ."""
     if not file.is_file():
         return f"{file.name} is missing"
     with file.open("rb") as opened:

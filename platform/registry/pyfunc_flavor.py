@@ -1,8 +1,8 @@
-"""What makes a registered bundle an MLflow model that any client can load and ask, without a pickle.
+"""Write the files that make a registered bundle an MLflow model, which any client can load and call without a pickle.
 
-Beside the bundle's files a version holds MLmodel (what MLflow reads first), model.py ("models from code": a copy of
-serve/mlflow_model.py), code.zip (the modules it needs), requirements.txt and python_env.yaml. docs/registry.md shows
-how such a model is asked. Not here: the upload, see registry.py.
+In addition to the bundle's files, a version contains MLmodel (the file that MLflow reads first), model.py ("models from
+code": a copy of serve/mlflow_model.py), code.zip (the modules that model.py needs), requirements.txt and
+python_env.yaml. docs/registry.md shows how to call such a model. Not here: the upload, see client.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _LOADER = "mlflow.pyfunc.loaders.code_model"
 
 
 def write_flavor(folder: Path, *, model_id: str, run_id: str) -> None:
-    """Write the files that are to lie beside those of a bundle.
+    """Write the files that are stored in addition to the bundle's files.
 
     Args:
-        folder: an empty folder.
-        model_id: MLflow's logged model.
-        run_id: the run that made it.
+        folder: an empty folder to write to.
+        model_id: id of MLflow's logged model.
+        run_id: the run that made the model.
     """
     portable.zip_modules(folder / CODE)
     (folder / SCRIPT).write_bytes(portable.source(_SOURCE))
@@ -48,7 +48,10 @@ def write_flavor(folder: Path, *, model_id: str, run_id: str) -> None:
 
 
 def signature() -> ModelSignature:
-    """Columns `sketch` and `reference` in, `image` and `color_layer` out, all bytes of image files; and parameters."""
+    """Return the inputs `sketch` and `reference`, the outputs `image` and `color_layer`, and the parameters of a call.
+
+    All columns contain the bytes of image files.
+    """
     return ModelSignature(
         inputs=Schema([ColSpec("binary", "sketch"), ColSpec("binary", "reference")]),
         outputs=Schema([ColSpec("binary", "image"), ColSpec("binary", "color_layer")]),

@@ -1,9 +1,9 @@
-"""Which versions should answer, and what share of the requests each gets: the registry's aliases and one tag.
+"""The split of the requests between champion and challenger, stored in the registry.
 
-Champion and challenger are aliases, the challenger's percentage is the tag `challenger_percent` of the registered
-model. One question to MLflow brings all three, so that nobody sees half of a change.
-Not here: who may change it and how that is written down, see pipelines/release/canary.py; who acts on it, see
-serve/replica/versions.py.
+Champion and challenger are aliases; the challenger's percentage is the tag `challenger_percent` of the registered
+model. One request to MLflow reads all three, so no reader sees half of a change.
+Not here: changes of the split and their audit log, see pipelines/release/canary.py; the replicas that apply the split,
+see serve/replica/model_source.py.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What the registry asks of servers."""
+    """The traffic split that servers should apply."""
 
     champion: int | None = None
     challenger: int | None = None
     percent: int = 0
-    """Of the requests, for the challenger; 0 to 100."""
+    """The challenger's percentage of the requests, 0 to 100."""
 
     @property
     def is_canary(self) -> bool:
-        """True if a challenger beside the champion gets requests."""
+        """Whether a challenger that differs from the champion gets requests."""
         return self.percent > 0 and None not in (self.champion, self.challenger) and self.champion != self.challenger
 
     @property
     def shares(self) -> dict[int, float]:
-        """Version -> share of the requests, 1 together, the challenger first; empty without a champion."""
+        """Share of the requests per version, challenger first, with sum 1; empty if there is no champion."""
         if self.champion is None:
             return {}
         if not self.is_canary or self.challenger is None:
@@ -48,10 +48,10 @@ class Traffic:
 
 
 def read(registry: Registry) -> Traffic:
-    """What is asked now; nothing where nothing is registered yet.
+    """Read the current traffic split; it has no versions if nothing is registered yet.
 
     Raises:
-        RegistryError: MLflow does not answer.
+        RegistryError: if MLflow does not answer.
     """
     try:
         model = registry.client.get_registered_model(registry.name)
@@ -65,7 +65,7 @@ def read(registry: Registry) -> Traffic:
 
 
 def set_percent(registry: Registry, percent: int) -> None:
-    """Set the challenger's percentage, in one atomic step."""
+    """Set the challenger's percentage atomically."""
     try:
         registry.client.set_registered_model_tag(registry.name, PERCENT_TAG, str(percent))
     except MlflowException as error:
@@ -73,7 +73,7 @@ def set_percent(registry: Registry, percent: int) -> None:
 
 
 def _percent(text: str) -> int:
-    """A tag that somebody wrote by hand must not stop a server: what is no percentage counts as none."""
+    """Parse the tag. An invalid value, perhaps written by hand, counts as 0 because it must not stop a server."""
     if text.isdecimal() and int(text) <= 100:
         return int(text)
     log.warning("the tag %s is %r, not 0 to 100: no canary", PERCENT_TAG, text)
