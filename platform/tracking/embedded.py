@@ -1,8 +1,8 @@
 """The embedded MLflow store: a SQLite database and a folder of artifacts, both in the workspace.
 
 MLflow stores absolute artifact URIs in the database. A workspace may be moved, copied or mounted elsewhere, so the URIs
-are corrected when the database is opened: a copy works, and never writes to its original.
-Not here: what is recorded, see tracking.py; the address of the database, see `config.sqlite_uri`.
+are corrected when the database is opened: a copied workspace works and never writes to its original.
+Not here: the recorded data, see run.py; the address of the database, see `config.sqlite_uri`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _COLUMNS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Where MLflow keeps artifact URIs."""
+"""Tables and columns in which MLflow stores artifact URIs."""
 _OURS = re.compile(r"file://.*/artifacts/(animediffusion-[^/]+(?:/.*)?)")
-"""The URI of an artifact folder in a workspace; the experiments of this package begin with its name."""
+"""URI of an artifact folder in a workspace; the names of our experiments begin with the package's name."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def database(tracking_uri: str) -> Path | None:
-    """The file of a SQLite database; None for a server, another database, or one in memory."""
+    """Return the file of a SQLite database; None for a server, another database, or a database in memory."""
     try:
         url = make_url(tracking_uri)
     except ArgumentError:
@@ -45,9 +45,9 @@ def database(tracking_uri: str) -> Path | None:
 
 @contextmanager
 def one_creator(tracking_uri: str) -> Iterator[None]:
-    """Hold a lock while a SQLite database may be created: MLflow's own start fails when two processes do it at once.
+    """Hold a lock while a SQLite database may be created, because MLflow fails if two processes create it concurrently.
 
-    A database that exists in a folder that cannot be written is read without the lock.
+    An existing database in a read-only folder is opened without the lock.
     """
     file = database(tracking_uri)
     lock = None if file is None else _lock(file)
@@ -55,7 +55,7 @@ def one_creator(tracking_uri: str) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            os.close(lock)  # releases the lock, too
+            os.close(lock)  # also releases the lock
 
 
 def _lock(file: Path) -> int | None:
@@ -71,7 +71,7 @@ def _lock(file: Path) -> int | None:
 
 
 def relocated(uri: str, artifacts: Path) -> str:
-    """An artifact URI of any workspace, as it is in the workspace with this artifact folder; other URIs as they are."""
+    """Move an artifact URI of any workspace to the given artifact folder; other URIs are returned unchanged."""
     match = _OURS.fullmatch(uri)
     return f"{artifacts.as_uri()}/{match[1]}" if match else uri
 
@@ -79,11 +79,11 @@ def relocated(uri: str, artifacts: Path) -> str:
 def relocate(file: Path, artifacts: Path) -> None:
     """Correct the artifact URIs of a database whose workspace was moved or copied.
 
-    Where the database cannot be written, nothing is: `relocated` then gives the place of what is read.
+    A read-only database stays unchanged; readers then correct each URI with relocated().
 
     Args:
         file: the database of the workspace.
-        artifacts: absolute artifact folder of the same workspace.
+        artifacts: absolute path of the same workspace's artifact folder.
     """
     with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
         stored = [uri for (uri,) in connection.execute("SELECT artifact_location FROM experiments") if uri]
@@ -99,7 +99,7 @@ def relocate(file: Path, artifacts: Path) -> None:
 
 
 def _is_elsewhere(uri: str, artifacts: Path) -> bool:
-    """Whether an experiment's folder is in another workspace; a link to this one is this one."""
+    """Whether an experiment's folder is in another workspace; a link to this workspace does not count as another."""
     here = relocated(uri, artifacts)
     if here == uri:
         return False

@@ -1,4 +1,4 @@
-"""What is recorded of a run, as entries that can wait in a file, and how each kind is sent to MLflow.
+"""Records of a run as entries that can be stored in a file, and how each kind is sent to MLflow.
 
 {"metric": [key, value, milliseconds, step]}    {"tags": {...}}    {"artifact": path, "folder": name or None}
 {"image": PNG as base64, "name": ..., "step": number or None}      {"status": "FINISHED", "time": milliseconds}
@@ -20,12 +20,12 @@ from PIL import Image
 from animediffusion.platform.tracking.spool import Entry
 
 BATCH = 1000
-"""Metrics that MLflow takes at once."""
+"""Maximum number of metrics in one request to MLflow."""
 _HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
 
 
 def groups(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """Metrics that follow each other in batches, everything else alone; the order stays."""
+    """Group consecutive metrics into batches and yield every other entry alone, in the original order."""
     batch: list[Entry] = []
     for entry in entries:
         if batch and (len(batch) == BATCH or "metric" not in entry):
@@ -40,7 +40,7 @@ def groups(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
-    """Send what groups() made; raises what MLflow raises."""
+    """Send one group of groups(); errors of MLflow propagate."""
     first = group[0]
     if "metric" in first:
         client.log_batch(run_id, metrics=[Metric(*entry["metric"]) for entry in group])
@@ -62,5 +62,5 @@ def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
 
 
 def is_hopeless(error: Exception) -> bool:
-    """Whether it is the record's fault, not the store's: the same one would be refused again."""
+    """Whether MLflow refused the record itself, so that a retry would fail again."""
     return isinstance(error, MlflowException) and error.error_code in _HOPELESS

@@ -1,7 +1,7 @@
 """Record runs in MLflow: parameters, metrics by step, pictures, files.
 
-Without MLFLOW_TRACKING_URI everything is in the workspace (SQLite and a folder), no server. Several processes may
-write at once: the driver starts a run, a worker continues it with `Run.attach(tracking_uri, run_id)`.
+Without MLFLOW_TRACKING_URI, everything is stored in the workspace (SQLite and a folder) and no server is needed.
+Several processes may write to a run: the driver starts it, and a worker joins with `Run.attach(tracking_uri, run_id)`.
 Not here: model versions, see `animediffusion.platform.registry.client`.
 """
 
@@ -39,12 +39,12 @@ Warn = Callable[[str], object]
 
 _FLUSH_TIMEOUT_S = 30.0
 _PATIENCE_S = 20.0
-"""How long the end of a run waits for a store that is away."""
+"""Seconds that the end of a run waits for an unreachable store."""
 _MAX_PARAM_LENGTH = 6000
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # The default, 7 retries with growing pauses, hides a dead server for minutes.
+    # By default, MLflow retries 7 times with growing pauses, which hides an unreachable server for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -54,10 +54,10 @@ log = logging.getLogger(__name__)
 
 
 def setup(settings: Settings) -> MlflowClient:
-    """A client of the tracking store and registry, which is created in the workspace where no server is named.
+    """Return a client of the tracking store and registry; without a server, create the store in the workspace.
 
     Raises:
-        RegistryError: if the MLflow server does not answer, or the database cannot be opened.
+        RegistryError: if the MLflow server does not answer or the database cannot be opened.
     """
     client = connect(settings.tracking_uri)
     if is_embedded(settings):
@@ -67,12 +67,16 @@ def setup(settings: Settings) -> MlflowClient:
 
 
 def is_embedded(settings: Settings) -> bool:
-    """Whether the store is the database of the workspace, whose artifacts are in the workspace, too."""
+    """Whether the store is the database in the workspace; its artifacts are then in the workspace, too."""
     return embedded.database(settings.tracking_uri) == settings.database
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """The same for a URI, as a worker gets it: nothing is read from this process's environment."""
+    """Return a client for a tracking URI, for workers, whose environment may name another store.
+
+    Raises:
+        RegistryError: if the MLflow server does not answer or the database cannot be opened.
+    """
     _be_quiet()
     with _opening(tracking_uri):
         if tracking_uri.startswith(("http://", "https://")):
@@ -87,12 +91,12 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 @contextmanager
 def _opening(tracking_uri: str) -> Iterator[None]:
-    """Any error of opening a store as one of ours."""
+    """Convert errors that occur while a store is opened to a RegistryError."""
     try:
         yield
     except RegistryError:
         raise
-    except Exception as error:  # a database driver's own errors come through, too
+    except Exception as error:  # includes the errors of database drivers
         if "error code 401" in str(error):
             found, allowed = "asks who you are", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             raise RegistryError(place(tracking_uri), found, allowed) from error
@@ -101,13 +105,13 @@ def _opening(tracking_uri: str) -> Iterator[None]:
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_root: Path | None) -> str:
-    """The experiment of this name, created if there is none; safe when several processes ask at once.
+    """Return the id of an experiment and create it if needed; several processes may do so concurrently.
 
     Args:
-        client: from `setup`.
+        client: a client from setup().
         name: experiment name.
-        artifact_root: absolute folder for its artifacts, or None where a server decides. Left out without a server,
-            artifacts would land in the working directory of whoever came first, and Ray changes that.
+        artifact_root: absolute folder for the experiment's artifacts, or None to let a server decide. Without a server
+            it must be set: MLflow would use the working directory of the first process, which Ray changes.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -124,26 +128,26 @@ def experiment_id(client: MlflowClient, name: str, artifact_root: Path | None) -
 
 
 def artifact_root(settings: Settings) -> Path | None:
-    """Where new experiments of the embedded store keep artifacts; None where a server decides."""
+    """Return the artifact folder for new experiments of the embedded store; None if a server decides."""
     return None if settings.tracking_uri.startswith(("http://", "https://")) else settings.artifact_root
 
 
 class Run:
     """One MLflow run that is being written.
 
-    A store that stops answering does not stop the caller, nor make it wait: what is recorded is sent by another
-    thread, waits while the store is away (in `unsent`, if that is given), and is sent when it is back.
+    If the store stops answering, the caller neither fails nor waits: another thread sends the records, keeps them while
+    the store is unreachable (in the folder `unsent`, if given), and sends them when the store answers again.
 
         run = Run.start(settings, TRAINING, "demo-1234abcd", {"seed": 0})
         run.log({"loss": 0.1}, step=1)
         run.finish()
 
     Args:
-        tracking_uri: the store.
-        run_id: a run that exists there.
+        tracking_uri: URI of the store.
+        run_id: id of an existing run in the store.
         system_metrics: sample CPU, memory and GPU every 10 s from this process.
-        unsent: folder in which records wait while the store is away, those of processes that were killed, too.
-        warn: takes the one line that says so; the log by default.
+        unsent: folder for records that cannot be sent yet; records that killed processes left there are sent, too.
+        warn: is called with a one-line warning if the store is unreachable; the log by default.
     """
 
     def __init__(
@@ -176,19 +180,19 @@ class Run:
         tags: dict[str, str] | None = None,
         unsent: Path | None = None,
     ) -> Run:
-        """Start a run, or continue `run_id` (an unknown one starts a new run).
+        """Start a run, or continue the run `run_id`; an unknown `run_id` starts a new run.
 
         Args:
-            settings: where to record.
-            experiment: created if there is none.
+            settings: the settings with the address of the store.
+            experiment: name of the experiment, which is created if needed.
             name: run name.
-            params: nested dictionaries become dotted names; a value once recorded stays.
+            params: parameters; nested dictionaries become dotted names, and recorded values are never changed.
             run_id: run to continue.
-            tags: added to the run.
-            unsent: folder in which records wait while the store is away; what an earlier process left is sent first.
+            tags: tags to add to the run.
+            unsent: folder for records that cannot be sent yet; records of an earlier process are sent first.
 
         Raises:
-            RegistryError: the store does not answer: a run begins with it, or not at all.
+            RegistryError: if the store does not answer; a run cannot start without its store.
         """
         client = setup(settings)
         run = _existing(client, run_id)
@@ -218,25 +222,25 @@ class Run:
         unsent: Path | None = None,
         warn: Warn | None = None,
     ) -> Run:
-        """Write to a run that another process started; the store may be away for now.
+        """Write to a run that another process started; the store may be unreachable at this time.
 
-        Without `unsent` where the folder that it belongs into is not there: on another machine, nobody would look.
+        `unsent` is ignored if its parent folder does not exist: on another machine, no later process would send it.
         """
         if unsent is not None and not unsent.parent.is_dir():
             unsent = None
         return cls(tracking_uri, run_id, system_metrics=system_metrics, unsent=unsent, warn=warn)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Record numbers; sent in batches, at the latest with `flush` or `finish`."""
+        """Record metrics; they are sent in batches, at the latest by flush() or finish()."""
         now = _now()
         self._outbox.put(*({"metric": [key, float(value), now, step]} for key, value in metrics.items()))
 
     def log_image(self, image: np.ndarray[Any, Any], name: str, step: int | None = None) -> None:
-        """Store a uint8 picture [H, W, 3] or [H, W]: NAME.png, or one frame of the series NAME when `step` is given."""
+        """Store a uint8 picture [H, W, 3] or [H, W] as NAME.png, or as a frame of the series NAME if `step` is set."""
         self._outbox.put({"image": base64.b64encode(encode_png(image)).decode(), "name": name, "step": step})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Store a file, or everything in a folder; it must stay where it is."""
+        """Store a file or the content of a folder, which must not be moved or deleted before it is sent."""
         self._outbox.put({"artifact": str(Path(path).absolute()), "folder": folder})
 
     def set_tags(self, tags: dict[str, str]) -> None:
@@ -244,18 +248,19 @@ class Run:
         self._outbox.put({"tags": tags})
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
-        """Send what waits; False where the store did not take it."""
+        """Send the waiting records; return False if the store did not accept all of them."""
         return self._outbox.flush(timeout_s)
 
     def finish(self, status: str = "FINISHED", patience_s: float = _PATIENCE_S) -> int:
-        """Send what waits and end the run.
+        """Send the waiting records and end the run.
 
         Args:
             status: FINISHED, FAILED or KILLED.
-            patience_s: how long to wait for a store that is away.
+            patience_s: seconds to wait for an unreachable store.
 
         Returns:
-            How many records are left to be sent by the next run with this folder.
+            Number of unsent records. The next run with the same folder `unsent` sends them; without a folder, they are
+            lost.
         """
         if self._monitor is not None:
             self._monitor.finish()
@@ -264,7 +269,7 @@ class Run:
         return self.leave(patience_s)
 
     def leave(self, patience_s: float = _PATIENCE_S) -> int:
-        """Send what waits, of a run that goes on elsewhere; arguments and result as of finish()."""
+        """Send the waiting records but do not end the run; arguments and result are those of finish()."""
         left = self._outbox.close(patience_s)
         if left:
             where = f"wait in {self._unsent}; the same command sends them" if self._unsent is not None else "are lost"
@@ -272,13 +277,13 @@ class Run:
         return left
 
     def _send(self, entries: list[Entry]) -> int:
-        """An outbox's Send."""
+        """Send entries for the outbox (see spool.Send); records that MLflow refuses are dropped with a warning."""
         sent = 0
         for group in groups(entries):
             try:
                 self._client = self._client or _client(self.tracking_uri)
                 send_records(self._client, self.run_id, group)
-            except Exception as error:  # connections break in many ways, and no training run ends for its diary
+            except Exception as error:  # of any kind: tracking errors must never stop training
                 if not is_hopeless(error):
                     return self._away(sent, error)
                 self._warn(f"{place(self.tracking_uri)}: a record is refused ({first_line(error)})")
@@ -294,13 +299,13 @@ class Run:
 
 
 def send_left(settings: Settings, run_id: str, unsent: Path) -> None:
-    """Send what an ended run's processes left behind in `unsent`, if anything."""
+    """Send the records that the processes of an ended run left in `unsent`, if there are any."""
     if any(unsent.glob("*.jsonl")):
         Run.attach(settings.tracking_uri, run_id, unsent=unsent).flush()
 
 
 def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as `group.key`: text."""
+    """Flatten nested parameters to names of the form `group.key` with text values."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, dict):
@@ -311,12 +316,12 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def place(tracking_uri: str) -> str:
-    """How messages name a store."""
+    """Return the name of a store for messages."""
     return f"MLflow at {without_password(tracking_uri)}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a one-line message of ours."""
+    """Return the first line of an error's message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip()
 
@@ -331,7 +336,7 @@ def _existing(client: MlflowClient, run_id: str | None) -> Any:
 
 
 def _client(tracking_uri: str) -> MlflowClient:
-    """A client without a question whether the store is there."""
+    """Return a client without a test whether the store answers."""
     _be_quiet()
     with one_creator(tracking_uri):
         return MlflowClient(tracking_uri)
@@ -342,7 +347,7 @@ def _now() -> int:
 
 
 def _be_quiet() -> None:
-    """No telemetry, no migration diary, no addresses printed in between; what the user set stays."""
+    """Turn off MLflow's telemetry, migration logs and printed URLs; variables that the user set are kept."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     mlflow.telemetry.set_telemetry_client()

@@ -1,11 +1,11 @@
-"""What is on its way to MLflow: sent by a thread of its own, kept in a file while the store is away.
+"""Disk-backed queue for MLflow: a thread sends the entries and keeps them in a file while the store is unreachable.
 
     outbox = Outbox(send, folder=Path("workspace/runs/first/unsent"))
     outbox.put({"metric": ["loss", 0.1, 1700000000000, 20]})
     outbox.close(patience_s=20)
 
-Nobody who puts waits for the store. What a process leaves behind in the folder, because it was killed or the store
-stayed away, the next outbox there sends. Not here: what an entry means, see tracking.py.
+put() never waits for the store. If a process is killed or the store stays unreachable, the next outbox with the same
+folder sends the entries that are left there. Not here: the kinds of entries, see records.py.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import Any, TextIO
 
 Entry = dict[str, Any]
 Send = Callable[[list[Entry]], int]
-"""Sends entries in order; returns how many went through: fewer than all means that the store is away."""
+"""Sends entries in order and returns the number sent; a smaller number than given means an unreachable store."""
 
 SEND_EVERY_S = 2.0
 SEND_AT = 200
-"""Entries that are sent at once, without waiting for more."""
+"""Number of waiting entries that are sent immediately, before SEND_EVERY_S has passed."""
 RETRY_S = (1.0, 30.0)
-"""Pause after the first attempt that failed, doubled after each, and the longest."""
+"""Pause in seconds after the first failed attempt, which doubles after each failure, and its maximum."""
 
 
 class Outbox:
-    """A queue with a thread at its end.
+    """A queue whose entries a thread sends.
 
     Args:
-        send: called by the thread only.
-        folder: where entries are kept while they cannot be sent; in memory if None.
+        send: sends entries; it is never called concurrently.
+        folder: folder for entries that cannot be sent yet; they stay in memory if None.
     """
 
     def __init__(self, send: Send, folder: Path | None = None) -> None:
@@ -54,7 +54,7 @@ class Outbox:
         self._thread: threading.Thread | None = None
 
     def put(self, *entries: Entry) -> None:
-        """Add to the queue; returns at once."""
+        """Add entries to the queue without waiting."""
         with self._wake:
             self._queue.extend(entries)
             if self._thread is None:
@@ -64,7 +64,7 @@ class Outbox:
                 self._wake.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        """Send what waits now; False where the store did not take all of it in that time."""
+        """Send the waiting entries now; return False if the store did not accept all of them within the timeout."""
         if self._thread is None:
             return self.deliver()
         with self._wake:
@@ -74,14 +74,14 @@ class Outbox:
             return self._attempts > before and not self._away and not self._queue
 
     def close(self, patience_s: float) -> int:
-        """Send the rest, for so long; what is left then waits in the folder. Returns how many entries that are."""
+        """Try to send the rest for `patience_s` seconds, keep unsent entries in the folder, and return their number."""
         until = time.monotonic() + patience_s
         while not self.flush(max(0.1, until - time.monotonic())) and time.monotonic() < until:
             time.sleep(min(0.5, patience_s))
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        if self._delivering.acquire(timeout=1.0):  # else the thread hangs in a request, and what it sends is kept, too
+        if self._delivering.acquire(timeout=1.0):  # else the thread hangs in a request; its entries are kept, too
             self._delivering.release()
         self._keep()
         left = len(self._queue)
@@ -92,7 +92,7 @@ class Outbox:
         return left
 
     def deliver(self) -> bool:
-        """Send what the folder and the queue hold; False where something is left."""
+        """Send the entries in the folder and in the queue; return False if some are left."""
         with self._delivering:
             done = all(self._deliver_file(path) for path in self._files()) and self._deliver_queue()
         with self._wake:
@@ -120,7 +120,7 @@ class Outbox:
                 self._pause = min(2 * self._pause, RETRY_S[1])
 
     def _deliver_queue(self) -> bool:
-        """Entries leave the queue when they were sent, so that close() finds those on the way."""
+        """Send the queue; entries are removed only after they were sent, so that close() can keep the others."""
         with self._wake:
             waiting = list(self._queue)
         sent = self._send(waiting) if waiting else 0
@@ -130,7 +130,7 @@ class Outbox:
         return sent == len(waiting)
 
     def _deliver_file(self, path: Path) -> bool:
-        """Send a file of the folder, this process's own or one whose process is gone."""
+        """Send the entries of one file, which belongs to this process or to a process that has ended."""
         own = self._own is not None and path == self._own[0]
         try:
             with path.open() as file:
@@ -143,7 +143,7 @@ class Outbox:
                     return False
                 path.unlink(missing_ok=True)
         except (BlockingIOError, FileNotFoundError):
-            return True  # another process is at it
+            return True  # another process uses the file or has sent it
         self._sent.pop(path, None)
         if own and self._own is not None:
             self._own[1].close()
@@ -151,7 +151,7 @@ class Outbox:
         return True
 
     def _keep(self) -> None:
-        """Move the queue into this process's file."""
+        """Move the queue to this process's file; without a folder, do nothing."""
         with self._wake:
             if self._folder is None or not self._queue:
                 return
@@ -170,7 +170,7 @@ class Outbox:
 
 
 def _read(path: Path) -> list[Entry]:
-    """The entries of a file; a last line that was cut off by a kill is left out."""
+    """Read the entries of a file, without a last line that is incomplete because the process was killed."""
     try:
         lines = path.read_text().splitlines(keepends=True)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""CPU, memory, network and GPU while a run goes on: sampled by MLflow's monitors, recorded by ours.
+"""Sample CPU, memory, network and GPU during a run with MLflow's monitors, and record the samples ourselves.
 
-MLflow's own thread ends when the store does not answer once.
+MLflow's own thread would end at the first request that the store does not answer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from animediffusion.platform.network import why_unreachable
 
 
 class SystemMetrics(SystemMetricsMonitor):  # type: ignore[misc]
-    """A thread that takes a sample every 10 s, or MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.
+    """A thread that takes a sample every 10 s, or every MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL seconds.
 
     Args:
-        run_id: the run.
-        tracking_uri: its store, which is asked for the last sample of a run that goes on, if it answers.
-        record: takes the numbers of a sample, and its step.
+        run_id: id of the run.
+        tracking_uri: URI of the run's store; if it answers, a resumed run continues after its last sample.
+        record: is called with the metrics of a sample and its step.
     """
 
     _process: threading.Thread | None
@@ -33,7 +33,7 @@ class SystemMetrics(SystemMetricsMonitor):  # type: ignore[misc]
         self.start()
 
     def monitor(self) -> None:
-        """Sample until finish()."""
+        """Take samples until finish() is called."""
         while not self._shutdown_event.wait(self.sampling_interval):
             self.collect_metrics()
             self.publish_metrics(self.aggregate_metrics())
