@@ -1,6 +1,7 @@
-"""Connect to Ray: the cluster that RAY_ADDRESS names, else a private one on this machine.
+"""Connect to Ray: to the cluster that RAY_ADDRESS names, else to a private (embedded) cluster on this machine.
 
-The private one listens on loopback, has no dashboard, writes nothing to the user's home and ends with this process.
+The private cluster listens on loopback, writes nothing to the user's home and ends with this process; it has a
+dashboard only on request.
 Not here: jobs that outlive the caller, see `animediffusion.platform.cluster.jobs`.
 """
 
@@ -30,18 +31,18 @@ from animediffusion.platform.network import temporary_folder_problem, why_unreac
 from animediffusion.platform.storage.files import PATIENCE_VARIABLE
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
-"""Object store of the embedded cluster: images stay encoded in it, so half a gigabyte holds several thousand rows."""
+"""Size of the embedded cluster's object store; it holds several thousand rows because images stay encoded."""
 
 WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
-"""Seconds between two looks at what the cluster has no room for, of one at most, and between two lines about it."""
+"""Seconds between two polls of the cluster's unmet demands, timeout of a poll, seconds between two messages."""
 _COUNTED = ("CPU", "GPU")
 
 _WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
 
-# Ray's switch for "this node will never be part of a cluster": the one way to make all its servers bind to loopback.
+# Ray's variable for "this node will never be part of a cluster", the only way to bind all of Ray's servers to loopback.
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-# What a private cluster does not need: usage reports, metric exporters, advice on its own logs.
+# These turn off what a private cluster does not need: usage reports, metric exporters, advice on Ray's own logs.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -51,11 +52,12 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
-# Where a proxy of Ray Serve finds what makes problems of its errors; every actor of our jobs gets it, the proxy too.
+# Ray Serve's proxy imports this function; its middleware turns the proxy's errors into problem documents. The proxy is
+# an actor, and all actors of our jobs get this variable.
 _PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares"}
 
 _PASSED_ON = ("OMP_NUM_THREADS", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", PATIENCE_VARIABLE)
-"""Variables of the driver that its workers get."""
+"""Environment variables that the driver passes on to its workers."""
 
 
 def connect(
@@ -66,18 +68,18 @@ def connect(
     object_store_memory: int = OBJECT_STORE_BYTES,
     worker_logs: bool = False,
 ) -> None:
-    """Connect this process to Ray; does nothing when it already is.
+    """Connect this process to Ray; does nothing if it is already connected.
 
     Args:
-        settings: the workspace is told to the workers, so that both sides mean the same folder; but see
-            `own_workspaces`.
-        num_cpus: logical CPUs of an embedded cluster, the machine's own number if None.
+        settings: the workers get its workspace, so that they use the same folder as the driver; see own_workspaces()
+            for the exception.
+        num_cpus: logical CPUs of an embedded cluster, the number of this machine if None.
         include_dashboard: start the dashboard of an embedded cluster, which takes a second and 200 MB.
-        object_store_memory: bytes, of an embedded cluster.
-        worker_logs: show what workers print.
+        object_store_memory: size of an embedded cluster's object store in bytes.
+        worker_logs: show the output of workers.
 
     Raises:
-        ClusterError: if nothing answers at RAY_ADDRESS, the token is wrong, or Ray cannot start here.
+        ClusterError: if nothing answers at RAY_ADDRESS, the token is wrong, or Ray cannot start on this machine.
     """
     if ray.is_initialized():
         return
@@ -90,9 +92,9 @@ def connect(
         reason = why_unreachable(address)
         if reason is not None:
             raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
-        # Inside a job that was submitted with variables of its own, Ray would refuse ours.
+        # Inside a job that was submitted with its own variables, Ray would refuse ours.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        # Ray itself uses a token at an address that it was given only where RAY_AUTH_MODE says so, too.
+        # With a given address, Ray itself uses a token only if RAY_AUTH_MODE is set as well.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         _init(f"Ray at {address}", address=address, **common)
         return
@@ -112,23 +114,23 @@ def connect(
 
 
 def shutdown() -> None:
-    """Leave Ray; an embedded cluster ends with it."""
+    """Disconnect from Ray, which also ends an embedded cluster."""
     if ray.is_initialized():
         ray.shutdown()
         _loopback_only(False)
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS where it names a cluster to join; None for an embedded one.
+    """Return RAY_ADDRESS if it names a cluster to join; None for an embedded cluster.
 
-    An http address is that of the jobs API, which `jobs` uses; it cannot be joined.
+    An http address is the address of the jobs API, which jobs.py uses, and cannot be joined.
     """
     address = os.environ.get("RAY_ADDRESS", "").strip()
     return None if address in ("", "local") or address.startswith(("http://", "https://")) else address
 
 
 def resources() -> tuple[dict[str, float], dict[str, float]]:
-    """What the cluster has now, and the most that it can have: more where an autoscaler adds nodes."""
+    """Return the cluster's current resources and the maximum that an autoscaler can reach by adding nodes."""
     has: dict[str, float] = ray.cluster_resources()
     limits: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
     return has, {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in has | limits}
@@ -136,10 +138,10 @@ def resources() -> tuple[dict[str, float], dict[str, float]]:
 
 @contextmanager
 def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
-    """While work inside the block makes no progress for `after_s`, `tell` gets a line on what has no room, if anything.
+    """Call `tell` with a line on unmet resource demands, if any, when the block makes no progress for `after_s`.
 
     Yields:
-        a function to call at every progress.
+        A function that the block calls whenever it makes progress.
     """
     progress, done = [time.monotonic()], threading.Event()
 
@@ -164,14 +166,15 @@ def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Call
 
 
 def no_room() -> str:
-    """What tasks, actors and placement groups ask for and do not get, and what is free, in a line; "" if nothing.
+    """Describe in one line the unmet demands of tasks, actors and placement groups and the free resources.
 
-    From the cluster's control store, which always answers: Ray's state API needs a dashboard.
+    The line is empty if there are no unmet demands. They are read from the cluster's control store because Ray's state
+    API needs a dashboard.
     """
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=WATCH_TIMEOUT_S)
         (has, most), free = resources(), ray.available_resources()
-    except Exception:  # the work that waits meets the same error, and its message is the one to show
+    except Exception:  # the waiting work meets the same error and reports it
         return ""
     asked = _asked(status.resource_demands)
     if not asked:
@@ -183,7 +186,7 @@ def no_room() -> str:
 
 
 def _asked(demand: ResourceDemandSummary) -> Counter[tuple[tuple[str, float], ...]]:
-    """How often each set of CPUs and GPUs is asked for."""
+    """Count the demands for each combination of CPUs and GPUs."""
     asked = Counter[tuple[tuple[str, float], ...]]()
     for group in (*demand.ray_task_actor_demand, *demand.placement_group_demand):
         for bundle in group.bundles_by_count:
@@ -202,23 +205,26 @@ def _free(name: str, free: Mapping[str, float], has: Mapping[str, float], most: 
 
 
 def own_workspaces() -> bool:
-    """Whether each node has a workspace of its own: on a cluster with an MLflow server, where nodes may share no disk.
+    """Whether each node has its own workspace, as on a cluster with an MLflow server, where nodes may share no disk.
 
-    The driver's may be a path that no other node has, nor can make.
+    The path of the driver's workspace may not exist on another node, and that node may be unable to create it.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://"))
     return server and cluster_address() is not None
 
 
 def _runtime_env(settings: Settings) -> dict[str, Any]:
-    """Environment of the workers: plain settings only, never a secret (the dashboard shows it)."""
+    """Return the workers' environment: settings only, never a secret, because the dashboard shows it."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     workspace = {} if own_workspaces() else {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
     return {"env_vars": {**workspace, **_PROXY, **passed_on}}
 
 
 def _loopback_only(on: bool) -> None:
-    """Tell this process and the Ray processes that it starts; ray reads the variable only when it is imported."""
+    """Bind Ray's servers to loopback or undo this, for this process and the Ray processes that it starts.
+
+    Both the constant and the variable are set because ray reads the variable only when it is imported.
+    """
     ray_constants.ENABLE_RAY_CLUSTER = not on
     if on:
         os.environ[_LOOPBACK_ONLY] = "0"
@@ -227,9 +233,10 @@ def _loopback_only(on: bool) -> None:
 
 
 def _private_token() -> None:
-    """Protect the embedded cluster with a token that lives in this process's environment only.
+    """Protect the embedded cluster with a token that exists only in this process's environment.
 
-    Left alone, Ray would write ~/.ray/auth_token; without any token, every user of this machine could run code as us.
+    By default, Ray would write ~/.ray/auth_token; without a token, every user of this machine could run code as this
+    user.
     """
     if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
@@ -242,7 +249,7 @@ def _init(thing: str, **arguments: Any) -> None:
     try:
         ray.init(**arguments)
     except Exception as error:
-        # Which of its errors Ray raises depends on how far it came; the cause stands in one of their texts.
+        # The type of Ray's error depends on how far ray.init() came; one of the chained messages contains the cause.
         if any(sign in f"{error} {error.__cause__} {error.__context__}" for sign in _WRONG_TOKEN):
             raise ClusterError(thing, "refuses the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
         found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

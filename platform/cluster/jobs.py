@@ -1,8 +1,8 @@
-"""Run a verb as a job on a Ray cluster: submit, list, status, log, stop.
+"""Run a command as a job on a Ray cluster: submit, list, status, logs, stop.
 
-The cluster is RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, or the dashboard on this machine; RAY_AUTH_TOKEN is the
-token where it asks for one. What runs there is `python -m animediffusion VERB ...` of the image, or of this package
-directory when it is sent along. Settings and secrets are the cluster's own: none is sent.
+The cluster's address is RAY_API_SERVER_ADDRESS, an http RAY_ADDRESS, or the dashboard on this machine; its token, if it
+requires one, is RAY_AUTH_TOKEN. The job runs `python -m animediffusion COMMAND ...` with the package of the cluster's
+image, or with this package if it is sent along. Jobs use the settings and secrets of the cluster; none are sent.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 FAILED = 1
 STOPPED = 130
-"""Exit code of a job that was stopped, as of a command that was interrupted."""
+"""Exit code of a job that was stopped, equal to that of an interrupted command."""
 
 _POLL_SECONDS = 1.0
 
 
 def api_address() -> str:
-    """The http address of the cluster's jobs API."""
+    """Return the http address of the cluster's jobs API."""
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         address = os.environ.get(name, "")
         if address.startswith(("http://", "https://")):
@@ -45,21 +45,22 @@ def api_address() -> str:
 
 
 def submit(verb: Sequence[str], *, with_code: bool = False, name: str | None = None) -> str:
-    """Start `animediffusion VERB ...` on the cluster; returns the job's id.
+    """Start `animediffusion COMMAND ...` on the cluster and return the job's id.
 
     Args:
-        verb: the verb and its arguments.
-        with_code: send this package along, in place of the one that the cluster's image has.
-        name: id of the job; one is made up if None.
+        verb: the command and its arguments.
+        with_code: send this package along and use it instead of the package in the cluster's image.
+        name: id of the job; Ray generates an id if None.
 
     Raises:
-        ClusterError: nothing answers, the token is wrong, or the cluster refuses the job.
+        ConfigError: if `verb` is empty.
+        ClusterError: if nothing answers, the token is wrong, or the cluster refuses the job.
     """
     if not verb:
         raise ConfigError("jobs submit", "no verb", "write it after --, for example: jobs submit -- train demo")
     runtime_env: dict[str, Any] = {}
     if with_code:
-        # The directory, never a wheel: Ray would pip-install that with its dependencies over the node's own ray.
+        # Send the directory, never a wheel: Ray would pip-install a wheel and its dependencies over the node's own ray.
         runtime_env["py_modules"] = [str(_package())]
     with _client() as client:
         return str(
@@ -73,33 +74,33 @@ def submit(verb: Sequence[str], *, with_code: bool = False, name: str | None = N
 
 
 def jobs() -> list[dict[str, Any]]:
-    """All jobs that the cluster remembers, the newest first."""
+    """Return all jobs that the cluster knows, newest first."""
     with _client() as client:
         found = [job for job in client.list_jobs() if job.submission_id]
     return [_summary(job) for job in sorted(found, key=lambda job: -(job.start_time or 0))]
 
 
 def status(job_id: str) -> dict[str, Any]:
-    """`{id, status, entrypoint, started, ended, exit_code, message}` of a job."""
+    """Return `{id, status, entrypoint, started, ended, exit_code, message}` of a job."""
     with _client(job_id) as client:
         return _summary(client.get_job_info(job_id))
 
 
 def logs(job_id: str) -> str:
-    """What a job has printed so far."""
+    """Return the output that a job has printed so far."""
     with _client(job_id) as client:
         return str(client.get_job_logs(job_id))
 
 
 def follow(job_id: str, write: Callable[[str], Any]) -> int:
-    """Hand a job's output to `write` until it ends; returns the exit code of the command that ran.
+    """Pass a job's output to `write` until the job ends; return the exit code of its command.
 
-    1 where Ray gives none (the job could not start), 130 where it was stopped.
+    The exit code is 1 if the job could not start and 130 if it was stopped.
     """
     written, complete = 0, False
     with _client(job_id) as client:
         while not complete:
-            # The log of a job that has ended comes whole, so a connection that drops loses nothing.
+            # Ray returns the complete log of an ended job, so a lost connection loses no output.
             ended = client.get_job_status(job_id).is_terminal()
             written, whole = asyncio.run(_tail(client, job_id, write, written))
             info = client.get_job_info(job_id)
@@ -110,7 +111,7 @@ def follow(job_id: str, write: Callable[[str], Any]) -> int:
 
 
 def stop(job_id: str) -> bool:
-    """Ask a job to end; False where it had ended already."""
+    """Stop a job; return False if it had already ended."""
     with _client(job_id) as client:
         if client.get_job_status(job_id).is_terminal():
             return False
@@ -120,7 +121,7 @@ def stop(job_id: str) -> bool:
 async def _tail(
     client: JobSubmissionClient, job_id: str, write: Callable[[str], Any], written: int
 ) -> tuple[int, bool]:
-    """Write the log from character `written` on; returns its length so far, and whether it came to its end."""
+    """Write the log from character `written` on; return the length written so far and whether the log has ended."""
     position = 0
     try:
         async for text in client.tail_job_logs(job_id):
@@ -142,7 +143,7 @@ def _exit_code(info: JobDetails, write: Callable[[str], Any]) -> int:
     if code is None:
         write(f"{(info.message or 'the job could not start').strip().splitlines()[0]}\n")
         return FAILED
-    # A command that died from signal n has the exit code -n here, and 128 + n in a shell.
+    # Ray reports the exit code -n for a command that was killed by signal n; a shell reports 128 + n.
     return 128 - code if code < 0 else code or FAILED
 
 
@@ -165,10 +166,10 @@ def _time(milliseconds: int | None) -> str | None:
 
 
 def _python() -> str:
-    """The interpreter on the cluster, for its shell: the image's.
+    """Return a shell expression for the Python interpreter on the cluster.
 
-    Behind a loopback address may be this machine, where it is the one that runs this; or a cluster at the other end of
-    a tunnel or in a container, which has no such file.
+    A loopback address may belong to this machine, which uses the running interpreter, or to a cluster behind a tunnel
+    or in a container, which does not have that file and uses `python`.
     """
     if urlsplit(api_address()).hostname not in ("127.0.0.1", "localhost", "::1"):
         return "python"
@@ -176,7 +177,7 @@ def _python() -> str:
 
 
 def _token() -> str | None:
-    """The cluster's token, found as Ray itself finds it."""
+    """Return the cluster's token from the places where Ray itself looks for it."""
     token = os.environ.get("RAY_AUTH_TOKEN", "")
     if token or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return token or None
@@ -190,14 +191,14 @@ def _package() -> Path:
 
 @contextmanager
 def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
-    """A client of the jobs API, with what goes wrong in one line."""
+    """Yield a client of the jobs API and convert its errors to a one-line ClusterError."""
     address = api_address()
     thing = f"Ray jobs at {address}"
     reason = why_unreachable(address)
     if reason is not None:
         raise ClusterError(thing, reason, "set RAY_API_SERVER_ADDRESS to the cluster's dashboard")
     token = _token()
-    # It sets its own level when it is imported, and would say that each log has ended.
+    # This logger sets its own level on import and would report the end of each log.
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)

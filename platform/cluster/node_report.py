@@ -1,9 +1,9 @@
-"""What every node of a Ray cluster says of itself: versions, devices, object store, MLflow, and what listens there.
+"""Checks of every node of a Ray cluster: versions, devices, object store, MLflow and open ports.
 
     found = checks(settings, device=probe, store="s3://runs")    # for platform/doctor.py; this process is connected
 
-Each node answers from its own environment: that is what workers there will use. Not here: this machine, see
-platform/doctor.py.
+Each node is checked in its own environment, which the workers on that node will use. Not here: checks of this machine,
+see platform/doctor.py.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from animediffusion.platform.storage import files as storage
 
 PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "kornia", "safetensors", "optuna", "fastapi")
 ANSWER_S = 60.0
-"""How long a node may take; it may have to start a worker and import torch."""
+"""Seconds that a node may take to answer; it may have to start a worker and import torch."""
 
 Finding = tuple[str, bool, str]
-"""Name, whether it is well, detail: a Check of platform/doctor.py."""
+"""Name, whether the check passed, and detail, as in a Check of platform/doctor.py."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """A TCP port of Ray's that others can reach."""
+    """A TCP port of Ray that other machines can reach."""
 
     process: str
     host: str
@@ -48,26 +48,26 @@ class Listener:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The answer of one node."""
+    """The report of one node."""
 
     node: str
     versions: dict[str, str]
     device: str
     store: str | None
-    """What is wrong with the object store, None if it could be written and read, "" if none was asked for."""
+    """Problem of the object store, None if it could be written and read, "" if no store was given."""
     mlflow: str | None
-    """What is wrong with the MLflow server, None if it answers."""
+    """Problem of the MLflow server, None if it answers or if there is no server."""
     mlflow_uri: str
     listeners: list[Listener] = field(default_factory=list)
 
 
 def checks(settings: Settings, device: Callable[[], str], store: str | None = None) -> list[Finding]:
-    """Ask all nodes, and compare.
+    """Get a report from every node and compare the reports.
 
     Args:
-        settings: for the place where MLflow is without a server.
-        device: runs on each node; its device and the attention that torch will use there.
-        store: URI of a folder to write to and read from, or None.
+        settings: its tracking URI shows whether MLflow runs without a server.
+        device: runs on each node and describes its device and the attention that torch will use.
+        store: URI of a folder that every node writes to and reads from, or None.
     """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     asked = {_ask(node_id).remote(address, device, store): address for node_id, address in nodes.items()}
@@ -76,7 +76,7 @@ def checks(settings: Settings, device: Callable[[], str], store: str | None = No
     for ref in ready:
         try:
             reports.append(ray.get(ref))
-        except Exception as error:  # a node that left, or one whose image has no such package
+        except Exception as error:  # the node left, or its image lacks the package
             lines = str(error).strip().splitlines()
             silent.append(f"{asked[ref]}: {lines[-1] if lines else type(error).__name__}")
     local = not settings.tracking_uri.startswith(("http://", "https://"))
@@ -91,14 +91,14 @@ def checks(settings: Settings, device: Callable[[], str], store: str | None = No
 
 def _ask(node_id: str) -> Any:
     here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    # Ray would hide the GPUs from a task that takes none.
+    # By default, Ray hides the GPUs from a task that requests none.
     environment = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
     asking = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(report)
     return asking.options(scheduling_strategy=here)
 
 
 def report(address: str, device: Callable[[], str], store: str | None) -> NodeReport:
-    """Runs on a node."""
+    """Return the report of the node that this function runs on."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return NodeReport(
         node=address,
@@ -122,7 +122,7 @@ def _versions() -> dict[str, str]:
 
 
 def write_and_read(folder: str) -> str | None:
-    """What is wrong with a folder, None if it can be written and read."""
+    """Write a file to a folder, read it and delete it; return the problem, or None if this works."""
     uri, data = storage.join(folder, f".doctor-{uuid.uuid4().hex}"), os.urandom(4096)
     try:
         storage.write_bytes(uri, data)
@@ -134,7 +134,7 @@ def write_and_read(folder: str) -> str | None:
 
 
 def _listeners(session: str) -> list[Listener]:
-    """Of the Ray processes of one session here, what others than this machine can reach."""
+    """Return the ports of a Ray session's processes on this node that other machines can reach."""
     found = set()
     for process in _processes(session):
         with suppress(psutil.Error, OSError):
@@ -147,8 +147,9 @@ def _listeners(session: str) -> list[Listener]:
 
 
 def _processes(session: str) -> set[psutil.Process]:
-    """The session's name stands in the command of Ray's own processes; workers, which have other names, are their
-    children. A machine may have other clusters.
+    """Return the processes of one Ray session, because a machine may run several clusters.
+
+    The commands of Ray's own processes contain the session's name; workers have other names and are their children.
     """
     found = set()
     for process in psutil.process_iter():
@@ -206,7 +207,7 @@ def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
 
 
 def _doors(reports: list[NodeReport]) -> list[Finding]:
-    """Whether Ray asks for its token, and what is open."""
+    """Check whether Ray requires a token, and list the open ports."""
     asks, said = _asks_for_a_token(get_dashboard_url())
     opened = {one.node: ", ".join(f"{at.process} {at.host}:{at.port}" for at in one.listeners) for one in reports}
     total = sum(len(one.listeners) for one in reports)
@@ -229,7 +230,7 @@ def _asks_for_a_token(address: str | None) -> tuple[bool, str]:
 
 
 def _grouped(values: Mapping[str, str | None]) -> str:
-    """`VALUE (3 nodes)`, the most common first; with names where they are few."""
+    """Return `VALUE (3 nodes)` if all nodes agree, else each value with up to three nodes, most common value first."""
     by_value: dict[str, list[str]] = {}
     for node, value in values.items():
         by_value.setdefault(value or "", []).append(node)
