@@ -1,4 +1,4 @@
-"""`python -m animediffusion VERB` is the same as `animediffusion VERB`."""
+"""Run the command line: `python -m animediffusion COMMAND` is the same as `animediffusion COMMAND`."""
 
 from animediffusion.cli.app import main
 

@@ -1,4 +1,4 @@
-"""What verbs show: progress bars on a terminal, plain lines elsewhere, one JSON object at the end if asked for.
+"""Output of commands: progress bars on a terminal, plain lines elsewhere, and one JSON object at the end with --json.
 
 Progress and notes go to stderr, results to stdout.
 """
@@ -17,10 +17,10 @@ PLAIN_EVERY_S = 5.0
 
 
 class Console:
-    """Where a verb writes.
+    """Output of one command.
 
     Args:
-        as_json: results as JSON, the last line of stdout.
+        as_json: print the result as JSON in the last line of stdout.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
@@ -28,20 +28,20 @@ class Console:
         self.terminal = sys.stderr.isatty()
 
     def say(self, line: str) -> None:
-        """A line of the result."""
+        """Print a line of the result; with `as_json` it goes to stderr."""
         print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def note(self, line: str) -> None:
-        """A line on the way."""
+        """Print a note to stderr while the command runs."""
         print(line, file=sys.stderr, flush=True)
 
     def result(self, value: Any, text: str) -> None:
-        """The end: JSON, or the text for people."""
+        """Print the final result: `value` as JSON if `as_json`, else `text`."""
         print(json.dumps(value, default=str) if self.as_json else text, flush=True)
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
-        """A function (done, total, rejected=0) that moves a bar; the rate counts from its first call on."""
+        """Yield a function (done, total, rejected=0) that moves a progress bar; the rate counts from its first call."""
         began: list[tuple[float, int]] = []
 
         def line(done: int, total: int, rejected: int) -> str:
@@ -57,7 +57,7 @@ class Console:
 
     @contextmanager
     def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A function that shows a training report (pipelines/training/driver.py)."""
+        """Yield a function that shows a training report (pipelines/training/driver.py)."""
         with self._bar("training") as move:
             shown = 0
 
@@ -87,13 +87,13 @@ class Console:
             yield lambda done, total, line: bar.update(task, completed=done, total=total or None, description=line)
 
     def facts(self, values: Mapping[str, Any]) -> str:
-        """name   value, one a line; nested values dotted."""
+        """Format values as lines of `name   value`; the names of nested values are dotted."""
         flat = dict(_flat(values))
         width = max((len(key) for key in flat), default=0)
         return "\n".join(f"{key:{width}}  {value}" for key, value in flat.items())
 
     def table(self, rows: Sequence[Mapping[str, Any]], empty: str) -> str:
-        """Rows as aligned columns."""
+        """Format rows as aligned columns; return `empty` if there are no rows."""
         if not rows:
             return empty
         names = list(rows[0])
@@ -104,7 +104,7 @@ class Console:
         )
 
     def metrics(self, result: Mapping[str, Any]) -> str:
-        """The table of `evaluate`: model and baselines, both tracks."""
+        """Format the table of `evaluate`: the model and the baselines on both tracks."""
         rows = [{"": "model", **_columns(result["tracks"])}]
         rows += [{"": name, **_columns(tracks)} for name, tracks in result["baselines"].items()]
         sampler = result["sampler"]
@@ -116,7 +116,7 @@ class Console:
         return f"{head}\n{self.table(rows, '')}{tail}"
 
     def version(self, found: Mapping[str, Any]) -> str:
-        """The page of `models show`: what it is, its ancestors, its metrics, its history, its configuration."""
+        """Format the output of `models show`: facts, ancestors, metrics, history and configuration of a version."""
         tags, made = found["tags"], found["training"]
         aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
         steps = f", {made['steps']} steps of {made.get('batch_size', '?')} images" if "steps" in made else ""
@@ -147,7 +147,7 @@ class Console:
         return "\n\n".join(parts)
 
     def comparison(self, found: Mapping[str, Any]) -> str:
-        """The page of `models compare`: one line a metric, the better one named."""
+        """Format the output of `models compare`: one line per metric with the better version."""
         a, b = (version["version"] for version in found["versions"])
         rows = [
             {
@@ -166,7 +166,7 @@ class Console:
         return "\n".join([*heads, "", table, "", f"picture: {found['picture']}"])
 
     def front(self, result: Mapping[str, Any]) -> str:
-        """The table of `tune sampler`: the front by rising cost, the defaults and what was chosen."""
+        """Format the table of `tune sampler`: the Pareto front by rising cost, with the defaults and the choice."""
         own, best = result["defaults"], result["best"]
         rows = [
             {
@@ -187,7 +187,7 @@ class Console:
         return f"{self.table(rows, '')}\n\n{self.facts(facts)}"
 
     def schedule(self, result: Mapping[str, Any]) -> str:
-        """What `tune schedule` ends with: the best at each rung, how the trials ended, the recipe."""
+        """Format the result of `tune schedule`: the best trial at each rung, how the trials ended, and the recipe."""
         rows = [
             {
                 "steps": rung["steps"],
@@ -205,7 +205,7 @@ class Console:
         return f"{self.table(rows, '')}\n\n{ends}\n{facts}"
 
     def run(self, result: Mapping[str, Any]) -> str:
-        """The summary of `train`: facts, and a line for each checkpoint that has a score."""
+        """Format the summary of `train`: facts, and a line for each checkpoint that has a score."""
         facts = self.facts({key: value for key, value in result.items() if key != "scores"})
         rows = [
             {"checkpoint": step, **_columns({"cross": score}), "PSNR same": f"{score['psnr_same']:.2f}"}
@@ -215,7 +215,10 @@ class Console:
 
 
 def training_line(now: Mapping[str, Any]) -> str:
-    """step 40/200  loss 0.0812  75 images/s  data wait 1 %  best dE00 5.91 at 20  ETA 1:20"""
+    """Format a training report as one line.
+
+    step 40/200  loss 0.0812  75 images/s  data wait 1%  best dE00 5.91 at 20  ETA 1:20
+    """
     step, last = int(now.get("step", 0)), int(now.get("max_steps", 0))
     parts = [f"step {step}/{last}" if last < 1 << 40 else f"step {step}"]
     if "loss" in now:
@@ -265,7 +268,7 @@ def _cell(value: Any) -> str:
 
 
 def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each track of each evaluation (release.evaluation_line), a column for each metric."""
+    """Return a row for each track of each evaluation (checks.evaluation_line), with a column for each metric."""
     rows: list[dict[str, Any]] = []
     for found in evaluations:
         numbers = {key: value for key, value in found.items() if "." in key}

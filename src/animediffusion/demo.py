@@ -1,8 +1,8 @@
-"""Every stage once, on drawn faces: what `animediffusion demo` and `make demo` run.
+"""The demo: run every stage once on drawn faces, for `animediffusion demo` and `make demo`.
 
     synthesize -> ingest -> phase 1 -> tune the sampler -> phase 2 -> evaluate -> register -> promote -> serve -> color
 
-Each stage is the same call that its own verb makes, so a demo that was stopped goes on where it was.
+Each stage makes the same call as its own command, so a demo that was stopped resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from animediffusion.serve.server import check_address, running
 
 SIZE = 64
 PHASE_1_SHARE = 0.75
-"""Of the training minutes."""
+"""Share of the training minutes for phase 1; phase 2 gets the rest."""
 TUNE_TRIALS = 8
 NUM_DRAWINGS = 6
 DRAWING_SIZE = 256
-"""Larger than the model: the server brings its colors to the size of the drawing."""
+"""Side in pixels, larger than the model's: the server scales the colors to the size of the drawing."""
 UNSEEN_SEED = 1
-"""The training rows have seed 0."""
+"""Seed of the drawings to color; the training rows have seed 0."""
 PORTS_TO_TRY = 20
 
 
 def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int, port: int, stay: bool) -> int:
-    """Run all stages, print where everything is; returns the exit code."""
+    """Run all stages, print where the results are, and return the exit code."""
     if Keys(settings.keys_uri).active() and not os.environ.get(API_KEY):
         raise ConfigError(API_KEY, f"is not set, and {settings.keys_uri} has keys", "set it: the demo asks its server")
     started = time.monotonic()
@@ -115,7 +115,7 @@ def _model(settings: Settings, data: str, minutes: float, console: Console) -> t
         try:
             release.promote(settings, version, why="demo")
         except RegistryError as error:
-            # A demo that is run again may be worse than before; it is shown all the same, and that is on record.
+            # A repeated demo may train a worse model than before. It is promoted anyway; the audit log records this.
             console.note(str(error))
             release.promote(settings, version, why="demo, run again", force=True)
         console.note(f"version {version} is champion")
@@ -123,7 +123,7 @@ def _model(settings: Settings, data: str, minutes: float, console: Console) -> t
 
 
 def _color(url: str, folder: Path, console: Console) -> Path:
-    """Color unseen drawings through the HTTP API and draw them beside their sketches."""
+    """Color unseen drawings through the HTTP API and write a picture that compares them with their sketches."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[list[NDArray[np.uint8]]] = []
     with RemotePainter(url) as painter:
@@ -160,7 +160,7 @@ def _stage(name: str, console: Console) -> Iterator[None]:
 
 
 def _free(port: int) -> int:
-    """The port, or the next one that nobody uses."""
+    """Return `port`, or the next free port if it is in use."""
     for candidate in range(port, port + PORTS_TO_TRY):
         try:
             check_address("127.0.0.1", candidate)
@@ -171,7 +171,7 @@ def _free(port: int) -> int:
 
 
 def _wait() -> int:
-    """Until SIGINT or SIGTERM, which is how a demo ends well."""
+    """Wait for SIGINT or SIGTERM, the normal end of a demo, and return exit code 0."""
     wake = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: wake.set())
