@@ -1,9 +1,10 @@
-"""The command line: every verb, its arguments, and the one place where errors become exit codes.
+"""The command line: all commands with their options, and the conversion of errors to exit codes.
 
-Everything heavy is imported inside the verb that needs it, so that --help is instant. What verbs print for people goes
-to stdout (results) and stderr (progress, errors); `--json` makes the last line of stdout one JSON object.
+Each command imports heavy packages only when it runs, so that --help is fast. Commands print results to stdout, and
+progress and errors to stderr; with `--json`, the last line of stdout is one JSON object.
 
-Exit codes: 0 done; 1 failed, or some items failed; 2 wrong usage, setting or input; 130 / 143 after SIGINT / SIGTERM.
+Exit codes: 0 success; 1 failure, or some items failed; 2 wrong usage, setting or input; 130 after SIGINT; 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command and return its exit code."""
     from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
 
     _warn_of_variables()
-    # Importing mlflow is enough for it to write to the user's home and to call its maker.
+    # Otherwise mlflow writes to the user's home and sends telemetry as soon as it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # boto3, with which MLflow moves artifacts: pauses that grow, at random, and more than its three attempts.
+    # MLflow transfers artifacts with boto3: use growing random pauses, and more than boto3's default of three attempts.
     os.environ.setdefault("AWS_RETRY_MODE", "standard")
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     options = Common()
@@ -82,7 +83,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _warn_of_variables() -> None:
-    if any(name.upper().startswith("ANIMEDIFFUSION_") for name in os.environ):  # else the import is not needed
+    if any(name.upper().startswith("ANIMEDIFFUSION_") for name in os.environ):  # else skip the import
         from animediffusion.platform.config import unknown_variables
 
         for line in unknown_variables():
@@ -109,7 +110,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
-    """Take --workspace, --json and --debug out, wherever they stand before a `--`."""
+    """Remove --workspace, --json and --debug from any position before a `--` and return them as Common."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest: list[str] = []
     values: dict[str, Any] = {"workspace": None, "json": False, "debug": False}
@@ -133,12 +134,12 @@ def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training minutes, both phases together.")] = 6.0,
-    rows: Annotated[int, typer.Option(min=100, help="Faces to draw and learn from.")] = 4000,
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Stay up and serve the page at the end.")] = True,
-    port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free one if taken.")] = 8000,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of both phases together, in minutes.")] = 6.0,
+    rows: Annotated[int, typer.Option(min=100, help="Number of faces to draw and to train on.")] = 4000,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Keep serving the page at the end.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free port if in use.")] = 8000,
 ) -> int:
-    """Every stage once, from drawn faces to pictures colored over HTTP."""
+    """Run every stage once, from drawing faces to coloring over HTTP."""
     from animediffusion.demo import run_demo
 
     return run_demo(common.settings(), minutes, common.console(), rows=rows, port=port, stay=serve)
@@ -154,6 +155,8 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

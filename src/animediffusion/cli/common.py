@@ -1,4 +1,4 @@
-"""What all commands share: the common options, the settings, the console, the connection to Ray."""
+"""Code shared by all commands: the common options, the settings, the console, the connection to Ray."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
 HELP: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
-"""Of every group of commands."""
+"""Arguments of typer.Typer for every group of commands."""
 
 
 class Common(NamedTuple):
-    """The options of every command."""
+    """The options that every command takes."""
 
     workspace: str | None = None
     json: bool = False
@@ -23,23 +23,23 @@ class Common(NamedTuple):
 
 
 current: ContextVar[Common] = ContextVar("common", default=Common())  # noqa: B039 - a tuple
-"""Those of the command that runs now; app.run() sets them."""
+"""The common options of the running command, set by app.run()."""
 
 
 def console() -> Console:
-    """Where the present command writes."""
+    """Return the console of the running command."""
     return Console(as_json=current.get().json)
 
 
 def settings() -> Settings:
-    """The settings of the present command, from the environment and --workspace."""
+    """Return the settings of the running command, from the environment and --workspace."""
     from animediffusion.platform.config import Settings
 
     return Settings.from_environment(workspace=current.get().workspace)
 
 
 def use_attention(settings: Settings) -> None:
-    """ANIMEDIFFUSION_ATTENTION, for the models of this process."""
+    """Apply ANIMEDIFFUSION_ATTENTION to the models of this process."""
     from animediffusion.models.network.attention import use_attention
     from animediffusion.platform.errors import ConfigError
 
@@ -50,7 +50,7 @@ def use_attention(settings: Settings) -> None:
 
 
 def connect(settings: Settings) -> None:
-    """Connect to the cluster that the settings name, else start a private Ray."""
+    """Connect to the cluster that RAY_ADDRESS names, else start a private Ray."""
     from animediffusion.platform.cluster import connect as cluster
 
     cluster.connect(settings)

@@ -1,4 +1,4 @@
-"""`data`: make and look at datasets."""
+"""The commands `data`: make and inspect datasets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from animediffusion.cli import common
 if TYPE_CHECKING:
     pass
 
-data = typer.Typer(**common.HELP, help="Make and look at datasets.")
+data = typer.Typer(**common.HELP, help="Make and inspect datasets.")
 
 
 @data.command("synthesize")
 def data_synthesize(
-    dst: Annotated[str, typer.Argument(help="A new folder.")],
-    count: Annotated[int, typer.Option(min=1, help="Rows in all; a tenth of them is for val.")],
-    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
+    dst: Annotated[str, typer.Argument(help="Folder to create.")],
+    count: Annotated[int, typer.Option(min=1, help="Total number of rows; a tenth of them becomes the val split.")],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw anime faces: target, sketch, reference and a second view with the same colors."""
+    """Draw anime faces as training images.
+
+    Each row has a target, a sketch, a reference, and a second view with the same colors.
+    """
     from animediffusion.pipelines.synthetic.dataset import synthesize
 
     console = common.console()
@@ -34,12 +37,12 @@ def data_synthesize(
 @data.command("ingest")
 def data_ingest(
     src: Annotated[str, typer.Argument(help="Folder or s3:// prefix of images.")],
-    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the dataset to make.")],
-    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
-    pairs: Annotated[str | None, typer.Option(help="CSV with target,sketch,reference,... paths.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Where no folder names a split.")] = 0.05,
+    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the new dataset.")],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    pairs: Annotated[str | None, typer.Option(help="CSV file with the columns target, sketch, reference, ...")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of val rows where no folder names a split.")] = 0.05,
 ) -> None:
-    """Turn images into a dataset of Parquet shards; goes on where it was killed."""
+    """Turn images into a dataset of Parquet shards; rerun to resume."""
     from animediffusion.pipelines.data.ingest import over_ray, prepare
 
     console, settings = common.console(), common.settings()
@@ -60,8 +63,8 @@ def data_ingest(
 
 @data.command("show")
 def data_show(
-    dst: Annotated[str, typer.Argument(help="A dataset, or a synthesized folder.")],
-    out: Annotated[str | None, typer.Option(help="Where to write a contact sheet (PNG).")] = None,
+    dst: Annotated[str, typer.Argument(help="A dataset or a synthesized folder.")],
+    out: Annotated[str | None, typer.Option(help="PNG file for the contact sheet.")] = None,
 ) -> None:
     """Count rows and rejects, and draw a contact sheet."""
     from animediffusion.pipelines.data.preview import show

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed and reachable, and which attention will run."""
+"""The command `doctor`: check what is installed and reachable, and which attention will run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 def doctor(
     storage: Annotated[
-        str | None, typer.Option(help="Folder or s3:// prefix to write to and read from, on a cluster from every node.")
+        str | None, typer.Option(help="Folder or s3:// prefix in which to test writing and reading, from all nodes.")
     ] = None,
 ) -> int:
-    """Say what is installed, reachable, and which attention will run; on a cluster (RAY_ADDRESS), on every node."""
+    """Check what is installed and reachable.
+
+    The checks also show which attention will run. On a cluster (RAY_ADDRESS), they also run on every node.
+    """
     from animediffusion.platform import doctor as checkup
 
     console = common.console()
@@ -37,7 +40,7 @@ def _torch_probe() -> Any:
 
 
 def _device() -> str:
-    """Of this process, and the attention that will run on it; `doctor` asks this of every node."""
+    """Describe this process's device and the attention that will run on it; `doctor` calls this on every node."""
     import torch
 
     from animediffusion.models.network.attention import explain_attention
@@ -49,7 +52,7 @@ def _device() -> str:
 
 
 def _unused_gpu() -> str | None:
-    """Why torch does not use a GPU that is there."""
+    """Explain why torch does not use this machine's GPU; None if it uses the GPU or there is none."""
     import torch
 
     from animediffusion.platform.gpu import why_unused

@@ -1,4 +1,4 @@
-"""`jobs`: commands as jobs on a Ray cluster."""
+"""The commands `jobs`: run commands as jobs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from animediffusion.cli import common
 if TYPE_CHECKING:
     pass
 
-jobs = typer.Typer(**common.HELP, help="Run verbs on a Ray cluster.")
+jobs = typer.Typer(**common.HELP, help="Run commands as jobs on a Ray cluster.")
 
 
 @jobs.command("submit", context_settings={"ignore_unknown_options": True})
 def jobs_submit(
-    verb: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="What to run there.")],
-    with_code: Annotated[bool, typer.Option("--with-code", help="Send this package along.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Show its log, end with its exit code.")] = False,
+    verb: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="Command to run on the cluster.")],
+    with_code: Annotated[bool, typer.Option("--with-code", help="Send this package along and use it there.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job's log and exit with its code.")] = False,
 ) -> int:
-    """Run a verb on the cluster."""
+    """Run a command as a job on the cluster."""
     from animediffusion.platform.cluster import jobs as ray_jobs
     from animediffusion.platform.errors import ConfigError
 
@@ -40,7 +40,7 @@ def jobs_submit(
 
 @jobs.command("list")
 def jobs_list() -> None:
-    """Jobs that the cluster remembers, the newest first."""
+    """List the jobs that the cluster knows, newest first."""
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()
@@ -50,7 +50,7 @@ def jobs_list() -> None:
 
 @jobs.command("status")
 def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """One job."""
+    """Show a job's status."""
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()
@@ -61,9 +61,9 @@ def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
 @jobs.command("logs")
 def jobs_logs(
     job: Annotated[str, typer.Argument(metavar="ID")],
-    follow: Annotated[bool, typer.Option("--follow", help="Until it ends; its exit code is ours.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the job ends and exit with its code.")] = False,
 ) -> int:
-    """What a job printed."""
+    """Show a job's output."""
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()
@@ -79,7 +79,7 @@ def jobs_logs(
 
 @jobs.command("stop")
 def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """End a job; it saves a checkpoint first."""
+    """Stop a job; a training job saves a checkpoint first."""
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()

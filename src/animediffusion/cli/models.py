@@ -1,4 +1,4 @@
-"""`models`: register, compare, promote, roll back and export."""
+"""The commands `models`: register, compare, promote, roll back and export model versions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from animediffusion.cli import common
 if TYPE_CHECKING:
     pass
 
-models = typer.Typer(**common.HELP, help="Register, promote and roll back models.")
+models = typer.Typer(**common.HELP, help="Register, compare, promote, roll back and export models.")
 
 
 @models.command("list")
 def models_list() -> None:
-    """All versions, the newest first."""
+    """List all versions, newest first."""
     from animediffusion.pipelines.release import promote as release
     from animediffusion.platform.registry.model_version import headline
 
@@ -29,10 +29,13 @@ def models_list() -> None:
 
 @models.command("show")
 def models_show(
-    version: Annotated[str, typer.Argument(help="A number, an alias or models:/...")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the drawings it colored (PNG).")] = None,
+    version: Annotated[str, typer.Argument(help="A version number, an alias or models:/...")],
+    out: Annotated[Path | None, typer.Option(help="PNG file for drawings colored by the version.")] = None,
 ) -> None:
-    """One version: where it comes from, what it is, how good it is, who moved it."""
+    """Show the details of a version.
+
+    The details include lineage, metrics, promotion history and configuration.
+    """
     from animediffusion.pipelines.release import promote as release
 
     console = common.console()
@@ -42,12 +45,15 @@ def models_show(
 
 @models.command("compare")
 def models_compare(
-    first: Annotated[str, typer.Argument(metavar="V1", help="A number, an alias or models:/...")],
-    second: Annotated[str, typer.Argument(metavar="V2", help="Another one.")],
-    data: Annotated[str | None, typer.Option(help="A dataset to color rows of; drawn faces if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The picture, compare-V1-V2.png if left out.")] = None,
+    first: Annotated[str, typer.Argument(metavar="V1", help="A version number, an alias or models:/...")],
+    second: Annotated[str, typer.Argument(metavar="V2", help="The version to compare with.")],
+    data: Annotated[str | None, typer.Option(help="Dataset whose rows are colored; drawn faces by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the picture; compare-V1-V2.png by default.")] = None,
 ) -> None:
-    """Two versions side by side: their metrics, and the same drawings colored by both."""
+    """Compare the metrics of two versions.
+
+    Both versions also color the same drawings, which are written as one picture.
+    """
     from animediffusion.pipelines.release.compare import compare
 
     console, settings = common.console(), common.settings()
@@ -58,7 +64,7 @@ def models_compare(
 
 @models.command("register")
 def models_register(folder: Annotated[str, typer.Argument(metavar="DIR", help="A bundle folder or URI.")]) -> None:
-    """Make a bundle the next version."""
+    """Register a bundle as the next version."""
     from animediffusion.pipelines.release import promote as release
 
     console = common.console()
@@ -68,12 +74,14 @@ def models_register(folder: Annotated[str, typer.Argument(metavar="DIR", help="A
 
 @models.command("promote")
 def models_promote(
-    version: Annotated[str, typer.Argument(help="A number or models:/...")],
-    alias: Annotated[str, typer.Option(help="champion or challenger.")] = "champion",
-    why: Annotated[str, typer.Option(help="Written to the history.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Also a worse one; is written down.")] = False,
+    version: Annotated[str, typer.Argument(help="A version number or models:/...")],
+    alias: Annotated[str, typer.Option(help="Alias: champion or challenger.")] = "champion",
+    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote even if metrics are worse (recorded in the audit log).")
+    ] = False,
 ) -> None:
-    """Point an alias at a version that passes the gate."""
+    """Check a version and point an alias at it."""
     from animediffusion.pipelines.release import promote as release
 
     console = common.console()
@@ -84,10 +92,13 @@ def models_promote(
 
 @models.command("canary", context_settings={"ignore_unknown_options": True})
 def models_canary(
-    percent: Annotated[int, typer.Argument(metavar="PERCENT", help="0 to 100; 0 ends the canary.")],
-    why: Annotated[str, typer.Option(help="Written to the history.")] = "",
+    percent: Annotated[int, typer.Argument(metavar="PERCENT", help="Percentage, 0 to 100; 0 ends the canary.")],
+    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
 ) -> None:
-    """Send a part of the requests to the challenger; promoting or rolling back ends it."""
+    """Send a percentage of the requests to the challenger.
+
+    A promotion or a rollback ends the canary.
+    """
     from animediffusion.pipelines.release.canary import canary
 
     console = common.console()
@@ -101,10 +112,10 @@ def models_canary(
 
 @models.command("rollback")
 def models_rollback(
-    alias: Annotated[str, typer.Option(help="champion or challenger.")] = "champion",
-    why: Annotated[str, typer.Option(help="Written to the history.")] = "",
+    alias: Annotated[str, typer.Option(help="Alias: champion or challenger.")] = "champion",
+    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
 ) -> None:
-    """Point an alias back at the version it had before; again goes one further."""
+    """Restore the alias's previous version; repeat to go further back."""
     from animediffusion.pipelines.release import promote as release
 
     console = common.console()
@@ -118,7 +129,7 @@ def _canary_ended(found: dict[str, Any]) -> str:
 
 @models.command("history")
 def models_history() -> None:
-    """Every promotion, rollback and canary, the oldest first."""
+    """List all promotions, rollbacks and canary changes, oldest first."""
     from animediffusion.pipelines.release import promote as release
 
     console = common.console()
@@ -128,10 +139,10 @@ def models_history() -> None:
 
 @models.command("import")
 def models_import(
-    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="A model checkpoint of the authors' code.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle to make.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="A model checkpoint written by the authors' code.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new bundle.")],
 ) -> None:
-    """Turn weights of the authors' AnimeDiffusion into a bundle."""
+    """Convert weights of the authors' AnimeDiffusion to a bundle."""
     from animediffusion.pipelines.release.import_weights import import_weights
 
     console = common.console()
@@ -141,10 +152,13 @@ def models_import(
 
 @models.command("export")
 def models_export(
-    version: Annotated[str, typer.Argument(help="A number, an alias, models:/... or a bundle folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    version: Annotated[str, typer.Argument(help="A version number, an alias, models:/... or a bundle folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
 ) -> None:
-    """Write a folder that colors drawings with torch, safetensors, numpy and pillow alone."""
+    """Export a model as a folder that works without this package.
+
+    The folder colors drawings and needs only torch, safetensors, numpy and pillow.
+    """
     from animediffusion.pipelines.release.export import export
 
     console = common.console()

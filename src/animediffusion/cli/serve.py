@@ -1,4 +1,4 @@
-"""`colorize`, `serve` and `keys`."""
+"""The commands `colorize` and `serve`, and the commands `keys`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from animediffusion.cli import common
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
-keys = typer.Typer(**common.HELP, help="Make and revoke API keys.")
+keys = typer.Typer(**common.HELP, help="Create, list and revoke API keys.")
 
 
 def colorize(
-    sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files, or folders of them.")],
-    reference: Annotated[Path, typer.Option(help="Image with the colors.")],
-    out: Annotated[Path, typer.Option(help="Folder for STEM.png and STEM.color.png.")],
-    model: Annotated[str | None, typer.Option(help="The champion by default.")] = None,
-    url: Annotated[str | None, typer.Option(help="A server to ask in place of a model here.")] = None,
+    sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files or folders of image files.")],
+    reference: Annotated[Path, typer.Option(help="Reference image with the colors to use.")],
+    out: Annotated[Path, typer.Option(help="Output folder for STEM.png and STEM.color.png.")],
+    model: Annotated[str | None, typer.Option(help="Model to use; the champion by default.")] = None,
+    url: Annotated[str | None, typer.Option(help="Use a running server instead of a local model.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The model's own default if left out.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's default if omitted.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0.0, max=20.0)] = None,
-    size: Annotated[str, typer.Option(help="native: the sketch's own size; model: the model's.")] = "native",
+    size: Annotated[str, typer.Option(help="Output size: native (the sketch's size) or model.")] = "native",
 ) -> int:
-    """Color drawings: STEM.png and the color layer without lines, STEM.color.png."""
+    """Color drawings with the colors of a reference image.
+
+    Writes STEM.png, and the color layer without lines as STEM.color.png.
+    """
     from animediffusion.platform.errors import ConfigError
     from animediffusion.serve.client.colorize_files import Options, colorize_files, list_left_out, list_sketches
 
@@ -70,7 +75,9 @@ def _painter(settings: Settings, model: str | None, url: str | None) -> Any:
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="The champion by default, followed when it changes.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to serve; the champion and its successors by default.")
+    ] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> int:
@@ -84,9 +91,9 @@ def serve(
 
 @keys.command("create")
 def keys_create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is; servers log this name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Owner of the key; appears in the access log.")],
 ) -> None:
-    """Make an API key and show it, once: only its hash is kept."""
+    """Create an API key and show it once; only its hash is stored."""
     from animediffusion.platform.api_keys import Keys
 
     console = common.console()
@@ -97,7 +104,7 @@ def keys_create(
 
 @keys.command("list")
 def keys_list() -> None:
-    """All keys ever made, the oldest first; never the keys themselves."""
+    """List the names and dates of all keys, oldest first."""
     from animediffusion.platform.api_keys import Keys
 
     console = common.console()
@@ -110,7 +117,7 @@ def keys_list() -> None:
 
 @keys.command("revoke")
 def keys_revoke(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Make a key useless; running servers notice within 5 s."""
+    """Revoke a key; running servers reject it within 5 s."""
     from animediffusion.platform.api_keys import Keys
 
     console = common.console()

@@ -1,4 +1,4 @@
-"""`train` and `evaluate`."""
+"""The commands `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (demo, phase1, phase2, ...) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (demo, phase1, phase2, ...) or a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="data=, max_steps=, init_from=, ...")
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Settings to override: data=, max_steps=, init_from=, ..."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved run, try some steps for what it will take, and stop.")
+        bool, typer.Option("--dry-run", help="Print the resolved settings, estimate time and memory, and exit.")
     ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate/--no-estimate", help="Of --dry-run: time and memory, or only the settings.")
+        bool, typer.Option("--estimate/--no-estimate", help="With --dry-run, also estimate time and memory.")
     ] = True,
 ) -> None:
-    """Train on Ray; the same command continues a run that was stopped."""
+    """Train a recipe on Ray; rerun the command to resume."""
     from animediffusion.pipelines.training.driver import train as run_training
     from animediffusion.pipelines.training.plan import plan
     from animediffusion.pipelines.training.recipe import load_recipe
@@ -55,7 +56,7 @@ def train(
 
 
 def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
-    """Settings at once, then what the run will take."""
+    """Print the settings immediately, then the estimate of time and memory."""
     from animediffusion.pipelines.estimate.estimate import estimate, lines
     from animediffusion.pipelines.training.plan import describe
 
@@ -75,9 +76,9 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="A dataset.")],
     split: Annotated[str, typer.Option()] = "val",
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and grid.png.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
 ) -> None:
-    """Measure a model, with trivial baselines beside it."""
+    """Measure the quality of a model and of trivial baselines."""
     from animediffusion.pipelines.release.record import evaluate_and_record
 
     console, settings = common.console(), common.settings()

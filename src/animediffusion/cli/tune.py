@@ -1,4 +1,4 @@
-"""`tune`: search for better settings with Ray Tune."""
+"""The commands `tune`: search for better settings with Ray Tune."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ tune = typer.Typer(**common.HELP, help="Search for better settings with Ray Tune
 def tune_sampler(
     model: Annotated[str, typer.Argument(help="A bundle folder or URI, models:/animediffusion@champion, ...")],
     data: Annotated[str, typer.Argument(help="A dataset.")],
-    trials: Annotated[int, typer.Option(min=1, help="Settings to know in the end, earlier searches counted.")] = 50,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this.")] = None,
-    prefer: Annotated[str, typer.Option(help="knee, fast or best.")] = "knee",
+    trials: Annotated[int, typer.Option(min=1, help="Total trials, including those of earlier searches.")] = 50,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this many minutes.")] = None,
+    prefer: Annotated[str, typer.Option(help="Choice from the Pareto front: knee, fast or best.")] = "knee",
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
-    """Search sampler, steps, guidance, shift and the weights' average of a fixed model; register it with the best."""
+    """Search sampler settings of a model and register the best.
+
+    The search covers sampler, steps, guidance, shift and the averaging length of the weights.
+    """
     from animediffusion.pipelines.evaluation.evaluate import evaluate as measure
     from animediffusion.pipelines.tuning.sampler_search import tune_sampler as search
 
@@ -47,13 +50,17 @@ def tune_sampler(
 @tune.command("schedule")
 def tune_schedule(
     data: Annotated[str, typer.Argument(help="A dataset.")],
-    recipe: Annotated[str, typer.Option(help="The phase 1 recipe to begin with, a name or a YAML file.")] = "phase1",
-    trials: Annotated[int, typer.Option(min=1, help="Settings to try in the end, earlier searches counted.")] = 24,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this.")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of the longest trials.")] = 270,
-    out: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Where the recipe goes.")] = None,
+    recipe: Annotated[str, typer.Option(help="Phase 1 recipe to start from, a name or a YAML file.")] = "phase1",
+    trials: Annotated[int, typer.Option(min=1, help="Total trials, including those of earlier searches.")] = 24,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this many minutes.")] = None,
+    steps: Annotated[int, typer.Option(help="Number of training steps of the longest trials.")] = 270,
+    out: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="File for the best recipe.")] = None,
 ) -> None:
-    """Search path, times, prediction, rates by short training runs; write the best as a recipe."""
+    """Search training settings by short training runs.
+
+    The search covers path, times, prediction, loss weight and learning rates. The best settings are written as a
+    recipe.
+    """
     from animediffusion.pipelines.tuning.schedule_search import tune_schedule as search
 
     console, settings = common.console(), common.settings()
