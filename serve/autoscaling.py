@@ -1,9 +1,9 @@
-"""How many engines the present work asks for: Ray Serve's autoscaler calls this.
+"""Autoscaling policy of Ray Serve: the number of engines for the pending work.
 
-Work is counted in network evaluations still to do, not in requests: a picture of 100 steps is as much as ten of 10, and
-one that is nearly finished is nearly nothing. One unit is a picture of its model's default steps that has not begun;
-guidance, which evaluates twice, makes it two.
-Ray pickles this module by value into its controller, so it imports nothing of ours.
+Work is counted in remaining network evaluations, not in requests: a picture of 100 steps counts as much as ten pictures
+of 10 steps, and a picture that is nearly finished counts almost nothing. One unit is a new picture with the default
+steps of its model; a guided picture counts two, because guidance evaluates the network twice. Ray pickles this module
+by value into its controller, so the module imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 PENDING = "pending_pictures"
-"""The measure that every engine replica reports, see EngineDeployment.record_autoscaling_stats."""
+"""Name of the metric that every engine replica reports, see EngineDeployment.record_autoscaling_stats."""
 
 
 def engines_for_work(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Engines wanted, before Ray applies its delays and bounds; and no state to keep.
+    """Return the number of engines, before Ray applies its delays and bounds, and an empty state.
 
-    One for each `target_ongoing_requests` pictures of pending work. Requests that wait in front of the engines count as
-    one picture each, as nobody has looked into them; so does everything before the first engine has reported. As long
-    as there is anything to do there is one engine.
+    The policy asks for one engine for each `target_ongoing_requests` pictures of pending work. A request in the queue
+    in front of the engines counts as one picture, because its steps are not known there. Before an engine has reported,
+    every request counts as one picture. The result is at least 1 while any work is pending.
     """
     reported = (context.aggregated_metrics or {}).get(PENDING, {})
     requests = float(context.total_num_requests)

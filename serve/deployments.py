@@ -1,15 +1,15 @@
-"""The application on Ray Serve: an ingress that speaks HTTP and an engine that colors.
+"""The application on Ray Serve: an ingress deployment for HTTP and an engine deployment that colors drawings.
 
     app = build_app(ServeConfig(max_batch=8))       # also `import_path` of a Serve config file
     serve.run(app)
 
-All limits follow from one number, `max_batch`: an engine replica is asked to run that many requests, may hold twice
-as many, and the rest waits in the ingress or is told to come back later. Engines come and go with the pending work,
-see serve/autoscaling.py.
+All limits follow from one number, `max_batch`: an engine replica runs about that many requests and may hold twice as
+many. Further requests wait in the ingress or are refused with Retry-After. The number of engines follows the pending
+work, see serve/autoscaling.py.
 """
 
-# No `from __future__ import annotations` here: Ray Serve checks a config file's `args` against the class that stands in
-# build_app's signature, and does not look up a name.
+# This file does not import annotations from __future__: Ray Serve checks the `args` of a config file against the class
+# in build_app's signature, and it does not resolve a name.
 
 import asyncio
 import os
@@ -46,12 +46,13 @@ from animediffusion.serve.replica.replica import Replica
 
 APP_NAME = "animediffusion"
 STARTING_PATIENCE_S = 60.0
-"""For which a new engine waits for a registry that is away; then Ray starts another one in its place."""
+"""How long a new engine waits for an unreachable registry. After that, Ray starts another engine in its place."""
 LOADING_PATIENCE_S = 5.0
-"""For which a request waits at an engine that has no model or no device. Were it refused immediately, that engine would
-always be the one with the shortest queue, and get all requests in place of those that work."""
+"""How long a request waits in an engine that has no model or no working device. If such an engine refused requests
+immediately, its queue would always be the shortest, and it would receive the requests that working engines could
+answer."""
 HEALTH_PERIOD_S = 3.0
-"""Ray replaces an engine after three failed checks in a row."""
+"""Seconds between health checks. Ray replaces an engine after three failed checks in a row."""
 
 
 def _whole_above_one(gpus: float | None) -> float | None:
@@ -61,63 +62,64 @@ def _whole_above_one(gpus: float | None) -> float | None:
 
 
 class ServeConfig(Config):
-    """What an installation may set; the same keys in a Serve config file's `args`."""
+    """Settings of the application. The `args` of a Serve config file have the same keys."""
 
     model: str | None = None
     """Bundle folder or URI, or a registered version or alias; the champion if left out."""
     workspace: Path | None = None
-    """As the command's --workspace."""
+    """Workspace folder, like the option --workspace of the command."""
     model_name: str | None = None
     """Registered model name."""
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
-    """Places in an engine's batch; a guided request takes two."""
+    """Slots in the batch of an engine; a guided request takes two."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
-    """Engines that are always up; 0 lets the last one go when nobody asks, and the next request starts one."""
+    """Minimum number of engines. With 0, the last engine stops when idle, and the next request starts an engine."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
-    """Engines at most."""
+    """Maximum number of engines."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 5
-    """How long the work must ask for more engines before there are more."""
+    """How long the pending work must require more engines before Ray starts them."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 60
-    """How long it must ask for fewer."""
+    """How long the pending work must require fewer engines before Ray stops some."""
     downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] = 300
-    """How long nobody must have asked before the last one goes."""
+    """Idle time after which Ray stops the last engine."""
     num_ingress_replicas: Annotated[int, Field(ge=1)] = 1
-    """HTTP processes."""
+    """Number of HTTP processes."""
     engine_cpus: Annotated[float, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for an engine."""
     engine_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
-    """GPUs, or a fraction of one, of an engine; 1 where the cluster has any if left out."""
+    """GPUs that Ray reserves for an engine, or a fraction of one. If left out: 1 if the cluster has a GPU, else 0."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of an engine's arithmetic on the CPU; its share of the machine if left out."""
+    """CPU threads of an engine; if left out, the number of cores divided by `max_replicas`."""
     precision: Precision = "auto"
-    """What the network computes in: float32 or bfloat16; auto is bfloat16 on a GPU that has it, else float32."""
+    """Data type of the network: float32 or bfloat16. auto is bfloat16 on a GPU that supports it, else float32."""
     compile: bool = False
-    """Whether torch.compile makes larger kernels of the network; a version then takes minutes to load."""
+    """Whether to compile the network with torch.compile into larger kernels; a version then takes minutes to load."""
     keys: str | None = None
-    """File of the API keys' hashes, a path or s3://; in the workspace if left out. Read again every few seconds."""
+    """File with the hashes of the API keys, a path or s3:// URI; if left out, the one in the workspace. Servers read
+    the file again every few seconds."""
     allow_anonymous: bool = False
-    """Let everybody in while no key was ever made: for a server that only this machine reaches."""
+    """Accept requests without a key while no key was ever made; only for a server that no other machine reaches."""
     request_log: Path | None = None
-    """File for the line of JSON about each request; the process's stderr if left out, which Ray keeps in its logs."""
+    """File of the access log, one line of JSON for each request; if left out, stderr of the process, which Ray logs."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
-    """Of one request. Serve's proxy has a limit of its own, see serve/proxy.py."""
+    """Largest body of a request, in bytes. Serve's proxy has its own limit, see serve/proxy.py."""
     upload_timeout_s: Annotated[float, Field(gt=0)] = UPLOAD_TIMEOUT_S
-    """For the body of a request to arrive."""
+    """Time for the body of a request to arrive."""
     timeout_s: Annotated[float, Field(gt=0)] = 60
-    """For one picture, waiting included."""
+    """Time for one picture, including the time in the queue."""
     poll_s: Annotated[float, Field(gt=0)] = 3
-    """How often an engine looks whether another version is wanted."""
+    """Average seconds between two polls of the registry by an engine."""
 
     def settings(self) -> Settings:
-        """The settings that workers use."""
+        """Return the settings of the workspace and the registry."""
         return Settings.from_environment(workspace=self.workspace, model_name=self.model_name, keys=self.keys)
 
 
 def build_app(args: ServeConfig) -> serve.Application:
-    """The application, ready for serve.run.
+    """Return the application, ready for serve.run.
 
     Raises:
-        ConfigError: if there is no API key and nobody said that this is meant.
+        ConfigError: there is no API key, and `allow_anonymous` is not set.
     """
     check_keys(args)
     engine = serve.deployment(EngineDeployment).options(
@@ -126,7 +128,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         max_ongoing_requests=2 * args.max_batch,
         max_queued_requests=max(1, 2 * args.max_batch),
         autoscaling_config=_autoscaling(args),
-        # Pictures that are being made when a replica has to go are finished.
+        # A replica that is stopped first finishes its running pictures.
         graceful_shutdown_timeout_s=args.timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=30,
@@ -135,7 +137,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         name="ingress",
         num_replicas=args.num_ingress_replicas,
         ray_actor_options={"num_cpus": 0.25},
-        # Far above what the engines hold: it is the engine's queue that says no, with a problem of our own.
+        # The limit is far above what the engines hold, so that the engine's queue refuses requests, with a problem.
         max_ongoing_requests=max(100, 16 * args.max_batch * args.max_replicas),
         graceful_shutdown_timeout_s=args.timeout_s + 5,
     )
@@ -144,7 +146,7 @@ def build_app(args: ServeConfig) -> serve.Application:
 
 
 def check_keys(args: ServeConfig) -> None:
-    """Raise ConfigError if nobody, or without meaning it everybody, could use the server."""
+    """Raise ConfigError if no API key is active, unless `allow_anonymous` is set and no key was ever made."""
     uri = args.settings().keys_uri
     keys = Keys(uri)
     if not keys.active() and (keys.entries() or not args.allow_anonymous):
@@ -157,14 +159,14 @@ def check_keys(args: ServeConfig) -> None:
 def _gpus(args: ServeConfig) -> float:
     if args.engine_gpus is not None:
         return args.engine_gpus
-    # Where this runs, on the head, there may be none although the workers have some.
+    # This code runs on the head node, which may have no GPU although worker nodes have GPUs.
     return float(torch.cuda.is_available() or (ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1))
 
 
 def _autoscaling(args: ServeConfig) -> AutoscalingConfig:
-    """Engines by pending work: one for each `max_batch` pictures of it."""
+    """Return the autoscaling settings: one engine for each `max_batch` pending pictures."""
     with warnings.catch_warnings():
-        # metrics_interval_s is to be replaced by environment variables, which Ray 2.60 does not read yet.
+        # metrics_interval_s is deprecated in favor of environment variables, which Ray 2.60 does not read yet.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=args.min_replicas,
@@ -186,10 +188,10 @@ class EngineDeployment:
         cores = os.cpu_count() or 1
         torch.set_num_threads(args.num_threads or max(1, cores // max(1, args.max_replicas)))
         name = serve.get_replica_context().replica_id.unique_id
-        # Serve admits 2 max_batch at most, so the engine's own queue never refuses anybody.
+        # Serve admits at most 2 * max_batch requests, so the engine's own queue never refuses one.
         use_attention(args.settings().attention)
         reserved = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        # Ray hides no GPU from a replica that asked for none.
+        # Ray does not hide the GPUs from a replica that requested no GPU.
         device = "cpu" if args.engine_gpus == 0 else usable_device(must_be_gpu=bool(reserved))
         choose_numerics(torch.device(device))
         self.replica = Replica(
@@ -226,15 +228,15 @@ class EngineDeployment:
         return self.follower.describe()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The work that is here, for the autoscaler; see scaling.py."""
+        """Return the pending work of this replica for the autoscaler, see serve/autoscaling.py."""
         return {scaling.PENDING: self.replica.pending_pictures()}
 
     async def check_health(self) -> None:
-        """Ray replaces the replica if this raises."""
+        """Raise an error if the replica does not work; Ray then replaces the replica."""
         self.replica.check()
 
     def __del__(self) -> None:
-        """Ray calls this when the requests here are answered, or their time is over."""
+        """Stop the threads. Ray calls this once all requests are answered, or the graceful shutdown has timed out."""
         if hasattr(self, "exporter"):
             self.exporter.stop()
         if hasattr(self, "follower"):
@@ -244,14 +246,14 @@ class EngineDeployment:
 
 @serve.ingress()
 class IngressDeployment:
-    """The HTTP side."""
+    """The deployment that answers HTTP requests."""
 
     def __init__(self, args: ServeConfig, engine: DeploymentHandle) -> None:
         self.args = args
         self.engine = engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Ray Serve once this object is made."""
+        """Return the ASGI application. Ray Serve calls this after the constructor."""
         source = ModelSource(self.args.settings(), self.args.model)
         backend = RayBackend(self.engine, source, may_sleep=self.args.min_replicas == 0)
         journal.write_to(self.args.request_log)
@@ -261,5 +263,5 @@ class IngressDeployment:
             max_body_bytes=self.args.max_body_bytes,
             upload_timeout_s=self.args.upload_timeout_s,
             timeout_s=self.args.timeout_s,
-            names_requests=False,  # Serve's proxy does
+            names_requests=False,  # Serve's proxy adds the request id.
         )

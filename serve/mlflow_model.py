@@ -1,10 +1,10 @@
-"""What `mlflow.pyfunc.load_model` runs for a registered version; a copy of this file lies in it as model.py.
+"""Code that `mlflow.pyfunc.load_model` runs for a registered version, which contains a copy of this file as model.py.
 
     model = mlflow.pyfunc.load_model("models:/animediffusion@champion")
     out = model.predict({"sketch": sketch_bytes, "reference": reference_bytes}, params={"seed": 7})
     out["image"][0]                                # PNG
 
-The package need not be installed: the modules lie beside this file, in code.zip. Where it is, it goes first.
+The package need not be installed: code.zip, next to this file, contains the modules. An installed package has priority.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Colorizer(PythonModel):
     """A bundle as MLflow's PythonModel."""
 
     def load_context(self, context: Any) -> None:
-        """Check and load the bundle; on CUDA where there is some."""
+        """Check and load the bundle, on CUDA if it is available."""
         if context.artifacts["code"] not in sys.path:
             sys.path.append(context.artifacts["code"])
         from animediffusion.models.bundle import load_bundle
@@ -31,13 +31,14 @@ class Colorizer(PythonModel):
         self._bundle = load_bundle(context.artifacts["bundle"], "cuda" if torch.cuda.is_available() else "cpu")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
-        """Colored drawings, a row each.
+        """Return the colored drawings, one row for each input row.
 
         Args:
-            context: MLflow's; not used.
+            context: MLflow's context; not used.
             model_input: columns `sketch` and `reference`: bytes of PNG, JPEG or WebP files.
-            params: `seed`, `num_inference_steps`, `guidance_scale`, `size` (native or model); the model's own
-                defaults where left out. Row i has seed + i.
+            params: `seed`, `num_inference_steps`, `guidance_scale`, `size` (native or model). A missing number of steps
+                or guidance scale is the model's default, a missing seed is 0, a missing size is native. Row i uses seed
+                + i.
 
         Returns:
             Columns `image` and `color_layer`: bytes of PNG files.

@@ -1,11 +1,11 @@
-"""What the HTTP side and the engine side of serving say to each other. Plain data: it crosses processes.
+"""Messages and errors between the HTTP side and the engines: plain data that can be pickled between processes.
 
 ServeError
-    BusyError           no place in the queue: try again later
-    UnavailableError    an engine cannot make the picture now: another one, or the same one later, can
+    BusyError           the queue is full; try again later
+    UnavailableError    this engine cannot make the picture now; another engine can, or this one later
         NoModelError    no version is loaded
-    LateError           not finished by the deadline
-    UnusableError       a parameter that only the model can judge
+    LateError           the picture was not finished by the deadline
+    UnusableError       a parameter is not usable, and only the model could check it
 """
 
 from __future__ import annotations
@@ -22,81 +22,81 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class ColorizeJob:
-    """One picture to make. What is None is the model's own default."""
+    """One picture to make. A field that is None means the default of the model."""
 
     lines: Pixels
-    """[H, W] black lines on white, of any size."""
+    """[H, W]: black lines on white, of any size."""
     reference: Pixels
-    """[H, W, 3] of any size."""
+    """[H, W, 3], of any size."""
     seed: int
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
     timeout_s: float = 60.0
     key: str = ""
-    """Who asks, for fairness."""
+    """Name of the API key, by which the queue is fair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """How far a job is."""
+    """Progress of a job."""
 
     step: int
     total: int
     picture: Pixels
-    """[S, S, 3]: the picture as estimated now."""
+    """[S, S, 3]: the current estimate of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the network made of a job."""
+    """Result of a job."""
 
     picture: Pixels
-    """[S, S, 3], the letterboxed sketch colored."""
+    """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
 
 
 class ServeError(Exception):
-    """Base class; the arguments are plain, so that it survives pickling between processes."""
+    """Base class. The arguments are plain values, so that an error can be pickled between processes."""
 
 
 class BusyError(ServeError):
-    """The queue is full: (why, seconds after which to come back); the seconds may be left out."""
+    """The queue is full. Arguments: (reason, seconds after which to retry); the seconds may be left out."""
 
     @property
     def retry_after_s(self) -> int | None:
-        """Whole seconds, None if nobody can tell."""
+        """Whole seconds after which to retry; None if unknown."""
         return int(self.args[1]) if len(self.args) > 1 else None
 
 
 class UnavailableError(ServeError):
-    """An engine cannot make the picture now, for the reason given. The same request works on another, or later."""
+    """An engine cannot make the picture now. Argument: the reason. A retry on another engine, or later, can work."""
 
 
 class NoModelError(UnavailableError):
-    """No version is loaded, for the reason given."""
+    """No version is loaded. Argument: the reason."""
 
 
 class LateError(ServeError):
-    """The deadline passed first."""
+    """The picture was not finished by the deadline."""
 
 
 class UnusableError(ServeError):
-    """A parameter is not usable: (field, found, allowed)."""
+    """A parameter is not usable. Arguments: (field, found, allowed)."""
 
 
 class Backend(Protocol):
-    """What the HTTP side needs: a replica in this process, or many behind Ray Serve."""
+    """Interface of the engines to the HTTP side: one replica in this process, or many behind Ray Serve."""
 
     async def colorize(self, job: ColorizeJob) -> Answer:
-        """The picture, or a ServeError. Cancelling the call frees the job's place."""
+        """Return the picture, or raise a ServeError. Canceling the call frees the slot of the job."""
 
     def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
-        """Previews, then the answer; errors and cancelling as for colorize."""
+        """Yield previews, then the answer. Errors and canceling work as in colorize."""
 
     async def models(self) -> dict[str, Any]:
-        """The body of /v1/models."""
+        """Return the body of /v1/models."""
 
     async def is_ready(self) -> bool:
-        """True if a picture can be made now."""
+        """Return whether a picture can be made now."""

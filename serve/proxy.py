@@ -1,15 +1,16 @@
-"""What stands in Ray Serve's own proxy, before any application: its errors as problems, and limits where bytes arrive.
+"""Middleware installed in Ray Serve's own proxy, in front of every application: problem+json errors and size limits.
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=animediffusion.serve.proxy:middlewares
 
-Serve's proxy answers some requests itself, in plain text: no application at the path (404), too many waiting (429), no
-replica to answer (503), its own time limit (408), a replica that died on the way (500). It also reads a body into
-memory however long it is, before the application has seen a byte, and lets clients set its time limit and name replicas
-by headers. This middleware mends all of that. Ray reads the variable when a proxy starts: platform/cluster/connect.py
-sets it for what this package starts, infra/docker/Dockerfile for the nodes of a cluster.
+Serve's proxy answers some requests itself, in plain text: no application has the path (404), too many requests wait
+(429), no replica runs (503), the proxy's own timeout passed (408), or a replica died during the request (500). The
+proxy also reads a body of any length into memory before the application sees a byte, and it lets clients set its
+timeout and choose replicas with headers. This middleware corrects all of this. Ray reads the variable when a proxy
+starts. platform/cluster/connect.py sets the variable for the Ray that this package starts; infra/docker/Dockerfile sets
+it for the nodes of a cluster.
 
-Not mended: what uvicorn refuses before any application (a request that is no HTTP: 400), and a connection cut because
-the node of the proxy is gone.
+The middleware cannot correct two cases: uvicorn refuses a request that is not HTTP (400) before any application runs,
+and a connection is cut if the node of the proxy is lost.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from animediffusion.serve.api.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIM
 from animediffusion.serve.api.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
 
 BODY_VARIABLE = "ANIMEDIFFUSION_MAX_BODY_BYTES"
-"""Bytes of a body that the proxy lets through; the applications' own `max_body_bytes` may be less."""
+"""Environment variable: the largest body that the proxy accepts, in bytes. `max_body_bytes` of an application may be
+smaller."""
 
 _REQUEST_ID = b"x-request-id"
 _STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id", "serve-multiplexed-model-id")
-"""Headers by which a client would change what Serve does with its request."""
+"""Headers with which a client could change how Serve handles its request."""
 
 _DETAILS = {
     404: "no application answers at this path; it may still be starting",
@@ -49,21 +51,21 @@ log = logging.getLogger(__name__)
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Ray Serve when a proxy starts."""
+    """Return the middleware of the proxy. Ray Serve calls this function when a proxy starts."""
     journal.write_to(None)
     try:
         limit = max_body_bytes()
-    except ConfigError as error:  # a proxy without this middleware would answer worse
+    except ConfigError as error:  # Starting without the middleware would be worse than using the default limit.
         log.error("%s", error)
         limit = MAX_BODY_BYTES
     return [Middleware(ProxyErrors, max_body_bytes=limit)]
 
 
 def max_body_bytes() -> int:
-    """Bytes of a body that the proxy lets through.
+    """Return the largest body that the proxy accepts, in bytes.
 
     Raises:
-        ConfigError: the variable does not hold a number.
+        ConfigError: the variable is not a number of at least 1.
     """
     limit = os.environ.get(BODY_VARIABLE) or str(MAX_BODY_BYTES)
     if not limit.isdecimal() or int(limit) < 1:
@@ -76,8 +78,8 @@ class ProxyErrors:
 
     Args:
         app: the proxy.
-        max_body_bytes: of a request; more is 413.
-        upload_timeout_s: for the body to arrive, else 408.
+        max_body_bytes: largest body of a request; a larger one is answered with 413.
+        upload_timeout_s: time for the whole body to arrive; a slower one is answered with 408.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, upload_timeout_s: float = UPLOAD_TIMEOUT_S) -> None:
@@ -102,7 +104,7 @@ class ProxyErrors:
             journal.write(scope, problem.status, started)
 
     async def _ask_serve(self, scope: Scope, body: _Body, answer: _Answer) -> ProblemError | None:
-        """The problem to answer with, where the application has not answered."""
+        """Run the application; return the problem to send if the application has not answered."""
         try:
             await self.app(scope, body.receive, answer.send)
         except Exception:
@@ -112,12 +114,12 @@ class ProxyErrors:
             return body.problem or answer.problem
         if answer.is_started:
             return None
-        # Serve sends nothing at all where a replica died, and uvicorn would make a plain 500 of that.
+        # Serve sends nothing if a replica died, and uvicorn would turn that into a plain-text 500.
         return ProblemError(journal.CLIENT_LEFT, "the client closed the connection") if body.client_left else _LOST
 
 
 class _Body:
-    """A body whose problems are kept, and look to Serve as if the client had left."""
+    """A request body that stores its problem and reports a disconnected client to Serve instead."""
 
     def __init__(self, body: Body) -> None:
         self._body = body
@@ -135,13 +137,13 @@ class _Body:
 
 
 class _Answer:
-    """Passes on what applications answer, and holds back what Serve says itself."""
+    """Forwards the responses of applications and withholds the error responses of Serve itself."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.is_started = False
         self.problem: ProblemError | None = None
-        """What was held back, as a problem."""
+        """The withheld response, as a problem."""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -155,7 +157,7 @@ class _Answer:
 
 
 def _own_words(status: int, headers: Headers) -> ProblemError:
-    """A problem in place of a text of Serve's; its time limit is what others call a gateway's (504)."""
+    """Return a problem in place of Serve's plain-text error; 408, Serve's timeout, becomes 504 (gateway timeout)."""
     status = 504 if status == 408 else status
     kept = {"Retry-After": headers["retry-after"]} if "retry-after" in headers else {}
     if status in (429, 503):
@@ -169,7 +171,7 @@ def _named(problem: ProblemError, request_id: str) -> ProblemError:
 
 
 def _cleaned(headers: Any, request_id: str) -> list[tuple[bytes, bytes]]:
-    """Headers without those that steer Serve, and with one id that is fit to be logged."""
+    """Return the headers without those that control Serve, and with exactly one request id, which is safe to log."""
     kept = [(name, value) for name, value in headers if not _steers(name) and name.lower() != _REQUEST_ID]
     return [*kept, (_REQUEST_ID, request_id.encode())]
 

@@ -1,4 +1,4 @@
-"""The engines behind Ray Serve, as the HTTP side sees them: an api.Backend over their handle."""
+"""A protocol.Backend that calls the engines through their Ray Serve handle."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from animediffusion.serve.retry_after import CompletionRate
 
 STATUS_TIMEOUT_S = 5.0
 MAX_ATTEMPTS = 3
-"""Of one picture: an engine may die under it, with its node for example, lose its GPU, or have no model. The same
-request makes the same picture elsewhere."""
+"""Attempts for one picture. An engine may die (for example with its node), lose its GPU, or have no model; the same
+request makes the same picture on another engine."""
 
 log = logging.getLogger(__name__)
 
 
 class RayBackend:
-    """An api.Backend.
+    """A protocol.Backend that calls the engines through their Ray Serve handle.
 
     Args:
-        engine: handle of the engines.
-        source: asked what is desired while no engine runs.
-        may_sleep: engines scale to zero, and none running is no reason to send requests elsewhere.
+        engine: handle of the engine deployment.
+        source: provides the desired versions while no engine runs.
+        may_sleep: whether engines scale to zero; if so, the backend is ready also without a running engine.
     """
 
     def __init__(self, engine: DeploymentHandle, source: ModelSource, *, may_sleep: bool) -> None:
@@ -55,7 +55,7 @@ class RayBackend:
         self._requests = requests_counter()
 
     async def colorize(self, job: ColorizeJob) -> Answer:
-        """See messages.Backend."""
+        """See protocol.Backend."""
         with self._counted():
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 response = self.engine.colorize.remote(job)
@@ -71,7 +71,7 @@ class RayBackend:
         raise AssertionError("unreachable")
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
-        """See messages.Backend. Another engine makes the same previews, of which those that were sent are left out."""
+        """See protocol.Backend. After a retry on another engine, previews that were sent already are skipped."""
         with self._counted():
             sent = 0
             for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -90,7 +90,7 @@ class RayBackend:
                         raise self._translated(error) from error
 
     async def models(self) -> dict[str, Any]:
-        """See messages.Backend."""
+        """See protocol.Backend."""
         found = await self._describe()
         if not found:
             return {"desired": await asyncio.to_thread(self._desired), "traffic": {}, "replicas": []}
@@ -102,15 +102,15 @@ class RayBackend:
         }
 
     async def is_ready(self) -> bool:
-        """See messages.Backend; a deployment that sleeps is ready, as a request wakes it up."""
+        """See protocol.Backend. A deployment that is scaled to zero is ready, because a request starts an engine."""
         found = await self._describe()
         return any(one["replica"]["state"] == "ready" for one in found) or (self.may_sleep and not found)
 
     async def _describe(self) -> list[dict[str, Any]]:
-        """What every running engine says of itself; what they said last where one is too busy, or died just now."""
+        """Return the state of every running engine; the previous states if an engine does not respond."""
         try:
             self._told = list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
-        except DeploymentUnavailableError:  # none is running, and that is no error of who asks
+        except DeploymentUnavailableError:  # No engine runs, which is not an error of the request.
             self._told = []
         except Exception as error:
             log.warning("not every engine says how it is: %s", error)
@@ -119,12 +119,12 @@ class RayBackend:
     def _desired(self) -> dict[str, str | None]:
         try:
             return self.source.plan().desired
-        except AnimeDiffusionError:  # nobody knows, and to say so is the answer
+        except AnimeDiffusionError:  # None stands for an unknown version.
             return dict.fromkeys(ALIASES)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """Keep the pace, by which clients that are refused are told when to come back."""
+        """Record the start and the end of a request, from which Retry-After is estimated."""
         self._pace.started()
         finished = False
         try:
@@ -137,7 +137,7 @@ class RayBackend:
             self._pace.ended(finished=finished)
 
     def _translated(self, error: Exception) -> Exception:
-        """What Ray wraps or says itself, in the words of messages.py."""
+        """Convert an error of Ray, or one that Ray wraps, to an error of serve/protocol.py."""
         if isinstance(error, RayTaskError):
             cause = error.cause
             return cause if isinstance(cause, ServeError) else error
@@ -157,7 +157,7 @@ def _is_the_engines_fault(error: Exception) -> bool:
 
 
 def mean_shares(replicas: list[dict[str, float]]) -> dict[str, float]:
-    """Version -> share of the traffic over all replicas that answer: each gets as many requests as the others."""
+    """Return version -> mean share over all replicas with a version, which get equal numbers of requests."""
     answering = [shares for shares in replicas if shares]
     total: Counter[str] = Counter()
     for shares in answering:

@@ -1,4 +1,4 @@
-"""How long a client should wait before it comes back: from how fast pictures were finished lately."""
+"""Estimate of the Retry-After header from the recent rate of finished pictures."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from collections import deque
 from collections.abc import Callable
 
 UNKNOWN_S = 5
-"""Answered before two pictures were finished, while an engine starts for example."""
+"""The estimate before two pictures were finished, for example while an engine starts."""
 LONGEST_S = 60
 
 
 class CompletionRate:
-    """Pictures a second, over the latest of them. Time in which nothing was to be done does not count.
+    """Rate of the latest finished pictures. Idle time, in which no request was present, does not count.
 
     Args:
-        clock: seconds that only grow; tests bring their own.
+        clock: returns monotonic seconds; tests pass their own.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._busy_s = 0.0
-        """Seconds in which at least one request was here, up to `_since`."""
+        """Seconds with at least one unanswered request, up to `_since`."""
         self._since = 0.0
         self._num_here = 0
         self._finished: deque[float] = deque(maxlen=64)
-        """At which busy second each of the latest pictures was finished."""
+        """Value of `_busy_s` at the end of each of the latest pictures."""
         self._lock = threading.Lock()
 
     def started(self) -> None:
-        """A request came in."""
+        """Count a request that came in."""
         with self._lock:
             self._advance()
             self._num_here += 1
 
     def ended(self, *, finished: bool) -> None:
-        """A request left, with its picture or without."""
+        """Count the end of a request, with or without a finished picture."""
         with self._lock:
             self._advance()
             self._num_here -= 1
@@ -45,12 +45,12 @@ class CompletionRate:
                 self._finished.append(self._busy_s)
 
     def retry_after_s(self) -> int:
-        """Whole seconds until what is here now will be finished at this pace; 1 to LONGEST_S."""
+        """Return the whole seconds until all present requests are finished at the recent rate; 1 to LONGEST_S."""
         with self._lock:
             self._advance()
             if len(self._finished) < 2:
                 return UNKNOWN_S
-            # The time since the last picture counts, so that no pace of the past is promised when nothing moves.
+            # The time since the last picture counts, so that the estimate grows if no further picture is finished.
             per_picture = (self._busy_s - self._finished[0]) / (len(self._finished) - 1)
             return retry_after_s(self._num_here * per_picture)
 
@@ -62,5 +62,5 @@ class CompletionRate:
 
 
 def retry_after_s(seconds: float) -> int:
-    """Seconds as Retry-After says them: whole, 1 to LONGEST_S."""
+    """Return seconds for the Retry-After header: rounded up, from 1 to LONGEST_S."""
     return min(LONGEST_S, max(1, math.ceil(seconds)))

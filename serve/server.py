@@ -1,4 +1,4 @@
-"""Starts the application on Ray Serve and keeps it up: the command `serve`.
+"""Start and stop of the application on Ray Serve: the command `serve`.
 
 with running(settings, ServeConfig(), port=8000) as url:
     ...
@@ -46,22 +46,22 @@ def serve_app(
     announce: Callable[[str], None] = print,
     **options: Any,
 ) -> int:
-    """Serve until SIGINT or SIGTERM; returns 128 + the signal's number.
+    """Serve until SIGINT or SIGTERM; return 128 + the number of the signal.
 
     Args:
-        settings: workspace and registry.
-        model: None is the champion, followed when it changes.
-        host: loopback, or any other where an API key exists.
-        port: of HTTP.
-        announce: is told, line by line, where the page is and that the server stops.
+        settings: settings of the workspace and the registry.
+        model: model to serve; None is the champion, which the server follows when the alias moves.
+        host: address to listen on: loopback, or any other address if an API key exists.
+        port: HTTP port.
+        announce: callback for status messages, one line each.
         options: further fields of ServeConfig.
 
     Raises:
-        AnimeDiffusionError: no such model, a damaged one, the port in use, or Ray cannot start.
+        AnimeDiffusionError: the model does not exist or is damaged, the port is in use, or Ray cannot start.
     """
     config = _config(settings, model, options)
     with running(settings, config, host=host, port=port, tell=announce) as url:
-        # Only now: Ray puts handlers of its own into place when it starts, and they end the process at once.
+        # Ray installs its own handlers when it starts, and they end the process immediately; these replace Ray's.
         with _signals() as received:
             where = config.request_log or "the logs of Ray"
             announce(f"serving at {url} (page /, API /docs), requests in {where}; Ctrl-C stops it")
@@ -72,7 +72,7 @@ def serve_app(
 
 @contextmanager
 def _signals() -> Iterator[queue.SimpleQueue[int]]:
-    """SIGINT and SIGTERM, as numbers in a queue."""
+    """Put the numbers of received SIGINT and SIGTERM signals into a queue."""
     received: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def put(number: int, _: FrameType | None) -> None:
@@ -95,16 +95,16 @@ def running(
     port: int = 8000,
     tell: Callable[[str], object] = log.warning,
 ) -> Iterator[str]:
-    """The URL of an application that is up and has its model; it and Serve end with the block.
+    """Start the application, wait until it is ready, and yield its URL; stop it at the end of the block.
 
     Args:
-        settings: workspace and registry.
-        config: of the application.
-        host: where to listen.
-        port: of HTTP.
-        tell: gets a line on the resources that the cluster has no room for, while the start waits for them.
+        settings: settings of the workspace and the registry.
+        config: settings of the application.
+        host: address to listen on.
+        port: HTTP port.
+        tell: callback for a message about resources that the cluster lacks, while the start waits for them.
     """
-    max_body_bytes()  # raises here, where a person reads it; the proxy would go on with the default
+    max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
     check_model(settings, config.model)
@@ -124,12 +124,13 @@ def start(
     port: int = 8000,
     tell: Callable[[str], object] = log.warning,
 ) -> str:
-    """Deploy on the Ray that is connected, wait until a picture can be made, and return the URL.
+    """Deploy on the connected Ray cluster, wait until a picture can be made, and return the URL.
 
-    Arguments are those of `running`.
+    The arguments are those of `running`.
 
     Raises:
-        ClusterError: the application does not come up.
+        ConfigError: Serve runs on this cluster already, at an address that is not loopback, but `host` is.
+        ClusterError: the application does not become ready.
         BundleError: the model does not work.
     """
     for name in ("ray.serve", "ray"):
@@ -144,7 +145,7 @@ def start(
 def _deploy(config: ServeConfig, host: str, port: int) -> None:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     try:
-        # Longer than the application's own limits: only an ingress that hangs is cut off by the proxy.
+        # The timeout is longer than the application's own limits, so that the proxy cuts off only a hanging ingress.
         patience = config.upload_timeout_s + config.timeout_s + 30
         http = {"host": host, "port": port, "request_timeout_s": patience}
         serve.start(http_options=http, logging_config=quiet)
@@ -157,7 +158,13 @@ def _deploy(config: ServeConfig, host: str, port: int) -> None:
 
 
 def check_address(host: str, port: int, *, is_open: bool = True) -> None:
-    """Raise ConfigError if the server may not, or cannot, listen there; an open one, without keys, may on loopback."""
+    """Raise ConfigError if the server cannot listen on the address, or may not.
+
+    Args:
+        host: address to listen on.
+        port: HTTP port.
+        is_open: whether the server has no active API key; such a server may listen on loopback only.
+    """
     if not 1 <= port <= 65535:
         raise ConfigError("--port", str(port), "1 to 65535")
     if is_open and not _is_loopback(host):
@@ -172,7 +179,7 @@ def check_address(host: str, port: int, *, is_open: bool = True) -> None:
 
 
 def check_model(settings: Settings, model: str | None) -> None:
-    """Raise an AnimeDiffusionError if there is no such model here or it is damaged: better now than in a replica."""
+    """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica finds out."""
     source = ModelSource(settings, model)
     folder = source.fetch(source.wanted())
     try:
@@ -194,7 +201,7 @@ def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> S
 
 
 def _request_log(settings: Settings) -> Path | None:
-    """The request log in the workspace; None, which means Ray's logs, where the workspace cannot be written."""
+    """Return the access log in the workspace; None, which means Ray's logs, if the workspace is not writable."""
     file = settings.workspace / "logs" / "requests.jsonl"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -205,23 +212,24 @@ def _request_log(settings: Settings) -> Path | None:
 
 
 def _for_host(config: ServeConfig, host: str) -> ServeConfig:
-    """Who reaches a loopback address is on this machine already: no key is needed while none was ever made.
+    """Return the config that allows requests without a key if the address is loopback and no key was ever made.
 
-    Looked up here: an ingress on a node that does not have the file would take it for no key at all.
+    The key file is read here and not in the ingress, whose node may lack the file, which would look like no keys at
+    all.
     """
     is_open = config.allow_anonymous or (_is_loopback(host) and not Keys(config.settings().keys_uri).entries())
     return config.model_copy(update={"allow_anonymous": is_open})
 
 
 def _check_proxy(host: str) -> None:
-    """A Serve that was running already keeps its own address: what is open to all must not go behind that one."""
+    """Refuse a loopback host if Serve runs at a public address already: Serve would keep that address."""
     running_at = _get_global_client().http_config.host
     if _is_loopback(host) and not _is_loopback(running_at):
         raise ConfigError("--host", f"Serve runs on this cluster already, at {running_at}", "use `serve deploy` there")
 
 
 def _absolute(model: str | None) -> str | None:
-    """A folder by its full path: replicas have another working directory."""
+    """Return a bundle folder as an absolute path, because replicas have another working directory."""
     is_folder = model is not None and not model.startswith("models:") and not is_uri(model)
     return str(Path(str(model)).expanduser().absolute()) if is_folder else model
 
@@ -252,10 +260,10 @@ def _wait_until_ready(url: str) -> None:
 
 
 def _replicas() -> list[dict[str, Any]]:
-    """What the engines say of themselves, asked without HTTP and so without a key; none while none answers."""
+    """Return the states of the engines, requested without HTTP and therefore without a key; empty if none responds."""
     try:
         found = serve.get_deployment_handle("engine", APP_NAME).broadcast("describe").results(timeout_s=5)
-    except Exception:  # still starting, or one died just now
+    except Exception:  # The engines are still starting, or one has died.
         return []
     return [one["replica"] for one in found]
 
@@ -268,5 +276,5 @@ def _last_line(error: Exception) -> str:
 def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
-    except Exception as error:  # Ray may be gone already; nothing is left to stop then
+    except Exception as error:  # If Ray has stopped already, there is nothing left to stop.
         log.debug("while stopping: %s", error)

@@ -1,10 +1,10 @@
-"""Colors one drawing with torch, safetensors, numpy and pillow alone: what a model takes along when it is exported.
+"""Colors one drawing with only torch, safetensors, numpy and pillow. Exported models contain this file.
 
     picture, layer = paint(load_bundle(folder), sketch_bytes, reference_bytes, seed=7)
     sys.exit(main(Path("exported"), ["sketch.png", "reference.png", "out.png"]))
 
-The command `colorize`, exported models and MLflow's `predict` all paint here, so their pictures are equal.
-Not here: many requests at once, see engine.py.
+The command `colorize`, exported models and MLflow's `predict` all call this module, so their pictures are equal.
+For many simultaneous requests see serve/engine/engine.py.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def paint(
     thing: str = "sketch",
     turn: AbstractContextManager[object] | None = None,
 ) -> tuple[bytes, bytes]:
-    """The colored drawing and its color layer, both PNG.
+    """Return the colored drawing and its color layer, both as PNG.
 
     Args:
         bundle: the model.
-        sketch: an image file's bytes: dark lines on light paper.
-        reference: an image file's bytes.
-        seed: of the noise.
-        sampler: in place of the bundle's defaults.
-        size: `native` is the sketch's own, `model` the network's square.
-        thing: how messages call the sketch.
-        turn: held while the network runs, where several threads paint.
+        sketch: bytes of an image file with dark lines on light paper.
+        reference: bytes of an image file.
+        seed: seed of the noise.
+        sampler: sampler settings that replace the defaults of the bundle.
+        size: size of the results: `native` is the size of the sketch, `model` the square of the network.
+        thing: name of the sketch in error messages.
+        turn: a lock that is held while the network runs; needed if several threads call this function.
 
     Raises:
-        ImageError: one of the two is not usable.
+        ImageError: the sketch or the reference is not usable.
     """
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
     lines = from_pixels(for_network(as_gray(drawing), side))
@@ -63,14 +63,14 @@ def paint(
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:
-    """Run the colorize.py of an exported model.
+    """Run the script colorize.py of an exported model.
 
     Args:
-        folder: of the bundle.
-        arguments: of the command line.
+        folder: folder of the bundle.
+        arguments: arguments of the command line.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr.
+        The exit code: 0, or 2 after an error message of one line on stderr.
     """
     options = _parser().parse_args(arguments)
     try:
