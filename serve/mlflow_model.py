@@ -36,9 +36,8 @@ class Colorizer(PythonModel):
         Args:
             context: MLflow's context; not used.
             model_input: columns `sketch` and `reference`: bytes of PNG, JPEG or WebP files.
-            params: `seed`, `num_inference_steps`, `guidance_scale`, `size` (native or model). A missing number of steps
-                or guidance scale is the model's default, a missing seed is 0, a missing size is native. Row i uses seed
-                + i.
+            params: `seed` (default 0; row i uses seed + i), `size` (native or model; default native),
+                `num_inference_steps` and `guidance_scale` (defaults of the model).
 
         Returns:
             Columns `image` and `color_layer`: bytes of PNG files.

@@ -119,7 +119,7 @@ class RayBackend:
     def _desired(self) -> dict[str, str | None]:
         try:
             return self.source.plan().desired
-        except AnimeDiffusionError:  # None stands for an unknown version.
+        except AnimeDiffusionError:  # None means that the version is unknown.
             return dict.fromkeys(ALIASES)
 
     @contextmanager

@@ -179,7 +179,7 @@ def check_address(host: str, port: int, *, is_open: bool = True) -> None:
 
 
 def check_model(settings: Settings, model: str | None) -> None:
-    """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica finds out."""
+    """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica is started."""
     source = ModelSource(settings, model)
     folder = source.fetch(source.wanted())
     try:

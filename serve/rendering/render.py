@@ -1,4 +1,4 @@
-"""From uploaded bytes to a job's arrays, and from the network's picture to the PNG that is sent back."""
+"""Decoding of uploaded images to arrays, and rendering of the network's picture to the PNG of the response."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
 QUICK = 3
-"""Compression of answers: somebody waits for them."""
+"""PNG compression level of responses: low, because a client waits for them."""
 
 
 def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
-    """The drawing in an image file.
+    """Return the drawing in an image file.
 
     Raises:
-        ImageError: unreadable, too large, too small, too long and thin, without lines, or light lines on a dark ground.
+        ImageError: the image is unreadable, too large, too small, too elongated, without lines, mostly black, or has
+            light lines on a dark ground.
     """
     pixels = read_picture(data, thing=thing)
     if looks_inverted(pixels):
@@ -41,7 +42,7 @@ def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
 
 
 def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
-    """RGB pixels of an image file of a usable size; raises ImageError."""
+    """Return the RGB pixels of an image file; raise ImageError if it is unreadable or its size is not usable."""
     pixels = decode_rgb(data, thing=thing, max_pixels=MAX_PIXELS, formats=FORMATS)
     short, long = sorted(pixels.shape[:2])
     if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
@@ -51,14 +52,14 @@ def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
 
 
 def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size: Size = "native") -> dict[str, bytes]:
-    """PNGs of what was asked for: `image` is the finished picture, `color_layer` the same without lines, RGBA.
+    """Return the requested PNGs by name: `image` is the finished picture, `color_layer` its colors without lines, RGBA.
 
     Args:
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch.
-        output: one of them, or both.
-        size: `native` is the sketch's own, and color_layer times the sketch is image; `model` is the network's square,
-            and image its picture as it is, lines included.
+        output: the PNGs to return: one of the two, or both.
+        size: size of the PNGs. `native` is the size of the sketch, and `image` is `color_layer` times the sketch.
+            `model` is the square of the network, and `image` is the unchanged picture of the network with its lines.
     """
     if (output, size) == ("image", "model"):
         return {"image": encode_png(painted, QUICK)}

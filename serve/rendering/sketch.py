@@ -1,6 +1,6 @@
-"""Reads a drawing: which part of each pixel is line and which is paper.
+"""Separation of a drawing into lines and paper.
 
-Scans have gray or yellow paper, photographs uneven light, and lines come in any color; the network knows
+Scans have gray or yellow paper, photographs have uneven light, and lines have any color, but the network was trained on
 black lines on white only.
 """
 
@@ -18,32 +18,32 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 CLEAN_PAPER = 250
-"""A drawing whose median pixel is at least this bright in every channel is taken as it is."""
+"""If the median of every channel is at least this bright, the paper counts as white and is not estimated."""
 PAPER_GRID_PX = 64
-"""The color of uneven paper is estimated on a grid this fine."""
+"""Longer side of the grid on which the color of uneven paper is estimated."""
 FAINT_LINE = 0.08
-"""Less darkness than this is grain of the paper."""
+"""Darkness below this value counts as grain of the paper."""
 NEARLY_BLACK = 64
-"""A picture with a median below this is refused, whatever its lines are."""
+"""A picture whose median is below this value is refused, whatever its lines are."""
 DARK_GROUND = 128
-"""On ground darker than this, lines may be lighter than the ground."""
+"""If the median is below this value, the lines may be lighter than the ground."""
 SMALL_PX = 256
-"""The longer side of the picture in which the kind of the lines is looked for."""
+"""Longer side of the reduced picture in which inverted drawings are detected."""
 
 
 class Drawing(NamedTuple):
-    """A sketch, taken apart."""
+    """A sketch, separated into lines and paper."""
 
     pixels: Pixels
-    """[H, W, 3], as sent."""
+    """[H, W, 3]: the decoded pixels, unchanged."""
     darkness: Floats
     """[H, W]: 0 on paper, 1 in a black line."""
     paper: Floats
-    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the color of the paper and the light on it."""
+    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the color of the paper times the light on it."""
 
 
 def read_drawing(pixels: Pixels) -> Drawing:
-    """The lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper."""
+    """Return the lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper."""
     brightness = np.median(pixels.reshape(-1, 3), axis=0)
     if brightness.min() >= CLEAN_PAPER:
         paper = np.ones((1, 1, 3), np.float32)
@@ -55,33 +55,34 @@ def read_drawing(pixels: Pixels) -> Drawing:
 
 
 def looks_inverted(pixels: Pixels) -> bool:
-    """True if most of the picture is nearly black, or its ground is dark and its lines are lighter."""
+    """Return whether most of the picture is nearly black, or its ground is dark and its lines are lighter."""
     small = Image.fromarray(pixels).resize(_within(SMALL_PX, *pixels.shape[:2]), Image.Resampling.BOX)
     if np.median(np.asarray(small).max(axis=2)) < NEARLY_BLACK:
         return True
     gray = small.convert("L")
     if np.median(np.asarray(gray)) >= DARK_GROUND:
         return False
-    # Lines are the smaller part around any place, so they differ from the mean there more than the ground does.
+    # Lines cover less area than the ground, so line pixels differ more from the local mean than ground pixels do. The
+    # sign of the summed cubes is therefore the sign of the lines: positive if they are lighter than the ground.
     around = gray.filter(ImageFilter.GaussianBlur(SMALL_PX / 16))
     difference = np.asarray(gray, np.float64) - np.asarray(around)
     return bool((difference**3).sum() > 0)
 
 
 def has_lines(drawing: Drawing) -> bool:
-    """Whether anything is darker than the paper."""
+    """Return whether any pixel is darker than the paper."""
     return bool((drawing.darkness > FAINT_LINE).any())
 
 
 def as_gray(drawing: Drawing) -> Pixels:
-    """The lines alone, [H, W], black on white: all that coloring needs of a drawing."""
+    """Return the lines alone, [H, W], black on white: the input of the network, at full size."""
     return np.rint(255 * (1 - drawing.darkness)).astype(np.uint8)
 
 
 def for_network(gray: Pixels, size: int) -> Pixels:
-    """Lines [H, W] letterboxed to [size, size], as the network knows sketches.
+    """Return lines [H, W] letterboxed to [size, size], as the network expects a sketch.
 
-    Thin lines fade when a large drawing is made small; they are made dark again.
+    Thin lines become faint when a large drawing is reduced; they are darkened again.
     """
     small = letterbox(gray, size)[0]
     if max(gray.shape) <= 1.25 * size:
@@ -91,7 +92,7 @@ def for_network(gray: Pixels, size: int) -> Pixels:
 
 
 def _darkness(pixels: Pixels, paper: Floats) -> Floats:
-    """How much darker than the paper each pixel is, in the channel where that shows best."""
+    """Return how much darker than the paper each pixel is, in the channel with the largest difference."""
     light = pixels.astype(np.float32) / np.float32(255)
     np.divide(light, paper, out=light)
     darkness: Floats = np.clip(1 - light.min(axis=2), 0, 1)
@@ -99,7 +100,7 @@ def _darkness(pixels: Pixels, paper: Floats) -> Floats:
 
 
 def _stretch(darkness: Floats) -> Floats:
-    """Faint lines made as dark as ink; what is dark already stays."""
+    """Scale the darkness so that faint lines become as dark as ink; leave dark lines unchanged."""
     lines = darkness[darkness > FAINT_LINE]
     if lines.size < 8:
         return darkness
@@ -108,17 +109,17 @@ def _stretch(darkness: Floats) -> Floats:
 
 
 def _within(side: int, height: int, width: int) -> tuple[int, int]:
-    """(width, height) of a picture whose longer side is brought to `side`."""
+    """Return (width, height) of a picture after its longer side is scaled to `side`."""
     scale = side / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _paper_of(pixels: Pixels) -> Floats:
-    """Color of the paper [H, W, 3], from the brightest pixels around each place."""
+    """Estimate the color of the paper, [H, W, 3], from the brightest pixels around each pixel."""
     height, width = pixels.shape[:2]
     grid = _within(PAPER_GRID_PX, height, width)
     small = Image.fromarray(pixels).resize(grid, Image.Resampling.BOX)
-    for _ in range(2):  # larger than a pen stroke, smaller than the shadow of a hand
+    for _ in range(2):  # The filter is larger than a pen stroke and smaller than the shadow of a hand.
         small = small.filter(ImageFilter.MaxFilter(5))
     for _ in range(2):
         small = small.filter(ImageFilter.MinFilter(3))

@@ -1,6 +1,6 @@
-"""Total variation: takes the grain out of a picture and leaves its edges.
+"""Total variation denoising, which removes grain from a picture and keeps its edges.
 
-scikit-image has it, too; an exported model has numpy alone.
+scikit-image has a function for this, but an exported model has only numpy.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from animediffusion.serve.rendering.sketch import Floats
 
 MAX_TURNS = 200
 SETTLED = 2e-4
-"""Stop when a turn changes the energy by less than this part of it at the start."""
+"""The iteration stops when the energy changes by less than this fraction of the initial energy."""
 STEP = 0.25
-"""Of the dual variable; the largest that converges in two dimensions."""
+"""Step size of the dual variable: the largest one that converges in two dimensions."""
 
 
 def without_grain(image: Floats, strength: float) -> Floats:
-    """The u near `image` that minimizes |u - image|^2 / 2 + strength TV(u), each channel of [H, W, C] by itself.
+    """Return the u that minimizes |u - image|^2 / 2 + strength TV(u), separately for each channel of [H, W, C].
 
-    Chambolle, "An Algorithm for Total Variation Minimization and Applications", JMIV 2004, with its step (9) on both
-    axes' duals together.
+    The algorithm is from Chambolle, "An Algorithm for Total Variation Minimization and Applications", JMIV 2004. Its
+    step (9) updates the duals of both axes together.
 
     Args:
-        image: in [0, 1].
-        strength: contrasts of about this size are grain.
+        image: values in [0, 1].
+        strength: contrasts of about this size count as grain.
     """
     across, down = np.zeros_like(image), np.zeros_like(image)
     first = before = None
@@ -44,7 +44,7 @@ def without_grain(image: Floats, strength: float) -> Floats:
 
 
 def _gradient(image: Floats) -> tuple[Floats, Floats]:
-    """Differences to the right and to the lower neighbor; 0 at the last ones."""
+    """Return the differences to the right and to the lower neighbor; 0 in the last column and row."""
     right, below = np.zeros_like(image), np.zeros_like(image)
     right[:, :-1] = np.diff(image, axis=1)
     below[:-1] = np.diff(image, axis=0)
@@ -52,7 +52,7 @@ def _gradient(image: Floats) -> tuple[Floats, Floats]:
 
 
 def _divergence(across: Floats, down: Floats) -> Floats:
-    """What _gradient's transpose makes, with the other sign."""
+    """Apply the negative transpose of _gradient."""
     divergence = across + down
     divergence[:, 1:] -= across[:, :-1]
     divergence[1:] -= down[:-1]

@@ -1,11 +1,11 @@
-"""Brings colors from the network's size back to the drawing's own, without crossing its lines.
+"""Edge-aware upsampling of the network's colors to the size of the drawing, without crossing its lines.
 
-The network paints a small square. Its grain, which would become blots as large as a hand, is taken out by total
-variation. Its pixels near lines mix both sides and the line itself, so only pixels away from lines are trusted; from
-there color flows over the full-size drawing, and a line is a wall. The flow is the recursive filter of the domain
-transform (Gastal and Oliveira, "Domain Transform for Edge-Aware Image and Video Processing", SIGGRAPH 2011), with the
-darkness of the lines as distance. The picture is that color layer times the drawing. benchmarks/resolution.py measures
-what that gains, and costs.
+The network paints a small square. Total variation denoising removes its grain, which would become large blots after
+upsampling. Near a line, a pixel of the network mixes the colors of both sides and of the line itself, so only pixels
+far enough from lines are trusted. From these pixels, color flows over the full-size drawing, and lines act as walls.
+The flow is the recursive filter of the domain transform (Gastal and Oliveira, "Domain Transform for Edge-Aware Image
+and Video Processing", SIGGRAPH 2011) with the darkness of the lines as distance. The result is a color layer; the
+finished picture is this layer times the drawing. benchmarks/resolution.py measures the benefit and the cost.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels, as_gr
 from animediffusion.serve.rendering.tv_denoise import without_grain
 
 REACH_PX = 3.0
-"""How far color flows, in pixels of the network's picture."""
+"""Distance over which color flows, in pixels of the network's picture."""
 WALL = 6.0
-"""Crossing a black line one pixel wide costs as much as this many REACH."""
+"""Crossing a black line one pixel wide costs as much distance as WALL times the reach."""
 NUM_PASSES = 2
 LITTLE_TRUST = 0.2
-"""Weight of a pixel that is not trusted but lies beside a line: it decides where none is trusted, such as in eyes."""
+"""Weight of an untrusted pixel next to a line: it matters only where no pixel is trusted, for example in eyes."""
 GRAIN = 0.02
-"""Strength of the total variation: contrasts of about 5 levels of 255 are grain."""
+"""Strength of the total variation denoising: contrasts of about 5 levels of 255 count as grain."""
 WORK_PIXELS = 4_000_000
-"""The layer of a larger drawing is made at a whole fraction of its size: color is smooth, and memory is not endless."""
+"""Largest number of pixels of a computed layer. The layer of a larger drawing is computed at 1/2, 1/3, ... of its size
+to limit memory; color is smooth enough for this."""
 BLACKEST = 0.3
-"""Lines count as this light at least when their darkness is taken out of a color."""
+"""Lower bound for the lightness of a line by which a color is divided to remove the line."""
 SMALL_SCALE = 1.5
-"""From here on the network's picture is too coarse to be taken as it is."""
+"""From this enlargement on, the network's picture is too coarse to be used directly."""
 BLUR = 1.3
-"""How many of its own pixels beyond a line the network's picture is still blurred by it."""
+"""Distance from a line within which the line blurs the network's picture, in pixels of that picture."""
 MOSTLY_PAPER = 0.04
-"""Share of line in a pixel of the network's picture beyond which its color is not trusted."""
+"""Share of line in a pixel of the network's picture above which its color is not trusted."""
 
 
 def layer_of(painted: Pixels, drawing: Drawing) -> Pixels:
-    """The color layer at the drawing's size, RGBA [H, W, 4]; arguments as color_layer."""
+    """Return the color layer at the drawing's size, RGBA [H, W, 4]; the arguments are those of color_layer."""
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     if step == 1:
@@ -51,11 +52,11 @@ def layer_of(painted: Pixels, drawing: Drawing) -> Pixels:
 
 
 def color_layer(painted: Pixels, drawing: Drawing) -> Floats:
-    """The colors of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
+    """Return the colors of `painted` [S, S, 3] at the drawing's size, without lines: [H, W, 3] in [0, 1].
 
     Args:
-        painted: what the network made of the letterboxed sketch.
-        drawing: the sketch at its own size.
+        painted: the network's picture of the letterboxed sketch.
+        drawing: the sketch at its original size.
     """
     height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(painted))
@@ -67,26 +68,26 @@ def color_layer(painted: Pixels, drawing: Drawing) -> Floats:
     little = np.float32(LITTLE_TRUST) * _enlarged(seen**4, width, height) * (drawing.darkness < BLACKEST)
     flowed = _flow(clear, trust + little, drawing.darkness, REACH_PX * scale)
     layer = flowed + trust[..., None] * (clear - flowed)
-    # Yellow paper would tint the picture a second time: lighten the layer by it, as far as white allows.
+    # The picture is layer times drawing, so colored paper would tint it twice: divide the layer by the paper.
     layer = np.clip(layer / drawing.paper, 0, 1)
     return layer if scale >= SMALL_SCALE else _keep_detail(layer, _enlarged(small, width, height), drawing, scale)
 
 
 def place_in_square(height: int, width: int, size: int) -> Box:
-    """Where letterbox() puts a picture of that size."""
+    """Return the box inside a square of side `size` into which letterbox() puts a picture of height x width."""
     scale = size / max(height, width)
     inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
     return Box((size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height, width, height)
 
 
 def to_picture(layer: Pixels, drawing: Drawing) -> Pixels:
-    """The layer [H, W, 4] over white times the drawing: [H, W, 3]."""
+    """Return the layer [H, W, 4] over white, times the drawing: [H, W, 3]."""
     product = over_white(layer).astype(np.uint16) * drawing.pixels
     return ((product + 127) // 255).astype(np.uint8)
 
 
 def to_rgba(layer: Floats) -> Pixels:
-    """A layer [H, W, 3] in [0, 1] as [H, W, 4]; bare paper becomes transparent, softly."""
+    """Convert a layer [H, W, 3] in [0, 1] to RGBA [H, W, 4]; white becomes transparent, with a soft transition."""
     white = 1 - layer.min(axis=2, keepdims=True)
     alpha = np.rint(255 * np.clip(8 * white, 0, 1))
     opaque = np.maximum(alpha, 1) / 255
@@ -95,14 +96,14 @@ def to_rgba(layer: Floats) -> Pixels:
 
 
 def over_white(rgba: Pixels) -> Pixels:
-    """[H, W, 4] laid over white paper: [H, W, 3]."""
+    """Composite RGBA [H, W, 4] over white: [H, W, 3]."""
     alpha = rgba[..., 3:].astype(np.uint16)
     mixed = rgba[..., :3] * alpha + 255 * (255 - alpha)
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
 def _reduced(drawing: Drawing, step: int) -> Drawing:
-    """The drawing at 1 / step of its size; a line stays as dark as it is, so that it remains a wall."""
+    """Return the drawing at 1 / step of its size; lines keep their maximum darkness, so that they remain walls."""
     height, width = (-(-side // step) for side in drawing.darkness.shape)
     margins = ((0, height * step - drawing.darkness.shape[0]), (0, width * step - drawing.darkness.shape[1]))
     darkness = np.pad(drawing.darkness, margins).reshape(height, step, width, step).max(axis=(1, 3))
@@ -111,19 +112,21 @@ def _reduced(drawing: Drawing, step: int) -> Drawing:
 
 
 def _without_lines(small: Floats, seen: Floats, grain: float) -> Floats:
-    """Colors [h, w, 3] lightened by as much as the lines that the network saw, `seen` [h, w], darkened them.
+    """Lighten colors [h, w, 3] by as much as the lines in the network's sketch, `seen` [h, w], darkened them.
 
-    Rough, and used where lines are so dense that no pixel is free of them.
+    The estimate is rough. It matters where lines are so dense that no pixel is free of them.
     """
-    # The square root: networks draw lines softer than they see them, and too dark looks better than too light.
+    # The square root is there because networks draw lines softer than in the sketch, and too dark looks better than too
+    # light.
     light: Floats = np.clip(small / np.sqrt(np.maximum(seen, BLACKEST))[..., None], 0, 1)
     return without_grain(light, grain) if grain else light
 
 
 def _keep_detail(layer: Floats, color: Floats, drawing: Drawing, scale: float) -> Floats:
-    """The layer of a drawing not much larger than the network's picture, which then has every detail already.
+    """Restore details of the network's picture in the layer of a drawing that is not much larger than that picture.
 
-    Where no dark line is, the layer times the drawing becomes `color`.
+    Outside dark lines, the layer is mixed with `color` divided by the drawing, which makes the finished picture equal
+    to `color`. The share of this second layer falls from 1 at scale 1 to 0 at SMALL_SCALE.
     """
     light = drawing.pixels.astype(np.float32) / np.float32(255)
     exact = np.clip(color / np.maximum(light, BLACKEST), 0, 1)
@@ -133,13 +136,13 @@ def _keep_detail(layer: Floats, color: Floats, drawing: Drawing, scale: float) -
 
 
 def _inside(square: Pixels, box: Box) -> Floats:
-    """The part of a square inside the margins, which play no part: in [0, 1]."""
+    """Return the part of a square without the margins of the letterbox, in [0, 1]."""
     inside = square[box.top : box.top + box.height, box.left : box.left + box.width]
     return inside.astype(np.float32) / np.float32(255)
 
 
 def _enlarged(small: Floats, width: int, height: int) -> Floats:
-    """A small picture [h, w] or [h, w, 3] at another size, within [0, 1]."""
+    """Resize a picture [h, w] or [h, w, 3] and clip it to [0, 1]."""
     if small.ndim == 3:
         return np.stack([_enlarged(plane, width, height) for plane in np.moveaxis(small, 2, 0)], axis=2)
     plane = Image.fromarray(np.ascontiguousarray(small)).resize((width, height), Image.Resampling.BICUBIC)
@@ -148,7 +151,7 @@ def _enlarged(small: Floats, width: int, height: int) -> Floats:
 
 
 def _trust(darkness: Floats, scale: float) -> Floats:
-    """1 where a pixel of the network saw no line, 0 where lines are: [H, W]."""
+    """Return the trust in each color, [H, W]: 1 if the network's pixel contains no line, 0 on lines."""
     side = 2 * round(BLUR * (scale - 1)) + 1
     coverage = _box_mean(_box_mean(darkness, side), side) if side > 1 else darkness
     trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
@@ -156,7 +159,10 @@ def _trust(darkness: Floats, scale: float) -> Floats:
 
 
 def _box_mean(plane: Floats, side: int) -> Floats:
-    """Means over squares of an odd side, edges repeated: [H, W]. scipy has it, too; an exported model does not."""
+    """Return means over squares of an odd side, edges repeated: [H, W].
+
+    scipy has a function for this, but an exported model does not have scipy.
+    """
     means = plane.astype(np.float64)
     for _ in range(2):
         padded = np.pad(means, ((side // 2 + 1, side // 2), (0, 0)), mode="edge")
@@ -166,9 +172,9 @@ def _box_mean(plane: Floats, side: int) -> Floats:
 
 
 def _flow(color: Floats, weight: Floats, darkness: Floats, reach: float) -> Floats:
-    """Colors carried, by their weight, everywhere that no line cuts off: [H, W, 3].
+    """Spread colors, by their weight, to all pixels that no line cuts off: [H, W, 3].
 
-    A pixel that nothing of weight reaches keeps its own color.
+    A pixel that no weighted color reaches keeps its color.
     """
     planes = np.concatenate([color * weight[..., None], weight[..., None]], axis=2)
     cost = 1 + (WALL * reach) * darkness
@@ -183,7 +189,10 @@ def _flow(color: Floats, weight: Floats, darkness: Floats, reach: float) -> Floa
 
 
 def _sweep(planes: Floats, keep: Floats) -> Floats:
-    """First-order recursive filter down and up along axis 0; `keep` [H, W] is what survives a step into a pixel."""
+    """Apply a first-order recursive filter along axis 0, in both directions.
+
+    `keep` [H, W] is the feedback coefficient of a step between a pixel and the one before it.
+    """
     planes = np.ascontiguousarray(planes)
     keep = np.ascontiguousarray(keep)[..., None]
     for row in range(1, len(planes)):
