@@ -1,11 +1,11 @@
-"""Colors drawings from files: the command `colorize`, with a bundle in this process or a server elsewhere.
+"""Coloring of drawing files: the command `colorize`, with a bundle in this process or with a server.
 
     painter = RemotePainter(url) if url else LocalPainter(settings, model)
     for done in colorize_files(painter, [Path("drawings")], Path("reference.png"), Path("out"), Options(seed=7)):
         print(done.output or done.error)
 
-Both painters make the same picture of the same sketch, reference, seed and version. Pictures say of themselves how they
-were made (stamp.py), so a command that was stopped goes on where it was when it is given again.
+Both painters make the same picture from the same sketch, reference, seed and version. Each PNG contains metadata about
+its inputs and settings (png_metadata.py), so that an interrupted command resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from animediffusion.serve.rendering.render import Size, read_picture
 
 LAYER_SUFFIX = ".color.png"
 MAX_NAME_BYTES = 255
-"""Of a file's name, on every usual file system."""
+"""Longest name of a file on the usual file systems."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to color; what is None is the model's own default."""
+    """Settings of coloring. A field that is None means the default of the model."""
 
     seed: int = 0
     steps: int | None = None
@@ -50,21 +50,21 @@ class Painting:
 
 
 class Painter(Protocol):
-    """Where coloring happens; asked by several threads at a time."""
+    """Interface that colors drawings, locally or on a server. Several threads call it at the same time."""
 
     num_at_once: int
-    """Drawings that are worth having under way together."""
+    """Number of drawings to color concurrently."""
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """Color one drawing; raises an AnimeDiffusionError that names `thing`."""
+        """Color one drawing; raise an AnimeDiffusionError that names `thing` if this fails."""
 
     def versions(self) -> Collection[str]:
-        """The model versions that may answer now."""
+        """Return the model versions that may answer now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What became of one drawing: files, or an error."""
+    """Result of one drawing: the written files, or an error."""
 
     sketch: Path
     output: Path | None = None
@@ -72,10 +72,10 @@ class Done:
     model_version: str = ""
     error: AnimeDiffusionError | None = None
     skipped: bool = False
-    """The files were there already, made of the same with the same settings."""
+    """Whether the files existed already, made from the same inputs with the same settings."""
 
     def summary(self) -> dict[str, Any]:
-        """The entry that `colorize --json` prints."""
+        """Return the entry that `colorize --json` prints."""
         return {
             "sketch": str(self.sketch),
             "output": str(self.output) if self.output else None,
@@ -89,21 +89,22 @@ class Done:
 def colorize_files(
     painter: Painter, sketches: Sequence[Path], reference: Path, out: Path, options: Options
 ) -> Iterator[Done]:
-    """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; results come in the order of the drawings.
+    """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; yield the results in the order of the drawings.
 
-    A drawing that cannot be colored or written becomes a Done with its error, so do drawings that would become the same
-    file; the others are colored. One that is done already, of the same files with the same settings by a version that
-    still answers, is not done again.
+    If a drawing cannot be colored or written, or two drawings would be written to the same file, their results contain
+    an error, and the other drawings are colored. A drawing is skipped if its files exist already, made from the same
+    inputs with the same settings by a version that still answers.
 
     Args:
-        painter: local or remote.
+        painter: a local or remote Painter.
         sketches: files, and folders of files.
         reference: image file with the colors.
-        out: folder, made if need be.
-        options: for all of them.
+        out: output folder, which is created if it is missing.
+        options: settings for all drawings.
 
     Raises:
-        AnimeDiffusionError: nothing to color, an unusable reference or `out`, or nobody there to color.
+        AnimeDiffusionError: there is nothing to color, the reference or `out` is not usable, or the painter does not
+            work.
     """
     files = list_sketches(sketches)
     with explained(str(out)):
@@ -118,11 +119,12 @@ def colorize_files(
         return run.color(sketch, target) if error is None else Done(sketch=sketch, seed=options.seed, error=error)
 
     with ThreadPoolExecutor(painter.num_at_once) as pool:
-        yield from pool.map(color, files, targets)  # one that raises, or a caller that leaves, cancels the rest
+        # If a drawing raises, or the caller closes the generator, map() cancels the drawings that have not started.
+        yield from pool.map(color, files, targets)
 
 
 class _Run:
-    """What all drawings of one command share."""
+    """State that all drawings of one command share."""
 
     def __init__(self, painter: Painter, reference: bytes, options: Options) -> None:
         self.painter = painter
@@ -131,7 +133,7 @@ class _Run:
         self.facts = {"reference": _sha256(reference), **asdict(options)}
 
     def color(self, sketch: Path, target: Path) -> Done:
-        """Color one file into two, the layer first: where there is a picture, there is its layer."""
+        """Color one file and write the layer before the picture, so that a picture always has its layer."""
         layer, seed = _layer_of(target), self.options.seed
         try:
             _check_length(sketch, layer)
@@ -155,10 +157,10 @@ class _Run:
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
-    """The files that are meant, each once by its own name, folders opened and sorted by name.
+    """Return the given files and the images of the given folders, sorted by name within a folder, without duplicates.
 
     Raises:
-        DataError: one is missing, or a folder has no image that can be colored.
+        DataError: a path does not exist, or a folder has no image that can be colored.
         StorageError: a folder cannot be opened.
     """
     files: dict[Path, Path] = {}
@@ -175,12 +177,12 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
 
 
 def list_left_out(sketches: Sequence[Path]) -> list[Path]:
-    """Pictures in the folders that list_sketches() opens, of formats that are not colored."""
+    """Return the pictures in the given folders whose formats are not supported, which list_sketches() leaves out."""
     return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - SENT)]
 
 
 def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The files with these suffixes, links to nothing included; not the layers that an earlier run left there."""
+    """Return the files with these suffixes, including broken links, without the color layers of an earlier run."""
     return sorted(
         file
         for file in folder.iterdir()
@@ -192,10 +194,10 @@ def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, ConfigError]]:
-    """OUT/STEM.png of every file, and the errors of those that would become the same file as others.
+    """Return OUT/STEM.png for every file, and an error for each file whose output another file would write, too.
 
     Raises:
-        ConfigError: a file that is read would be overwritten.
+        ConfigError: `out` is a file, or a sketch would be overwritten.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")

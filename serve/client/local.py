@@ -1,4 +1,4 @@
-"""Colors drawings with a bundle in this process."""
+"""A Painter that colors drawings with a bundle in this process."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from animediffusion.serve.standalone import paint
 
 
 class LocalPainter:
-    """A painter.Painter.
+    """A colorize_files.Painter with a bundle in this process.
 
     Args:
-        settings: of the registry.
-        model: MODEL, None is the champion.
-        device: CUDA where there is some by default.
+        settings: settings of the registry.
+        model: bundle folder or URI, or a registered version or alias; None is the champion.
+        device: device of the model; by default CUDA if it is available, else the CPU.
 
     Raises:
-        AnimeDiffusionError: no such model, or a damaged one.
+        AnimeDiffusionError: the model does not exist or is damaged.
     """
 
     def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
@@ -41,7 +41,7 @@ class LocalPainter:
             raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See painter.Painter. One thread at a time runs the network; the others read and finish drawings."""
+        """See colorize_files.Painter. Only one thread at a time runs the network; other threads decode and render."""
         try:
             sampler = settings_for(
                 self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
@@ -61,5 +61,5 @@ class LocalPainter:
         return Painting(picture, layer, self.version)
 
     def versions(self) -> Collection[str]:
-        """See painter.Painter."""
+        """See colorize_files.Painter."""
         return (self.version,)

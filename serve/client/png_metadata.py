@@ -1,7 +1,7 @@
-"""What a finished PNG says of how it was made: one line of JSON in the file itself (a tEXt chunk, PNG 3rd ed. 11.3.3).
+"""Metadata of a finished PNG about its inputs and settings: one line of JSON in a tEXt chunk (PNG 3rd ed. 11.3.3).
 
-By it `colorize` knows what need not be done again, and a person where a picture came from; image programs show it among
-the properties.
+With the metadata, `colorize` skips files that exist already, and a person can find out how a picture was made: image
+programs show the text among the properties of the file.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from PIL import Image
 
 KEYWORD = "animediffusion"
 _HEADER_END = 33
-"""The signature and IHDR, which is always first and of one length, have this many bytes."""
+"""Number of bytes of the signature and the IHDR chunk, which is always the first chunk and has a fixed length."""
 
 
 def stamped(png: bytes, facts: Mapping[str, Any]) -> bytes:
-    """The PNG with `facts` in it; its pixels are untouched."""
+    """Return the PNG with `facts` as metadata; its pixels are unchanged."""
     body = b"tEXt" + KEYWORD.encode() + b"\0" + json.dumps(facts, sort_keys=True).encode("ascii")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return png[:_HEADER_END] + chunk + png[_HEADER_END:]
 
 
 def read_stamp(path: Path) -> dict[str, Any] | None:
-    """The facts in a file, None if it is missing, no PNG, or has none."""
+    """Return the metadata of a file; None if the file is missing, is not a PNG, or has no metadata."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             facts = json.loads(image.info[KEYWORD])
-    except Exception:  # whatever else is in the way there is made again
+    except Exception:  # An unreadable file counts as missing, so that it is written again.
         return None
     return facts if isinstance(facts, dict) else None

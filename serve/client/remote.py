@@ -1,4 +1,4 @@
-"""Colors drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
+"""A Painter that colors drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from animediffusion.serve.client.colorize_files import Options, Painting
 API_KEY = "ANIMEDIFFUSION_API_KEY"
 NAMES = {"steps": "num_inference_steps"}
 BUSY = (429, 503)
-"""Statuses that pass; the server is asked again."""
+"""HTTP statuses of temporary errors, after which the request is retried."""
 
 
 class RemotePainter:
-    """A painter.Painter.
+    """A colorize_files.Painter that calls a server.
 
     Args:
-        url: of the server, as `serve` prints it.
-        timeout_s: for one picture, waiting for a place included.
-        transport: in place of the network.
+        url: URL of the server, as `serve` prints it.
+        timeout_s: time for one picture, including retries while the server is busy.
+        transport: replaces the network connection; for tests.
     """
 
     def __init__(self, url: str, timeout_s: float = 120, transport: httpx.BaseTransport | None = None) -> None:
@@ -36,18 +36,18 @@ class RemotePainter:
             raise ConfigError("--url", repr(url), "for example http://127.0.0.1:8000")
         key = os.environ.get(API_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.num_at_once = 4  # the server batches what is under way together
+        self.num_at_once = 4  # The server batches concurrent requests.
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, headers=headers, transport=transport)
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See painter.Painter. Picture and color layer come from one request, so they are of one version and seed.
+        """See colorize_files.Painter. One request returns picture and color layer, so version and seed are the same.
 
         Raises:
             DataError: the server refuses this drawing.
-            ConfigError: it asks for another key.
-            ClusterError: it cannot be reached, or fails.
+            ConfigError: the server refuses the API key, or requires one.
+            ClusterError: the server is unreachable, or fails.
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
         asked = {NAMES.get(name, name): str(value) for name, value in asdict(options).items() if value is not None}
@@ -63,7 +63,7 @@ class RemotePainter:
                 time.sleep(min(5.0, refused.retry_after_s))
 
     def versions(self) -> Collection[str]:
-        """The versions that the server gives traffic to."""
+        """Return the versions that get traffic on the server."""
         try:
             response = self._client.get("/v1/models")
         except httpx.HTTPError as error:
@@ -84,7 +84,7 @@ class RemotePainter:
         self.close()
 
     def _ask(self, files: dict[str, tuple[str, bytes]], asked: dict[str, str]) -> dict[str, Any]:
-        """The data of the event `result`; raises _RefusedError or ClusterError."""
+        """Return the data of the event `result`; raise _RefusedError or ClusterError if there is none."""
         try:
             with self._client.stream("POST", "/v1/colorize/stream", files=files, data=asked) as response:
                 if not response.is_success:
@@ -114,7 +114,7 @@ class RemotePainter:
 
 
 class _RefusedError(Exception):
-    """The server said no: a status of HTTP, and why."""
+    """The server refused the request, with an HTTP status and a reason."""
 
     def __init__(self, status: int, detail: str, retry_after_s: float = 1.0) -> None:
         super().__init__(detail)
@@ -124,7 +124,7 @@ class _RefusedError(Exception):
 
 
 def _events(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and data of server-sent events, as stream.py writes them."""
+    """Yield name and data of the server-sent events that serve/api/sse.py writes."""
     name = ""
     for line in lines:
         field, _, value = line.partition(": ")
