@@ -1,8 +1,9 @@
-"""The running batch: pictures at different steps, of different samplers and guidance, in one network evaluation.
+"""The running batch: pictures with different steps, samplers and guidance that share one network evaluation.
 
-Rows of one sampler keep their state in common tensors, so that a turn costs as many small operations as there are
-samplers, not as there are rows. A row's arithmetic is that of models/colorize.py, element by element; only the network
-sees other rows beside it. Not here: who may join and when (engine.py).
+A turn is one network evaluation for every row. Rows with the same sampler keep their state in common tensors, so that
+the number of small operations in a turn grows with the number of samplers, not of rows. The arithmetic of a row is that
+of models/colorize.py, element by element; only the network evaluates other rows together with it. engine.py decides
+which requests join, and when.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ log = logging.getLogger(__name__)
 
 
 class NotFiniteError(ValueError):
-    """The model made something that is no picture."""
+    """The picture of the model contains NaN or infinity."""
 
 
 @dataclass(eq=False)
 class Row:
-    """One picture in the making."""
+    """One picture that is being made."""
 
     pair: Pair
     sampler: Sampler
@@ -54,42 +55,42 @@ class Row:
     times: Tensor
     """[N + 1]."""
     guided: list[bool]
-    """Of each evaluation: does it need the condition without reference as well."""
+    """For each evaluation, whether guidance also needs the null condition, which has no reference."""
     shows_previews: bool = False
     num_done: int = 0
-    """Evaluations so far."""
+    """Number of finished evaluations."""
     condition: Condition | None = None
     null: Condition | None = None
     preview: NDArray[np.uint8] | None = None
-    """After a turn that ended a step, but not the last one: the estimate, if it shows previews."""
+    """uint8 [S, S, 3]: the estimate after a turn that ended a step other than the last; only if `shows_previews`."""
     picture: NDArray[np.uint8] | None = None
-    """Once it is finished: uint8 [S, S, 3]."""
+    """uint8 [S, S, 3]: the finished picture."""
     error: Exception | None = None
-    """Why it will not be finished."""
+    """The error that ended the row."""
 
     @property
     def places(self) -> int:
-        """Rows of the network that it may need in a turn: two if it is ever guided."""
+        """Slots of the row, that is, the maximum of rows of the network in a turn: 2 if any evaluation is guided."""
         return 2 if any(self.guided) else 1
 
     @property
     def num_left(self) -> int:
-        """Turns until it is finished."""
+        """Turns until the picture is finished."""
         return len(self.guided) - self.num_done
 
     @property
     def work_left(self) -> int:
-        """Rows of the network until it is finished."""
+        """Rows of the network to evaluate until the picture is finished."""
         return self.num_left + sum(self.guided[self.num_done :])
 
     @property
     def steps_done(self) -> int:
-        """Steps that are complete."""
+        """Number of finished sampler steps."""
         return self.settings.steps if self.num_left == 0 else self.num_done // self.sampler.stages
 
 
 def new_row(denoiser: Denoiser, pair: Pair, settings: SamplerDefaults, seed: int, shows_previews: bool = False) -> Row:
-    """A row at its start; touches the processor only, so any thread may make it."""
+    """Return a new row. The function uses only the CPU, so any thread may call it."""
     sampler = build_sampler(settings.name, denoiser.path)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift)
     guided = guided_evaluations(denoiser.path, settings)
@@ -99,7 +100,7 @@ def new_row(denoiser: Denoiser, pair: Pair, settings: SamplerDefaults, seed: int
 
 @dataclass(eq=False)
 class _Group:
-    """The rows of one sampler."""
+    """The rows with one sampler."""
 
     sampler: Sampler
     rows: list[Row]
@@ -108,14 +109,15 @@ class _Group:
 
 @dataclass(eq=False)
 class _Layout:
-    """What of a network call changes only when rows do: made once for all turns between."""
+    """Inputs of a network call that stay the same until the rows or their guidance change, so turns reuse them."""
 
     rows: list[Row]
     guided: list[int]
+    """Numbers of the guided rows."""
     index: Tensor
-    """int64 [G]: the guided rows, which come a second time at the end, without their reference."""
+    """int64 [G]: the same numbers. The call evaluates these rows a second time, at its end, without their reference."""
     scale: Tensor
-    """[G]: their guidance scales."""
+    """[G]: the guidance scales of the guided rows."""
     condition: Condition
 
     def fits(self, rows: list[Row], guided: list[int]) -> bool:
@@ -123,30 +125,30 @@ class _Layout:
 
 
 class RunningBatch:
-    """Rows that share network evaluations. For one thread, under torch.inference_mode().
+    """Rows that share network evaluations. Use it from one thread, under torch.inference_mode().
 
     Args:
         evaluator: calls the network.
-        conditions: encodes what rows are about.
+        conditions: encodes the sketches and references of the rows.
     """
 
     def __init__(self, evaluator: Evaluator, conditions: ConditionCache) -> None:
         self.num_evaluated = 0
-        """Rows of the network in the last turn, nulls of guidance and filling included."""
+        """Evaluated rows of the network in the latest turn, including null conditions of guidance and padding."""
         self._evaluator = evaluator
         self._conditions = conditions
         self._groups: dict[str, _Group] = {}
         self._layouts: list[_Layout] = []
-        """Of the last turn: one, or one for each part that was evaluated by itself."""
+        """Layouts of the latest turn: one for each network call."""
         self._room = Room()
 
     @property
     def rows(self) -> list[Row]:
-        """All rows."""
+        """All running rows."""
         return [row for group in self._groups.values() for row in group.rows]
 
     def join(self, rows: Sequence[Row]) -> None:
-        """Let rows take part from the next turn on; those that cannot get an `error` instead."""
+        """Add rows, which take part from the next turn on. A row whose conditions cannot be encoded gets an `error`."""
         self._encode(rows)
         for row in rows:
             if row.error is None:
@@ -161,7 +163,7 @@ class RunningBatch:
                     group.state = cat_states([group.state, state])
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Take rows out."""
+        """Remove rows."""
         gone = set(rows)
         for name, group in list(self._groups.items()):
             kept = [number for number, row in enumerate(group.rows) if row not in gone]
@@ -174,11 +176,11 @@ class RunningBatch:
                 group.state = state._replace(times=state.times[:, :longest])
 
     def clear(self) -> None:
-        """Take all rows out, without a call of the device, which may have failed."""
+        """Remove all rows without a call to the device, which may have failed."""
         self._groups, self._layouts = {}, []
 
     def turn(self) -> list[Row]:
-        """One network evaluation for every row. Those that have ended by it, with picture or error, have left."""
+        """Run one turn; remove and return the rows that ended in it, with a picture or an error."""
         rows, groups = self.rows, list(self._groups.values())
         queries = [group.sampler.query(group.state) for group in groups]
         x, t = (torch.cat(parts) for parts in zip(*queries, strict=True))
@@ -197,7 +199,7 @@ class RunningBatch:
         return ended
 
     def _encode(self, rows: Sequence[Row]) -> None:
-        """Conditions of all rows in one call; one by one if that fails, to see whose fault it is."""
+        """Encode the conditions of all rows in one call; if it fails, encode row by row to find the row that fails."""
         wanted = [(row, pair) for row in rows for pair in _pairs(row)]
         try:
             found = iter(self._conditions.get([pair for _, pair in wanted]))
@@ -211,13 +213,13 @@ class RunningBatch:
                 self._encode([row])
 
     def _estimates(self, rows: list[Row], x: Tensor, t: Tensor, before: list[_Layout]) -> Tensor:
-        """x_0 [B, 3, S, S] of rows at x, t. A row that makes the network fail gets its error, the others continue."""
+        """Return x_0 [B, 3, S, S] of rows at x, t. A row for which the network fails gets the error and zeros."""
         if self._room.has(len(rows)):
             try:
                 return self._guided_estimates(self._layout_of(rows, before), x, t)
             except Exception as error:
                 self._excuse(error, rows)
-            # Outside of `except`: an error holds on to the memory of the call that ran out of it.
+            # The retry is outside `except`, because the error keeps the memory of the failed call allocated.
             if len(rows) == 1:
                 return torch.zeros_like(x)
         half = len(rows) // 2
@@ -225,12 +227,12 @@ class RunningBatch:
         return torch.cat([first, self._estimates(rows[half:], x[half:], t[half:], before)])
 
     def _excuse(self, error: Exception, rows: Sequence[Row]) -> None:
-        """Note the failure of a call for these rows; raises it where no smaller call can work."""
+        """Handle a failed call for these rows; raise the error if the device has failed, so that no call can work."""
         if is_lost(error):
             raise error
         if is_out_of_memory(error):
             self._room.failed(len(rows))
-            self._conditions.clear()  # what running rows need, they hold themselves
+            self._conditions.clear()  # Running rows keep their own references to the conditions that they need.
         if len(rows) == 1:
             log.error("a request is given up: %s", for_log(error))
             rows[0].error = for_request(error)
@@ -243,7 +245,8 @@ class RunningBatch:
         index, num_rows = layout.index, len(layout.rows)
         found = self._evaluate(layout.condition, torch.cat([x, x[index]]), torch.cat([t, t[index]]))
         estimates, without = found[:num_rows], found[num_rows:]
-        mixed = mix(without, estimates[index], layout.scale, t[index], EVERYWHERE)  # the others are not in `index`
+        # `index` contains only rows that are guided at this evaluation, so guidance applies at every t.
+        mixed = mix(without, estimates[index], layout.scale, t[index], EVERYWHERE)
         return estimates.index_copy(0, index, mixed)
 
     def _evaluate(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
@@ -270,7 +273,7 @@ class RunningBatch:
         )
 
     def _show(self, rows: list[Row]) -> None:
-        """Bring pictures and previews to the processor, in one transfer."""
+        """Copy pictures and previews to the CPU in one transfer."""
         states = [
             (row, group.state, number) for group in self._groups.values() for number, row in enumerate(group.rows)
         ]

@@ -1,7 +1,8 @@
-"""Encoded conditions by reference: a reference is encoded once for all sketches, a pair of both once for all seeds.
+"""Cache of encoded conditions: a reference is encoded once for all sketches, a pair of both once for all seeds.
 
-The null of guidance is one more reference, the same for every sketch, so a model encodes it once. What is missing is
-encoded in one call. Kept on the model's device; the least recently used goes first. For one thread.
+The null condition of guidance counts as one more reference, the same for every sketch, so a model encodes it once. All
+missing entries are encoded in one call. The entries stay on the device of the model, and the least recently used entry
+is dropped first. The cache is not thread-safe.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.network.condition import Condition, Reference, cat_conditions, select
 
 NULL = b""
-"""In the place of a digest: no reference."""
+"""Digest that means: without a reference."""
 
 Key = TypeVar("Key", bound=Hashable)
 Kept = TypeVar("Kept", Condition, Reference)
 
 
 class Pair(NamedTuple):
-    """What a condition is made from."""
+    """The inputs of a condition."""
 
     sketch: Tensor
     """[1, S, S] in [-1, 1]."""
@@ -35,22 +36,22 @@ class Pair(NamedTuple):
     reference_digest: bytes
 
     def without_reference(self) -> Pair:
-        """The same sketch for the other half of guidance."""
+        """Return the same sketch without a reference: the null condition of guidance."""
         return self._replace(reference_digest=NULL)
 
 
 def pair_of(sketch: Tensor, reference: Tensor) -> Pair:
-    """A pair and its digests: work for the thread that asks, not for the one that computes."""
+    """Return a pair with its digests. The thread that submits calls this, so that the engine's thread need not hash."""
     one, two = (hashlib.sha256(picture.numpy().tobytes()).digest() for picture in (sketch, reference))
     return Pair(sketch, reference, one, two)
 
 
 class ConditionCache:
-    """Conditions of recent pairs.
+    """Cache of the conditions of recent pairs.
 
     Args:
         denoiser: the model.
-        size: pairs that are kept, and as many references.
+        size: maximum number of cached pairs, and of cached references.
     """
 
     def __init__(self, denoiser: Denoiser, size: int) -> None:
@@ -59,12 +60,12 @@ class ConditionCache:
         self._conditions = _Recent[tuple[bytes, bytes], Condition](size)
         self._references = _Recent[bytes, Reference](size)
         self.hits = 0
-        """Conditions asked for whose reference was encoded already, for this sketch or another; nulls not counted."""
+        """Requested conditions whose reference was encoded already, with this sketch or another; nulls do not count."""
         self.misses = 0
-        """Those whose reference had to be encoded."""
+        """Requested conditions whose reference had to be encoded; nulls do not count."""
 
     def get(self, pairs: Sequence[Pair]) -> list[Condition]:
-        """The condition of each pair, of one row each."""
+        """Return the condition of each pair, as one row each."""
         self._count(pairs)
         named = {(pair.sketch_digest, pair.reference_digest): pair for pair in pairs}
 
@@ -76,7 +77,7 @@ class ConditionCache:
         return self._conditions.get([(pair.sketch_digest, pair.reference_digest) for pair in pairs], combine)
 
     def clear(self) -> None:
-        """Drop everything, to give its memory back."""
+        """Drop all entries to free their memory."""
         self._conditions.clear()
         self._references.clear()
 
@@ -102,7 +103,7 @@ class ConditionCache:
 
 
 class _Recent(Generic[Key, Kept]):
-    """Rows under keys, the least recently used dropped."""
+    """Cache of rows by key, which drops the least recently used rows."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -115,12 +116,12 @@ class _Recent(Generic[Key, Kept]):
         self._kept.clear()
 
     def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Kept]) -> list[Kept]:
-        """The row of each key; `make` gives the rows of all that are missing."""
+        """Return the row of each key; `make` computes the rows of all missing keys."""
         if missing := [key for key in dict.fromkeys(keys) if key not in self._kept]:
             made = make(missing)
             for number, key in enumerate(missing):
                 row = select(made, slice(number, number + 1))
-                # A view would keep the rows of its neighbours in memory.
+                # A view would keep the neighboring rows in memory, too.
                 self._kept[key] = type(row)(*(part.clone() for part in row))
         for key in keys:
             self._kept.move_to_end(key)

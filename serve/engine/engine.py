@@ -1,20 +1,23 @@
 """Continuous batching: requests with different steps, guidance, samplers and arrival times share one running batch.
 
 A *turn* is one network evaluation for every running request, each at its own time t. New requests join at the next
-turn; finished, cancelled and late ones leave. The idea that made language-model servers fast. Plain Python and torch.
+turn; finished, canceled and late requests leave. Language-model servers use the same method. The code is plain Python
+and torch.
 
     engine = Engine(load_bundle(folder))
     future = engine.submit(Request(sketch, reference, seed=7))
-    picture = future.result()           # uint8 [S, S, 3]; future.cancel() frees the place within one turn
+    picture = future.result()           # uint8 [S, S, 3]; future.cancel() frees the slot within one turn
 
-What is promised:
-- A result depends on its own inputs and seed; neighbours move it by rounding only: at most one 8-bit level in float32.
-- A request runs in consecutive turns from its first to its last; one that nobody waits for is gone by the next turn.
-- `max_batch` counts rows of the network: a guided request, evaluated with and without its reference, takes two places.
-- Keys share the places evenly, and none starves: fair.py states the bound.
-- A request that could not make its deadline at the fastest recent pace takes no place, or gives it back.
-- An evaluation that fails is tried in halves, so that only the requests that cause it fail.
-- A device that fails for good fails every request with EngineError, and the engine is not alive any more.
+Guarantees:
+- A result depends on its own inputs and seed. Other requests in the batch change it only by rounding, by at most one
+  8-bit level in float32.
+- A request runs in consecutive turns from its first to its last. A canceled request leaves the batch at the next turn.
+- The batch has `max_batch` slots, one for each row of the network. A guided request takes two slots, because it is
+  evaluated with and without its reference.
+- Keys share the slots evenly, and no key starves: fair_queue.py states the bound.
+- A request that cannot meet its deadline at the fastest recent duration of a turn gets no slot, or frees its slots.
+- If an evaluation fails, the engine retries it in halves, so that only the requests that cause the error fail.
+- If the device fails permanently, every request fails with EngineError, and `is_alive` becomes false.
 """
 
 from __future__ import annotations
@@ -61,30 +64,31 @@ __all__ = [
 ]
 
 MAX_FAILED_TURNS = 3
-"""After this many turns in a row without a request that survived, the engine is taken for broken."""
+"""The engine counts as broken after this many consecutive turns in which every request failed."""
 WARM_UP_ROWS = (2, 1, 3)
-"""torch.compile makes one network for a single row, one for the first other number, and one for all others."""
+"""torch.compile compiles one network for a single row, one for the first other batch size, and one for all sizes after
+that."""
 EXCUSED = (NotFiniteError, EngineError)
-"""Errors of a request that say nothing against the engine: the model's picture, or too little memory for it."""
+"""Errors of a request after which the engine does not count as broken: a picture is not finite, or memory ran out."""
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Colors pictures with one bundle on one thread of its own.
+    """Colors pictures with one bundle, on its own thread.
 
     Args:
         bundle: the model, already on its device.
-        max_batch: places, that is, rows of the network in a turn. A guided request takes two; alone it runs even where
-            there is one.
-        max_queue: requests that may wait beside those.
-        cache_size: conditions kept of recent pairs of sketch and reference, and references beside them.
-        own_thread: False where the caller makes the turns, one call of turn() each.
-        clock: of deadlines, in seconds.
-        on_turn: called after each turn on its thread; must return at once.
-        sizes: see Evaluator; a few on CUDA, all on a CPU if left out.
-        warms_up: evaluate batches of a few sizes first, so that a network that compiles itself does so before requests
-            come.
+        max_batch: number of slots, that is, rows of the network in a turn. A guided request takes two slots, but it
+            runs alone in a batch of one slot.
+        max_queue: number of requests that may wait, in addition to `max_batch`.
+        cache_size: number of cached conditions of recent pairs of sketch and reference, and of cached references.
+        own_thread: whether the engine runs turns on its own thread; if not, the caller runs each turn with turn().
+        clock: returns the time for deadlines, in seconds.
+        on_turn: callback after each turn; it runs on the engine's thread and must not block.
+        sizes: batch sizes to which rows are padded, see Evaluator; if left out, a few on CUDA, no padding on a CPU.
+        warms_up: whether to evaluate batches of a few sizes first, so that a compiled network is compiled before the
+            first request.
     """
 
     def __init__(
@@ -114,8 +118,9 @@ class Engine:
         self._pace = TurnTimes()
         self._failed_turns = 0
         self._lost: str | None = None
-        """Why the device cannot be used any more."""
-        self._changed = threading.Condition(threading.RLock())  # futures end, and call back, inside of it
+        """The reason why the device can no longer be used; None if it can."""
+        # The lock is reentrant, because the callback of a future may run while the thread holds the lock.
+        self._changed = threading.Condition(threading.RLock())
         self._closing = False
         self._prepare(WARM_UP_ROWS if warms_up else ())
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True) if own_thread else None
@@ -123,17 +128,19 @@ class Engine:
             self._thread.start()
 
     def submit(self, request: Request) -> Future[NDArray[np.uint8]]:
-        """The picture to come: uint8 [S, S, 3], or QueueFullError, DeadlineError, ValueError (not finite).
+        """Queue a request and return the future of its picture: uint8 [S, S, 3].
+
+        The future may raise DeadlineError, NotFiniteError (a ValueError), EngineError if the device has failed or has
+        too little memory, or QueueFullError if the engine is closed without draining.
 
         Raises:
-            ValueError: for unusable settings or shapes.
-            QueueFullError: if max_batch + max_queue requests are here already, or so much work that this one would
-                miss its deadline.
-            EngineError: if the device has failed. The future raises it, too, for a request that the device's failure or
-                its lack of memory ended.
+            ValueError: the settings or shapes are not usable.
+            QueueFullError: the engine has max_batch + max_queue unfinished requests already, or so much work that this
+                request would miss its deadline, or is closing.
+            EngineError: the device has failed.
         """
         with self._changed:
-            self._refuse_if_unable()  # before the work of preparing it
+            self._refuse_if_unable()  # Check before the request is prepared, to save that work.
         ticket = self._ticket(request)
         with self._changed:
             self._refuse_if_unable()
@@ -147,47 +154,52 @@ class Engine:
         return ticket.future
 
     def turn(self) -> bool:
-        """One network evaluation for every running request; False if there is none. For `own_thread=False`."""
+        """Run one turn; return False if no request is running. Callers use this only with `own_thread=False`."""
         try:
             return self._turn()
-        except Exception as error:  # of the device, or our own bug: nobody may wait for ever because of it
+        except Exception as error:  # After a device error or a bug, no request may wait forever.
             self._give_up(error)
             return True
 
     @property
     def num_turns(self) -> int:
-        """Turns so far."""
+        """Number of turns since the start."""
         return self.counts.turns
 
     @property
     def num_running(self) -> int:
-        """Requests in the batch."""
+        """Number of requests in the batch."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a place."""
+        """Number of requests that wait for a slot."""
         return len(self._waiting)
 
     @property
     def work_left(self) -> int:
-        """Rows of the network until all that is here is done: what autoscaling should count."""
+        """Rows of the network to evaluate until all present requests are finished. Autoscaling counts this work."""
         with self._changed:
             return sum(ticket.row.work_left for ticket in [*self._waiting, *self._running.values()])
 
     @property
     def is_alive(self) -> bool:
-        """False if the thread has ended, as it does on close(), if the device has failed, or if every request fails."""
+        """Whether the engine works; false if its thread has ended, the device has failed, or every request fails."""
         runs = self._thread is None or self._thread.is_alive()
         return runs and self._lost is None and self._failed_turns < MAX_FAILED_TURNS
 
     @property
     def lost(self) -> str | None:
-        """Why the device cannot be used any more in this process; None where it can."""
+        """The reason why this process can no longer use the device; None if it can."""
         return self._lost
 
     def close(self, *, drain: bool = True, timeout_s: float = 60) -> None:
-        """Take no more requests; finish those that are here, or fail them when `drain` is False."""
+        """Refuse new requests, finish the present requests (or fail them if `drain` is False), and end the thread.
+
+        Args:
+            drain: whether to finish the present requests.
+            timeout_s: how long to wait for the end of the thread.
+        """
         with self._changed:
             self._closing = True
             if not drain:
@@ -208,7 +220,7 @@ class Engine:
             self._evaluator.prepare(lambda: self._conditions.get([self._blank(0)])[0])
 
     def _blank(self, number: int) -> Pair:
-        """A pair of pictures without content; each number gives another."""
+        """Return a pair of uniform pictures, a different pair for each number."""
         size = self.bundle.config.image_size
         return pair_of(torch.full((1, size, size), 1 - number / 8), torch.full((3, size, size), number / 8))
 
@@ -234,7 +246,10 @@ class Engine:
             self._refuse(f"{len(self._waiting)} requests wait already", turns * self._pace.typical)
 
     def _refuse_if_late(self, ticket: Ticket) -> None:
-        """If it would be late for the work before it; one that is late by itself is told so, see _is_over."""
+        """Refuse a request that would be late because of the work before it.
+
+        A request that would be late even without that work is accepted here; _is_over fails it with DeadlineError.
+        """
         if ticket.request.deadline is not None:
             turns = self._turns_until_done(self._waiting.before(ticket.request.key), ticket.claim)
             wait_s, left_s = turns * self._pace.typical, ticket.request.deadline - self._clock()
@@ -250,7 +265,7 @@ class Engine:
         return turns_until_done(self.max_batch, running, [ticket.claim for ticket in before], own)
 
     def _count_end(self, ticket: Ticket) -> None:
-        """Called once, when the future is done, on whatever thread made it so."""
+        """Count the end of a request. Its future calls this once, on the thread that completes or cancels it."""
         with self._changed:
             self._num_open -= 1
             self._waiting.remove(ticket)
@@ -278,7 +293,7 @@ class Engine:
             if not numbers and not refused:
                 return False
             ended = self._batch.turn() if numbers else []
-            self._evaluator.wait()  # an accelerator's error shows here, that of a request that could not join as well
+            self._evaluator.wait()  # Asynchronous errors of the device surface here, also those of a failed join.
         broken = [row for row in [*refused, *ended] if row.error is not None and not isinstance(row.error, EXCUSED)]
         self._failed_turns = self._failed_turns + 1 if len(broken) == len(refused) + len(numbers) else 0
         self._answer([*refused, *ended])
@@ -288,7 +303,7 @@ class Engine:
         return True
 
     def _is_over(self, ticket: Ticket) -> bool:
-        """True once nobody waits for it any more, or in vain; the latter is told so."""
+        """Return whether a request has ended; fail it with DeadlineError if it missed or cannot meet its deadline."""
         if ticket.request.deadline is not None:
             if self._clock() > ticket.request.deadline:
                 ticket.fail(DeadlineError("not finished by its deadline"))
@@ -297,7 +312,7 @@ class Engine:
         return ticket.future.done()
 
     def _change_batch(self) -> list[Row]:
-        """Let requests that are over leave and the next ones join; the rows that could not, with their errors."""
+        """Remove ended requests from the batch and add the next ones; return the rows that failed to join."""
         with self._changed:
             gone = [row for row, ticket in self._running.items() if self._is_over(ticket)]
             for row in gone:
@@ -312,7 +327,11 @@ class Engine:
         return [ticket.row for ticket in joining if ticket.row.error is not None]
 
     def _take_next(self) -> list[Ticket]:
-        """Tickets for the free places. One that needs more than there are holds them: else it might wait for ever."""
+        """Take requests for the free slots from the queue.
+
+        If the next request needs more slots than are free, no further request is taken, because smaller requests could
+        pass it forever.
+        """
         taken: list[Ticket] = []
         places = Counter[str]()
         for ticket in self._running.values():
@@ -326,7 +345,7 @@ class Engine:
         return taken
 
     def _give_up(self, error: Exception) -> None:
-        """Fail the requests that run; if the device is lost, also those that wait and those that will come."""
+        """Fail the running requests; if the device has failed, also the waiting and all future requests."""
         log.error("a turn failed, its requests are given up: %s", for_log(error))
         with self._changed:
             if is_lost(error):
@@ -343,7 +362,7 @@ class Engine:
                 ticket.fail(for_request(error))
 
     def _answer(self, ended: list[Row]) -> None:
-        """Give results and errors to those that wait for them."""
+        """Complete the futures of the ended rows with their pictures or errors."""
         with self._changed:
             tickets = [(row, self._running.pop(row)) for row in ended]
         for row, ticket in tickets:
@@ -357,7 +376,7 @@ class Engine:
             if row.preview is not None and ticket.request.on_progress is not None:
                 try:
                     ticket.request.on_progress(row.steps_done, row.settings.steps, row.preview)
-                except Exception as error:  # a listener that is gone must not hurt its neighbours
+                except Exception as error:  # A failing callback must not affect other requests.
                     ticket.fail(error)
 
     def _note(self, begun: float, numbers: tuple[int, ...]) -> None:

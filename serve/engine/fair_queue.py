@@ -1,12 +1,13 @@
-"""Who is next: requests that wait, fair between the keys that sent them. No torch, no clock, no threads.
+"""Queue of waiting requests that is fair between API keys. It uses no torch, no clock and no threads.
 
-The key with the fewest places in the running batch goes first; among equals the one that was served longest ago, so
-that keys take turns even where one place is all there is; within a key, first come first served. New keys would keep a
-busy key's oldest request waiting for ever: so a request at the head of its key that has been passed `patience` times
-goes before all that were passed less often.
+The key with the fewest slots in the running batch is served first. Among equal keys, the least recently served key is
+first, so that keys alternate even in a batch of one slot. Within a key, the order is first come, first served. New keys
+alone could starve the oldest request of a busy key. Therefore a request that is the first of its key and was passed
+`patience` times is served before all requests that were passed less often.
 
-The bound: once a request is the first of its key, at most patience + K requests of others start before it, K being the
-keys that wait at that moment; with n requests of its own key before it, at most (n + 1) times as many.
+The bound: once a request is the first of its key, at most patience + K requests of other keys start before it, where K
+is the number of keys that wait at that moment. With n requests of its own key before it, the bound is (n + 1) times as
+large.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _Line(Generic[T]):
-    """The requests of one key."""
+    """The waiting requests of one key."""
 
     items: deque[T] = field(default_factory=deque)
     since: int = 0
-    """When its first one became the first."""
+    """Count at which the present first request became the first."""
     passed: int = 0
-    """Requests of others that started since."""
+    """Number of requests of other keys that started since then."""
 
 
 class FairQueue(Generic[T]):
-    """Requests that wait.
+    """Queue of waiting requests that is fair between keys.
 
     Args:
-        patience: how often the first request of a key may be passed by others.
+        patience: how often requests of other keys may pass the first request of a key.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self._lines: dict[str, _Line[T]] = {}
         self._served: dict[str, int] = {}
-        """When each key's last request started; kept while it has requests."""
+        """Key -> count at which its latest request started, for keys with waiting or running requests."""
         self._count = count()
 
     def __len__(self) -> int:
@@ -53,18 +54,18 @@ class FairQueue(Generic[T]):
             yield from line.items
 
     def add(self, item: T, key: str) -> None:
-        """Let a request wait behind those of its key."""
+        """Append a request to the queue of its key."""
         if key not in self._lines:
             self._lines[key] = _Line(since=next(self._count))
         self._lines[key].items.append(item)
 
     def before(self, key: str) -> list[T]:
-        """Those that would, if all keys went on taking turns, start before a new request of `key`."""
+        """Return the requests that would start before a new request of `key` if all keys simply alternated."""
         own = len(self._lines[key].items) if key in self._lines else 0
         return [item for line in self._lines.values() for item in list(line.items)[: own + 1]]
 
     def peek(self, places: Mapping[str, int]) -> tuple[T, str] | None:
-        """The next request and its key, given the places that each key has in the running batch."""
+        """Return the next request and its key, given the slots of each key in the running batch."""
         if not self._lines:
             return None
         late = [key for key, line in self._lines.items() if line.passed >= self.patience]
@@ -75,7 +76,7 @@ class FairQueue(Generic[T]):
         return self._lines[key].items[0], key
 
     def take(self, places: Mapping[str, int]) -> T:
-        """Remove what peek() shows."""
+        """Remove and return the request that peek() returns."""
         found = self.peek(places)
         if found is None:
             raise IndexError("nobody waits")
@@ -88,7 +89,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, item: T) -> bool:
-        """Take a request out that nobody waits for any more; False if it was not here."""
+        """Remove a request that was canceled; return False if it is not in the queue."""
         for key, line in self._lines.items():
             if item in line.items:
                 self._leave(key, item)

@@ -1,7 +1,7 @@
-"""Errors of a device: which of them end an engine, which of them pass, and the error that a request gets.
+"""Classification of device errors: fatal for the engine or temporary, and the error that a request gets.
 
-A failed kernel ends the process's whole context on an accelerator: every later call raises, too. A call that ran out of
-memory is lost alone, and a smaller one may work.
+A failed kernel destroys the context of the process on an accelerator, so that every later call raises an error. A call
+that runs out of memory fails alone, and a smaller call may work.
 """
 
 from __future__ import annotations
@@ -11,39 +11,42 @@ import traceback
 import torch
 
 ADVICE = "lower max_batch, or serve a model of smaller images"
-"""Where memory is short."""
+"""Advice in messages about a lack of memory."""
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-"""Words of the allocators, of the libraries that have workspaces of their own, and of torch's allocator on a CPU."""
+"""Texts in the errors of the allocators, of libraries with their own workspaces, and of torch's CPU allocator."""
 
 
 class EngineError(RuntimeError):
-    """This engine could not make a picture that another engine, or the same one later, can make."""
+    """This engine could not make a picture. A retry on another engine, or on this one later, can work."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller call may work."""
+    """Return whether a call failed for lack of memory, so that a smaller call may work."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the accelerator cannot be used again in this process."""
+    """Return whether this process can no longer use the accelerator."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def for_log(error: Exception) -> str:
-    """One line about what the device did, else the whole traceback: as text, as a log record would keep the frames."""
+    """Return one line for an error of the device, else the whole traceback.
+
+    The traceback is text, because a log record with the error would keep its frames in memory.
+    """
     if is_out_of_memory(error):
         return f"{summary(error)}; {ADVICE}"
     return summary(error) if is_lost(error) else "".join(traceback.format_exception(error))
 
 
 def for_request(error: Exception) -> Exception:
-    """The error to give to a request: a retriable one for what the device did, else the same error.
+    """Return the error for a request: an EngineError, after which a retry can work, for a device error, else `error`.
 
-    Either loses its traceback, whose frames hold the tensors of the call that failed: for as long as anybody held the
-    error, that much memory would be missing on the device.
+    The function removes the traceback of `error`. The frames of the traceback hold the tensors of the failed call,
+    whose memory would stay allocated on the device as long as the error exists.
     """
     error.__traceback__ = error.__cause__ = error.__context__ = None
     if is_lost(error):
@@ -54,5 +57,5 @@ def for_request(error: Exception) -> Exception:
 
 
 def summary(error: BaseException) -> str:
-    """The first line: torch's errors have a page of advice behind it."""
+    """Return the first line of an error, because torch's errors continue with a page of advice."""
     return (str(error).splitlines() or [type(error).__name__])[0]

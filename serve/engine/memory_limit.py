@@ -1,4 +1,7 @@
-"""How many requests fit into one network evaluation, found out from the evaluations that run out of memory."""
+"""Limit of requests in one network evaluation, learned from the evaluations that run out of memory.
+
+A turn is one network evaluation for every running request. With the limit, a turn consists of several evaluations.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import logging
 from animediffusion.serve.engine.faults import ADVICE
 
 BAD_TURNS = 2
-"""Turns in a row that run out of memory before evaluations are limited; a version that loads may cause one."""
+"""Number of consecutive turns out of memory after which evaluations are limited; loading a version may cause one."""
 TURNS_UNTIL_RETRY = 1000
-"""Turns within the limit before a larger evaluation is tried again."""
+"""Number of turns within the limit after which the limit is lifted to try a larger evaluation again."""
 
 log = logging.getLogger(__name__)
 
 
 class Room:
-    """The largest evaluation that is tried, in requests; without a limit until turns keep running out of memory."""
+    """The largest evaluation to try, in requests. There is no limit until several turns in a row run out of memory."""
 
     def __init__(self) -> None:
         self.most: int | None = None
-        """The limit; None where there is none."""
+        """The limit; None if there is no limit."""
         self._failed: int | None = None
         """The smallest evaluation of this turn that ran out of memory."""
         self._bad_turns = 0
@@ -27,17 +30,17 @@ class Room:
         """Turns since the limit was set."""
 
     def has(self, num_requests: int) -> bool:
-        """Whether an evaluation of so many is to be tried; one of a single request always is."""
+        """Return whether to try an evaluation of `num_requests` requests; always true for a single request."""
         return self.most is None or num_requests <= max(1, self.most)
 
     def failed(self, num_requests: int) -> None:
-        """Note an evaluation that ran out of memory."""
+        """Record an evaluation of `num_requests` requests that ran out of memory."""
         if self._failed is None:
             log.warning("the device has no memory for %d requests in one evaluation; %s", num_requests, ADVICE)
         self._failed = min(num_requests, self._failed or num_requests)
 
     def end_turn(self) -> None:
-        """Set or lift the limit, from what happened since the last turn."""
+        """Set or lift the limit, depending on the evaluations since the last call."""
         self._turns += 1
         if self._failed is not None:
             self._bad_turns += 1
@@ -46,5 +49,5 @@ class Room:
         elif self.most is None:
             self._bad_turns = 0
         elif self._turns >= TURNS_UNTIL_RETRY:
-            self.most = None  # one more failure, and the limit is back
+            self.most = None  # _bad_turns is unchanged, so that one more failure sets the limit again.
         self._failed = None

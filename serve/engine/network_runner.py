@@ -1,12 +1,12 @@
-"""One network evaluation of many rows, at few different batch sizes.
+"""Network evaluations of many rows, padded to a few batch sizes and replayed as CUDA graphs.
 
-A batch that requests join and leave has every size in turn. What is prepared per size (CUDA graphs; kernels chosen by
-shape) needs few sizes, so rows are filled up to the next of them. On CUDA each size is captured once as a graph: the
-network is then one launch in the place of 170 or more. The sampler's operations, 59 (euler) to 144 (guided heun) in a
-turn, are launched one by one: the shapes of its state change whenever a request joins or leaves. A CPU gains nothing by
-filling up, so it does not by default.
+The batch size changes whenever a request joins or leaves. CUDA graphs and kernels chosen by shape are prepared for each
+batch size, so the rows are padded to the next of a few sizes. On CUDA, each size is captured once as a graph, and the
+network is then one launch in place of 170 or more. The operations of the sampler, 59 (euler) to 144 (guided heun) in a
+turn, are launched one by one, because the shapes of its state change whenever a request joins or leaves. On a CPU,
+padding has no benefit and is off by default.
 
-Not run on a GPU yet: capture itself is untested, the buffers around it are tested on a CPU.
+The capture itself has not been tested on a GPU yet; tests on a CPU cover the buffers around it.
 """
 
 from __future__ import annotations
@@ -27,34 +27,38 @@ log = logging.getLogger(__name__)
 
 Output = Callable[[Tensor, Tensor, Condition], Tensor]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""From a function of fixed tensors to (what does its work again, the tensor its result is then in)."""
+"""Function that captures a function of fixed tensors; it returns (replay function, tensor that receives the result)."""
 
 WARM_UP_RUNS = 3
-"""Before a capture, as torch's notes on CUDA graphs ask: libraries allocate and choose kernels in the first calls."""
+"""Calls before a capture, which torch's notes on CUDA graphs require: libraries allocate memory and choose kernels in
+the first calls."""
 
 
 def few_sizes(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then multiples of 8, up to the first that holds `largest` rows."""
+    """Return the batch sizes 1, 2, 4, 8, then multiples of 8, up to the first that holds `largest` rows.
+
+    If `largest` is at most 4, the last size is `largest`.
+    """
     small = [size for size in (1, 2, 4) if size < largest]
     return (*small, *range(8, largest + 8, 8)) if largest > 4 else (*small, largest)
 
 
 def build_evaluator(denoiser: Denoiser, max_batch: int, sizes: Sequence[int] | None = None) -> Evaluator:
-    """With graphs of few sizes on CUDA; every size as it is on a CPU, unless `sizes` says otherwise."""
+    """Return an Evaluator: on CUDA with graphs for a few sizes, on a CPU without padding unless `sizes` is given."""
     if next(denoiser.parameters()).device.type != "cuda":
         return Evaluator(denoiser, sizes)
-    # A guided request alone takes two places even of one.
+    # A guided request needs two rows even if max_batch is 1.
     return Evaluator(denoiser, sizes or few_sizes(max(2, max_batch)), cuda_capture())
 
 
 class Evaluator:
-    """The estimates of x_0 of a batch.
+    """Evaluates the network for a batch and returns its estimates of x_0.
 
     Args:
         denoiser: the model on its device, in eval mode.
-        sizes: rising numbers of rows to fill up to; None takes every number as it is. More rows than the last of them
-            are evaluated as they are.
-        capture: makes graphs; None calls the network each time.
+        sizes: ascending batch sizes to which rows are padded; None disables padding. A batch with more rows than the
+            last size is not padded.
+        capture: captures CUDA graphs; None calls the network directly.
     """
 
     def __init__(self, denoiser: Denoiser, sizes: Sequence[int] | None = None, capture: Capture | None = None) -> None:
@@ -65,18 +69,18 @@ class Evaluator:
         self._graphs: _Graphs | None = None
 
     def padded(self, num_rows: int) -> int:
-        """How many rows are evaluated for so many."""
+        """Return the number of rows that are evaluated for `num_rows` rows, padding included."""
         if self._sizes is None or num_rows > self._sizes[-1]:
             return num_rows
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
     def join(self, conditions: Sequence[Condition]) -> Condition:
-        """One row each, filled up, for calls with as many rows."""
+        """Concatenate conditions of one row each and pad them, for calls with as many rows."""
         missing = self.padded(len(conditions)) - len(conditions)
         return cat_conditions([*conditions, *[conditions[-1]] * missing])
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x_0 [B, 3, S, S] in float32 for x_t, t [B] and what `join` made of B conditions."""
+        """Return x_0 [B, 3, S, S] in float32 for x_t, t [B] and the condition that `join` made of B conditions."""
         output = self._replayed(x, t, condition)
         if output is None:
             missing = len(condition.features) - len(x)
@@ -85,14 +89,14 @@ class Evaluator:
         return self.denoiser.to_x0(output, x, t)
 
     def wait(self) -> None:
-        """Until the device is done: a host that runs ahead would see neither how long turns take nor who has left."""
+        """Wait for the device; a host that ran ahead could neither time turns nor notice canceled requests."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def prepare(self, make_condition: Callable[[], Condition]) -> None:
-        """Capture all sizes now, for conditions like the one that is made, so that no turn has to wait for it.
+        """Capture all sizes now, for conditions shaped like that of `make_condition`, so that no turn has to.
 
-        The largest is the first: smaller graphs then find the memory that they need in its pool.
+        The largest size is captured first, so that smaller graphs reuse the memory of its pool.
         """
         if self._capture is not None and self._sizes is not None:
             condition = make_condition()
@@ -100,12 +104,12 @@ class Evaluator:
                 self._captured(size, condition)
 
     def _replayed(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor | None:
-        """The network's output from a graph; None where there is none for so many rows."""
+        """Return the network's output from a graph; None if no graph has this number of rows."""
         graphs = self._captured(len(condition.features), condition)
         return graphs(x, t, condition) if graphs is not None else None
 
     def _captured(self, size: int, like: Condition) -> _Graphs | None:
-        """Graphs that can evaluate so many rows; None where they cannot."""
+        """Return the graphs, with one of `size` rows; None if there cannot be a graph of this size."""
         if self._capture is None or self._sizes is None or size not in self._sizes:
             return None
         try:
@@ -113,7 +117,7 @@ class Evaluator:
             graphs.capture(size)
         except RuntimeError as error:
             log.warning("no CUDA graph for %d rows: %s", size, for_log(error))
-            # Without memory for this one, about half may fit. Whatever else is wrong, it is wrong with all of them.
+            # If memory ran out, graphs of half the size may fit. Any other error would occur with all sizes.
             smaller = [one for one in self._sizes if 2 * one <= size] if is_out_of_memory(error) else []
             self._sizes, self._capture = (smaller, self._capture) if smaller else (self._sizes, None)
             self._graphs = None
@@ -123,10 +127,10 @@ class Evaluator:
 
 
 class _Graphs:
-    """Captured evaluations, one for each number of rows.
+    """CUDA graphs of network evaluations, one for each number of rows.
 
-    A graph reads and writes the tensors that it was captured with, so calls copy their own into them. All graphs share
-    those of the largest, of which a smaller one takes the first rows.
+    A graph reads and writes the tensors that it was captured with, so each call copies its inputs into them. All graphs
+    share the tensors of the largest graph, and a smaller graph uses their first rows.
     """
 
     def __init__(self, output: Output, capture: Capture, most: int, like: Condition) -> None:
@@ -139,7 +143,7 @@ class _Graphs:
         self._replays: dict[int, Callable[[], None]] = {}
 
     def capture(self, size: int) -> None:
-        """Make the graph for so many rows, unless it is there."""
+        """Capture the graph of `size` rows unless it exists already."""
         if size not in self._replays:
             x, t, result = self._x[:size], self._t[:size], self._result[:size]
             condition = select(self._condition, slice(size))
@@ -147,9 +151,9 @@ class _Graphs:
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         size, num_rows = len(condition.features), len(x)
-        self._x[:num_rows].copy_(x)  # what fills up may be anything
+        self._x[:num_rows].copy_(x)  # The padding rows may have any values.
         self._t[:num_rows].copy_(t)
-        if condition is not self._holds:  # most turns have the batch of the turn before
+        if condition is not self._holds:  # The batch, and with it the condition, is unchanged in most turns.
             self._holds = None
             for own, new in zip(self._condition, condition, strict=True):
                 own[:size].copy_(new)
@@ -159,7 +163,7 @@ class _Graphs:
 
 
 def cuda_capture() -> Capture:
-    """A Capture for CUDA, all of whose graphs share one pool of memory, since they never run at once."""
+    """Return a Capture for CUDA. Its graphs share one memory pool, because they never run at the same time."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -181,7 +185,7 @@ def _captured(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None],
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other engines of this process continue to use the device meanwhile.
+    # "thread_local" lets other engines of this process use the device during the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result

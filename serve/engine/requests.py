@@ -1,6 +1,6 @@
-"""What an engine is asked, what it answers and what it counts.
+"""Requests to an engine, their errors, and the counters of an engine.
 
-QueueFullError   too many requests wait already, or too much work for this one's deadline
+QueueFullError   too many requests wait already, or too much work to finish this request by its deadline
 DeadlineError    the request was not, or cannot be, finished by its deadline
 """
 
@@ -20,16 +20,16 @@ from animediffusion.serve.engine.admission import Claim
 from animediffusion.serve.engine.batch import Row
 
 Progress = Callable[[int, int, NDArray[np.uint8]], None]
-"""(steps done, steps in all, estimate of the picture); called on the engine's thread, so it must return at once."""
+"""Callback(finished steps, total steps, estimate of the picture); it runs on the engine's thread and must not block."""
 
 
 class QueueFullError(Exception):
-    """Too many requests wait already, or too much work for this one's deadline."""
+    """Too many requests wait already, or too much work to finish this request by its deadline."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        """When what is here now should be done."""
+        """Seconds after which to retry."""
 
 
 class DeadlineError(Exception):
@@ -38,7 +38,7 @@ class DeadlineError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture to make. What is None comes from the bundle's sampler defaults."""
+    """One picture to make. A field that is None means the sampler default of the bundle."""
 
     sketch: Tensor
     """[1, S, S] in [-1, 1]."""
@@ -49,32 +49,32 @@ class Request:
     guidance_scale: float | None = None
     sampler: str | None = None
     deadline: float | None = None
-    """Give up at this time of time.monotonic()."""
+    """Time of the engine's clock, by default time.monotonic(), at which the request fails."""
     key: str = ""
-    """Who asks; places in the batch are shared fairly between keys."""
+    """Name of the API key. The slots of the batch are shared fairly between keys."""
     on_progress: Progress | None = None
 
 
 class Turn(NamedTuple):
-    """What happened in a turn; requests by the number of their submission."""
+    """Record of a turn, which is one network evaluation for every running request. Requests are given by number."""
 
     number: int
     seconds: float
     running: tuple[int, ...]
     """Requests that were evaluated."""
     waiting: tuple[int, ...]
-    """Requests that had no place."""
+    """Requests that waited for a slot."""
     num_evaluated: int
-    """Rows of the network, guidance and filling included."""
+    """Evaluated rows of the network, including guidance and padding."""
 
 
 @dataclass
 class Counts:
-    """What an engine has done since it was made."""
+    """Counters of an engine since its start."""
 
     submitted: int = 0
     refused: int = 0
-    """QueueFullError; not among the submitted."""
+    """Requests that raised QueueFullError in submit(); they do not count as submitted."""
     finished: int = 0
     cancelled: int = 0
     late: int = 0
@@ -82,34 +82,35 @@ class Counts:
     turns: int = 0
     turn_seconds: float = 0.0
     rows_evaluated: int = 0
-    """Rows of the network in all turns."""
+    """Evaluated rows of the network in all turns."""
     reference_hits: int = 0
     """Requests whose reference was encoded already."""
     reference_misses: int = 0
+    """Requests whose reference had to be encoded."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request from submission to its end."""
+    """The state of a request from its submission to its end."""
 
     request: Request
     row: Row
     number: int = -1
-    """Of all that were accepted."""
+    """Number of the request, counted over all accepted requests."""
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
 
     @property
     def claim(self) -> Claim:
-        """What it takes of the batch until it is finished."""
+        """The slots and the turns that the request needs until it is finished."""
         return self.row.places, self.row.num_left
 
     def fail(self, error: Exception) -> None:
-        """Give an error, if somebody still waits."""
+        """End the request with an error, unless it has ended or was canceled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def finish(self, picture: NDArray[np.uint8]) -> None:
-        """Give the picture, if somebody still waits."""
+        """End the request with its picture, unless it has ended or was canceled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(picture)
 
@@ -117,10 +118,10 @@ class Ticket:
 def settings_for(
     bundle: Bundle, *, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None
 ) -> SamplerDefaults:
-    """The bundle's sampler defaults with what was asked for in their place.
+    """Return the sampler defaults of the bundle, replaced by the arguments that are not None.
 
     Raises:
-        ValueError: naming the one that is out of range.
+        ValueError: an argument is out of range; the message names it.
     """
     own = bundle.config.sampler
     return replace(
