@@ -1,10 +1,11 @@
-"""One line of JSON for every request, written when its answer is complete.
+"""Access log: one line of JSON for every request, written when its response is complete.
 
     {"time": "2026-01-31T12:00:00.000Z", "method": "POST", "path": "/v1/colorize", "status": 200, "seconds": 0.812,
      "key": "studio", "version": "3", "request_id": "5f0c2a9e1b7d4c38"}
 
-Never a secret: no header, no query, no body; of a key the name that its maker gave it. `version` is null where no model
-answered, `key` empty where none was asked for. `status` is 499 where the client left first.
+A line never contains a secret: it has no header, no query and no body, and `key` is the name of an API key, not the
+key. `version` is null if no model answered. `key` is empty if the server required no key. `status` is 499 if the client
+closed the connection first.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_LEFT = 499
-"""nginx's code for a client that closed the connection; nobody receives it."""
+"""nginx's status code for a client that closed the connection. The code is only logged."""
 MAX_PATH = 200
 
 log = logging.getLogger("animediffusion.requests")
 
 
 def write_to(file: Path | None) -> None:
-    """Where this process writes its lines: a file, which may be moved away to rotate it, or stderr."""
+    """Set where this process writes the access log: a file, or stderr if None.
+
+    Log rotation may rename the file: the next line then goes to a new file.
+    """
     handler: logging.Handler
     if file is None:
         handler = logging.StreamHandler(sys.stderr)
@@ -45,9 +49,9 @@ def write(scope: Scope, status: int, started: float) -> None:
     """Write the line of a request.
 
     Args:
-        scope: of the request; its `state` holds request_id, and key and model_version where they are known.
-        status: of the answer.
-        started: when it came, of time.monotonic().
+        scope: ASGI scope of the request; its `state` has request_id, and key and model_version if they are known.
+        status: HTTP status of the response.
+        started: time.monotonic() at the start of the request.
     """
     state: dict[str, Any] = scope.get("state", {})
     line = {
@@ -64,7 +68,7 @@ def write(scope: Scope, status: int, started: float) -> None:
 
 
 class AccessLog:
-    """ASGI middleware that writes the lines; the outermost one."""
+    """ASGI middleware that writes the access log. It must be the outermost middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,4 +1,5 @@
-"""The HTTP API and the page. Knows a Backend and nothing of Ray: uvicorn serves it as it is.
+"""The HTTP API and the web page. The application needs a protocol.Backend but not Ray, so uvicorn can serve it
+directly.
 
 uvicorn.run(create_app(replica), port=8000)
 """
@@ -45,19 +46,19 @@ def create_app(
     num_threads: int = 2,
     names_requests: bool = True,
 ) -> FastAPI:
-    """The application for one backend. No origin but its own may use it from a browser: CORS is off.
+    """Return the application for one backend. CORS is off, so browsers allow only requests from the server's own pages.
 
     Args:
-        backend: where pictures are made.
-        keyring: the keys that let clients in; None lets in everybody.
-        max_body_bytes: of a request.
-        upload_timeout_s: for the body of a request to arrive.
-        timeout_s: for one picture, waiting included.
-        num_threads: that decode uploads and finish pictures.
-        names_requests: add the header X-Request-Id; False where the server in front does.
+        backend: makes the pictures.
+        keyring: the accepted API keys; None accepts every request.
+        max_body_bytes: largest body of a request.
+        upload_timeout_s: time for the body of a request to arrive.
+        timeout_s: time for one picture, including the time in the queue.
+        num_threads: number of threads that decode uploads and render pictures.
+        names_requests: whether to add the header X-Request-Id; False if a proxy in front adds it.
     """
     keyring = keyring or Keyring(None)
-    # It warns of every malformed body, which is an answer of ours and no event of the server's.
+    # python_multipart warns about every malformed body. The response reports this error already.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
     @contextlib.asynccontextmanager
@@ -73,7 +74,7 @@ def create_app(
         "request, as the header Authorization: Bearer KEY.",
         docs_url=None,
         redoc_url=None,
-        # A redirect would name an address without the prefix that a proxy in front may have removed.
+        # The URL of a redirect would lack a path prefix that a proxy in front has removed.
         redirect_slashes=False,
     )
     # The last one added is the outermost.
@@ -96,7 +97,7 @@ def create_app(
 def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
     @app.post("/v1/colorize", response_class=Response, openapi_extra=FORM, responses=PICTURE, dependencies=[KEY])
     async def colorize(request: Request) -> Response:
-        """Color a sketch with the colors of a reference; answers with a PNG."""
+        """Color a sketch with the colors of a reference and return a PNG."""
         form = await read_form(request)
         asked, loop = form.parameters, asyncio.get_running_loop()
         if asked.output == "both":
@@ -118,12 +119,12 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         dependencies=[KEY],
     )
     async def colorize_stream(request: Request) -> StreamingResponse:
-        """The same as server-sent events: `progress` with a preview after each step, then `result` or `error`."""
+        """Color a sketch, with server-sent events: `progress` with a preview per step, then `result` or `error`."""
         form = await read_form(request)
         loop = asyncio.get_running_loop()
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         items = backend.stream(job)
-        # Waiting for the first one keeps busy, late and unusable an ordinary answer with its status.
+        # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_client_leaves(request, _first(items), timeout_s)
         body = events(first, items, drawing, form.parameters, request.state, pool)
         headers = {"Cache-Control": "no-store", "X-Seed": str(form.parameters.seed)}
@@ -135,7 +136,7 @@ async def _first(items: AsyncIterator[T]) -> T:
 
 
 def _key(request: Request) -> str:
-    """The name of the key that the request came with; empty where none is asked for."""
+    """Return the name of the request's API key; empty if the server requires no key."""
     return str(getattr(request.state, "key", ""))
 
 
@@ -156,9 +157,9 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
 
 
 async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-    """The result of `work`, which is cancelled when nobody waits for it any more, or not any longer."""
+    """Return the result of `work`; cancel it if the client disconnects or the timeout passes."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the disconnect
+    leaving = asyncio.ensure_future(request.receive())  # After the body, the next message is the disconnect.
     try:
         done, _ = await asyncio.wait({working, leaving}, timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED)
         if working in done:
@@ -176,17 +177,17 @@ async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], 
 def _add_status(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models", responses=problems(401), dependencies=[KEY])
     async def models() -> dict[str, Any]:
-        """Which versions are wanted, which get traffic, and what every replica does."""
+        """Return the desired versions, the traffic of each version, and the state of every replica."""
         return await backend.models()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """Answers as long as the process does."""
+        """Return 200 as long as the process responds."""
         return {"status": "ok"}
 
     @app.get("/readyz", responses=problems(503))
     async def readyz() -> dict[str, str]:
-        """200 once pictures can be made."""
+        """Return 200 if pictures can be made, else 503."""
         if not await backend.is_ready():
             raise NoModelError("none is loaded yet")
         return {"status": "ready"}

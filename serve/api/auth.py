@@ -1,6 +1,6 @@
-"""Lets in who has a key. Everything asks for one except what PUBLIC names; a path that nobody thought of asks, too.
+"""Authentication with API keys. Every path requires a key except those in PUBLIC and PUBLIC_FOLDER.
 
-What is public tells nothing of anybody: whether the server lives, the page and its examples, the API's description.
+The public paths contain no data of users: health checks, the web page and its examples, and the description of the API.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ REALM = 'Bearer realm="animediffusion"'
 
 
 class KeyGate:
-    """ASGI middleware: 401 without a key that is known; puts the key's name into the request's state.
+    """ASGI middleware that answers 401 without a valid key, and stores the name of the key in the request's state.
 
     Args:
-        app: what is behind.
-        keyring: lets everybody in while no key was ever made.
+        app: the application.
+        keyring: the accepted keys; every request is accepted while `keyring.is_closed` is false.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
@@ -52,7 +52,7 @@ def _token(header: str) -> str:
 
 
 def _refusal(token: str) -> ProblemError:
-    """As RFC 6750 has it: an error code only for who sent a key."""
+    """Return a 401 with an error code only if the request contained a key, as RFC 6750 requires."""
     if not token:
         detail = "this server asks for a key; send the header Authorization: Bearer KEY"
         return ProblemError(401, detail, headers={"WWW-Authenticate": REALM})

@@ -1,7 +1,7 @@
-"""Read the multipart form of a coloring request; name what is wrong with it in one line.
+"""Parsing and validation of the multipart form of a coloring request, with error messages of one line.
 
-Nothing that a client sends is dropped in silence: a cut-off body, an unknown or repeated field, a parameter in the
-address or in a header is an error.
+Nothing in a request is ignored silently: a truncated body, an unknown or repeated field, and a parameter in the URL or
+in a header are errors.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ MAX_SEED = 2**32 - 1
 MAX_STEPS = 100
 MAX_GUIDANCE = 20
 MAX_TEXT_BYTES = 4096
-"""Size of a text field."""
+"""Maximum size of a text field."""
 
 
 class Parameters(BaseModel):
-    """What may be asked besides the two pictures."""
+    """Parameters of a request, besides the two pictures."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
-    """Denoising steps; the model's own number if left out."""
+    """Number of denoising steps; the default of the model if left out."""
     guidance_scale: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = None
-    """How strongly the reference counts; 1 is plain."""
+    """Strength of the guidance by the reference; 1 is without guidance."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
-    """Same seed, same picture; random if left out, and always in the answer's X-Seed."""
+    """Seed of the noise: the same seed gives the same picture. Random if left out; the header X-Seed returns it."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
-    """The model's own if left out."""
+    """Sampler; the default of the model if left out."""
     output: Output = "image"
-    """`color_layer` is RGBA without lines. `both`, of `/v1/colorize/stream` alone, adds `color_layer` to the result."""
+    """`color_layer` is RGBA without lines. `both` adds `color_layer` to the result of `/v1/colorize/stream` only."""
     size: Size = "native"
-    """`native`: the sketch's own size; `model`: the network's square."""
+    """`native` is the size of the sketch; `model` is the square of the network."""
 
 
 ALLOWED = {
@@ -60,7 +60,7 @@ ALLOWED = {
 
 @dataclass(frozen=True)
 class ColorizeForm:
-    """A request as it arrived: bytes of two files, and checked parameters."""
+    """A parsed request: the bytes of two files, and validated parameters."""
 
     sketch: bytes
     reference: bytes
@@ -71,7 +71,8 @@ async def read_form(request: Request) -> ColorizeForm:
     """Return the form of a request.
 
     Raises:
-        ProblemError: 400 not multipart, cut off or a file missing, 415 compressed, 422 a parameter is wrong.
+        ProblemError: 400 if the body is not multipart, is truncated or lacks a file; 415 if it is compressed; 422 if a
+            parameter is wrong.
     """
     _check_head(request)
     form = await _parse(request)
@@ -83,7 +84,7 @@ async def read_form(request: Request) -> ColorizeForm:
 
 
 def _check_head(request: Request) -> None:
-    """Refuse a body that is not a plain form, and parameters outside of it: dropping them would look like success."""
+    """Refuse a body that is not a plain form, and parameters outside the form: ignoring them would hide a mistake."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
@@ -100,7 +101,7 @@ def _check_head(request: Request) -> None:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, which also knows whether the body was complete and how far it was read."""
+    """Starlette's parser, which also records whether the body was complete and how many bytes were read."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
         super().__init__(headers, self._counted(stream), max_files=4, max_fields=16, max_part_size=MAX_TEXT_BYTES)
@@ -108,7 +109,7 @@ class _Parser(MultiPartParser):
         self.num_read = 0
 
     def on_end(self) -> None:
-        """Called at the closing boundary only, not where the body ends without one."""
+        """Record the closing boundary. The parser does not call this if the body ends without that boundary."""
         self.is_complete = True
 
     async def _counted(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,4 @@
-"""What stands around every request: its id, limits on head and body, strict headers, an answer to every failure."""
+"""Middleware for every request: request ids, limits on headers and body, security headers, and error responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from animediffusion.serve.api.problems import ProblemError, from_error, respond
 MAX_BODY_BYTES = 32 * 2**20
 UPLOAD_TIMEOUT_S = 60.0
 MAX_HEAD_BYTES = 32 * 2**10
-"""Names and values of all headers together."""
+"""Maximum size of the names and values of all headers together."""
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY = {
@@ -28,13 +28,16 @@ SECURITY = {
 
 
 class RequestLimits:
-    """ASGI middleware; bytes are counted while they arrive, whatever Content-Length says.
+    """ASGI middleware that adds headers, limits requests, and answers unhandled errors.
+
+    The bytes of a body are counted while they arrive, so the limit does not depend on Content-Length.
 
     Args:
-        app: what is behind.
-        max_body_bytes: of a request; more is 413.
-        upload_timeout_s: in which the whole body must have arrived, else 408: a slow client holds a place.
-        names_requests: add the header X-Request-Id; False where the server in front does.
+        app: the application.
+        max_body_bytes: largest body of a request; a larger one is answered with 413.
+        upload_timeout_s: time for the whole body to arrive; a slower one is answered with 408, because it occupies the
+            server.
+        names_requests: whether to add the header X-Request-Id; False if a proxy in front adds it.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, upload_timeout_s: float, names_requests: bool) -> None:
@@ -69,14 +72,14 @@ class RequestLimits:
         try:
             await self.app(scope, body.receive, send_with_headers)
         except Exception as error:
-            if is_started:  # the server cuts the connection, which is all that can be said now
+            if is_started:  # The status is already sent, so the server can only cut the connection.
                 raise
-            # Starlette's own last resort stands outside of this, and knows neither id nor headers.
+            # Starlette's own error handler is outside this middleware: its response would lack the id and the headers.
             await respond(from_error(error, request_id), scope, receive, send_with_headers)
 
 
 class HeadRequests:
-    """ASGI middleware: answers HEAD as GET without the body, and lists HEAD where GET is allowed (RFC 9110 9.3.2)."""
+    """ASGI middleware that answers HEAD like GET without a body, and adds HEAD to Allow headers (RFC 9110 9.3.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -102,29 +105,29 @@ def _allow_head(headers: MutableHeaders) -> None:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The id that the client gave where it is a plain word, else a new one."""
+    """Return the client's X-Request-Id if it matches REQUEST_ID, else a new random id."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 def refusal(scope: Scope, max_body_bytes: int) -> ProblemError | None:
-    """What is wrong with a request that can be seen from its head alone."""
+    """Return the problem of a request that is visible from its headers alone; None if there is no problem."""
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         return ProblemError(431, f"the headers have more than {MAX_HEAD_BYTES // 2**10} KiB")
     announced = Headers(scope=scope).get("content-length", "")
-    # A number with more digits than any real one is not even read.
+    # A number of more than 18 digits is too large in any case, and int() refuses very long numbers.
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_body_bytes):
         return too_large(max_body_bytes)
     return None
 
 
 class Body:
-    """Counts and times the body of one request while it is received.
+    """Limits the size and the duration of the body of one request while the body is received.
 
     Args:
-        receive: of ASGI.
-        max_bytes: more is a ProblemError 413.
-        timeout_s: until the last byte, from now; later is a ProblemError 408.
+        receive: ASGI's receive.
+        max_bytes: largest body; a larger one raises a ProblemError 413.
+        timeout_s: time from now to the last byte; a slower body raises a ProblemError 408.
     """
 
     def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
@@ -136,8 +139,8 @@ class Body:
         self._complete = False
 
     async def receive(self) -> Message:
-        """The next message of ASGI."""
-        if self._complete:  # what comes now is the client's leaving, which may take as long as it likes
+        """Return the next ASGI message; raise a ProblemError if a limit is exceeded."""
+        if self._complete:  # The next message is the disconnect, which has no time limit.
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
@@ -151,5 +154,5 @@ class Body:
 
 
 def too_large(max_bytes: int) -> ProblemError:
-    """413, with the limit."""
+    """Return a 413 that names the limit."""
     return ProblemError(413, f"the body is larger than {max_bytes / 2**20:g} MiB; send smaller images")

@@ -1,4 +1,4 @@
-"""What /openapi.json says of requests and answers, beyond what FastAPI sees by itself."""
+"""Descriptions of requests and responses in /openapi.json that FastAPI cannot derive from the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from animediffusion.serve.api.problems import MEDIA_TYPE
 KEY = Security(
     HTTPBearer(auto_error=False, description="A key of `animediffusion keys create`, where the server has any.")
 )
-"""Only describes: serve/api/auth.py is what asks."""
+"""This only describes the key; serve/api/auth.py checks it."""
 
 _REASONS = {
     400: "Not multipart, cut off, or a file is missing",
@@ -50,7 +50,7 @@ Answers = dict[int | str, dict[str, Any]]
 
 
 def problems(*codes: int) -> Answers:
-    """The answers of an operation that are errors, for its `responses`."""
+    """Return the descriptions of error responses for the `responses` of an operation."""
     return {
         code: {"description": _REASONS[code], "content": {MEDIA_TYPE: {"schema": _PROBLEM}}} for code in sorted(codes)
     }

@@ -1,4 +1,4 @@
-"""Every error of the HTTP API as application/problem+json (RFC 9457).
+"""Errors of the HTTP API as application/problem+json (RFC 9457).
 
 raise ProblemError(413, "the body has more than 32 MiB")
 """
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 
 class ProblemError(Exception):
-    """An answer that is an error (RFC 9457 calls it a problem).
+    """An error response, which RFC 9457 calls a problem.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         detail: one sentence for the person who sent the request.
-        errors: `{field, found, allowed}` each, for 422.
-        headers: of the answer.
+        errors: for 422, one `{field, found, allowed}` for each field.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ProblemError(Exception):
         self.headers = dict(headers or {})
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """The JSON object to send."""
+        """Return the JSON object to send."""
         body: dict[str, Any] = {
             "type": "about:blank",
             "title": TITLES.get(self.status) or responses.get(self.status, "Error"),
@@ -71,12 +71,12 @@ class ProblemError(Exception):
 
 
 def unusable(field: str, found: str, allowed: str) -> ProblemError:
-    """422 for one field."""
+    """Return a 422 for one field."""
     return ProblemError(422, f"{field}: {found}; {allowed}", [{"field": field, "found": found, "allowed": allowed}])
 
 
 def from_error(error: Exception, request_id: str = "") -> ProblemError:
-    """The problem that an error of ours is; one that is nobody's is logged under the request's id."""
+    """Convert an error of this package to a problem; log any other error with the request id and return a 500."""
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, ImageError):
@@ -101,7 +101,7 @@ def from_error(error: Exception, request_id: str = "") -> ProblemError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make every error of `app`, its own and ours, a problem; what nobody foresaw is left to limits.RequestLimits."""
+    """Make `app` answer errors of FastAPI and of this package with problems; limits.RequestLimits handles the rest."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return response(request, from_error(error, _id(request.scope)))
@@ -120,12 +120,12 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def response(request: Request, problem: ProblemError) -> JSONResponse:
-    """The answer for a problem."""
+    """Return the response for a problem."""
     return JSONResponse(problem.body(_id(request.scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
 
 
 async def respond(problem: ProblemError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with a problem, from a middleware."""
+    """Send the response for a problem from a middleware."""
     answer = JSONResponse(problem.body(_id(scope)), problem.status, problem.headers, media_type=MEDIA_TYPE)
     await answer(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""A picture while it is made, as server-sent events: progress, progress, ..., result (or error)."""
+"""Progress and result of a picture as server-sent events: progress, progress, ..., result (or error)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ async def events(
     state: State,
     pool: Executor,
 ) -> AsyncIterator[str]:
-    """The body of the answer; `rest` is closed at its end, or when the listener leaves.
+    """Yield the events of the response; close `rest` at the end, or when the client disconnects.
 
     Args:
-        first: what the backend said first: had that been an error, the answer would be one.
-        rest: what it says then.
+        first: first item from the backend. The caller awaits it, so that an early error is an ordinary error response.
+        rest: further items from the backend.
         drawing: the sketch.
         asked: parameters of the request.
-        state: of the request: `request_id` names it in the last event, `model_version` is set once it is known.
-        pool: where pictures are finished.
+        state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
+        pool: executor that renders pictures.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -75,7 +75,7 @@ def _result(item: Answer, drawing: Drawing, asked: Parameters) -> dict[str, Any]
 
 
 def _inside(picture: Pixels, drawing: Drawing) -> Pixels:
-    """The network's square without the margins of the letterbox."""
+    """Return the network's square without the margins of the letterbox."""
     height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(picture))
     return picture[box.top : box.top + box.height, box.left : box.left + box.width]
