@@ -15,13 +15,13 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def usable_device(*, must_be_gpu: bool) -> str:
-    """`cuda` if torch can use a GPU here, else `cpu`.
+    """Return `cuda` if torch can use a GPU in this process, else `cpu`.
 
     Args:
-        must_be_gpu: a GPU is reserved for this process, so that a CPU would do its work slowly and unnoticed.
+        must_be_gpu: whether a GPU is reserved for this process; a silent fallback to a slow CPU would be a mistake.
 
     Raises:
-        ConfigError: it must be a GPU, and torch cannot use any.
+        ConfigError: `must_be_gpu` is set, and torch cannot use a GPU.
     """
     if torch.cuda.is_available():
         return "cuda"
@@ -35,14 +35,14 @@ def usable_device(*, must_be_gpu: bool) -> str:
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
-    """float32 or bfloat16; `auto` is bfloat16 on a GPU whose hardware has it, and float32 elsewhere."""
+    """Return float32 or bfloat16; `auto` is bfloat16 on a GPU whose hardware supports it, else float32."""
     if asked != "auto":
         return asked
     return "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
 
 
 def _why_not() -> str:
-    """The driver is too old or missing, or this torch is for CPUs: what NVML shows, else what torch says."""
+    """Return why torch cannot use a GPU, according to NVML (for example an old driver), else the error of torch."""
     if found := why_unused(torch.__version__, torch.version.cuda):
         return found
     try:

@@ -1,6 +1,6 @@
-"""Keeps a replica at the versions that its source wants, from a thread of its own.
+"""Background thread that keeps the loaded versions of a replica up to date with its model source.
 
-Not here: which versions those are, see serve/replica/model_source.py.
+serve/replica/model_source.py decides which versions the replica should load.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ from animediffusion.serve.replica.stats import SWAPS
 from animediffusion.serve.replica.traffic_split import among
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 900.0
-"""Before a version that failed is tried again: the first time, and at most."""
+"""First and longest pause before a failed version is retried."""
 MAX_EARLIER = 3
-"""Former champions that a new replica tries when the present one does not work."""
+"""Number of former champions that a new replica tries if the present champion does not work."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Failure:
-    """A version that did not work."""
+    """The latest failure of a version."""
 
     error: str
     pause_s: float
-    """Before it is tried again; 0 where the registry or the store is the reason, not the version."""
+    """Pause before the retry; 0 if the registry or the storage was unreachable, so the version itself may work."""
     again_at: float
+    """time.monotonic() of the earliest retry."""
 
 
 class Follower:
-    """Keeps a replica at what its source wants, from a thread of its own.
+    """Polls the model source on a background thread and keeps the replica up to date.
 
-    A version is loaded and tried beside those that answer; the traffic moves when it works. One that does not is tried
-    again after a pause that grows, with a fresh copy; until then the version before answers in its place. The registry
-    away: the replica keeps what it has. All replicas that look at one registry agree one period after it last moved.
+    A new version is loaded and tested while the other versions answer requests, and it gets traffic once it works. A
+    version that does not work is retried after a growing pause, with a fresh copy if the bundle failed its tests. Until
+    then, the previous version answers in its place. If the registry is unreachable, the replica keeps its versions. All
+    replicas of one registry have read the same desired versions one period after the last change.
 
     Args:
-        replica: to be kept up to date.
-        source: what should answer.
-        period_s: between two looks, on average: replicas that started together do not ask together.
+        replica: the replica to keep up to date.
+        source: provides the desired versions.
+        period_s: average time between two polls. The time is random, so that replicas do not poll simultaneously.
     """
 
     def __init__(self, replica: Replica, source: ModelSource, period_s: float) -> None:
@@ -56,23 +58,25 @@ class Follower:
         self.period_s = period_s
         self.desired: dict[str, str | None] = dict.fromkeys(ALIASES)
         self.missing: list[str] = []
-        """Versions that are wanted and not loaded here."""
+        """Desired versions that this replica has not loaded."""
         self._looked_at = float("-inf")
         self._warned = ""
         self._failures: dict[str, _Failure] = {}
         self._standing: str | None = None
-        """The version that answers as the main one."""
+        """The loaded version that answers as the main version."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
     def start(self, patience_s: float = 0.0) -> None:
-        """Load what is wanted, then follow in the background.
+        """Load the desired versions, then poll in the background.
+
+        A version that does not work raises no error; `replica.error` then contains the reason.
 
         Args:
-            patience_s: look again for as long as nothing is loaded because the registry or the store is away.
+            patience_s: how long to retry if no version can be loaded because the registry or storage is unreachable.
 
         Raises:
-            RegistryError: they still were. A version that does not work raises nothing: `replica.error` says it.
+            RegistryError: the registry or storage was still unreachable after `patience_s`.
         """
         end = time.monotonic() + patience_s
         while not self.step() and not any(one.pause_s for one in self._failures.values()):
@@ -88,7 +92,7 @@ class Follower:
         self._stop.set()
 
     def step(self) -> bool:
-        """Look once, and load what is new; True if something answers."""
+        """Poll once and load new versions; return whether the replica has a version."""
         try:
             plan = self.source.plan()
         except AnimeDiffusionError as error:
@@ -97,7 +101,7 @@ class Follower:
                 self.replica.error = str(error)
             return bool(self.replica.versions)
         self.desired, self._looked_at = plan.desired, time.monotonic()
-        if self.replica.versions:  # else former champions that failed are remembered, too
+        if self.replica.versions:  # Without a version, the failures of former champions must be kept, too.
             self._failures = {version: one for version, one in self._failures.items() if version in plan.shares}
         for version in sorted(plan.shares, key=lambda version: version != plan.main):
             self._try(version)
@@ -105,7 +109,7 @@ class Follower:
         return bool(self.replica.versions)
 
     def describe(self) -> dict[str, Any]:
-        """The replica's entry in /v1/models, what it knows to be desired, and how long ago it asked."""
+        """Return the replica's entry in /v1/models, its shares, the desired versions, and the age of the poll."""
         return {
             "replica": self.replica.describe(),
             "shares": self.replica.shares,
@@ -114,7 +118,7 @@ class Follower:
         }
 
     def _settle(self, plan: TrafficPlan) -> None:
-        """Give the traffic to what is there."""
+        """Route the traffic to the loaded versions."""
         if plan.main in self.replica.versions:
             self._standing = plan.main
         elif self._standing not in self.replica.versions:
@@ -128,7 +132,7 @@ class Follower:
         self.replica.error = failures[0] if failures else None
 
     def _an_earlier_one(self, plan: TrafficPlan) -> str | None:
-        """The latest former champion that works, loaded: a new replica has no version before to fall back on."""
+        """Load and return the latest former champion that works, since a new replica has no previous version."""
         try:
             earlier = [version for version in self.source.earlier() if version not in plan.shares]
         except RegistryError as error:
@@ -137,7 +141,7 @@ class Follower:
         return next((version for version in dict.fromkeys(earlier[:MAX_EARLIER]) if self._try(version)), None)
 
     def _try(self, version: str) -> bool:
-        """Load a version unless it is there or failed a short while ago; True if it is there."""
+        """Load a version unless it is loaded or in its pause after a failure; return whether it is loaded."""
         if version in self.replica.versions:
             return True
         before = self._failures.get(version)
@@ -145,9 +149,9 @@ class Follower:
             return False
         try:
             self.replica.host(version, self.source.fetch(version), self.source.sha256(version))
-        except Exception as error:  # whatever is wrong with it, what answers goes on
+        except Exception as error:  # The loaded versions must continue to answer, whatever the error is.
             self._warn(f"version {version} does not work here: {error}")
-            if isinstance(error, BundleError):  # found before the replica could try it
+            if isinstance(error, BundleError):  # fetch() failed, so the replica has not counted this failure.
                 self.replica.measures.count(SWAPS, version, "failed")
             away = isinstance(error, RegistryError | StorageError)
             pause_s = 0.0 if away else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
@@ -165,7 +169,7 @@ class Follower:
             self._warn(f"the copy of version {version} stays: {error}")
 
     def _warn(self, text: str) -> None:
-        """Log what is new, not each period what was said before."""
+        """Log a warning, but not the same warning in every period."""
         if text != self._warned:
             log.warning("%s", text)
         self._warned = text

@@ -1,4 +1,4 @@
-"""A version that is loaded in this process: how it is tried, asked, measured and watched."""
+"""A version that is loaded in this process, with its engine."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.rendering.sketch import Pixels, for_network
 
 STUCK_S = 300.0
-"""An engine whose turn takes longer than this hangs; the first turn on a GPU may take a minute."""
+"""An engine counts as hanging if one turn takes longer. The first turn on a GPU may take a minute."""
 
 log = logging.getLogger(__name__)
 
 
 class Hosted:
-    """One version and its engine.
+    """A loaded version and its engine.
 
     Args:
-        version: as X-Model-Version names it.
-        folder: of the bundle.
-        device: where the model lives.
-        dtype: of the network's weights.
-        compile: whether torch.compile makes larger kernels of the network, which takes minutes while it loads. Where
-            no compiler works, a line in the log says so and the network runs as it is.
-        max_batch: as Engine's.
-        max_queue: as Engine's.
-        sha256: the identity it must have, if known.
-        on_turn: as Engine's.
+        version: name of the version, as in X-Model-Version.
+        folder: folder of the bundle.
+        device: device of the model.
+        dtype: data type of the network's weights.
+        compile: whether to compile the network with torch.compile into larger kernels; loading then takes minutes. If
+            no compiler works, the network runs uncompiled, and a warning is logged.
+        max_batch: see Engine.
+        max_queue: see Engine.
+        sha256: expected hash of the bundle, if known.
+        on_turn: see Engine.
 
     Raises:
-        ValueError: damaged, not the one registered, or its sample is not finite.
+        ValueError: the bundle is damaged or is not the registered one, or a test picture is not finite.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Hosted:
         self.version = version
         self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_turn=on_turn, warms_up=is_compiled)
         self._seen = (0, time.monotonic())
-        """Turns at the last look, and when they last grew or none was to be done."""
+        """(number of turns, time) at the latest check at which the engine had run a turn or was idle."""
 
     def submit(self, job: ColorizeJob, on_progress: Progress | None) -> Future[Pixels]:
-        """The picture to come; see Engine.submit."""
+        """Submit a job and return the future of its picture; see Engine.submit."""
         size = self.engine.bundle.config.image_size
         request = Request(
             sketch=from_pixels(for_network(job.lines, size))[0],
@@ -85,13 +85,13 @@ class Hosted:
 
     @property
     def pending_pictures(self) -> float:
-        """The work that is here, in pictures of the model's default steps: one half done counts 0.5, a guided one 2."""
+        """Pending work in pictures with the model's default steps: a half-finished picture is 0.5, a guided one 2."""
         defaults = self.engine.bundle.config.sampler
         sampler = build_sampler(defaults.name, self.engine.bundle.denoiser.path)
         return self.engine.work_left / sampler.num_evaluations(defaults.steps)
 
     def check(self) -> None:
-        """Raise RuntimeError if the engine's thread has ended, or hangs in a turn."""
+        """Raise RuntimeError if the engine does not work any more or hangs in a turn."""
         if not self.engine.is_alive:
             raise RuntimeError(f"the engine of version {self.version} has ended")
         turns, since = self._seen
@@ -102,7 +102,7 @@ class Hosted:
 
 
 def _compile(bundle: Bundle) -> bool:
-    """Compile a bundle's network for any number of rows; False if no compiler works here."""
+    """Compile a bundle's network for any number of rows; return False if no compiler works."""
     try:
         compiled(bundle.denoiser, dynamic=None)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Which versions should answer: a bundle given once, or what the registry's aliases and the canary ask for now."""
+"""Source of the desired versions: a fixed bundle, or the registry with its aliases and the canary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from animediffusion.platform.registry.downloads import cache_folder, fetch_folde
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficPlan:
-    """What a replica should do."""
+    """Versions that a replica should load, and their traffic."""
 
     main: str
-    """The version that answers for every other one that cannot."""
+    """The version that answers in place of a version that cannot."""
     shares: dict[str, float]
-    """Version -> share of the requests, 1 together."""
+    """Version -> share of the requests; the shares sum to 1."""
     desired: dict[str, str | None]
-    """{champion, challenger}, where the registry's aliases stand."""
+    """Alias (champion, challenger) -> version in the registry."""
 
 
 class ModelSource:
-    """MODEL as users write it: a bundle folder or URI, `models:/NAME@alias` or `models:/NAME/3`.
+    """Versions and bundles of a MODEL: a bundle folder or URI, `models:/NAME@alias` or `models:/NAME/3`.
 
-    The registry is connected to when it is first asked.
+    The connection to the registry opens on first use.
 
     Args:
-        settings: of the registry.
-        model: None is the champion, beside it a canary.
+        settings: settings of the registry.
+        model: the MODEL; None is the champion, together with a canary if there is one.
     """
 
     def __init__(self, settings: Settings, model: str | None = None) -> None:
@@ -43,15 +43,15 @@ class ModelSource:
         self.is_registered = self.model.startswith("models:")
 
     def wanted(self) -> str:
-        """The one version that MODEL means now: a registry number, or `sha256:` and 12 hex digits.
+        """Return the version to which MODEL refers now: a registry number, or `sha256:` and 12 hex digits.
 
         Raises:
-            AnimeDiffusionError: there is none, or the registry cannot be asked.
+            AnimeDiffusionError: the model does not exist or is damaged, or the registry is unreachable.
         """
         return str(self._registry.get(self.model).version) if self.is_registered else self._given[0]
 
     def plan(self) -> TrafficPlan:
-        """Which versions should answer now, and for how many of the requests; raises as wanted() does."""
+        """Return the versions that should answer now and their shares of the requests; raise the errors of wanted()."""
         if not self.is_registered:
             version = self._given[0]
             return TrafficPlan(
@@ -67,20 +67,20 @@ class ModelSource:
         return TrafficPlan(main=version, shares={version: 1.0}, desired=desired)
 
     def fetch(self, version: str) -> Path:
-        """The bundle folder of a version that wanted() or plan() named."""
+        """Return the local bundle folder of a version from wanted() or plan()."""
         return self._registry.fetch(self._uri(version)) if self.is_registered else self._given[1]
 
     def sha256(self, version: str) -> str | None:
-        """The identity that a version was registered with; None for a folder."""
+        """Return the hash with which a version was registered; None for a bundle folder or URI."""
         return self._registry.get(self._uri(version)).sha256 if self.is_registered else None
 
     def forget(self, version: str) -> None:
-        """Remove the local copy of a registered version, so that the next fetch() brings another one."""
+        """Remove the local copy of a registered version, so that the next fetch() downloads it again."""
         if self.is_registered:
             self._registry.forget(self._uri(version))
 
     def earlier(self) -> list[str]:
-        """Former champions, the latest first; none where MODEL is something else."""
+        """Return the former champions, the latest first; empty if MODEL is not the champion."""
         if self.model != f"models:/{self.settings.model_name}@{CHAMPION}":
             return []
         return [str(version) for version in reversed(ledger.stack(ledger.read(self._registry, CHAMPION)))]

@@ -1,6 +1,7 @@
-"""A replica's measures as Prometheus metrics, through Ray: every node's metrics port shows them, with a `ray_` before.
+"""Export of a replica's statistics to Prometheus via Ray, which serves them on the metrics port of every node.
 
-docs/serving.md lists the names. Every series says its `version`; Ray adds application, deployment and replica.
+Ray adds the prefix `ray_` to the names, which docs/serving.md lists. Every metric except versions_missing has a label
+`version`; Ray adds labels for application, deployment and replica.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class Exporter:
-    """Shows what a replica counts, from a thread of its own. Made in a Serve replica, which names the series.
+    """Exports the statistics of a replica on a background thread.
+
+    It must be created in a Serve replica, from which Ray takes the labels.
 
     Args:
-        follower: whose replica is shown.
-        period_s: between two looks.
+        follower: the follower of the replica.
+        period_s: seconds between two exports.
     """
 
     def __init__(self, follower: Follower, period_s: float = PERIOD_S) -> None:
@@ -59,15 +62,15 @@ class Exporter:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
-        """Show, now and every period."""
+        """Start the thread, which exports now and after every period."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread at once."""
+        """End the thread without waiting for the period."""
         self._stop.set()
 
     def export(self) -> None:
-        """Bring every series up to date."""
+        """Update every metric."""
         replica = self.follower.replica
         gauges = {one.version: one for one in replica.gauges()}
         totals = replica.measures.totals()
@@ -78,7 +81,7 @@ class Exporter:
                 counter.inc(gain, tags=dict(zip(_BY_OUTCOME, labels, strict=False)))
         for version, seconds in replica.measures.take_turn_seconds():
             self._turn_seconds.observe(seconds, tags={"version": version})
-        for version in self._versions | set(gauges):  # one that left is shown as empty, not as it was last
+        for version in self._versions | set(gauges):  # The gauges of a removed version must become 0.
             for name, value in _values(gauges.get(version), gains[TURNS][version,], gains[ROWS][version,]).items():
                 self._gauges[name].set(value, tags={"version": version})
         self._versions = set(gauges)
@@ -88,14 +91,14 @@ class Exporter:
         while True:
             try:
                 self.export()
-            except Exception:  # pictures matter more than their count
+            except Exception:  # An error in the metrics must not stop the replica.
                 log.exception("the metrics of this engine were not brought up to date")
             if self._stop.wait(self.period_s):
                 return
 
 
 def requests_counter() -> Any:
-    """requests_total; the HTTP side counts there, too, what it refused before any version saw it."""
+    """Return the counter requests_total, to which the HTTP side adds busy requests, with an empty version."""
     return _counter("requests_total", "Requests by outcome.", _BY_OUTCOME)
 
 

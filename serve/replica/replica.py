@@ -1,8 +1,9 @@
-"""One replica: the versions that are loaded in this process, an engine for each, and which of them gets what share.
+"""A replica: the versions that are loaded in this process, an engine for each, and their shares of the traffic.
 
-A version is loaded and tried in the caller's thread while the others go on working; only then may traffic move to it.
-One that gets no traffic any more finishes what it has and leaves. One that fails changes nothing. No Ray in it.
-Not here: which versions should be there, see serve/replica/versions.py.
+A version is loaded and tested in the caller's thread while the other versions answer requests, and it can get traffic
+only after this test. A version without traffic finishes its requests and is then removed. A version that fails the test
+changes nothing. This module does not use Ray. serve/replica/model_source.py decides which versions a replica should
+load.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from animediffusion.serve.retry_after import retry_after_s
 
 
 class Replica:
-    """Answers jobs with the versions it hosts; usable as an api.Backend in one process.
+    """Answers jobs with its loaded versions; it is a protocol.Backend for one process.
 
     Args:
-        max_batch: places in a running batch, per version; a guided request takes two.
-        max_queue: requests that may wait beside those, per version.
-        device: where the models live; CUDA where there is some by default.
-        name: how /v1/models calls this replica.
-        precision: of the network; see device.precision_on.
-        compile: whether networks are compiled; see Hosted.
+        max_batch: slots of a running batch, per version; a guided request takes two.
+        max_queue: requests that may wait in addition to `max_batch`, per version.
+        device: device of the models; by default CUDA if it is available, else the CPU.
+        name: name of this replica in /v1/models.
+        precision: precision of the network; see device.precision_on.
+        compile: whether to compile networks; see Hosted.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class Replica:
         self.precision = precision_on(torch.device(self.device), precision)
         self.compile = compile
         self.error: str | None = None
-        """Why what is wanted is not what answers."""
+        """The reason why a desired version does not answer; None if all do."""
         self._lost: str | None = None
-        """Why the device cannot be used any more, if a version that was loaded met it."""
-        # Both are replaced and never changed, so that a request reads them without a lock.
+        """The reason why the device can no longer be used, if it failed while a version was loaded."""
+        # Both dictionaries are replaced and never changed in place, so that requests read them without the lock.
         self._hosted: dict[str, Hosted] = {}
         self._shares: dict[str, float] = {}
         self._retiring: list[Hosted] = []
@@ -83,24 +84,24 @@ class Replica:
 
     @property
     def versions(self) -> list[str]:
-        """The versions that can get traffic."""
+        """The loaded versions, which can get traffic."""
         return list(self._hosted)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Version -> share of new requests; empty where nothing is loaded."""
+        """Version -> share of new requests; empty if no version is loaded."""
         return dict(self._shares)
 
     def host(self, version: str, folder: Path, sha256: str | None = None) -> None:
-        """Load and try a version. It gets no traffic yet; whatever is wrong with it, nothing else changes.
+        """Load and test a version, which gets no traffic yet. If the version fails, the other versions do not change.
 
         Args:
-            version: as X-Model-Version names it.
-            folder: of the bundle.
-            sha256: the identity it must have, if known.
+            version: name of the version, as in X-Model-Version.
+            folder: folder of the bundle.
+            sha256: expected hash of the bundle, if known.
 
         Raises:
-            ValueError: damaged, not the one registered, or its sample is not finite.
+            ValueError: the bundle is damaged or is not the registered one, or a test picture is not finite.
         """
         try:
             hosted = Hosted(
@@ -127,10 +128,10 @@ class Replica:
             self._retire(before)
 
     def route(self, shares: Mapping[str, float]) -> None:
-        """Give each hosted version its share of new requests; hosted versions that are not named retire.
+        """Set the share of new requests of each version; versions that are not in `shares` finish and are removed.
 
         Raises:
-            ValueError: a version that is not hosted.
+            ValueError: a version in `shares` is not loaded.
         """
         with self._lock:
             unknown = set(shares) - set(self._hosted)
@@ -143,10 +144,10 @@ class Replica:
             self._retire(hosted)
 
     def load(self, version: str, folder: Path) -> bool:
-        """Host a version and give it all of the traffic. False, with `error` set, if it does not work."""
+        """Load a version and give it all of the traffic; if it does not work, set `error` and return False."""
         try:
             self.host(version, folder)
-        except Exception as error:  # whatever is wrong with it, the old version stays
+        except Exception as error:  # The old version must continue to answer, whatever the error is.
             self.error = f"version {version}: {error}"
             return False
         self.route({version: 1.0})
@@ -154,12 +155,12 @@ class Replica:
         return True
 
     async def colorize(self, job: ColorizeJob) -> Answer:
-        """The network's picture for a job; see messages.Backend."""
+        """Return the network's picture for a job; see protocol.Backend."""
         version, future = await asyncio.to_thread(self._submit, job, None)
         return Answer(picture=await self._result(future), model_version=version)
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
-        """Previews while the picture is made, then the answer."""
+        """Yield previews while the picture is made, then the answer."""
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
         def on_progress(step: int, total: int, picture: Pixels) -> None:
@@ -172,21 +173,21 @@ class Replica:
                 yield preview
             yield Answer(picture=await self._result(future), model_version=version)
         finally:
-            future.cancel()  # a listener that left frees its place
+            future.cancel()  # If the client has disconnected, this frees the slot.
 
     async def models(self) -> dict[str, Any]:
-        """The body of /v1/models, for this replica alone."""
+        """Return the body of /v1/models for this replica alone."""
         desired = {"champion": self.version, "challenger": None}
         return {"desired": desired, "traffic": self.shares, "replicas": [self.describe()]}
 
     @property
     def lost(self) -> str | None:
-        """Why the device cannot be used any more in this process; None where it can."""
+        """The reason why this process can no longer use the device; None if it can."""
         return next((hosted.engine.lost for hosted in self._hosted.values() if hosted.engine.lost), self._lost)
 
     @property
     def can_answer(self) -> bool:
-        """True if a version is loaded, on a device that works."""
+        """Whether a version has traffic and the device works."""
         return bool(self._shares) and self.lost is None
 
     async def is_ready(self) -> bool:
@@ -194,7 +195,7 @@ class Replica:
         return self.can_answer
 
     def describe(self) -> dict[str, Any]:
-        """This replica's entry in /v1/models."""
+        """Return this replica's entry in /v1/models."""
         all_hosted, error = self._all(), self.lost or self.error
         return {
             "id": self.name,
@@ -208,7 +209,7 @@ class Replica:
         }
 
     def gauges(self) -> list[ReplicaStats]:
-        """How busy each version is now; brings `measures` up to date, too."""
+        """Update `measures` and return the present load of each version."""
         found = []
         for hosted in self._all():
             engine = hosted.engine
@@ -226,7 +227,7 @@ class Replica:
         return found
 
     def pending_pictures(self) -> float:
-        """The work that is here; see Hosted."""
+        """Return the pending work; see Hosted.pending_pictures."""
         return sum(hosted.pending_pictures for hosted in self._all())
 
     def check(self) -> None:
@@ -237,7 +238,7 @@ class Replica:
             hosted.check()
 
     def close(self) -> None:
-        """Give up what is running."""
+        """Close all engines; their unfinished requests fail."""
         for hosted in self._all():
             hosted.engine.close(drain=False)
 
@@ -249,13 +250,13 @@ class Replica:
         if not shares:
             raise NoModelError(self.error or "the model is being loaded")
         version = draw(shares, point(job))
-        if version not in hosted:  # the shares moved between the two reads above
+        if version not in hosted:  # The shares changed between the two reads above.
             return self._submit(job, on_progress)
         chosen = hosted[version]
         try:
             future = chosen.submit(job, on_progress)
         except QueueFullError as error:
-            if self._hosted.get(version) is not chosen:  # retired a moment ago
+            if self._hosted.get(version) is not chosen:  # The version was retired in the meantime.
                 return self._submit(job, on_progress)
             self.measures.count(REQUESTS, version, "busy")
             raise BusyError(str(error), retry_after_s(error.retry_after_s)) from error
@@ -280,7 +281,7 @@ class Replica:
             raise UnavailableError(str(error)) from error
 
     def _retire(self, hosted: Hosted) -> None:
-        """Let a version finish what it has, then leave."""
+        """Remove a version after its requests are finished."""
 
         def drain() -> None:
             hosted.engine.close()

@@ -1,4 +1,4 @@
-"""What a replica counts, in plain numbers: no Ray in it. serve/replica/prometheus.py shows them to Prometheus."""
+"""Statistics of a replica as plain numbers, without Ray. serve/replica/prometheus.py exports them to Prometheus."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ REQUESTS, SWAPS, TURNS, ROWS, CACHE = "requests", "swaps", "turns", "rows", "cac
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaStats:
-    """One version in one replica, now."""
+    """Present load of one version in one replica."""
 
     version: str
     share: float
-    """Of new requests; 0 for one that only finishes what it has."""
+    """Share of new requests; 0 for a version that only finishes its requests."""
     running: int
     queued: int
     max_batch: int
 
 
 class Measures:
-    """Totals since the replica began. They never fall: a version that left keeps what it did.
+    """Counters since the start of the replica. They never decrease: the counts of a removed version are kept.
 
-    requests  (version, outcome): ok, failed, late, cancelled or busy
-    swaps     (version, outcome): versions that were loaded and tried, ok or failed
+    requests  (version, outcome): requests; the outcome is ok, failed, late, cancelled or busy
+    swaps     (version, outcome): versions that were loaded and tested; the outcome is ok or failed
     turns     (version,): network evaluations of a running batch
-    rows      (version,): rows of the network in those
-    cache     (version, outcome): references, encoded already (hit) or now (miss)
+    rows      (version,): evaluated rows of the network in these turns
+    cache     (version, outcome): references that were encoded already (hit) or had to be encoded (miss)
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class Measures:
             self._totals[name][version, outcome] += 1
 
     def turn(self, version: str, seconds: float) -> None:
-        """Note how long a turn took."""
+        """Record the duration of a turn."""
         self._turn_seconds.append((version, seconds))
 
     def collect(self, version: str, engine: Engine) -> None:
-        """Add what an engine did since the previous call."""
+        """Add the counts of an engine since the previous call."""
         with self._lock:
             counts = engine.counts
             now = (counts.turns, counts.rows_evaluated, counts.reference_hits, counts.reference_misses)
@@ -64,10 +64,10 @@ class Measures:
             self._totals[CACHE][version, "miss"] += misses
 
     def totals(self) -> dict[str, Counter[Labels]]:
-        """All of them, as they are now."""
+        """Return a copy of all counters: name -> labels -> count."""
         with self._lock:
             return {name: totals.copy() for name, totals in self._totals.items()}
 
     def take_turn_seconds(self) -> list[tuple[str, float]]:
-        """(version, seconds) of the turns since the previous call."""
+        """Return (version, seconds) of the turns since the previous call."""
         return [self._turn_seconds.popleft() for _ in range(len(self._turn_seconds))]

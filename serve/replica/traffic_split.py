@@ -1,7 +1,8 @@
-"""Which version answers a request: drawn by share from the request itself, so that every replica draws the same.
+"""Choice of the version that answers a request, by a hash of the request, so that every replica chooses the same
+version.
 
-The same drawing, reference and seed get the same version for as long as the shares stand. A challenger whose share
-grows takes requests over from the champion and gives none back.
+The same drawing, reference and seed get the same version as long as the shares are unchanged. If the share of a
+challenger grows, requests move only from the champion to the challenger.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import numpy as np
 from animediffusion.serve.protocol import ColorizeJob
 
 STRIDE = 8
-"""Every eighth pixel each way tells drawings apart; hashing all of 25 Mpixel would take tens of milliseconds."""
+"""Only every eighth pixel in both directions is hashed, which is enough to distinguish drawings; hashing all of 25
+Mpixel would take tens of milliseconds."""
 
 
 def point(job: ColorizeJob) -> float:
-    """Where a request stands between 0 and 1, evenly spread over requests that differ."""
+    """Return the hash of a request as a number in [0, 1], which is uniformly distributed over different requests."""
     digest = hashlib.blake2b(digest_size=8)
     for pixels in (job.lines, job.reference):
         digest.update(np.ascontiguousarray(pixels[::STRIDE, ::STRIDE]).tobytes())
@@ -27,22 +29,22 @@ def point(job: ColorizeJob) -> float:
 
 
 def draw(shares: Mapping[str, float], place: float) -> str:
-    """The version whose part of [0, 1) holds `place`; parts lie in the order of `shares`."""
+    """Return the version whose part of [0, 1) contains `place`; the parts are in the order of `shares`."""
     end = 0.0
     for version, share in shares.items():
         end += share
         if place < end:
             return version
-    return max(shares, key=lambda version: shares[version])  # place is 1 less than rounding
+    return max(shares, key=lambda version: shares[version])  # By rounding, the shares may sum to slightly less than 1.
 
 
 def among(shares: Mapping[str, float], loaded: Iterable[str], stand_in: str | None) -> dict[str, float]:
-    """The shares that can be had: what belongs to versions that are not loaded goes to the stand-in.
+    """Return the shares of the loaded versions, where the stand-in gets the shares of versions that are not loaded.
 
     Args:
-        shares: as wanted.
+        shares: desired shares.
         loaded: versions that can answer.
-        stand_in: the loaded version that answers for those that cannot; None if there is none.
+        stand_in: loaded version that answers in place of missing versions; None if there is none.
     """
     there = set(loaded)
     result: dict[str, float] = {}
