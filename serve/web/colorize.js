@@ -1,4 +1,4 @@
-// Asks the server for a picture: as a stream of events, again while it is busy, and with words for what is wrong.
+// Requests a picture from the server: reads the event stream, retries while the server is busy, and words the errors.
 
 import {fetch_with_key} from "./key.js";
 
@@ -8,7 +8,7 @@ const NAMES = {
   sketch: "Line art", reference: "Color picture", num_inference_steps: "Steps", guidance_scale: "Reference strength", seed: "Seed", sampler: "Sampler",
 };
 
-/** What the server, or the way to it, had against a request: a message for people, and the fields it is about. */
+/** An error of the server or of the connection: a message for people, and the form fields that caused the error. */
 export class Problem extends Error {
   constructor(message, {status = 0, fields = [], wait = 2} = {}) {
     super(message);
@@ -17,8 +17,8 @@ export class Problem extends Error {
 }
 
 /**
- * The data of the event `result`, or a Problem; an AbortError once `signal` says so.
- * on_progress(event data) after each step; on_wait(seconds left, problem) every second before the server is asked again.
+ * Return the data of the event `result`; throw a Problem on an error, or an AbortError if `signal` aborts.
+ * Calls on_progress(event data) after each step, and on_wait(seconds left, problem) every second before a retry.
  */
 export async function colorize(body, {signal, on_progress, on_wait}) {
   for (let tries = 0; ; tries++) {
@@ -53,7 +53,7 @@ async function ask(body, signal, on_progress) {
 
 async function refusal(response) {
   let body = {};
-  try { body = await response.json(); } catch { /* not the server's own: a proxy's page */ }
+  try { body = await response.json(); } catch { /* The body is not JSON, for example the error page of a proxy. */ }
   return problem({...body, status: response.status}, Number(response.headers.get("Retry-After")) || undefined);
 }
 

@@ -1,8 +1,8 @@
-// Servers with keys: the key is asked for when one answers 401, kept for this tab, and sent to this server only.
+// API keys: the page asks for a key after a response 401, keeps it for this tab, and sends it to this server only.
 
 const form = document.getElementById("key-form"), field = document.getElementById("key");
 
-/** As the browser's fetch, with the key. */
+/** Like the browser's fetch, but with the key as the header Authorization. */
 export async function fetch_with_key(input, init = {}) {
   const key = sessionStorage.getItem("key"), headers = new Headers(init.headers);
   if (key) headers.set("Authorization", `Bearer ${key}`);
@@ -14,7 +14,7 @@ export async function fetch_with_key(input, init = {}) {
   return response;
 }
 
-/** Calls `then` when a key was entered. */
+/** Call `then` after a key was entered. */
 export function on_key(then) {
   form.onsubmit = event => {
     event.preventDefault();

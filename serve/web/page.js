@@ -1,4 +1,4 @@
-// The page: choose two pictures, watch the coloring, compare, save. What the server is asked stands in colorize.js.
+// The web page: choose two pictures, watch the coloring, compare, save. colorize.js sends the request to the server.
 import {colorize} from "./colorize.js";
 import {fetch_with_key, on_key} from "./key.js";
 
@@ -59,7 +59,7 @@ function fill_zone(kind, file) {
   drop.classList.add("full");
 }
 
-/** Several files at once: the first for the place meant, the second for the other. */
+/** Use the first of several files for `kind`, and the second file for the other kind. */
 function choose_all(list, kind) {
   const chosen = [...list].slice(0, 2);
   chosen.forEach((file, number) => choose(number ? other(kind) : kind, file));
@@ -145,7 +145,7 @@ function set_running(controller) {
   $("stage").setAttribute("aria-busy", String(Boolean(controller)));
 }
 
-/** What the stage has: the hint, a picture in the making over which the lines lie, or a result to compare. */
+/** Set the state of the stage: hint, drawing (the line art over a preview), or result (a comparison with the line art). */
 function set_stage(state) {
   const result = state === "result";
   show("hint", state === "hint");
@@ -158,7 +158,7 @@ function set_stage(state) {
 
 async function set_sketch(url) {
   $("before").src = url;
-  try { await $("before").decode(); } catch { return; /* the server will say what is wrong with it */ }
+  try { await $("before").decode(); } catch { return; /* The server will report what is wrong with the file. */ }
   $("stage").style.setProperty("--ratio", $("before").naturalWidth / $("before").naturalHeight);
 }
 
@@ -258,7 +258,7 @@ function show_tries() {
   }));
 }
 
-/** Wipe from the line art to the picture once, so that the slider is noticed. */
+/** Animate the slider once from the line art to the picture, so that people notice the slider. */
 function reveal() {
   const end = 0, started = performance.now();
   $("compare").value = end;
@@ -295,7 +295,7 @@ window.addEventListener("keydown", event => { if (event.key === "Escape") runnin
 // --- the server -----------------------------------------------------------------------------------------------------
 
 function set_status(text, state) {
-  if ($("status").textContent !== text) $("status").textContent = text; // a live region: said when it changes only
+  if ($("status").textContent !== text) $("status").textContent = text; // A live region: screen readers announce every assignment.
   $("status").className = `pill ${state}`;
 }
 
