@@ -119,7 +119,7 @@ def build_app(args: ServeConfig) -> serve.Application:
     """Return the application, ready for serve.run.
 
     Raises:
-        ConfigError: there is no API key, and `allow_anonymous` is not set.
+        ConfigError: no API key is active, unless `allow_anonymous` is set and no key was ever made.
     """
     check_keys(args)
     engine = serve.deployment(EngineDeployment).options(

@@ -1,5 +1,4 @@
-"""The HTTP API and the web page. The application needs a protocol.Backend but not Ray, so uvicorn can serve it
-directly.
+"""The HTTP API and the web page. The application needs only a protocol.Backend, not Ray, so uvicorn can serve it.
 
 uvicorn.run(create_app(replica), port=8000)
 """
@@ -77,7 +76,7 @@ def create_app(
         # The URL of a redirect would lack a path prefix that a proxy in front has removed.
         redirect_slashes=False,
     )
-    # The last one added is the outermost.
+    # The middleware that is added last is the outermost.
     app.add_middleware(KeyGate, keyring=keyring)
     app.add_middleware(
         RequestLimits,

@@ -37,13 +37,13 @@ class Parameters(BaseModel):
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
     """Number of denoising steps; the default of the model if left out."""
     guidance_scale: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = None
-    """Strength of the guidance by the reference; 1 is without guidance."""
+    """Strength of the guidance by the reference; 1 disables guidance."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
     """Seed of the noise: the same seed gives the same picture. Random if left out; the header X-Seed returns it."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
     """Sampler; the default of the model if left out."""
     output: Output = "image"
-    """`color_layer` is RGBA without lines. `both` adds `color_layer` to the result of `/v1/colorize/stream` only."""
+    """`color_layer` is RGBA without lines. `both`, for `/v1/colorize/stream` only, adds `color_layer` to the result."""
     size: Size = "native"
     """`native` is the size of the sketch; `model` is the square of the network."""
 

@@ -51,9 +51,9 @@ class Row:
     sampler: Sampler
     settings: SamplerDefaults
     noise: Tensor
-    """[3, S, S]."""
+    """[3, S, S]: the initial noise."""
     times: Tensor
-    """[N + 1]."""
+    """[N + 1]: the times of the N steps, from start to end."""
     guided: list[bool]
     """For each evaluation, whether guidance also needs the null condition, which has no reference."""
     shows_previews: bool = False

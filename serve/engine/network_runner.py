@@ -171,7 +171,7 @@ def cuda_capture() -> Capture:
         try:
             return _captured(run, pool)
         finally:
-            # torch.cuda.graph leaves the thread on its own stream if the capture fails.
+            # If the capture fails, torch.cuda.graph does not restore the thread's previous stream.
             torch.cuda.set_stream(before)
 
     return capture

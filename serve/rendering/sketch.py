@@ -1,7 +1,7 @@
 """Separation of a drawing into lines and paper.
 
-Scans have gray or yellow paper, photographs have uneven light, and lines have any color, but the network was trained on
-black lines on white only.
+Scans have gray or yellow paper, photographs have uneven light, and lines have any color, but the network expects black
+lines on white.
 """
 
 from __future__ import annotations

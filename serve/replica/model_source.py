@@ -24,7 +24,7 @@ class TrafficPlan:
     shares: dict[str, float]
     """Version -> share of the requests; the shares sum to 1."""
     desired: dict[str, str | None]
-    """Alias (champion, challenger) -> version in the registry."""
+    """Alias (champion, challenger) -> version; None if the alias is not set."""
 
 
 class ModelSource:

@@ -1,5 +1,4 @@
-"""Choice of the version that answers a request, by a hash of the request, so that every replica chooses the same
-version.
+"""Choice of the version that answers a request, by a hash of the request, so that all replicas choose the same version.
 
 The same drawing, reference and seed get the same version as long as the shares are unchanged. If the share of a
 challenger grows, requests move only from the champion to the challenger.

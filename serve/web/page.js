@@ -145,7 +145,7 @@ function set_running(controller) {
   $("stage").setAttribute("aria-busy", String(Boolean(controller)));
 }
 
-/** Set the state of the stage: hint, drawing (the line art over a preview), or result (a comparison with the line art). */
+/** Set the state of the stage: hint, drawing (line art over a preview), or result (a comparison with the line art). */
 function set_stage(state) {
   const result = state === "result";
   show("hint", state === "hint");
