@@ -1,10 +1,10 @@
-"""Rows of Ray Data as tensors on the device that trains, made in Ray Data's own threads while the step before runs.
+"""Decode rows of Ray Data into tensors on the training device, in Ray Data's threads, during the previous step.
 
     batches = shard.iter_torch_batches(batch_size=16, prefetch_batches=2, collate_fn=Decode(device))
 
-Ray Data keeps the order of the batches, however many threads decode, and raises here what a thread raised. Not here:
-which rows come when, see pipelines/data/read_order.py; what is made of them on the device, see
-models/augmentation/augment.py.
+Ray Data keeps the order of the batches with any number of decoding threads, and the iterator raises the errors of those
+threads. pipelines/data/read_order.py defines the order of the rows; models/augmentation/augment.py makes training
+batches of the tensors.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from animediffusion.pipelines.data.stream import decode_rows
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch on its device."""
+    """Ids and pictures of a batch, on the training device."""
 
     ids: list[str]
     tensors: dict[str, Tensor]
 
 
 class Decode(NumpyBatchCollateFn):
-    """Encoded rows to a `Decoded` batch; called in several threads.
+    """Convert encoded rows to a `Decoded` batch; Ray Data calls it in several threads.
 
     Args:
-        device: where the tensors go.
+        device: the device that receives the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Decode(NumpyBatchCollateFn):
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Decoded:
-        """The rows' ids and pictures."""
+        """Return the ids and pictures of the rows."""
         arrays = decode_rows(batch)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Decoded([str(name) for name in batch["id"]], self._on_device(tensors))
@@ -48,11 +48,11 @@ class Decode(NumpyBatchCollateFn):
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._copies is None:
             return tensors
-        # A copy from pinned memory on its own stream runs beside the step, and neither waits for the other.
+        # A copy from pinned memory on a separate stream runs in parallel with the training step.
         with torch.cuda.stream(self._copies):
             copies = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
         self._copies.synchronize()
         training = torch.cuda.default_stream(self.device)
         for copy in copies.values():
-            copy.record_stream(training)  # the next copy may take its memory only after the step has read it
+            copy.record_stream(training)  # a later copy must not reuse this memory before the step has read it
         return copies

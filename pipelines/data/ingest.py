@@ -1,17 +1,17 @@
-"""Make a dataset from a folder of pictures, on Ray Data: local or s3:// on both ends.
+"""Make a dataset from a folder of pictures with Ray Data; source and destination are local or s3://.
 
-    job = prepare("photos", "s3://bucket/faces", size=64)     # names only: tells at once what is wrong
+    job = prepare("photos", "s3://bucket/faces", size=64)     # checks names and settings, opens no picture
     cluster.connect(settings)
     manifest = job.run(progress)
 
-Every file ends in a row or in rejects.jsonl. Work goes in parts, one shard each, as wide as the cluster; killed at any
-moment, the driver or a worker, the same call ends with the same content, and a part that has its record is not made
-again.
+Every file ends in a row or in rejects.jsonl. The work is split into parts of one shard each, which run in parallel on
+the whole cluster. If the driver or a worker is killed at any moment, the same call resumes and ends with the same
+content; it skips every part that has a record.
 
-What the driver holds for every row: its names, 120 bytes (half a kilobyte while they are paired, and the listing of the
-source beside it), then two digests, 64 bytes; of a part its shard, and all rejects. Pictures and records only pass
-through the workers and the store. Not here: which files belong together, see pipelines/data/source_layout.py; one part,
-see pipelines/data/ingest_task.py; what all parts add up to, see pipelines/data/ingest_summary.py.
+Memory of the driver: for each row, 120 bytes of names (half a kilobyte during pairing, plus the listing of the source),
+then 64 bytes for two digests; for each part, its shard; and all rejects. The driver keeps neither pictures nor records.
+pipelines/data/source_layout.py decides which files belong together, pipelines/data/ingest_task.py makes one part, and
+pipelines/data/ingest_summary.py sums up all parts.
 """
 
 from __future__ import annotations
@@ -50,25 +50,28 @@ from animediffusion.platform.storage import files as storage
 
 MIN_PART_ROWS = 256
 MAX_PART_ROWS = 4096
-"""A minute of one core at most is lost with a worker."""
+"""This limit keeps the work that is lost with a worker below a minute of one core."""
 PART_BYTES = 64 * 2**20
-"""Of a shard, about: large enough for an object store, small enough for the memory of a task."""
+"""Approximate size of a shard: large enough for an object store, small enough for the memory of a task."""
 MAX_FILE_BYTES = 512 * 2**20
-"""What the largest picture that is decoded has without any compression; a longer file does not fit into a worker."""
+"""Size of the largest decodable picture without compression; a larger file does not fit into a worker's memory."""
 MANY_PARTS = 64
-"""Into so many parts a small source is cut, so that as many cores have work."""
+"""Target number of parts for a small source, so that this many cores have work."""
 STATE = "_parts"
 """Folder of an unfinished ingest, below the destination."""
 _PLAN = f"{STATE}/plan.json"
 _VERSION = 1
 _OLD_PART_ROWS = 256
-"""Of an unfinished ingest that does not say it."""
+"""Rows per part of an unfinished ingest whose plan file does not contain `part_rows`."""
 _READERS = 16
 
 Progress = Callable[[int, int, int], None]
-"""Called with files done, files in all, rejects so far."""
+"""A callback that gets the files done, the total number of files, and the rejects so far."""
 Spread = Callable[[Callable[..., Any], list[dict[str, Any]], dict[str, Any]], Iterator[dict[str, Any]]]
-"""Calls a function of one-row batches for every row of a table, with keyword arguments; rows in any order."""
+"""A parallel map: it calls a function of one-row batches, with keyword arguments, for every row of a table.
+
+The resulting rows come in any order.
+"""
 
 
 def over_ray(
@@ -77,11 +80,11 @@ def over_ray(
     where: dict[str, Any],
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """The Spread of the cluster: one task a row; the task of a worker that dies is done again by another.
+    """Run `work` on the cluster, one task per row; Ray retries the task of a worker that dies.
 
-    Not Ray Data's own CheckpointConfig: it skips rows by an id that the driver reads back in full, and its writers name
-    files by task, so that a second run would cut other shards; a record beside each shard is one name in a listing.
-    `tell` gets a line where the cluster has no room for a task.
+    Ray Data's own CheckpointConfig does not fit: its driver reads back the ids of all rows that are done, and its
+    writers name files by task, so a second run would cut different shards. A record for each shard costs one name in a
+    listing. `tell` gets a line while the cluster has no room for a task.
     """
     if table:
         silence_ray_data()
@@ -94,7 +97,7 @@ def over_ray(
 
 @dataclass(frozen=True)
 class IngestJob:
-    """What an ingest will do, or `done` with the manifest that is there already."""
+    """The planned work of an ingest; `done` is the manifest if the dataset already exists."""
 
     source: str
     destination: str
@@ -104,14 +107,14 @@ class IngestJob:
     part_rows: int
     done: Manifest | None = None
     continues: bool = False
-    """Whether a part of it was made before."""
+    """Whether this job resumes an unfinished ingest."""
 
     def run(self, progress: Progress | None = None, spread: Spread = over_ray) -> Manifest:
-        """Make what is missing and write the manifest; Ray is connected by the caller.
+        """Make the missing parts and write the manifest; the caller connects to Ray first.
 
         Raises:
             DataError: if no picture is usable.
-            StorageError: if source or destination fails; the same call continues later.
+            StorageError: if source or destination fails; the same call resumes later.
         """
         if self.done is not None:
             _clear(self)
@@ -133,13 +136,13 @@ class IngestJob:
         return _finish(self, tally, spread)
 
     def parts(self) -> Iterator[Part]:
-        """The work in pieces of one shard; rows in an order without meaning, so that neighbours are strangers."""
+        """Yield the work in parts of one shard, with the rows in a pseudorandom order (by the hash of the id)."""
         for split, rows in self.plan.samples.by_split().items():
             for number, start in enumerate(range(0, len(rows), self.part_rows)):
                 yield Part(split, number, self.plan.samples.take(rows[start : start + self.part_rows]))
 
     def _work(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Names of the records that are there, and a table of the parts to make."""
+        """Return the names of the existing records, and a table of the parts to make."""
         finished = set(storage.list_files(storage.join(self.destination, STATE)))
         ready: list[str] = []
         missing: list[dict[str, Any]] = []
@@ -160,25 +163,25 @@ def ingest(
     val_fraction: float = 0.05,
     progress: Progress | None = None,
 ) -> Manifest:
-    """prepare() and IngestJob.run() in one; arguments and errors as theirs."""
+    """Call prepare() and IngestJob.run(), with the arguments and errors of both functions."""
     return prepare(source, destination, size, pairs, val_fraction).run(progress)
 
 
 def prepare(
     source: str, destination: str, size: int = 64, pairs: str | None = None, val_fraction: float = 0.05
 ) -> IngestJob:
-    """Look at names and settings and say what is to be done; opens no picture and needs no Ray.
+    """Plan an ingest from file names and settings; it opens no picture and does not need Ray.
 
     Args:
         source: folder of pictures, local or s3://.
-        destination: where the dataset goes, local or s3://.
-        size: pixels of a side; pictures are resized by the short side, and the middle is kept.
+        destination: folder of the dataset, local or s3://.
+        size: pixels of a side; pictures are resized by the short side and cropped to the middle.
         pairs: a CSV with columns target[,sketch,reference,cross_reference,split], paths relative to the source.
-        val_fraction: share of `val` where neither folders nor the CSV name splits.
+        val_fraction: share of the rows that go to `val` if neither folders nor the CSV name splits.
 
     Raises:
-        DataError: if the source holds nothing usable or the destination holds something else.
-        StorageError: if one of them cannot be reached.
+        DataError: if the source holds nothing usable, or the destination holds other files or another dataset.
+        StorageError: if source or destination is unreachable.
         ConfigError: if size or val_fraction is out of range.
     """
     if not 8 <= size <= 4096:
@@ -204,7 +207,7 @@ def prepare(
 
 
 def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tuple[Reject, ...]:
-    """What is set aside before anything is read: names and folders that cannot be used, files too large for memory."""
+    """Return the rejects that names and sizes reveal: unusable names and folders, files too large for memory."""
     found = [Reject(path, "unreadable", fault) for path, fault in sorted(faults.items()) if not is_junk(path)]
     if found and not sizes:
         first = f"{found[0].path}: {found[0].detail}"
@@ -216,16 +219,16 @@ def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tup
 
 
 def choose_part_rows(plan: IngestPlan, size: int) -> int:
-    """Rows of a part, so that shards have a good size for a store, and small sources still make many."""
+    """Choose the rows of a part: shards get a good size for a store, and small sources still make many parts."""
     rows = max(1, len(plan.samples))
-    # Lossless pictures of this kind take half of their raw bytes, rarely more.
+    # Losslessly compressed pictures of this kind rarely take more than half of their raw bytes.
     row_bytes = 1.5 * size**2 * plan.samples.num_files / rows
     most = min(MAX_PART_ROWS, int(PART_BYTES / row_bytes))
     return max(1, min(most, max(MIN_PART_ROWS, rows // MANY_PARTS)))
 
 
 def _compare(job: IngestJob) -> IngestJob:
-    """The job with what the destination holds of it already."""
+    """Return the job, updated with the finished or unfinished ingest that the destination holds."""
     listed = storage.list_files(job.destination) if storage.exists(job.destination) else []
     there = [path for path in listed if not is_junk(path)]
     if MANIFEST in there:
@@ -236,7 +239,7 @@ def _compare(job: IngestJob) -> IngestJob:
     if _PLAN in there:
         state = json.loads(storage.read_bytes(storage.join(job.destination, _PLAN)))
         if state.get("fingerprint") == job.fingerprint:
-            # Cut as the parts that are there.
+            # The number of rows must match the existing parts.
             return replace(job, continues=True, part_rows=state.get("part_rows", _OLD_PART_ROWS))
         found = f"holds an unfinished ingest of other content (from {state.get('source')})"
         raise DataError(job.destination, found, "choose an empty place, or delete it")
@@ -263,8 +266,8 @@ def _read_pairs(source: str, pairs: str) -> str:
 
 
 def _fingerprint(plan: IngestPlan, sizes: dict[str, int], size: int) -> str:
-    """Equal for equal names, sizes in bytes, roles and splits: what was read is not read again to compare it."""
-    # As text, in the order of Python's own: one value for the whole would hold all rows as lists.
+    """Hash the names, sizes in bytes, roles and splits, so that a rerun detects changes without reading pictures."""
+    # The rows are hashed one by one as JSON: one json.dumps() of everything would hold all rows as lists.
     rows = sorted(map(_texts, ([*sample, *(sizes[path] for path in sample.files)] for sample in plan.samples)))
     head, tail = json.dumps([_VERSION, size])[:-1], json.dumps(sorted(reject.path for reject in plan.rejects))
     digest = hashlib.sha256(f"{head}, [".encode())
@@ -279,7 +282,7 @@ def _texts(row: list[Any]) -> tuple[str, str]:
 
 
 def _read_records(destination: str, names: Sequence[str]) -> Iterator[Record]:
-    """Records that an earlier run has written, some at a time."""
+    """Read the records of earlier tasks, a few at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(names), 2 * _READERS):
             places = [storage.join(destination, STATE, name) for name in names[start : start + 2 * _READERS]]
@@ -287,7 +290,7 @@ def _read_records(destination: str, names: Sequence[str]) -> Iterator[Record]:
 
 
 def _finish(job: IngestJob, tally: Tally, spread: Spread) -> Manifest:
-    """Set duplicates aside, list the shards, write rejects and manifest, and clear the state."""
+    """Drop duplicates, list the shards, write rejects and manifest, and delete the state folder."""
     _drop_twins(job, tally, spread)
     rejects = tally.rejects()
     if not tally.num_rows:
@@ -312,7 +315,7 @@ def _finish(job: IngestJob, tally: Tally, spread: Spread) -> Manifest:
 
 
 def _drop_twins(job: IngestJob, tally: Tally, spread: Spread) -> None:
-    """Write shards anew without the rows whose picture another row has; killed here, all of it is done once more."""
+    """Rewrite shards without duplicate rows; a run that is killed here repeats this step as a whole."""
     repeated = tally.repeated()
     found = _find_twins(job, repeated, None if job.plan.hashed else "val")
     if job.plan.hashed and _drops_all(found, "val", tally):
@@ -336,14 +339,14 @@ def _find_twins(job: IngestJob, repeated: dict[Key, NDArray[np.int64]], favored:
 
 
 def _drops_all(found: dict[Key, list[Twin]], split: str, tally: Tally) -> bool:
-    """Whether no row of a split would be left."""
+    """Return whether dropping these duplicates would empty a split."""
     splits = tally.splits()
     dropped = sum(len(twins) for key, twins in found.items() if key[0] == split)
     return split in splits and dropped == splits[split].rows
 
 
 def _clear(job: IngestJob) -> None:
-    """Remove what a finished ingest does not need, also what one that was killed has left."""
+    """Delete the state folder and the partial files of killed runs."""
     left = storage.list_files(job.destination)
     if any(name.startswith(f"{STATE}/") for name in left):
         storage.delete(storage.join(job.destination, STATE))
@@ -353,4 +356,4 @@ def _clear(job: IngestJob) -> None:
 
 
 def _silent(done: int, total: int, rejects: int) -> None:
-    """No progress is shown."""
+    """Ignore progress."""

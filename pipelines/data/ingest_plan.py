@@ -1,6 +1,6 @@
-"""The rows that an ingest will make, and the files it sets aside: names only, in columns, a hundred bytes a row.
+"""The rows that an ingest will make and the files it rejects: names only, stored in columns, about 100 bytes per row.
 
-Not here: how they are found, see pipelines/data/source_layout.py.
+pipelines/data/source_layout.py and pipelines/data/pairs.py find the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row to be: paths relative to the source."""
+    """The id, the split and the files of one planned row; paths are relative to the source."""
 
     id: str
     split: str
@@ -34,19 +34,19 @@ class Sample:
     cross_reference: str | None = None
 
     def __iter__(self) -> Iterator[str | None]:
-        """Its values, in the order of the fields."""
+        """Iterate over the values in the order of the fields."""
         return iter((self.id, self.split, self.target, self.sketch, self.reference, self.cross_reference))
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All its paths, the target first."""
+        """All paths of the row, the target first."""
         every = (self.target, self.sketch, self.reference, self.cross_reference)
         return tuple(path for path in every if path is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A file that is set aside, and why; reasons as in rejects.jsonl."""
+    """A rejected file with the reason, as written to rejects.jsonl."""
 
     path: str
     reason: str
@@ -54,7 +54,7 @@ class Reject:
 
 
 class Samples:
-    """Many samples, kept as Arrow columns and made into objects one by one."""
+    """Samples that are stored as Arrow columns and converted to objects on iteration."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         stream = iter(samples)
@@ -72,17 +72,17 @@ class Samples:
             yield from map(Sample, *(column.to_pylist() for column in batch.columns))
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Sample, ...]:
-        """The samples of these row numbers, in this order."""
+        """Return the samples with these row numbers, in the given order."""
         table = self._table.take(pa.array(rows, pa.int64()))
         return tuple(map(Sample, *(column.to_pylist() for column in table.columns)))
 
     @property
     def num_files(self) -> int:
-        """Paths in all rows; one that is in two counts twice."""
+        """Number of paths in all rows; a path in two rows counts twice."""
         return sum(len(self) - self._table.column(role).null_count for role in ROLES)
 
     def by_split(self) -> dict[str, NDArray[np.int64]]:
-        """Row numbers of each split, in an order without meaning: neighbours are strangers."""
+        """Return the row numbers of each split in a pseudorandom order, by the hash of the id."""
         ranks = np.frombuffer(b"".join(_digest(name)[:16] for name in self._column("id")), ">u8").reshape(-1, 2)
         order = np.lexsort((ranks[:, 1], ranks[:, 0]))
         names = sorted(set(self._column("split")))
@@ -97,13 +97,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """What to make of a source.
+    """The rows and rejects of a source.
 
     Attributes:
         samples: the rows.
         rejects: files that no row can use.
         shared: whether a file may be in several rows.
-        hashed: whether ids chose the splits, not folders or a CSV.
+        hashed: whether the hash of the id chose the splits, instead of folders or a CSV.
     """
 
     samples: Samples
@@ -113,7 +113,7 @@ class IngestPlan:
 
 
 def id_rank(name: str) -> int:
-    """A number below 2**256 that depends on the id alone: an order without meaning."""
+    """Return the sha256 of an id as a number below 2**256, which gives a pseudorandom order."""
     return int.from_bytes(_digest(name), "big")
 
 

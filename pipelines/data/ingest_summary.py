@@ -1,6 +1,6 @@
-"""What the parts of an ingest add up to: counts, duplicates and the content hash, in 64 bytes a row.
+"""Summary of an ingest over all parts: counts, duplicates and the content hash, in 64 bytes per row.
 
-Not here: making parts, see pipelines/data/ingest_task.py.
+pipelines/data/ingest_task.py makes the parts.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _DIGEST_BYTES = 32
 _HASH_ROWS = 65536
 
 Key = tuple[str, int]
-"""Split and number of a part."""
+"""The split and the number of a part."""
 
 
 class Twin(NamedTuple):
-    """A row to drop, its number in its part, and the file that has the same bytes."""
+    """A duplicate row to drop, its number in its part, and the file with the same bytes that stays."""
 
     row: RowRecord
     number: int
@@ -34,11 +34,11 @@ class Twin(NamedTuple):
 
 
 class Tally:
-    """Takes the records of all parts, in any order, and keeps of a row only two digests.
+    """Summary of the records of all parts, added in any order; it stores only two digests per row.
 
     Args:
-        rejects: files that were set aside before.
-        shared: whether a file may be in several rows; then names are counted, too.
+        rejects: files that were rejected before any part was made.
+        shared: whether a file may be in several rows; if so, the uses of every file name are counted too.
     """
 
     def __init__(self, rejects: Iterable[Reject], *, shared: bool) -> None:
@@ -50,20 +50,20 @@ class Tally:
         self._num_used = 0
         self._uses: Counter[str] | None = Counter() if shared else None
         self.num_done = len(self._rejects)
-        """Files dealt with; one in several rows counts several times."""
+        """Number of processed files; a file in several rows counts several times."""
 
     @property
     def num_rejects(self) -> int:
-        """Files set aside so far."""
+        """Number of files rejected so far."""
         return len(self._rejects)
 
     @property
     def num_rows(self) -> int:
-        """Rows that stay."""
+        """Number of rows, without the dropped ones."""
         return len(self._contents) // _DIGEST_BYTES - len(self._dropped)
 
     def add(self, record: Record) -> None:
-        """Count one part."""
+        """Add the record of one part."""
         key = record.split, record.number
         self._first_rows[key] = len(self._contents) // _DIGEST_BYTES
         self._shards[key] = record.shard
@@ -76,7 +76,7 @@ class Tally:
         self.num_done += sum(len(row.files) for row in record.rows) + len(record.rejects)
 
     def repeated(self) -> dict[Key, NDArray[np.int64]]:
-        """By part, the numbers of its rows whose target has bytes that another row's target has, too."""
+        """Return, for each part, the numbers of the rows whose target has the same bytes as another row's target."""
         halves = np.frombuffer(bytes(self._sources), ">u8").reshape(-1, 4)[:, :2]
         order = np.lexsort((halves[:, 1], halves[:, 0]))
         same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
@@ -84,11 +84,11 @@ class Tally:
         keys = list(self._first_rows)
         firsts = np.array([self._first_rows[key] for key in keys], np.int64)
         parts = np.searchsorted(firsts, rows, side="right") - 1
-        # A part without rows begins where the next one does; searchsorted finds the last of them, which has some.
+        # An empty part begins at the same row as the next part; side="right" finds the last of them, which has rows.
         return {keys[part]: rows[parts == part] - firsts[part] for part in np.unique(parts).tolist()}
 
     def drop(self, key: Key, twins: Iterable[Twin]) -> None:
-        """Set the files of rows aside that are there already."""
+        """Reject the files of duplicate rows of a part."""
         for twin in twins:
             self._dropped.append(self._first_rows[key] + twin.number)
             self._use(twin.row.files, -1)
@@ -98,15 +98,15 @@ class Tally:
                 self._rejects[path] = Reject(path, "orphan", f"its target {target} is a duplicate")
 
     def shard(self, key: Key) -> Shard | None:
-        """The shard of a part."""
+        """Return the shard of a part."""
         return self._shards[key]
 
     def replace(self, key: Key, shard: Shard | None) -> None:
-        """The shard of a part that was written anew, None if nothing is left of it."""
+        """Set the rewritten shard of a part; None if no row is left."""
         self._shards[key] = shard
 
     def splits(self) -> dict[str, Split]:
-        """All shards, by split and number."""
+        """Return the shards of every split, sorted by number."""
         found: dict[str, list[Shard]] = {}
         for (split, _), shard in sorted(self._shards.items(), key=lambda item: item[0]):
             if shard is not None:
@@ -114,16 +114,16 @@ class Tally:
         return {name: Split(rows=sum(s.rows for s in shards), shards=tuple(shards)) for name, shards in found.items()}
 
     def rejects(self) -> list[Reject]:
-        """Files that are in no row, in natural order."""
+        """Return the rejected files that no row uses, in natural order."""
         uses: Mapping[str, int] = self._uses or {}
         return sorted((r for r in self._rejects.values() if not uses.get(r.path)), key=lambda r: natural(r.path))
 
     def num_used(self) -> int:
-        """Files that are in rows, each counted once."""
+        """Return the number of files that rows use; each file counts once."""
         return self._num_used if self._uses is None else sum(count > 0 for count in self._uses.values())
 
     def content_hash(self) -> str:
-        """sha256 over the sorted digests of the rows that stay, as hexadecimal text."""
+        """Return the sha256 over the sorted digests of the remaining rows, as hexadecimal text."""
         rows = np.frombuffer(bytes(self._contents), f"S{_DIGEST_BYTES}")
         kept = np.sort(np.delete(rows, self._dropped))
         digest = hashlib.sha256()
@@ -141,13 +141,16 @@ class Tally:
 def find_twins(
     records: Iterable[Record], repeated: Mapping[Key, NDArray[np.int64]], *, favored: str | None = "val"
 ) -> dict[Key, list[Twin]]:
-    """Which of the repeated rows to drop: all but the first by name, those of a favored split before others.
+    """Return the duplicate rows to drop, by part.
+
+    One row of those with the same target bytes stays: the first by name, where rows of the favored split precede all
+    other rows.
 
     Args:
-        records: of the parts in `repeated`.
-        repeated: as Tally.repeated() gives it.
-        favored: a split that keeps its pictures. None where ids chose the splits: there `val` would get more of the
-            pictures that have copies than of others.
+        records: the records of the parts in `repeated`.
+        repeated: the result of Tally.repeated().
+        favored: a split that keeps its pictures. Use None where the hash of the id chose the splits: a favored `val`
+            would get more than its share of the pictures that have copies.
     """
     owner: dict[str, str] = {}
     twins: dict[Key, list[Twin]] = {}

@@ -1,7 +1,7 @@
-"""One part of an ingest: read some samples, bring them to size, write one shard and a record of what happened.
+"""One part of an ingest: read some samples, resize them, and write one shard and a record.
 
-The record is written last: a part with a record is done. A task holds the encoded rows of one part, about 64 MB, up to
-three times while it writes them. Not here: which samples make a part, see pipelines/data/ingest.py.
+The record is written last, so a part with a record is done. While a task writes, it holds up to three copies of the
+encoded rows of one part, about 64 MB each. pipelines/data/ingest.py divides the samples into parts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from animediffusion.platform.images.codec import decode_gray, decode_rgb, encode
 from animediffusion.platform.storage import files as storage
 
 _THREADS = 4
-"""Decoding releases the interpreter, so they use a second core too."""
+"""Decoding releases the GIL, so these threads also use a second core."""
 _REMOTE_THREADS = 16
-"""They hide the latency of a store."""
+"""More threads hide the latency of a remote store."""
 _DARK = 128
-"""Mean luma below which line art is white on black."""
+"""Line art with a mean luma below this value counts as light on dark."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Part:
     samples: tuple[Sample, ...]
 
     def pack(self) -> bytes:
-        """For a row of a Ray table; names compress to a fifth."""
+        """Return the part as bytes for a row of a Ray table; compression reduces names to a fifth."""
         return zlib.compress(json.dumps(asdict(self)).encode(), level=1)
 
     @classmethod
     def unpack(cls, data: bytes) -> Part:
-        """The inverse of pack()."""
+        """Return the part that pack() converted to bytes."""
         value = json.loads(zlib.decompress(data))
         return cls(value["split"], value["number"], tuple(Sample(**sample) for sample in value["samples"]))
 
 
 class RowRecord(BaseModel):
-    """A row that was written: its files, the sha256 of the target file and of everything a reader sees."""
+    """Record of a written row: its files, the sha256 of the target file, and the content_hash() of the row."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,7 +64,7 @@ class RowRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What became of a part; `shard` is None if no row was usable."""
+    """Result of making a part; `shard` is None if no row was usable."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,21 +76,21 @@ class Record(BaseModel):
 
 
 def record_path(split: str, number: int) -> str:
-    """Name of a part's record inside the folder of an unfinished ingest."""
+    """Return the name of a part's record inside the state folder of an unfinished ingest."""
     return f"{split}-{number:05d}.json"
 
 
 def read_record(uri: str) -> Record:
-    """A record that an earlier run has written."""
+    """Read the record of a finished part."""
     return Record.model_validate_json(storage.read_bytes(uri))
 
 
 def make_part(
     batch: dict[str, NDArray[Any]], source: str, destination: str, state: str, size: int
 ) -> dict[str, list[str]]:
-    """Body of a Ray Data task: one part in, its record out as `made`, or a StorageError as `error`.
+    """Make one part in a Ray Data task; return its record as `made`, or a StorageError as `error`.
 
-    An error is a value here because Ray would carry its text alone, and print a page about it.
+    The error is returned as a value because Ray would pass on only its text and print a long traceback.
     """
     part = Part.unpack(batch["part"][0])
     storage.expect(source, destination)
@@ -103,9 +103,10 @@ def make_part(
 
 
 def drop_rows(batch: dict[str, NDArray[Any]], destination: str) -> dict[str, list[str]]:
-    """Body of a Ray Data task: a shard and ids in, the shard without them out as `made`, empty if nothing is left.
+    """Remove the rows with the given ids from a shard in a Ray Data task.
 
-    Once more does no harm: rows that are gone already are not missed.
+    Returns the rewritten shard as `made`, which is empty if no row is left, or a StorageError as `error`. The task is
+    idempotent: it ignores ids that were removed before.
     """
     shard, drop = Shard.model_validate_json(str(batch["shard"][0])), set(json.loads(str(batch["drop"][0])))
     split, number = str(batch["split"][0]), int(batch["number"][0])
@@ -124,10 +125,10 @@ def drop_rows(batch: dict[str, NDArray[Any]], destination: str) -> dict[str, lis
 
 
 def raise_failed(row: dict[str, Any]) -> None:
-    """The error that a task returned, if it did.
+    """Raise the error that a task returned, if any.
 
     Raises:
-        StorageError: of the same kind.
+        StorageError: if the task returned an error; the subclass is the same as in the task.
     """
     if row["error"]:
         kind, *parts = json.loads(row["error"])
@@ -153,9 +154,10 @@ def _make(part: Part, source: str, destination: str, size: int) -> Record:
 
 
 def make_row(source: str, sample: Sample, size: int) -> tuple[dict[str, Any] | None, RowRecord | None, list[Reject]]:
-    """A row for a shard and its record, or None where the target is unusable; and the files set aside.
+    """Return a row for a shard and its record (both None if the target is unusable), and the rejected files.
 
-    A row whose line art or reference is unusable stays, without it: both can be made from the target.
+    A row with unusable line art or an unusable reference stays without that picture, because training can make both
+    from the target.
     """
     rejects: list[Reject] = []
     pictures: dict[str, NDArray[np.uint8]] = {}
@@ -193,7 +195,7 @@ def make_row(source: str, sample: Sample, size: int) -> tuple[dict[str, Any] | N
 
 
 def content_hash(name: str, split: str, pictures: dict[str, NDArray[np.uint8]]) -> str:
-    """sha256 of a row's id, split and pixels: the encoder's version plays no role."""
+    """Return the sha256 of a row's id, split and pixels, which does not depend on the image encoder's version."""
     digest = hashlib.sha256(json.dumps([name, split]).encode())
     for role in PICTURES:
         picture = pictures.get(role)
@@ -204,7 +206,7 @@ def content_hash(name: str, split: str, pictures: dict[str, NDArray[np.uint8]]) 
 
 
 def _read(source: str, path: str) -> bytes:
-    """One file; one that is gone or forbidden is a bad file, a store that fails is not the file's fault."""
+    """Read one file; a missing or forbidden file is an ImageError, a failing store remains a StorageError."""
     try:
         return storage.read_bytes(storage.join(source, path))
     except storage.FileError as error:

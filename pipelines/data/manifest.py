@@ -1,6 +1,6 @@
-"""A dataset: a URI with `manifest.json` and Parquet shards.
+"""Manifest of a dataset, which is a URI with `manifest.json` and Parquet shards.
 
-Not here: reading its rows, see pipelines/data/stream.py; making one, see pipelines/data/ingest.py.
+pipelines/data/stream.py reads the rows of a dataset; pipelines/data/ingest.py makes a dataset.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MANIFEST = "manifest.json"
 
 
 class _Part(BaseModel):
-    # A newer version may add keys; what is there is still readable.
+    # A newer version may add keys; this version ignores them.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Shard(_Part):
-    """One Parquet file: path relative to the dataset, rows, sha256 of the file, size."""
+    """One Parquet file: its path relative to the dataset, number of rows, sha256 and size in bytes."""
 
     path: str
     rows: int
@@ -36,7 +36,7 @@ class Shard(_Part):
     @field_validator("path")
     @classmethod
     def _inside(cls, path: str) -> str:
-        """A manifest from elsewhere must not name files that are not the dataset's."""
+        """Reject paths outside the dataset, which a manifest from an untrusted source may contain."""
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ValueError(f"{path!r} is not within the dataset")
         return path
@@ -50,28 +50,28 @@ class Split(_Part):
 
 
 class Manifest(_Part):
-    """What `manifest.json` says."""
+    """Content of `manifest.json`."""
 
     format: Literal["animediffusion-dataset-1"] = FORMAT
     image_size: int
     """Pixels of a side; all pictures are square."""
     splits: dict[str, Split]
     num_files: int
-    """Files that were read: those in rows and the rejects."""
+    """Number of files that rows use plus the number of rejects."""
     num_rejects: int
     source: str
     content_hash: str
-    """sha256 over ids, splits and pixels, whatever the order and the shards."""
+    """sha256 over ids, splits and pixels, which does not depend on the order of the rows or on the shards."""
     fingerprint: str = ""
-    """sha256 over the source's listing and the settings: ingest knows by it that nothing changed."""
+    """sha256 over the source's listing and the settings; ingest compares it to detect changes."""
 
     @classmethod
     def load(cls, uri: str) -> Self:
         """Read the manifest of the dataset at `uri`.
 
         Raises:
-            DataError: if there is no dataset, or it is of another format.
-            StorageError: if the store cannot be reached.
+            DataError: if there is no dataset, or its manifest has another format.
+            StorageError: if the store is unreachable.
         """
         place = storage.join(uri, MANIFEST)
         if not storage.exists(place):
@@ -85,14 +85,14 @@ class Manifest(_Part):
             raise DataError(place, found, "ingest the source again, into a new place") from error
 
     def save(self, uri: str) -> None:
-        """Write it as the manifest of the dataset at `uri`."""
+        """Write the manifest of the dataset at `uri`."""
         storage.write_bytes(storage.join(uri, MANIFEST), self.model_dump_json(indent=1).encode() + b"\n")
 
     def split(self, name: str) -> Split:
-        """One split that has rows.
+        """Return the split with this name.
 
         Raises:
-            DataError: naming the splits there are.
+            DataError: if the split does not exist or is empty; the message names the splits with rows.
         """
         if name not in self.splits or not self.splits[name].rows:
             there = ", ".join(repr(key) for key, value in self.splits.items() if value.rows)
@@ -101,7 +101,7 @@ class Manifest(_Part):
 
 
 def write_shard(uri: str, split: str, number: int, rows: Sequence[Mapping[str, Any]]) -> Shard:
-    """Write rows (see pipelines/data/shards.py) as one shard of the dataset at `uri`, to be listed in its manifest."""
+    """Write rows (see pipelines/data/shards.py) as one shard of the dataset at `uri`; return its manifest entry."""
     data = to_parquet(rows)
     path = f"{split}/{number:05d}.parquet"
     storage.write_bytes(storage.join(uri, path), data)

@@ -1,6 +1,7 @@
-"""Rows of a dataset from a CSV of pairs: columns target[,sketch,reference,cross_reference,split], paths in the source.
+"""Read the rows of a dataset from a CSV with the columns target[,sketch,reference,cross_reference,split].
 
-Columns may have the names that folders may have. Commas, semicolons or tabs part the cells; lines may end in any way.
+The paths are in the source folder. Column names have the same aliases as folder names
+(pipelines/data/source_layout.py). Commas, semicolons or tabs separate the cells; all line endings are accepted.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _DELIMITERS = ",;\t"
 
 
 def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float) -> IngestPlan:
-    """Rows from a pairs CSV, whose paths are relative to the source, or absolute inside it.
+    """Plan rows from a pairs CSV, whose paths are relative to the source or absolute paths inside it.
 
-    A row that is there twice counts once.
+    Equal rows count once.
 
     Args:
         source: the folder or URI.
-        text: of the CSV.
-        paths: of all files of the source, relative to it.
-        val_fraction: share of the targets that go to `val` where the CSV names no split.
+        text: content of the CSV.
+        paths: paths of all files in the source, relative to it.
+        val_fraction: share of the targets that go to `val` if the CSV names no split.
 
     Raises:
         DataError: without a `target` column, on unknown columns or splits, or if no target exists.
@@ -65,7 +66,7 @@ def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float
 
 
 def _named(rows: Iterable[Sample], val_fraction: float) -> Iterator[Sample]:
-    """The rows with an id of their own and a split; rows of one target stay in one split if no split is given."""
+    """Give every row a unique id and a split; without given splits, all rows of a target share a split."""
     rows = list(rows)
     splits = {row.split for row in rows}
     split_of = hash_split({row.id for row in rows}, val_fraction) if splits == {""} else None
@@ -78,7 +79,7 @@ def _named(rows: Iterable[Sample], val_fraction: float) -> Iterator[Sample]:
 
 
 def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column of every row."""
+    """Yield the line number of every row, and its cells by column."""
     lines = io.StringIO(text.removeprefix("\ufeff"), newline=None)
     header = next((line for line in lines if line.strip()), "")
     lines.seek(0)
@@ -100,7 +101,7 @@ def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _columns(header: list[str]) -> list[str]:
-    """What each column holds: one of ROLES, `split`, or empty for a column without a name."""
+    """Return the meaning of each column: one of ROLES, `split`, or "" for a column without a name."""
     names = [cell.strip() for cell in header]
     keys = [name.casefold().replace(" ", "_").replace("-", "_") for name in names]
     columns = ["split" if key == "split" else ROLE_OF.get(key, key) for key in keys]
@@ -115,7 +116,7 @@ def _columns(header: list[str]) -> list[str]:
 
 
 def _finder(source: str, paths: Iterable[str]) -> Callable[[str], str | None]:
-    """A function that gives the file a cell means, None if there is no such file."""
+    """Return a function from the text of a cell to the path of its file, or to None if the file does not exist."""
     there = set(paths)
     by_composed = {composed(path): path for path in there if not path.isascii()}
 

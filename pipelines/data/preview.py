@@ -1,4 +1,4 @@
-"""A look at a dataset: how much there is, what was set aside, and a contact sheet of its pictures.
+"""Preview of a dataset: the number of rows and rejects, and a contact sheet of some pictures.
 
 counts = show("workspace/data/faces64", out="sheet.png")
 counts["splits"]        # {"train": 2700, "val": 300}
@@ -30,19 +30,21 @@ Cells = dict[str, list[NDArray[np.uint8] | None]]
 
 
 def show(uri: str, out: str | None, rows: int = 8) -> dict[str, Any]:
-    """What a dataset, or a folder made by synthesize, holds; writes a sheet of its first val rows.
+    """Return the counts of a dataset or a synthesized folder, and write a contact sheet of its first val rows.
+
+    The sheet shows the first split with rows if `val` is empty.
 
     Args:
         uri: a dataset, or a local folder SPLIT/{target,sketch,...}/STEM.png.
-        out: path or URI of the PNG to write; None writes none.
-        rows: at most this many on the sheet.
+        out: path or URI of the PNG to write; None writes no PNG.
+        rows: largest number of rows on the sheet.
 
     Returns:
         `splits` {name: rows}, `image_size`, `num_rejects`, `rejects` {reason: files}, `sheet` (out).
 
     Raises:
-        DataError: if there is neither a dataset nor such a folder.
-        StorageError: if something cannot be read or written.
+        DataError: if `uri` is neither a dataset nor such a folder.
+        StorageError: if a file cannot be read or written.
     """
     if storage.exists(storage.join(uri, MANIFEST)):
         counts, cells = _from_dataset(uri, rows)
@@ -81,7 +83,7 @@ def _from_folder(uri: str, rows: int) -> tuple[dict[str, Any], Cells]:
 
 
 def _shown(uri: str, sizes: dict[str, int]) -> str:
-    """The split to show: val if it has rows, else the first that does."""
+    """Return the split to show: `val` if it has rows, else the first split with rows."""
     split = next((name for name in ("val", *sizes) if sizes.get(name)), None)
     if split is None:
         raise DataError(uri, "holds no dataset", "make one with `animediffusion data synthesize` or `data ingest`")
@@ -106,7 +108,7 @@ def _rejects(uri: str) -> dict[str, int]:
 
 
 def _sheet(cells: Cells) -> NDArray[np.uint8]:
-    """Columns that nobody has are left out; a missing picture is a quiet blank."""
+    """Draw the contact sheet without empty columns; a light gray cell replaces a missing picture."""
     columns = [name for name in COLUMNS if any(picture is not None for picture in cells[name])]
     rows = [
         [_BLANK if picture is None else picture for picture in row]

@@ -1,15 +1,15 @@
-"""In which order a training run meets the rows of a dataset: pure arithmetic on row numbers.
+"""The order in which a training run reads the rows of a dataset: pure arithmetic on row numbers.
 
-A run reads one endless stream, epoch after epoch. It is cut into *visits* of equal length; visit v goes to rank
-v % world_size, so all ranks have always taken the same number of rows, and after n rows per rank everything that
-follows is known from n alone.
+A run reads one endless stream of rows, epoch after epoch. The stream is cut into read blocks of equal length, called
+*visits*. Visit v goes to rank v % world_size, so all ranks have always read the same number of rows, and a run that
+resumes after n rows per rank needs only n to find all following rows.
 
     epoch 0                     epoch 1
     |groups in random order ... |groups in another order ...
     |visit 0  |visit 1  |visit 2  |visit 3 ...                rows permuted inside each visit and epoch
 
-A *group* is a run of neighbouring rows in one shard, read by one request. Not here: reading, see
-pipelines/data/dataset.py.
+A *group* is a series of neighboring rows in one shard, which one request reads. pipelines/data/stream.py does the
+reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUP_ROWS = 16
-"""Rows that are neighbours on disk and stay together: the smallest read, a Parquet row group."""
+"""Rows of a group: neighbors on disk that stay together. A group is the smallest read, a Parquet row group."""
 MIN_VISIT_ROWS = 64
 MAX_VISIT_ROWS = 4096
 MAX_VISIT_BYTES = 32 * 2**20
@@ -31,7 +31,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Visit:
-    """One read of a training run: `skip` rows at its head were already taken before a resume."""
+    """One read block of a training run; its first `skip` rows were read before the run resumed."""
 
     number: int
     skip: int = 0
@@ -39,11 +39,11 @@ class Visit:
 
 @dataclass(frozen=True)
 class Stream:
-    """The endless order of a dataset's rows.
+    """The endless stream of a dataset's rows.
 
     Attributes:
-        shard_rows: rows of each shard; row i of the dataset counts through the shards in this order.
-        seed: another seed, another order.
+        shard_rows: rows of each shard; row numbers of the dataset count through the shards in this order.
+        seed: seed of the order.
         visit_rows: rows of every visit.
     """
 
@@ -57,11 +57,11 @@ class Stream:
 
     @property
     def num_rows(self) -> int:
-        """Rows of one epoch."""
+        """Number of rows in one epoch."""
         return sum(self.shard_rows)
 
     def rows(self, visit: Visit) -> tuple[Indices, Indices]:
-        """Positions in the stream and row numbers in the dataset, of the rows that a visit still has to give."""
+        """Return the rows of a visit after its skipped ones: positions in the stream, row numbers in the dataset."""
         first = visit.number * self.visit_rows
         pieces = []
         at = first
@@ -86,14 +86,14 @@ class Stream:
 
 
 def order(shard_rows: Sequence[int], seed: int, epoch: int) -> tuple[Indices, Indices]:
-    """First rows and ends of all groups, in the order in which this epoch meets them."""
+    """Return the first rows and the ends of all groups, in the order of this epoch."""
     starts, stops = groups(shard_rows)
     permutation = np.random.default_rng((seed, epoch)).permutation(len(starts))
     return starts[permutation], stops[permutation]
 
 
 def groups(shard_rows: Sequence[int]) -> tuple[Indices, Indices]:
-    """First rows and ends of all groups, as on disk; the last group of a shard may be short."""
+    """Return the first rows and the ends of all groups, in the order on disk; a shard's last group may be short."""
     starts, stops, base = [], [], 0
     for rows in shard_rows:
         for start in range(0, rows, GROUP_ROWS):
@@ -104,9 +104,9 @@ def groups(shard_rows: Sequence[int]) -> tuple[Indices, Indices]:
 
 
 def visits(visit_rows: int, world_size: int, num_rows: int, start_rows: int = 0) -> list[Visit]:
-    """The visits of a run from where every rank has taken `start_rows` until it has `num_rows` more, at least.
+    """Return the visits that give every rank at least `num_rows` more rows after its first `start_rows` rows.
 
-    Their number is a multiple of `world_size`, and at every point all ranks have the same number of rows.
+    The number of visits is a multiple of `world_size`, and all ranks always have the same number of rows.
     """
     first, skip = divmod(start_rows, visit_rows)
     last = -(-(start_rows + num_rows) // visit_rows)
@@ -117,9 +117,9 @@ def visits(visit_rows: int, world_size: int, num_rows: int, start_rows: int = 0)
 
 
 def choose_visit_rows(num_rows: int, num_bytes: int, world_size: int) -> int:
-    """Rows per visit: one epoch shared among the ranks, bounded in rows and bytes.
+    """Choose the rows per visit: one epoch divided by the number of ranks, bounded in rows and bytes.
 
-    It depends on the dataset and the world size alone, so that a resumed run finds the same visits.
+    The result depends only on the dataset and the world size, so a resumed run has the same visits.
     """
     by_bytes = MAX_VISIT_BYTES * num_rows // max(num_bytes, 1)
     most = max(GROUP_ROWS, min(MAX_VISIT_ROWS, by_bytes))

@@ -1,7 +1,7 @@
-"""The Parquet shards of a dataset: their columns, and writing and reading them.
+"""Write and read the Parquet shards of a dataset.
 
-A row holds encoded pictures: `target`, and where they exist `sketch`, `reference` and `cross_reference` (else null),
-with `id, split, width, height` (pixels) and `sha256` (of the target's stored bytes).
+A row holds encoded pictures: `target`, and `sketch`, `reference` and `cross_reference` (null where they are missing).
+The other columns are `id`, `split`, `width` and `height` (pixels), and `sha256` (of the target's stored bytes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STREAMED = ("id", *PICTURES)
 
 
 def to_parquet(rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
-    """One shard as Parquet bytes; pictures are compressed already, so the file is not."""
+    """Return one shard as Parquet bytes, without Parquet compression because the pictures are already compressed."""
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     pq.write_table(
@@ -55,16 +55,16 @@ def to_parquet(rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
 
 
 def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str] = STREAMED) -> pa.Table:
-    """The given rows of one shard, in the given order; only the row groups that hold them are fetched.
+    """Read the given rows of one shard, in the given order; only the row groups with these rows are fetched.
 
     Args:
-        uri: the shard's file.
-        version: its sha256, so that a shard that was written anew is not read by its old footer.
-        rows: numbers within the shard.
-        columns: names.
+        uri: URI of the shard.
+        version: sha256 of the shard, so that the cached footer of an older version is not used for a rewritten shard.
+        rows: row numbers within the shard.
+        columns: names of the columns to read.
 
     Raises:
-        StorageError: if the shard is missing or is no Parquet file.
+        StorageError: if the shard is missing or is not a Parquet file.
     """
     footer = _footer(uri, version)
     starts = np.cumsum([0] + [footer.row_group(group).num_rows for group in range(footer.num_row_groups)])
@@ -83,7 +83,7 @@ def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str
 
 
 def read_shard(uri: str) -> list[dict[str, Any]]:
-    """All rows of one shard, as to_parquet() took them."""
+    """Read all rows of one shard, in the form that to_parquet() takes."""
     rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
     return rows
 

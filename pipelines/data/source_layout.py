@@ -1,6 +1,6 @@
-"""Which files of a source folder belong together: names only, nothing is opened.
+"""Find the files of a source folder that belong together, from their names alone.
 
-Pictures are paired by stem, never by position. Layouts that are understood:
+Pictures are paired by stem, never by position. These layouts are supported:
 
     0001.jpg ...                                         color pictures alone
     {train,val}/{target,sketch,reference,cross_reference}/0001.png
@@ -8,7 +8,7 @@ Pictures are paired by stem, never by position. Layouts that are understood:
     Anime/{train_data,test_data}/{reference,sketch}/     SSIMBaD; test_data_shuffled holds the same pictures again
     {train,val}/0001_{gt,sketch,ref}.png                 roles in the names
 
-Not here: pairs that a CSV names, see pipelines/data/pairs.py.
+pipelines/data/pairs.py reads pairs from a CSV.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SUFFIX = re.compile(r"(.+)[_-](cross_reference|" + "|".join(sorted(ROLE_OF, key
 
 
 class _Named(NamedTuple):
-    """A picture as its path tells it: `key` is the same for all pictures of one row."""
+    """A picture's path with the key, role and split that follow from it; all pictures of a row share the `key`."""
 
     path: str
     key: str
@@ -55,22 +55,22 @@ class _Named(NamedTuple):
 
 _PLACE = {role: place for place, role in enumerate(ROLES, start=1)}
 _Row = list[str | None]
-"""The split, and a path for each of ROLES."""
+"""The split, followed by a path for each of ROLES."""
 _Naming = Callable[[str], _Named]
 
 
 def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> IngestPlan:
-    """Rows from the names of all files of a folder.
+    """Plan rows from the names of all files in a folder.
 
-    Names are looked at twice, and what is kept for a row while they are paired is half a kilobyte.
+    Pairing takes half a kilobyte per row.
 
     Args:
-        source: how error messages call the folder.
-        paths: relative to it.
-        val_fraction: share of the rows that go to `val` where no folder says train, val or test.
+        source: the folder's name in error messages.
+        paths: paths relative to the folder.
+        val_fraction: share of the rows that go to `val` if no folder name gives a split.
 
     Raises:
-        DataError: if nothing can be a target, or line art and targets have no stem in common.
+        DataError: if no file can be a target, or if line art and targets have no stem in common.
     """
     seen = [path for path in sorted(paths) if not is_junk(path)]
     pictures = [path for path in seen if _is_picture(path)]
@@ -92,14 +92,14 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Inges
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key: 2.jpg before 10.jpg, upper and lower case alike, and never a tie between different texts."""
+    """Return a sort key that puts 2.jpg before 10.jpg, ignores case, and never ties for different texts."""
     parts = re.split(r"(\d+)", text)
     key = [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in parts if part]
     return (*key, (2, 0, text))
 
 
 def composed(path: str) -> str:
-    """The path as most programs write accents and kana; macOS takes them apart (NFD)."""
+    """Return the path in Unicode NFC, the form that most programs write; macOS decomposes accents and kana (NFD)."""
     return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
@@ -118,7 +118,7 @@ def _is_shuffled_copy(path: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _folder(path: str) -> tuple[str, str | None, str | None]:
-    """What comes before the stem, the role that the folder nearest to the file gives, the split that any gives."""
+    """Return the path without the role's folder, the role, and the split; of several names the last one decides."""
     folders = path.split("/")[:-1]
     places = [index for index, folder in enumerate(folders) if folder.lower() in ROLE_OF]
     role = ROLE_OF[folders.pop(places[-1]).lower()] if places else None
@@ -134,14 +134,14 @@ def _name(path: str) -> _Named:
 
 
 def _name_with_suffix(path: str) -> _Named:
-    """A role as in 0001_gt.png."""
+    """Return the name of a picture whose suffix may give the role, as in 0001_gt.png."""
     named = _name(path)
     match = _SUFFIX.fullmatch(named.key)
     return named if match is None else named._replace(key=match[1], role=ROLE_OF[match[2].lower()])
 
 
 def _naming(pictures: Sequence[str]) -> _Naming:
-    """How to read the names of these pictures; the role is None for one that no role fits."""
+    """Return a function that reads the names of these pictures; the role of a picture may be None."""
     name = _name
     roles = {name(path).role for path in pictures}
     if roles == {None} and _has_suffix_pairs(pictures):
@@ -159,7 +159,7 @@ def _as_target(named: _Named, role: str | None) -> _Named:
 
 
 def _has_suffix_pairs(pictures: Iterable[str]) -> bool:
-    """Whether line art and a color picture share a stem, as 0001_gt.png and 0001_sketch.png."""
+    """Return whether line art and a color picture share a stem, as in 0001_gt.png and 0001_sketch.png."""
     roles: dict[str, set[str]] = {}
     for path in pictures:
         named = _name_with_suffix(path)
@@ -172,7 +172,7 @@ def _has_suffix_pairs(pictures: Iterable[str]) -> bool:
 
 
 def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list[Reject]]:
-    """Rows by key, each role once and always with a target; and the files that found no place."""
+    """Return the rows by key, each with a target and at most one file per role, and the rejected files."""
     alone = all(name(path).role == "target" for path in pictures)
     rows: dict[str, _Row] = {}
     rejects = []
@@ -202,7 +202,7 @@ def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list
 
 
 def _samples(rows: dict[str, _Row], val_fraction: float) -> Samples:
-    """The rows as samples; each is taken out when its turn comes, so that not all exist twice."""
+    """Convert the rows to samples, and remove each row on conversion so that memory does not hold all rows twice."""
     splits = {row[0] for row in rows.values()}
     if splits == {None}:
         split_of = hash_split(rows, val_fraction)
@@ -217,7 +217,10 @@ def _sample(key: str, split: str, row: _Row) -> Sample:
 
 
 def hash_split(ids: Collection[str], val_fraction: float) -> Callable[[str], str]:
-    """`val` by the hash of the id: a row stays where it is when others come or go."""
+    """Return a function from an id to `train` or `val`, by the hash of the id.
+
+    A row keeps its split if other rows are added or removed, unless a split would be empty.
+    """
     if val_fraction <= 0 or len(ids) < 2:
         return lambda _: "train"
     first, last = min(map(id_rank, ids)), max(map(id_rank, ids))

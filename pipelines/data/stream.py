@@ -1,11 +1,11 @@
-"""Rows of a dataset, streamed to the ranks of a training run or read at once.
+"""Stream the rows of a dataset to the ranks of a training run, or read a split as a whole.
 
     rows = training_dataset(uri, seed=0, world_size=2, num_rows=1000)           # on the driver
     for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=16, drop_last=True):
         arrays = decode_rows(batch)                                             # on every rank
 
-To resume where every rank has taken n rows, build it again with start_rows=n: the rows that follow are the same.
-Not here: the order of the rows, see pipelines/data/read_order.py.
+To resume after n rows per rank, call training_dataset() with start_rows=n: the following rows are the same.
+pipelines/data/read_order.py defines the order of the rows.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from animediffusion.platform.storage import files as storage
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
 MOST_VISITS = 16384
-"""The most reads of one execution of Ray Data; its driver holds an object for each."""
+"""Most reads of one Ray Data execution, because its driver holds an object for each read."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class _Breath(ExecutionCallback):
-    """A pause in every step of Ray Data's scheduling loop.
+    """Callback that adds a pause to every step of Ray Data's scheduling loop.
 
-    While the trainer has all it can hold, that loop finds its read tasks ready at once, may not take their blocks, and
-    asks again without waiting: it burns half a core that the workers need. Each of its steps handles all blocks there
-    are, so a pause costs no throughput.
+    While the trainer's buffers are full, the loop finds its read tasks ready but cannot take their blocks, and polls
+    without a pause. It wastes half a core that the workers need. Each step of the loop handles all ready blocks, so the
+    pause does not reduce throughput.
     """
 
     def on_execution_step(self, executor: object) -> None:  # noqa: ARG002
@@ -52,7 +52,7 @@ class _Breath(ExecutionCallback):
 
 @dataclass(frozen=True)
 class _Source:
-    """What a read task needs to know."""
+    """The arguments that are the same for all read tasks."""
 
     uri: str
     shards: tuple[Shard, ...]
@@ -62,18 +62,19 @@ class _Source:
 def training_dataset(
     uri: str, *, seed: int, world_size: int, num_rows: int, start_rows: int = 0, split: str = "train"
 ) -> ray.data.Dataset:
-    """Encoded rows for all ranks of a training run: `position, id, target, sketch, reference, cross_reference`.
+    """Return encoded rows for all ranks of a training run: `position, id, target, sketch, reference, cross_reference`.
 
-    `streaming_split(world_size, equal=True)`, which Ray Train does, gives every rank the same number of rows, in an
-    order that depends on dataset, seed and world size only. `position` counts on through the epochs.
+    Ray Train calls `streaming_split(world_size, equal=True)`, which gives every rank the same number of rows, in an
+    order that depends only on dataset, seed and world size. `position` counts across epochs.
 
     Args:
         uri: the dataset.
-        seed: of the order.
-        world_size: ranks among which it will be split.
-        num_rows: rows that every rank still takes. It gets up to one visit more, but never more than MOST_VISITS hold.
-        start_rows: rows that every rank has taken before; the same dataset, seed and world size continue there.
-        split: which rows.
+        seed: seed of the order.
+        world_size: number of ranks that share the rows.
+        num_rows: rows that every rank still needs. A rank gets up to one visit more; the total of all ranks is at most
+            MOST_VISITS visits.
+        start_rows: rows that every rank read before, with the same dataset, seed and world size.
+        split: name of the split.
 
     Raises:
         DataError: if the dataset or the split is missing.
@@ -98,13 +99,13 @@ def training_dataset(
 
 
 def silence_ray_data() -> None:
-    """Hide Ray Data's own progress bars and remarks; our verbs report progress themselves."""
+    """Hide the progress bars and log messages of Ray Data, because our commands report their own progress."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
-    """The pictures of encoded rows as uint8 arrays, zeros where there is none.
+    """Decode the pictures of encoded rows to uint8 arrays; a missing picture becomes zeros.
 
     Returns:
         target, reference, cross_reference [B, S, S, 3], sketch [B, S, S] (dark lines on white), and has_sketch,
@@ -125,7 +126,7 @@ def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
 
 
 def read_split(uri: str, split: str, limit: int | None = None) -> Arrays:
-    """All rows of a split, or its first `limit`, decoded as by decode_rows(), with `id` [B]; without Ray.
+    """Read all rows of a split, or the first `limit`, without Ray; returns the arrays of decode_rows() and `id` [B].
 
     Raises:
         DataError: if the dataset or the split is missing.
@@ -146,7 +147,7 @@ def _read_visit(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
 
 
 def _read(uri: str, shards: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
-    """The given rows of the dataset, in this order; each is fetched once, shards in parallel."""
+    """Read the given rows of the dataset in the given order; each row is fetched once, and shards in parallel."""
     ends = np.cumsum([shard.rows for shard in shards])
     unique, places = np.unique(rows, return_inverse=True)
     shard_of = np.searchsorted(ends, unique, side="right")
