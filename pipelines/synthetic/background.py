@@ -1,4 +1,4 @@
-"""Backgrounds of a drawn face: flat, or patterns whose edges are drawn as light lines."""
+"""Draw the background of a face: a flat color, or a pattern whose edges are light lines."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen, curve,
 from animediffusion.pipelines.synthetic.palette import Color, Palette
 
 BACKDROPS = ("flat", "gradient", "gradient", "disc", "disc", "horizon", "stripes", "rays", "dots", "frame")
-"""Quiet ones twice: each is drawn as often as it is named."""
+"""Kinds to choose from; a kind that appears twice is chosen twice as often."""
 
 _LIGHT_LINE = 0.25
 
 
 def draw_backdrop(canvas: Canvas, kind: str, palette: Palette, center: tuple[float, float], turn: float) -> None:
-    """Cover the whole canvas.
+    """Draw the background on a canvas.
 
     Args:
-        canvas: drawn with `palette.upper` as its ground.
+        canvas: a canvas whose ground is `palette.upper`.
         kind: one of BACKDROPS.
-        palette: the two background colors are used; narrow or inner parts of a pattern always have `lower`.
-        center: of the head, in fractions of the picture.
-        turn: -1..1, varies the pattern.
+        palette: gives the two background colors: `lower` for the pattern, `upper` for the rest.
+        center: center of the head, in fractions of the picture.
+        turn: variation of the pattern, -1..1.
     """
     pen = Pen(canvas, Frame(1.0, 0.0, 0.0))
     x, y = center

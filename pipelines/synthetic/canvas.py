@@ -1,13 +1,13 @@
-"""A sheet one draws on twice at once: flat colors below, ink lines above, from the same curves.
+"""A canvas with two layers drawn from the same curves: flat colors below, ink lines above.
 
     canvas = Canvas(64, ground=(240, 230, 220))
     pen = Pen(canvas, Frame(scale=0.3, x=0.5, y=0.5))      # units: fractions of the picture
     face = blob([(-1, 0), (0, -1), (1, 0), (0, 1)])
     pen.fill(face, skin)                                   # hides color *and* lines below
-    pen.stroke(face)                                       # ink
+    pen.stroke(face)                                       # draws an ink line
     target, sketch = canvas.finish()
 
-Everything is drawn 4 (large pictures: 2) times too large and averaged down, so edges are smooth.
+Everything is drawn at 4 times the size (2 times above 256 px) and averaged down, so edges are smooth.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ PointsLike = Points | Sequence[Sequence[float]]
 
 
 def curve(points: PointsLike, samples: int = 7) -> Points:
-    """A smooth open curve through the points (Catmull-Rom), [N, 2]."""
+    """Return a smooth open curve through the points (Catmull-Rom), [N, 2]."""
     p = np.asarray(points, np.float64)
     return _spline(len(p), samples, False) @ p
 
 
 def blob(points: PointsLike, samples: int = 7) -> Points:
-    """A smooth closed curve through the points, [N, 2]; the last point equals the first."""
+    """Return a smooth closed curve through the points, [N, 2]; the last point equals the first."""
     p = np.asarray(points, np.float64)
     return _spline(len(p), samples, True) @ p
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, samples: int = 28) -> Points:
-    """A closed ellipse, [N, 2]."""
+    """Return a closed ellipse, [N, 2]."""
     return _circle(samples) * (rx, ry) + (x, y)
 
 
 def mirror(points: PointsLike) -> Points:
-    """The points with x negated, in reverse order, so that a right half continues as a left half."""
+    """Return the points with x negated and in reverse order, so that a right half continues as a left half."""
     return (np.asarray(points, np.float64) * (-1, 1))[::-1]
 
 
 def straight(corners: PointsLike, samples: int = 6) -> Points:
-    """A polyline with points added along its edges, so that a stroke keeps its width up to the corners."""
+    """Return a polyline with extra points along its edges, so that a stroke keeps its width up to the corners."""
     p = np.asarray(corners, np.float64)
     t = np.arange(samples)[:, None] / samples
     edges: Points = (p[:-1, None] * (1 - t) + p[1:, None] * t).reshape(-1, 2)
@@ -58,13 +58,13 @@ def straight(corners: PointsLike, samples: int = 6) -> Points:
 
 
 def shifted(points: PointsLike, dx: float, dy: float) -> Points:
-    """The points moved by (dx, dy)."""
+    """Return the points moved by (dx, dy)."""
     moved: Points = np.asarray(points, np.float64) + np.array((dx, dy))
     return moved
 
 
 def join(*parts: PointsLike) -> Points:
-    """Several curves as one outline, [N, 2]."""
+    """Concatenate several curves to one outline, [N, 2]."""
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
 
@@ -76,7 +76,7 @@ def _circle(samples: int) -> Points:
 
 @functools.lru_cache
 def _spline(count: int, samples: int, closed: bool) -> Points:
-    """Weights [M, count] that turn `count` points into a Catmull-Rom curve: a curve is linear in its points."""
+    """Return weights [M, count] that map `count` points to a Catmull-Rom curve, which is linear in its points."""
     p = np.eye(count)
     padded = (
         np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
@@ -100,14 +100,14 @@ def _preceding(count: int) -> NDArray[np.intp]:
 
 @functools.lru_cache
 def _bulge(count: int, start: float, end: float) -> Points:
-    """Width of a stroke along its way, 1 in the middle."""
+    """Return the relative width of a stroke at `count` points along it, 1 in the middle."""
     along = np.linspace(0, 1, count)
     return np.minimum(1, np.minimum(start + 2.2 * along, end + 2.2 * (1 - along)))
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a thing's own coordinates lie on the picture: turned by `angle`, scaled, moved to (x, y)."""
+    """Transform from local coordinates to the picture: rotate by `angle`, scale, and move to (x, y)."""
 
     scale: float
     x: float
@@ -124,7 +124,7 @@ class Frame:
         return np.array([self.x, self.y])
 
     def moved(self, dx: float, dy: float) -> Frame:
-        """The frame shifted by (dx, dy) in its own units."""
+        """Return the frame shifted by (dx, dy) in local units."""
         (x, y), *_ = self([(dx, dy)])
         return replace(self, x=float(x), y=float(y))
 
@@ -143,29 +143,29 @@ class Canvas:
         self.ink = Image.new("L", (self.side, self.side))
         self.brush = ImageDraw.Draw(self.color)
         self.nib = ImageDraw.Draw(self.ink)
-        # A line grows slower than the picture: 0.8 pixels at 64, 1.9 at 256.
+        # Line width grows slower than the picture: 0.8 pixels at 64 px, 1.9 at 256 px.
         self.line = 0.067 * size**0.6 / size
 
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The picture [size, size, 3] with its lines, and the lines alone [size, size], dark on white."""
+        """Return the picture [size, size, 3] with its lines, and the lines alone [size, size], dark on white."""
         self.color.paste(INK, (0, 0), self.ink)
         sketch = ImageChops.invert(self.ink)
         return np.array(self.color.reduce(self.oversampling)), np.array(sketch.reduce(self.oversampling))
 
 
 class Pen:
-    """Draws on a canvas in the coordinates of one frame."""
+    """A pen that draws on a canvas in the coordinates of one frame."""
 
     def __init__(self, canvas: Canvas, frame: Frame) -> None:
         self.canvas = canvas
         self.frame = frame
 
     def moved(self, dx: float, dy: float) -> Pen:
-        """A pen whose origin is shifted by (dx, dy)."""
+        """Return a pen whose origin is shifted by (dx, dy)."""
         return Pen(self.canvas, self.frame.moved(dx, dy))
 
     def region(self, *shapes: PointsLike) -> Image.Image:
-        """A mask of these shapes; `fill(..., region=...)` adds more."""
+        """Return a mask of these shapes; `fill(..., region=...)` adds more shapes."""
         mask = Image.new("L", self.canvas.color.size)
         brush = ImageDraw.Draw(mask)
         for shape in shapes:
@@ -173,7 +173,7 @@ class Pen:
         return mask
 
     def fill(self, points: PointsLike, color: Color, *, region: Image.Image | None = None) -> None:
-        """Cover a shape with a color, lines below included; optionally add the shape to a region."""
+        """Fill a shape with a color and erase the lines in it; optionally add the shape to a region."""
         flat = self._pixels(points)
         self.canvas.brush.polygon(flat, fill=color)
         self.canvas.nib.polygon(flat, fill=0)
@@ -183,7 +183,7 @@ class Pen:
     def tint(
         self, points: PointsLike, color: Color, *, within: Image.Image | None = None, opacity: float = 1.0
     ) -> None:
-        """Color a shape below the lines, only inside a region if one is given."""
+        """Color a shape below the lines; with `within`, only inside that region."""
         flat = self._pixels(points)
         if within is None and opacity == 1.0:
             self.canvas.brush.polygon(flat, fill=color)
@@ -192,7 +192,7 @@ class Pen:
             self.canvas.color.paste(color, box, mask)
 
     def gradient(self, points: PointsLike, top: Color, bottom: Color, *, within: Image.Image | None = None) -> None:
-        """Color a shape from its top to its bottom, below the lines."""
+        """Color a shape with a vertical gradient, below the lines; with `within`, only inside that region."""
         if (local := self._mask(self._pixels(points), within, 1.0)) is not None:
             mask, box = local
             ramp = Image.linear_gradient("L").resize(mask.size)
@@ -202,25 +202,25 @@ class Pen:
     def stroke(
         self, points: PointsLike, width: float = 1.0, strength: float = 1.0, taper: tuple[float, float] = (1.0, 1.0)
     ) -> None:
-        """Ink along a curve.
+        """Draw an ink line along a curve.
 
         Args:
             points: the curve, at least two points.
-            width: of its middle, in units of the canvas's line.
-            strength: 1 = black.
-            taper: share of the width left at the start and at the end.
+            width: width in the middle, in units of the canvas's line width.
+            strength: opacity of the ink; 1 is full ink.
+            taper: width at the start and at the end, as a share of `width`.
         """
         self.canvas.nib.polygon(self._band(points, width, taper), fill=round(255 * strength))
 
     def rim(self, points: PointsLike, color: Color, width: float) -> None:
-        """A thick band of a color along a curve, between two thin lines: wire, cord."""
+        """Draw a thick colored band with ink edges along a curve, for example a wire or a cord."""
         flat = self._band(points, width, (1.0, 1.0))
         self.canvas.nib.polygon(self._band(points, width + 1.2, (1.0, 1.0)), fill=255)
         self.canvas.nib.polygon(flat, fill=0)
         self.canvas.brush.polygon(flat, fill=color)
 
     def stroke_within(self, points: PointsLike, region: Image.Image, width: float) -> None:
-        """Ink along a curve, only inside a region."""
+        """Draw an ink line along a curve, only inside a region."""
         local = self._mask(self._band(points, width, (1.0, 1.0)), region, 1.0)
         if local is not None:
             mask, box = local
@@ -231,7 +231,7 @@ class Pen:
         self.canvas.nib.polygon(self._pixels(points), fill=0)
 
     def _band(self, points: PointsLike, width: float, taper: tuple[float, float]) -> list[float]:
-        """The outline, in canvas pixels, of a stroke along a curve."""
+        """Return the outline of a stroke along a curve, in canvas pixels."""
         path = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
         steps = path[_following(len(path))] - path[_preceding(len(path))]
         reach = 0.5j * width * self.canvas.line * self.canvas.side
@@ -246,7 +246,7 @@ class Pen:
     def _mask(
         self, flat: list[float], within: Image.Image | None, opacity: float
     ) -> tuple[Image.Image, tuple[int, int, int, int]] | None:
-        """The shape as a mask of its own bounding box, and that box; None outside the picture."""
+        """Return the shape as a mask of its bounding box, and the box; None if the box is outside the picture."""
         xs, ys, side = flat[::2], flat[1::2], self.canvas.side
         left, top = max(0, int(min(xs)) - 1), max(0, int(min(ys)) - 1)
         right, bottom = min(side, int(max(xs)) + 2), min(side, int(max(ys)) + 2)

@@ -1,4 +1,4 @@
-"""Clothes and accessories of a drawn face, in the coordinates of pipelines/synthetic/hair.py."""
+"""Draw the clothes and accessories of a face, in the head coordinates of pipelines/synthetic/hair.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOULDER = [(0.24, 0.92), (0.50, 1.03), (0.86, 1.16), (1.06, 1.42), (1.12, 2.0)
 
 
 def draw_clothes(pen: Pen, kind: str, palette: Palette) -> None:
-    """Shoulders and what covers them; the neck is there already."""
+    """Draw the shoulders and the clothes over them; the neck must already be drawn."""
     if kind == "hoodie":
         _hood(pen, palette)
     torso = join(curve(mirror(_SHOULDER)), curve(_SHOULDER))
@@ -47,7 +47,10 @@ def draw_clothes(pen: Pen, kind: str, palette: Palette) -> None:
 
 
 def draw_accessory(pen: Pen, kind: str, palette: Palette, side: int) -> None:
-    """What is worn on the head, over the hair; `side` is -1 (left) or 1."""
+    """Draw the accessory that is worn over the hair; `side` is -1 (left) or 1 (right).
+
+    Glasses and cat ears have their own functions.
+    """
     if kind == "bow":
         _bow(pen.moved(side * 0.56, -0.86), palette.accent, 0.34)
     elif kind == "headband":
@@ -66,7 +69,7 @@ def draw_accessory(pen: Pen, kind: str, palette: Palette, side: int) -> None:
 
 
 def draw_ears_of_a_cat(pen: Pen, palette: Palette) -> None:
-    """Below the hair of the crown."""
+    """Draw cat ears; the hair on the crown is drawn over them later."""
     for side in (-1, 1):
         outer = join(
             curve([(side * 0.22, -0.98), (side * 0.46, -1.24), (side * 0.74, -1.42)], 5),
@@ -79,7 +82,7 @@ def draw_ears_of_a_cat(pen: Pen, palette: Palette) -> None:
 
 
 def draw_glasses(pen: Pen, palette: Palette, spacing: float) -> None:
-    """Frames around the eyes, in the accent's deep color, glass left clear."""
+    """Draw glasses with clear lenses and frames in the accent's deep color; `spacing` is half the eyes' distance."""
     for side in (-1, 1):
         rim = blob(
             [
@@ -93,7 +96,7 @@ def draw_glasses(pen: Pen, palette: Palette, spacing: float) -> None:
 
 
 def _piece(pen: Pen, outline: PointsLike, color: Color, width: float = 1.0) -> None:
-    """A closed shape in one color with its line around."""
+    """Draw a closed shape in one color with an ink outline."""
     pen.fill(outline, color)
     closed = join(outline, outline[:1])
     pen.stroke(straight(closed) if len(closed) < 9 else closed, width)
@@ -151,7 +154,7 @@ def _blazer(pen: Pen, palette: Palette) -> None:
 
 def _kimono(pen: Pen, palette: Palette) -> None:
     pen.fill([(-0.34, 0.92), (0, 1.34), (0.34, 0.92), (0.2, 0.86), (-0.2, 0.86)], palette.skin.base)
-    for side in (1, -1):  # the left side lies over the right, as worn
+    for side in (1, -1):  # a kimono is worn left side over right, so the left side is drawn last
         for shift, color in ((0.0, palette.trim.base), (0.13, palette.accent.base)):
             a, b = side * (0.22 + shift), -side * (0.20 - shift)
             band = [(a, 0.84), (b, 1.56), (b + side * 0.15, 1.62), (a + side * 0.15, 0.92)]

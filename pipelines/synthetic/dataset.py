@@ -1,11 +1,11 @@
-"""A dataset of drawn anime faces, written as plain PNG folders.
+"""Write a dataset of drawn anime faces as plain PNG folders.
 
     synthesize("workspace/data/faces", count=2000, size=64)
 
-    DST/{train,val}/{target,sketch,reference,cross_reference}/000001.png      every tenth row is for val
+    DST/{train,val}/{target,sketch,reference,cross_reference}/000001.png      every tenth row goes to val
 
-Row i depends on (seed, i) alone: more rows never change the old ones, a stopped run continues,
-and the number of processes does not matter.
+Row i depends only on (seed, i). So a larger count keeps the existing rows, a stopped run can be resumed, and the number
+of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from animediffusion.platform.images.codec import encode_png
 Array = NDArray[np.uint8]
 
 COLUMNS = ("sketch", "reference", "cross_reference", "target")
-"""In the order they are written: a row with a target is complete."""
+"""Pictures of a row in the order of writing; the target is last, so a row with a target is complete."""
 SIZES = (16, 1024)
 VAL_EVERY = 10
 
 _RECORD = ".synthesize.json"
 _DRAWING = 1
-"""Raised whenever the pictures of a seed change."""
+"""Version of the drawing code; increase it when the pictures of a seed change."""
 _TASK_PIXELS = 25 * 64**2
 
 
 class DrawnRow(NamedTuple):
-    """Four pictures of one character; `cross_reference` is another drawing of it."""
+    """Four pictures of one character; `cross_reference` is another drawing of the same character."""
 
     target: Array
     sketch: Array
@@ -57,19 +57,19 @@ def synthesize(
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
 ) -> dict[str, int | float]:
-    """Draw rows that are not there yet, and return `rows, train, val, seconds`.
+    """Draw the missing rows of a dataset, and return `rows, train, val, seconds`.
 
     Args:
-        destination: a local folder: new, empty, or begun with the same size and seed and no more rows.
-        count: rows in all, train and val together.
-        size: side of the pictures, pixels.
-        seed: of everything random.
-        progress: called with (rows done, count).
-        workers: processes; one per usable core by default, none (this process) if there is little to do.
+        destination: a local folder: new, empty, or with a dataset of the same size and seed and at most `count` rows.
+        count: total number of rows, train and val together.
+        size: side of the pictures in pixels.
+        seed: seed of all random numbers.
+        progress: a callback that gets (rows done, count).
+        workers: number of processes; by default one per usable core, or only this process if there is little work.
 
     Raises:
-        ConfigError: count, size or seed is out of range, or the destination is no local path.
-        DataError: the destination holds something else.
+        ConfigError: if count, size or seed is out of range, or the destination is not a local path.
+        DataError: if the destination holds other files or a different dataset.
     """
     _check(destination, count, size, seed)
     folder, started = Path(destination), time.monotonic()
@@ -85,12 +85,12 @@ def synthesize(
 
 
 def split_of(index: int) -> str:
-    """`val` for every tenth row, from the second on, so that two rows already give both."""
+    """Return `val` for every tenth row, starting with the second, so that two rows fill both splits; else `train`."""
     return "val" if index % VAL_EVERY == 1 else "train"
 
 
 def make_row(seed: int, index: int, size: int) -> DrawnRow:
-    """Row `index` of the dataset of this seed."""
+    """Draw row `index` of the dataset with this seed."""
     rng = np.random.default_rng([seed, index])
     character = random_character(rng)
     target, sketch = draw(character, random_geometry(rng), size)
@@ -99,13 +99,13 @@ def make_row(seed: int, index: int, size: int) -> DrawnRow:
 
 
 def warp(image: Array, rng: np.random.Generator, strength: float = 0.03, cells: int = 4) -> Array:
-    """The picture under a smooth random deformation, its border kept inside.
+    """Return the picture under a smooth random deformation, which samples only inside the picture.
 
     Args:
         image: RGB [S, S, 3].
-        rng: gives the deformation.
+        rng: random generator of the deformation.
         strength: standard deviation of the shifts at the nodes, in fractions of the side.
-        cells: nodes per side of the coarse grid, refined smoothly.
+        cells: nodes per side of the coarse grid; the shifts between nodes are interpolated.
     """
     side = image.shape[0]
     shifts = rng.normal(0, strength * side, (2, cells, cells)).astype(np.float32)
@@ -136,10 +136,11 @@ def _check(destination: str, count: int, size: int, seed: int) -> None:
 
 
 def _claim(folder: Path, record: dict[str, int]) -> None:
-    """Make the folder ours, or refuse it.
+    """Prepare the folder and write its record.
 
     Raises:
-        DataError: it holds something else than a smaller or equal dataset of the same drawing, size and seed.
+        DataError: if the folder holds anything but a dataset of the same drawing version, size and seed with at most
+            as many rows.
     """
     path = folder / _RECORD
     if folder.exists() and not folder.is_dir():
@@ -170,7 +171,7 @@ def _compare(folder: Path, there: dict[str, int], wanted: dict[str, int]) -> Non
 
 
 def _path(folder: Path, index: int, column: str) -> Path:
-    """Rows are numbered from 1 within their split."""
+    """Return the path of a picture; files are numbered from 1 within each split."""
     block, place = divmod(index, VAL_EVERY)
     if split_of(index) == "val":
         return folder / "val" / column / f"{block + 1:06d}.png"
@@ -178,16 +179,16 @@ def _path(folder: Path, index: int, column: str) -> Path:
 
 
 def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: int | None) -> Iterator[int]:
-    """Write the missing rows; yields how many each finished task wrote."""
+    """Write the missing rows, and yield the number of rows of each finished task."""
     step = max(1, _TASK_PIXELS // size**2)
     tasks = [missing[start : start + step] for start in range(0, len(missing), step)]
-    if workers is None:  # below some seconds of work, starting processes costs more than it saves
+    if workers is None:  # for a few seconds of work, starting processes costs more than it saves
         workers = _usable_cores() if len(tasks) > 8 else 1
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from (_draw_rows(folder, rows, size, seed) for rows in tasks)
         return
-    # spawn: a forked child of a process with threads (torch, Ray) may hang.
+    # spawn, because a forked child of a process with threads (torch, Ray) may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_draw_rows, folder, rows, size, seed) for rows in tasks]
         try:
@@ -206,7 +207,7 @@ def _draw_rows(folder: Path, indices: list[int], size: int, seed: int) -> int:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a whole file or none."""
+    """Write a file atomically (temporary file, then rename)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     temporary.replace(path)

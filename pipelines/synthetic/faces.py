@@ -1,12 +1,11 @@
-"""Anime faces drawn from a palette and a geometry: the colored picture and its line art.
+"""Draw anime faces from a character and a geometry: the colored picture and its line art.
 
     character = random_character(rng)                     # colors, clothes, accessory, background
     target, sketch = draw(character, random_geometry(rng), size=256)
-    reference, _ = draw(character, random_geometry(rng), size=256)     # the same colors, another drawing
+    reference, _ = draw(character, random_geometry(rng), size=256)     # same colors, different geometry
 
-Shading follows fixed rules (light from the upper left), so a second drawing of the same character says
-everything about the first one's colors, and the sketch says everything about its shapes.
-Not here: how datasets of them are written, see pipelines/synthetic/dataset.py.
+Shading follows fixed rules (light from the upper left). So a second drawing of the same character determines the colors
+of the first drawing, and the sketch determines its shapes. pipelines/synthetic/dataset.py writes datasets of faces.
 """
 
 from __future__ import annotations
@@ -39,29 +38,29 @@ MOUTHS = ("smile", "open", "cat", "small", "line", "grin")
 
 @dataclass(frozen=True)
 class Character:
-    """What two drawings of one person share."""
+    """The properties that all drawings of a character share."""
 
     palette: Palette
     clothes: str
     accessory: str
     backdrop: str
     shine: bool
-    """Whether the hair has a ring of light."""
+    """Whether the hair has a bright ring."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """One drawing: pose, shape of the face, expression, hair style."""
+    """The properties of one drawing: pose, shape of the face, expression, hair style."""
 
     x: float
     y: float
     scale: float
-    """Place and size of the head, in fractions of the picture."""
+    """Position (x, y) and size of the head, in fractions of the picture."""
     tilt: float
-    """Radians, clockwise."""
+    """Tilt of the head in radians, clockwise."""
     yaw: float
     pitch: float
-    """Where the head is turned: -1 (left, up) to 1 (right, down)."""
+    """Direction of the head (yaw, pitch): -1 (left, up) to 1 (right, down)."""
     jaw: float
     chin: float
     eyes: str
@@ -74,13 +73,13 @@ class Geometry:
     back: str
     ahoge: bool
     side: int
-    """-1 or 1: where a bow or a flower sits."""
+    """Side of an accessory or a wink: -1 (left) or 1 (right)."""
     jitter: tuple[float, ...]
-    """-1..1, small variations of locks and background."""
+    """Small variations of hair locks and background, each -1..1."""
 
 
 def random_character(rng: np.random.Generator) -> Character:
-    """Colors and belongings."""
+    """Choose a random palette, clothes, accessory and background."""
     return Character(
         palette=random_palette(rng),
         clothes=_one_of(rng, wardrobe.CLOTHES),
@@ -91,7 +90,7 @@ def random_character(rng: np.random.Generator) -> Character:
 
 
 def random_geometry(rng: np.random.Generator) -> Geometry:
-    """A pose, a face and a hair style."""
+    """Choose a random pose, face, expression and hair style."""
     return Geometry(
         x=0.5 + 0.035 * _unit(rng),
         y=0.495 + 0.02 * _unit(rng),
@@ -124,14 +123,14 @@ def _unit(rng: np.random.Generator) -> float:
 
 
 def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The colored picture [size, size, 3] and its line art [size, size], dark on white."""
+    """Return the colored picture [size, size, 3] and its line art [size, size], dark on white."""
     g, palette = geometry, character.palette
     canvas = Canvas(size, palette.upper)
     draw_backdrop(canvas, character.backdrop, palette, (g.x, g.y), g.jitter[-1])
     head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
     body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
     hidden = g.back == "buns" and character.accessory in ("beret", "cat ears")
-    back = "bob" if hidden else g.back  # what one drawing shows in the accent, the other must show too
+    back = "bob" if hidden else g.back  # all drawings of a character must show the accent color
     ahoge = g.ahoge and character.accessory not in ("beret", "headband", "headphones")
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
@@ -161,7 +160,7 @@ def _outline(g: Geometry) -> Points:
         (0.27 * g.jaw, g.chin - 0.09),
     ]
     points = blob([(0, -1.0), *half, (0, g.chin), *mirror(half)])
-    lean = 0.075 * g.yaw * np.clip(points[:, 1:] + 0.5, 0, None)  # the chin leads when the head turns
+    lean = 0.075 * g.yaw * np.clip(points[:, 1:] + 0.5, 0, None)  # the chin moves most when the head turns
     return np.asarray(points + lean * (1.0, 0.0), np.float64)
 
 
@@ -222,7 +221,7 @@ def _brows(pen: Pen, g: Geometry) -> None:
         pen.stroke(curve(arch), 1.5, taper=(0.8, 0.1))
 
 
-# Upper and lower lid of each kind of eye: (outward, down) in half sizes of the eye.
+# Points of the upper and the lower lid of each kind of eye: (outward, down) in half sizes of the eye.
 _LIDS = {
     "round": (
         [(-1, 0.25), (-0.7, -0.62), (0, -1.0), (0.7, -0.72), (1.0, 0.0)],

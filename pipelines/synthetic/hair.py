@@ -1,6 +1,7 @@
-"""Hair of a drawn face: what hangs behind the head, the locks in front, shadow and shine.
+"""Draw the hair of a face: the hair behind the head, the locks in front, shadow and shine.
 
-Head coordinates: the face is about 1.25 wide, eyes at y = 0.12, chin near y = 0.8, crown near y = -1.1.
+In head coordinates, the face is about 1.25 wide, the eyes are at y = 0.12, the chin is near y = 0.8, and the crown is
+near y = -1.1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _BACK_OF_NECK = {"bob": 0.62, "short": 0.4}
 
 
 def draw_behind(pen: Pen, back: str, tone: Tone) -> None:
-    """What lies behind the shoulders."""
+    """Draw the hair behind the shoulders."""
     half = _HALVES.get(back, _HALVES["short"])
     low = _BACK_OF_NECK.get(back, 2.0 if back in _HALVES else 0.4)
     outline = blob([(0, -1.08), *half, (0, low), *mirror(half)])
@@ -40,7 +41,7 @@ def draw_behind(pen: Pen, back: str, tone: Tone) -> None:
 
 
 def draw_beside(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[float]) -> None:
-    """Tails, braids and buns: over the shoulders, below the face."""
+    """Draw tails, braids and buns over the shoulders; the face is drawn over them later."""
     sides = (-1,) if back == "side tail" and jitter[0] < 0 else (1,) if back == "side tail" else (-1, 1)
     for side in sides:
         if back in ("twin tails", "side tail"):
@@ -56,7 +57,7 @@ def draw_beside(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[flo
 def draw_front(
     pen: Pen, front: str, back: str, tone: Tone, jitter: Sequence[float], *, shine: bool, ahoge: bool
 ) -> None:
-    """The cap over the skull, locks beside the face and the fringe, shaded."""
+    """Draw the hair over the skull, the locks at the sides of the face and the fringe, with shading."""
     region = pen.region()
     cap = _cap(front)
     pen.fill(cap, tone.base, region=region)
@@ -77,7 +78,7 @@ def draw_front(
 
 
 def shadow_on_face(front: str, jitter: Sequence[float]) -> list[Points]:
-    """Shapes that the fringe throws on the skin below it."""
+    """Return the shapes of the shadow that the fringe throws on the skin."""
     shapes = [shifted(_outline(root, tip, width, bend), 0.03, 0.09) for root, tip, width, bend in fringe(front, jitter)]
     return [*shapes, shifted(_cap(front), 0.02, 0.08)]
 
@@ -88,7 +89,7 @@ Lock = tuple[tuple[float, float], tuple[float, float], float, float]
 
 
 def fringe(front: str, jitter: Sequence[float]) -> list[Lock]:
-    """(root, tip, half width, bend) of each lock over the forehead, in the order they are drawn."""
+    """Return (root, tip, half width, bend) of each lock over the forehead, in drawing order."""
     wave = jitter[5:]
     if front == "blunt":
         return [((0.15 * x, -0.78), (x, -0.04 + 0.02 * wave[i]), 0.17, 0.03 * x) for i, x in _spread(7, 0.60)]
@@ -111,7 +112,7 @@ def fringe(front: str, jitter: Sequence[float]) -> list[Lock]:
 
 
 def _spread(count: int, reach: float) -> list[tuple[int, float]]:
-    """Indices and places of locks from the temples inward, so that the middle ones lie on top."""
+    """Return indices and x positions of locks from the temples inward, so that the middle locks are drawn last."""
     places = np.linspace(-reach, reach, count)
     return sorted(((i, float(x)) for i, x in enumerate(places)), key=lambda pair: -abs(pair[1]))
 
@@ -136,7 +137,7 @@ def _outline(root: tuple[float, float], tip: tuple[float, float], width: float, 
 
 
 def _edges(root: tuple[float, float], tip: tuple[float, float], width: float, bend: float) -> tuple[Points, Points]:
-    """The left edge from root to tip and the right edge back."""
+    """Return the left edge of a lock from root to tip, and the right edge from tip to root."""
     middle = (root[0] * 0.45 + tip[0] * 0.55 + bend, root[1] * 0.45 + tip[1] * 0.55)
     left = [(root[0] - width * 0.7, root[1]), (middle[0] - width, middle[1]), tip]
     right = [tip, (middle[0] + width, middle[1]), (root[0] + width * 0.7, root[1])]
@@ -174,7 +175,7 @@ def _side_lock(pen: Pen, side: int, front: str, tone: Tone, wave: float, region:
 
 
 def _shine() -> list[Points]:
-    """A ring of light around the crown, in a long and a short piece."""
+    """Return a bright ring around the crown, as a long and a short arc."""
     return [_arc_of_light(-0.62, 0.16, 0.12), _arc_of_light(0.27, 0.56, 0.10)]
 
 
@@ -187,7 +188,7 @@ def _arc_of_light(start: float, end: float, thick: float) -> Points:
 
 
 def _spikes(pen: Pen, tone: Tone, jitter: Sequence[float], region: Image.Image) -> None:
-    """Broad tufts that stand out all around, the lower ones first."""
+    """Draw broad tufts around the head, the lower tufts first."""
     for step in range(5):
         for side in (-1, 1):
             wave = jitter[step if side < 0 else 9 - step]

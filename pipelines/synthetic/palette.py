@@ -1,7 +1,8 @@
-"""The colors of a drawn character: tasteful, but each region free of the others.
+"""Choose the colors of a drawn character: harmonious, but varied independently for each region.
 
-Colors are picked in OKLCH (lightness 0..1, chroma 0..0.2, hue in degrees; Ottosson 2020), where equal steps look equal,
-so any hue at one lightness sits well beside any other. Shadows and lights follow from the base color by one rule.
+Colors are chosen in OKLCH (lightness 0..1, chroma 0..0.2, hue in degrees; Ottosson 2020), where equal distances look
+equal, so any two hues of the same lightness look good together. One rule derives shadows and lights from the base
+color.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WHITE: Color = (255, 255, 255)
 
 
 class Tone(NamedTuple):
-    """One material in flat cel shading, light from the upper left."""
+    """The colors of one material in flat cel shading, with light from the upper left."""
 
     base: Color
     shade: Color
@@ -30,7 +31,7 @@ class Tone(NamedTuple):
 
 
 class Palette(NamedTuple):
-    """Every color of a character; two drawings with one palette predict each other's colors."""
+    """All colors of a character; drawings with the same palette have the same colors."""
 
     hair: Tone
     skin: Tone
@@ -39,12 +40,13 @@ class Palette(NamedTuple):
     trim: Tone
     accent: Tone
     upper: Color
-    """Background; with `lower`, the second background color."""
+    """First background color."""
     lower: Color
+    """Second background color, for patterns."""
 
 
 def random_palette(rng: np.random.Generator) -> Palette:
-    """A palette whose regions vary independently but can always be told apart."""
+    """Return a random palette whose regions vary independently but remain distinguishable."""
     skin = _random_skin(rng)
     hair = _far_from([skin], 0.13, lambda: _random_hair(rng))
     upper = _far_from([hair, skin], 0.12, lambda: _random_backdrop(rng))
@@ -119,13 +121,13 @@ def _between(rng: np.random.Generator, low: _Lch, high: _Lch) -> _Lch:
 
 
 def _beside(rng: np.random.Generator, color: _Lch) -> _Lch:
-    """A second background color: a neighbor in hue, a step away in lightness."""
+    """Return a second background color with a hue within 70 degrees and a small step in lightness."""
     step = float(rng.uniform(0.06, 0.11)) * (-1 if color[0] > 0.62 else 1)
     return color[0] + step, color[1] + 0.03, color[2] + float(rng.uniform(-70, 70))
 
 
 def _far_from(others: list[_Lch], distance: float, pick: Callable[[], _Lch]) -> _Lch:
-    """A color at least `distance` in OKLab from the others; after 30 tries the farthest seen."""
+    """Pick a color at a distance of at least `distance` in OKLab from `others`; after 30 tries, return the farthest."""
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(30):
         color = pick()
@@ -139,7 +141,7 @@ def _far_from(others: list[_Lch], distance: float, pick: Callable[[], _Lch]) -> 
 
 def _tone(color: _Lch) -> Tone:
     lightness, chroma, hue = color
-    cool = hue + 14 * math.sin(math.radians(285 - hue))  # shadows drift toward violet, lights away
+    cool = hue + 14 * math.sin(math.radians(285 - hue))  # shadows shift toward violet, lights in the opposite direction
     warm = hue - 8 * math.sin(math.radians(285 - hue))
     shade = _rgb(lightness * 0.88 - 0.012, chroma * 1.08 + 0.008, cool)
     deep = _rgb(lightness * 0.74 - 0.02, chroma * 1.08 + 0.012, cool)
@@ -153,7 +155,7 @@ def _lab(lightness: float, chroma: float, hue: float) -> tuple[float, float, flo
 
 
 def _rgb(lightness: float, chroma: float, hue: float) -> Color:
-    """8-bit sRGB of an OKLCH color; chroma is lowered until the color exists."""
+    """Convert an OKLCH color to 8-bit sRGB; chroma is lowered until the color is in the sRGB gamut."""
     while True:
         linear = _linear(*_lab(lightness, chroma, hue))
         if chroma < 0.004 or all(-0.003 <= value <= 1.003 for value in linear):
@@ -163,7 +165,7 @@ def _rgb(lightness: float, chroma: float, hue: float) -> Color:
 
 
 def _linear(lightness: float, a: float, b: float) -> tuple[float, float, float]:
-    """OKLab to linear sRGB, https://bottosson.github.io/posts/oklab/."""
+    """Convert OKLab to linear sRGB, as in https://bottosson.github.io/posts/oklab/."""
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
     short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
