@@ -1,8 +1,8 @@
-"""Measure a model on a split: both tracks, trivial baselines beside it, and a picture.
+"""Measure a model on a split: two tracks, trivial baselines for comparison, and a picture of some results.
 
-same: the reference is the target itself, bent. cross: the reference is another picture whose colors are right for the
-target, so that there is an exact truth; where a dataset has none, target and bent reference are recolored together.
-Everything random is fixed: two models see the same inputs and the same noise.
+On the track `same`, the reference is the warped target. On the track `cross`, the reference is another picture with the
+colors of the target, so the exact truth is known; for rows without a cross reference, target and warped reference are
+recolored together. All seeds are fixed, so two models get the same inputs and the same noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from animediffusion.platform.registry.client import Registry
 TRACKS = ("same", "cross")
 SEED = 20240
 CHUNK = 25
-"""Images at a time: bounds memory, and progress moves."""
+"""Images per batch, which bounds memory and the time between progress reports."""
 GRID_ROWS = 8
 
 
@@ -54,11 +54,11 @@ def evaluate(
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure; returns the contract's JSON and writes OUT/metrics.json and OUT/grid.png if `out` is given.
+    """Measure a model, return its metrics, and write OUT/metrics.json and OUT/grid.png if `out` is given.
 
     Raises:
-        ConfigError: the data's image size is not the model's.
-        BundleError, DataError, RegistryError: model or data cannot be used.
+        ConfigError: if the image sizes of data and model differ.
+        BundleError, DataError, RegistryError: if model or data cannot be used.
     """
     bundle = _load(Registry(settings).fetch(model))
     manifest = Manifest.load(data)
@@ -92,7 +92,7 @@ def evaluate(
 def run_tracks(
     bundle: Bundle, rows: dict[str, Any], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Track]:
-    """Color all rows on both tracks with fixed references and noise."""
+    """Color all rows on both tracks with fixed references and fixed noise."""
     chunks, results, done = fixed_chunks(rows), [], 0
     for chunk in chunks:
         results.append(to_uint8(colorize(bundle, chunk.batch.sketch, chunk.batch.reference, seeds=chunk.seeds)))
@@ -104,16 +104,16 @@ def run_tracks(
 
 @dataclass(frozen=True)
 class TrackChunk:
-    """Some rows of a track, with all that is random."""
+    """Some rows of a track, with fixed random inputs."""
 
     track: str
     batch: Batch
     seeds: list[int]
-    """Of the noise of each row."""
+    """Seed of each row's noise."""
 
 
 def fixed_chunks(rows: dict[str, Any]) -> list[TrackChunk]:
-    """Both tracks of the rows, CHUNK images at a time."""
+    """Divide both tracks of the rows into chunks of at most CHUNK images."""
     chunks = []
     for number, name in enumerate(TRACKS):
         for start in range(0, len(rows["target"]), CHUNK):
@@ -124,7 +124,7 @@ def fixed_chunks(rows: dict[str, Any]) -> list[TrackChunk]:
 
 
 def as_tracks(chunks: list[TrackChunk], results: list[torch.Tensor]) -> dict[str, Track]:
-    """What came out of each chunk, uint8 [B, S, S, 3], with what went in."""
+    """Join the inputs and the results of all chunks by track; `results` are uint8 [B, S, S, 3], one per chunk."""
     parts: dict[str, list[tuple[Images, ...]]] = {name: [] for name in TRACKS}
     for chunk, result in zip(chunks, results, strict=True):
         batch = chunk.batch
@@ -138,7 +138,7 @@ def as_tracks(chunks: list[TrackChunk], results: list[torch.Tensor]) -> dict[str
 
 
 def grid(tracks: dict[str, Track], rows: int = GRID_ROWS) -> Images:
-    """sketch | reference | result | truth, both tracks side by side."""
+    """Draw a contact sheet with sketch | reference | result | truth, both tracks side by side."""
     lines: list[list[Images]] = []
     for i in range(min(rows, len(tracks["same"].truth))):
         line = [x[i] for t in tracks.values() for x in (t.sketch, t.reference, t.result, t.truth)]

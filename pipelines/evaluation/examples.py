@@ -1,6 +1,6 @@
-"""Rows that show what a model does: those of a dataset, or drawn faces where there is none; and their picture.
+"""Example rows that show the results of a model, from a dataset or from drawn faces, and contact sheets of them.
 
-The drawn ones are the same for every model, so the samples of two versions can be laid side by side.
+The drawn faces are the same for every model, so the samples of two versions are comparable.
 """
 
 from __future__ import annotations
@@ -25,39 +25,43 @@ from animediffusion.platform.images.codec import contact_sheet
 Images = NDArray[np.uint8]
 
 SEED = 7
-"""Of drawn faces; demo and tests train on others."""
+"""Seed of the drawn faces; demo and tests train on faces with other seeds."""
 NUM_EXAMPLES = 4
 MIN_SIZE_PX = 64
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Cross-reference rows in [-1, 1], all of one size S."""
+    """Rows of the cross-reference track in [-1, 1], all with the same size S."""
 
     sketch: Tensor
     """[B, 1, S, S]"""
     reference: Tensor
     """[B, 3, S, S]"""
     target: Tensor
-    """[B, 3, S, S]: the truth."""
+    """[B, 3, S, S], the truth."""
 
 
 def drawn_examples(size: int, count: int = NUM_EXAMPLES) -> Examples:
-    """Drawn faces; the reference is another drawing of the same character."""
+    """Draw example faces; the reference is another drawing of the same character."""
     rows = [make_row(SEED, index, size) for index in range(count)]
     columns = [[row.sketch for row in rows], [row.cross_reference for row in rows], [row.target for row in rows]]
     return Examples(*(to_tensor(torch.from_numpy(np.stack(column))) for column in columns))
 
 
 def dataset_examples(uri: str, count: int = NUM_EXAMPLES, split: str = "val") -> Examples:
-    """The first rows of a split, as `evaluate` sees them on its cross track; raises DataError."""
+    """Return the first rows of a split, prepared as on the cross track of `evaluate`.
+
+    Raises:
+        DataError: if the dataset or the split is missing.
+    """
     rows = {key: torch.from_numpy(value) for key, value in read_split(uri, split, count).items() if key != "id"}
     batch = fixed_batch(rows, "cross", torch.Generator().manual_seed(SEED))
     return Examples(batch.sketch, batch.reference, batch.target)
 
 
 def color_examples(bundle: Bundle, examples: Examples) -> Images:
-    """What a model makes of them, uint8 [B, s, s, 3] at its own size s; row i has noise i."""
+    """Color the examples with a model; returns uint8 [B, s, s, 3] at the model's size s. Row i has noise seed i."""
     size = bundle.config.image_size
     sketch, reference = _resized(examples.sketch, size), _resized(examples.reference, size)
     result = colorize(bundle, sketch, reference, seeds=range(len(sketch)))
@@ -65,7 +69,7 @@ def color_examples(bundle: Bundle, examples: Examples) -> Images:
 
 
 def sheet(examples: Examples, results: Mapping[str, Images]) -> Images:
-    """sketch | reference | a column for each result | truth, as one picture."""
+    """Draw a contact sheet with sketch | reference | a column for each result | truth."""
     sketch = to_uint8(examples.sketch.expand(-1, 3, -1, -1)).cpu().numpy()
     reference, target = (to_uint8(images).cpu().numpy() for images in (examples.reference, examples.target))
     columns = {"sketch": sketch, "reference": reference, **results, "truth": target}
@@ -75,7 +79,7 @@ def sheet(examples: Examples, results: Mapping[str, Images]) -> Images:
 
 
 def sample_sheet(bundle: Bundle) -> Images:
-    """The drawn examples colored by one model."""
+    """Draw a contact sheet of the drawn examples, colored by one model."""
     examples = drawn_examples(max(MIN_SIZE_PX, bundle.config.image_size))
     return sheet(examples, {"result": color_examples(bundle, examples)})
 

@@ -1,6 +1,6 @@
-"""What a model gives with some sampler settings: rows colored with fixed noise, beside the truth.
+"""Measure a model with given sampler settings: color rows with fixed noise and compare them with the truth.
 
-Not here: all metrics of a finished model with baselines, see pipelines/evaluation/evaluate.py.
+pipelines/evaluation/evaluate.py computes all metrics of a finished model, with baselines.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ROWS_PER_BATCH = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """What points are measured on."""
+    """The rows on which points are measured."""
 
     searched: Batch
     unseen: Batch | None
-    """As many more rows of the split, where it has them: the choice is confirmed there."""
+    """The same number of further rows, which confirm the choice; None if the split is too small."""
     key: str
-    """Equal for the same rows."""
+    """Identifier of the rows: equal keys mean equal rows."""
 
 
 def load_rows(data: str, split: str, num_images: int) -> Rows:
-    """The cross-reference track of the first rows of a split, and of as many rows after them."""
+    """Load the cross-reference track of the first rows of a split, and of the same number of rows after them."""
     manifest = Manifest.load(data)
     arrays = {key: value for key, value in read_split(data, split, 2 * num_images).items() if key != "id"}
 
@@ -49,13 +49,13 @@ def load_rows(data: str, split: str, num_images: int) -> Rows:
 
 @torch.no_grad()
 def measure(bundle: Bundle, batch: Batch, sampler: SamplerDefaults, ema_length: float | None = None) -> Point:
-    """Color the rows with these settings and compare with the truth; row i has noise i.
+    """Color the rows with these settings and compare them with the truth; row i has noise seed i.
 
     Args:
         bundle: the model.
         batch: the rows.
-        sampler: in place of its defaults.
-        ema_length: of the average that its weights are, for the point.
+        sampler: settings that replace the bundle's defaults.
+        ema_length: EMA length of the bundle's weights, which is stored in the point.
     """
     started = time.perf_counter()
     images = []

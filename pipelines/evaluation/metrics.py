@@ -1,6 +1,6 @@
-"""How close results are to the truth. Images are uint8 [B, S, S, 3] on both sides, as a user sees them.
+"""Metrics of the distance between results and truth. All images are uint8 [B, S, S, 3], as a user sees them.
 
-Not here: LPIPS and FID, which need weights of others, see pipelines/evaluation/perceptual.py.
+pipelines/evaluation/perceptual.py computes LPIPS and FID, which need third-party weights.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from animediffusion.models.tensors import to_tensor
 Images = NDArray[np.uint8]
 
 MS_SSIM_MIN_SIDE = 176
-"""Five scales with an 11 px window: a sixteenth of the side must be more than 10 px (Wang et al. 2003)."""
+"""MS-SSIM has five scales with an 11 px window, so a sixteenth of the side must exceed 10 px (Wang et al. 2003)."""
 
 HAARPSI_C, HAARPSI_ALPHA = 30.0, 4.2
-"""The paper's constants, found on four databases of human judgments."""
+"""Constants of the HaarPSI paper, fitted to four databases of human judgments."""
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 _LINE_SIGMA = 0.4
 _INK = 0.5
-"""Of the way from black to white: darker pixels of a sketch are line."""
+"""Threshold between black (0) and white (1): darker pixels of a sketch belong to a line."""
 
 
 def score(result: Images, truth: Images) -> dict[str, float | None]:
-    """Means over images: psnr (dB), ssim, ms_ssim (None for small images), ciede2000 (0 is equal, 1 just visible)."""
-    # A second of processor time, which workers that train would pay for nothing.
+    """Return the means over images of psnr (dB), ssim, ms_ssim and ciede2000.
+
+    ms_ssim is None for images smaller than MS_SSIM_MIN_SIDE; ciede2000 is 0 for equal colors, and 1 is just visible.
+    """
+    # This import takes a second of CPU time, and training workers do not need it.
     from torchmetrics.functional.image import (
         multiscale_structural_similarity_index_measure,
         structural_similarity_index_measure,
@@ -52,22 +55,22 @@ def score(result: Images, truth: Images) -> dict[str, float | None]:
 
 
 def ciede2000(result: Images, truth: Images) -> float:
-    """Mean color difference over all pixels (Sharma et al. 2005)."""
-    difference: Any = deltaE_ciede2000  # scikit-image has no types
+    """Return the mean CIEDE2000 color difference over all pixels (Sharma et al. 2005)."""
+    difference: Any = deltaE_ciede2000  # scikit-image has no type annotations
     return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
 
 
 def psnr(result: Images, truth: Images) -> NDArray[np.float64]:
-    """Of each image, [B], dB at 255; equal images count as 100."""
+    """Return the PSNR of each image, [B], in dB with a peak of 255; equal images get 100 dB, the maximum."""
     error = ((result.astype(np.float64) - truth) ** 2).mean(axis=(1, 2, 3))
     decibels: NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
     return decibels
 
 
 def detail(result: Images, truth: Images, sketch: Images) -> dict[str, float]:
-    """Means over images of what PSNR does not see: haarpsi (1 is equal), sharpness (1 is right), edge_f1 (1 is best).
+    """Return means of metrics that complement PSNR: haarpsi (1 is equal), sharpness (1 is right), edge_f1 (1 is best).
 
-    All [B, S, S, 3]; the sketch gray.
+    All images are [B, S, S, 3]; the sketch is gray.
     """
     return {
         "haarpsi": round(float(haarpsi(result, truth).mean()), 4),
@@ -77,7 +80,7 @@ def detail(result: Images, truth: Images, sketch: Images) -> dict[str, float]:
 
 
 def haarpsi(result: Images, truth: Images) -> NDArray[np.float64]:
-    """Haar wavelet perceptual similarity in color of each image, [B] in 0..1 (Reisenhofer et al. 2018)."""
+    """Return the color Haar wavelet perceptual similarity of each image, [B] in 0..1 (Reisenhofer et al. 2018)."""
     if result.shape != truth.shape:
         raise ValueError(f"results are {result.shape}, truths {truth.shape}")
     (y_a, chroma_a), (y_b, chroma_b) = _halved_yiq(result), _halved_yiq(truth)
@@ -86,10 +89,10 @@ def haarpsi(result: Images, truth: Images) -> NDArray[np.float64]:
         fine_a, fine_b = (torch.cat([_haar(y, scale, transpose) for scale in (1, 2)], 1) for y in (y_a, y_b))
         similar.append(_similar(fine_a, fine_b).mean(1))  # Eq. 10: both fine scales, one orientation
         coarse = torch.maximum(_haar(y_a, 3, transpose), _haar(y_b, 3, transpose))
-        weights.append(coarse[:, 0])  # Eq. 11: the coarse scale says where one looks
+        weights.append(coarse[:, 0])  # Eq. 11: the coarse scale weights the positions
     similar.append(_similar(chroma_a, chroma_b).mean(1))
     weights.append((weights[0] + weights[1]) / 2)
-    # A flat pair has no weights at all; the tiny one makes it a plain mean.
+    # All weights of a flat pair are zero; the small constant makes the result a plain mean.
     weight = torch.stack(weights, 1) + 1e-9
     pooled = (weight * torch.sigmoid(HAARPSI_ALPHA * torch.stack(similar, 1))).sum((1, 2, 3)) / weight.sum((1, 2, 3))
     values: NDArray[np.float64] = ((torch.logit(pooled) / HAARPSI_ALPHA) ** 2).numpy()  # Eq. 12
@@ -97,14 +100,14 @@ def haarpsi(result: Images, truth: Images) -> NDArray[np.float64]:
 
 
 def _halved_yiq(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Luma [B, 1, S/2, S/2] and smoothed |I|, |Q| [B, 2, S/2, S/2], both of 0..255, at the half size of the paper."""
+    """Return luma [B, 1, S/2, S/2] and smoothed |I|, |Q| [B, 2, S/2, S/2] of 0..255 images, halved as in the paper."""
     yiq = torch.from_numpy(images @ np.array(_YIQ).T).permute(0, 3, 1, 2)
     halved = F.avg_pool2d(_pad(yiq, 2), 2, 1)[..., ::2, ::2]
     return halved[:, :1], F.avg_pool2d(_pad(halved[:, 1:], 2), 2, 1).abs()
 
 
 def _haar(y: torch.Tensor, scale: int, transpose: bool) -> torch.Tensor:
-    """|coefficients| of the Haar filter with 2**scale pixels a side, at every pixel."""
+    """Return the absolute coefficients of the Haar filter with 2**scale pixels a side, at every pixel."""
     side = 2**scale
     kernel = torch.full((1, 1, side, side), 1 / side, dtype=y.dtype)
     kernel[:, :, : side // 2] *= -1
@@ -112,7 +115,7 @@ def _haar(y: torch.Tensor, scale: int, transpose: bool) -> torch.Tensor:
 
 
 def _pad(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Zeros around, so that a filter of this side keeps the size; even ones look right and down, as Matlab's."""
+    """Pad with zeros so that a filter of this side keeps the size; even filters extend right and down, as in Matlab."""
     before, after = (side - 1) // 2, side // 2
     return F.pad(images, (before, after, before, after))
 
@@ -122,10 +125,10 @@ def _similar(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def sharpness(result: Images, truth: Images) -> NDArray[np.float64]:
-    """Fine detail of each result in units of the truth's, [B]: below 1 is blurred, above 1 is noisy or harsh.
+    """Return the fine detail of each result relative to the truth, [B]: below 1 is blurred, above 1 is noisy or harsh.
 
-    Detail is the mean square of luma minus its Gaussian blur of one pixel. It says how much there is, not whether it is
-    in the right place.
+    Detail is the mean square of luma minus its Gaussian blur of one pixel. This ratio measures the amount of detail,
+    not its position.
     """
     fine_result, fine_truth = _fine(result), _fine(truth)
     values: NDArray[np.float64] = ((fine_result + 1e-6) / (fine_truth + 1e-6)).numpy()
@@ -138,13 +141,14 @@ def _fine(images: Images) -> torch.Tensor:
 
 
 def edge_f1(result: Images, sketch: Images) -> NDArray[np.float64]:
-    """How well the lines that XDoG finds in each result are those of its sketch, [B]: F1 of their pixels.
+    """Return the F1 score, [B], between the line pixels that XDoG finds in each result and those of its sketch.
 
-    A pixel may be off by one at 64 px, by two at 256. The sketch of another face gets 0.6 and 0.5.
+    A pixel may be off by one at 64 px and by two at 256 px. The sketch of another face scores 0.6 at 64 px and 0.5 at
+    256 px.
 
     Args:
         result: [B, S, S, 3].
-        sketch: [B, S, S, 3], gray; dark is line.
+        sketch: [B, S, S, 3], gray; dark pixels are lines.
     """
     found = xdog(to_tensor(torch.from_numpy(result)), torch.full((len(result),), _LINE_SIGMA)) < 0
     drawn = torch.from_numpy(sketch[..., :1] < 255 * _INK).permute(0, 3, 1, 2)
@@ -155,7 +159,7 @@ def edge_f1(result: Images, sketch: Images) -> NDArray[np.float64]:
 
 
 def _share_near(pixels: torch.Tensor, others: torch.Tensor, reach: int) -> torch.Tensor:
-    """Share of the pixels, bool [B, 1, S, S], that have one of the others within reach; 1 if there are none."""
+    """Return the share of `pixels` with one of `others` (both bool [B, 1, S, S]) within reach; 1 without pixels."""
     near = F.max_pool2d(others.double(), 2 * reach + 1, 1, reach) > 0
     count = pixels.sum((1, 2, 3)).double()
     return torch.where(count > 0, (pixels & near).sum((1, 2, 3)) / count.clamp_min(1), 1.0)
@@ -166,7 +170,7 @@ def _mean(value: Any) -> float:
 
 
 def trivial_results(sketch: Images, reference: Images) -> dict[str, Images]:
-    """What anybody could do without a model: the floor that a result must clear.
+    """Return the results of trivial baselines without a model, which a model must exceed.
 
     Args:
         sketch: [B, S, S, 3], gray.

@@ -1,8 +1,8 @@
-"""LPIPS and FID: what papers report, from networks that others have trained.
+"""Compute LPIPS and FID, which papers report, with third-party networks.
 
-Neither the networks' code nor their weights come with us: the code is the extra `perceptual`, the weights are files in
-a folder of yours, as their authors publish them. Nothing is downloaded.
-Not here: measures without foreign weights, see pipelines/evaluation/metrics.py.
+This package contains neither the networks' code nor their weights. The extra `perceptual` installs the code; the user
+puts the weight files, as their authors publish them, into a folder. Nothing is downloaded.
+pipelines/evaluation/metrics.py computes the metrics that need no third-party weights.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from animediffusion.platform.errors import ConfigError
 
 NEEDS = ("torchvision", "torch_fidelity")
 ALEXNET = "alexnet-owt-7be5be79.pth"
-"""Of torchvision: https://download.pytorch.org/models/"""
+"""Weight file of torchvision, from https://download.pytorch.org/models/."""
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-"""Of torch-fidelity: https://github.com/toshas/torch-fidelity/releases; it is unpickled, so take it from there only."""
+"""Weight file of torch-fidelity, from https://github.com/toshas/torch-fidelity/releases.
+
+Use this source only, because the file is unpickled.
+"""
 CHUNK = 32
 
 
 def perceptual(result: Images, truth: Images, weights: Path) -> dict[str, float]:
-    """Mean LPIPS (AlexNet; 0 is equal) and FID (2,048 features; 0 is the same distribution) of results and truths.
+    """Return mean LPIPS (AlexNet; 0 is equal) and FID (2,048 features; 0 is the same distribution).
 
-    FID of few images is far too high; compare it at equal numbers only.
+    FID of few images is much too high; compare FID values only for the same number of images.
 
     Args:
         result: uint8 [B, S, S, 3].
-        truth: the same.
+        truth: uint8 [B, S, S, 3].
         weights: a folder with the files ALEXNET and INCEPTION.
 
     Raises:
-        ConfigError: the extra is not installed, or a file is missing.
+        ConfigError: if the extra is not installed, or a file is missing.
     """
     require(weights)
     pairs = [
@@ -45,10 +48,10 @@ def perceptual(result: Images, truth: Images, weights: Path) -> dict[str, float]
 
 
 def require(weights: Path) -> None:
-    """Find out before hours of training, not after.
+    """Check that perceptual() can run; call this before hours of training.
 
     Raises:
-        ConfigError: the extra is not installed, or a file is missing.
+        ConfigError: if the extra is not installed, or a file is missing.
     """
     if any(importlib.util.find_spec(name) is None for name in NEEDS):
         raise ConfigError("LPIPS and FID", "need packages that are missing", "pip install animediffusion[perceptual]")
@@ -63,8 +66,8 @@ def _lpips(pairs: list[list[torch.Tensor]], file: Path) -> float:
     from torchmetrics.functional.image.lpips import _LPIPS
     from torchvision.models import alexnet
 
-    # The package brings the small heads; the trunk is random until the file's weights are in. Its layers are
-    # torchvision's, cut into slices that keep their numbers.
+    # torchmetrics contains the weights of the small heads; the trunk is random until the file is loaded. The trunk has
+    # torchvision's layers in slices, which keep torchvision's layer numbers.
     network = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
     trunk = alexnet(weights=None)
     trunk.load_state_dict(torch.load(file, weights_only=True))

@@ -1,4 +1,4 @@
-"""One measurement: sampler settings and what a model gave with them."""
+"""One measurement of a model: sampler settings and results."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from animediffusion.models.bundle import SamplerDefaults
 
 @dataclass(frozen=True)
 class Point:
-    """One trial: settings and what they gave."""
+    """Settings and results of one trial."""
 
     sampler: str
     steps: int
     guidance_scale: float
     psnr: float
-    """dB, mean over images of the cross-reference track."""
+    """PSNR in dB, mean over images of the cross-reference track."""
     sharpness: float
-    """High-frequency energy as a share of the truth's; 1 is as sharp as the truth."""
+    """High-frequency energy divided by that of the truth; 1 is as sharp as the truth."""
     evaluations: int
-    """Network rows per image: guidance other than 1 costs two per evaluation."""
+    """Network rows per image; an evaluation with guidance other than 1 takes two rows."""
     seconds_per_image: float
     shift: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     ema_length: float | None = None
-    """Of the weights' average, a share of the run (models/training/ema.py); None is the one that training chose."""
+    """EMA length of the weights, as a share of the run (models/training/ema.py); None means training's choice."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The point that asdict() was made of, also after JSON."""
+        """Return the point from the result of asdict(), directly or after a JSON round trip."""
         return cls(**{**values, "guidance_interval": tuple(values["guidance_interval"])})
 
     @property
     def settings(self) -> SamplerDefaults:
-        """What a bundle would hold."""
+        """Sampler defaults of a bundle with these settings."""
         return SamplerDefaults(
             name=self.sampler,
             steps=self.steps,

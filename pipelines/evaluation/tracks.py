@@ -1,16 +1,16 @@
-"""The tracks that a benchmark measures on: fixed inputs with an exact truth, the same for everybody.
+"""Tracks of a benchmark: fixed inputs with an exact truth, the same for every model.
 
     for name in TRACKS:
         batch = build(rows, name, range(start, stop))     # rows as read_split() returns them
 
-same          the reference is the target, bent, turned, enlarged and shifted
+same          the reference is the target: warped, rotated, scaled and shifted
 cross         the reference is the dataset's other picture with the target's colors
-recolored     target and reference in other colors, by one map; the reference bent as in `same`
-lines/STYLE   as `same`, the line art drawn in a style of models/augmentation/lineart.py, whatever the dataset gives
-damage/KIND   as `recolored`, the reference damaged
+recolored     one color map recolors target and reference; the reference is warped as in `same`
+lines/STYLE   like `same`, with line art drawn in a style of models/augmentation/lineart.py, not taken from the dataset
+damage/KIND   like `recolored`, with a damaged reference
 
-A row's random numbers follow from its place in the split, so they are the same on every track and in any chunks.
-Not here: what a model makes of them; the two tracks of `animediffusion evaluate`, see models/augmentation/augment.py.
+A row's random numbers depend on its position in the split, so they are the same on every track and for any chunk size.
+models/augmentation/augment.py defines the two tracks of `animediffusion evaluate`.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from animediffusion.platform.errors import ConfigError, DataError
 
 SEED = 20240
 WARP = AugmentConfig(warp=0.15, warp_points=4, rotate=15.0, scale=(0.85, 1.2), translate=0.08)
-"""Written out, so that a change of the training defaults leaves measurements comparable."""
+"""Explicit values, so that measurements remain comparable when the training defaults change."""
 PEN = {"sigma": 0.4, "k": 3.5, "p": 10.0, "width": 0.65}
-"""Constants of the styles with filled areas, and of the pencil."""
+"""Constants of the styles with filled areas and of the style `pencil`."""
 LINE_P = 16.0
-"""p of the others: with 10 they lose the lines of light hair."""
+"""Value of `p` for thin, thick and binarized: with 10, these styles lose the lines of light hair."""
 KINDS = ("hue", "permutation", "gamma", "regions")
-"""How a row of `recolored` is recolored; its place in the split chooses, in turn."""
+"""Kinds of recoloring on the track `recolored`, chosen in rotation by a row's position in the split."""
 NUM_REGIONS = 5
 
 Rows = Mapping[str, NDArray[Any]]
 
 
 class _RowChance(Chance):
-    """Random numbers of which each row has its own, by its place."""
+    """Random numbers that depend on each row's position in the split."""
 
     def __init__(self, places: Sequence[int], purpose: int) -> None:
         super().__init__(len(places), torch.device("cpu"), torch.Generator())
@@ -77,16 +77,16 @@ class _RowChance(Chance):
 
 
 def build(rows: Rows, name: str, places: Sequence[int] | None = None) -> Batch:
-    """The inputs and the truth of a track.
+    """Return the inputs and the truth of a track.
 
     Args:
         rows: a whole split, as read_split() returns it; `id` may be missing.
         name: one of TRACKS.
-        places: which rows, all by default.
+        places: positions of the rows in the split, all rows by default.
 
     Raises:
-        ConfigError: there is no such track.
-        DataError: the split has no second pictures, for `cross`, or a single row, for `damage/unrelated`.
+        ConfigError: if the track does not exist.
+        DataError: if a row has no cross reference (`cross`), or the split has a single row (`damage/unrelated`).
     """
     if name not in TRACKS:
         raise ConfigError(f"track {name!r}", "is unknown", f"one of {', '.join(TRACKS)}")
@@ -135,7 +135,10 @@ def _bent(images: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def recolored(images: Tensor, places: Sequence[int]) -> Tensor:
-    """The images in the fixed other colors of their places: a map of color alone, the same for all pixels of a row."""
+    """Recolor each image with a fixed color map that depends on the image's position in the split.
+
+    The map depends only on a pixel's color, so all pixels of a row share it.
+    """
     chance = _RowChance(places, 1)
     turns = turn_matrix(_far_turn(chance), chance.uniform(0.8, 1.2), chance.uniform(0.85, 1.1))
     orders = order_matrix(1 + chance.below(NUM_ORDERS - 1))
@@ -155,12 +158,12 @@ def recolored(images: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _far_turn(chance: Chance) -> Tensor:
-    """[B] a turn of hue that nobody takes for the old color: 60 to 300 degrees."""
+    """Return hue rotations [B] in radians of 60 to 300 degrees, which are clearly different from the old color."""
     return chance.uniform(1 / 6, 5 / 6) * (2 * torch.pi)
 
 
 def _region_matrices(chance: Chance) -> Tensor:
-    """[B, NUM_REGIONS, 3, 3]"""
+    """Return random color matrices [B, NUM_REGIONS, 3, 3]."""
     hue, saturation, gain = (
         chance.uniform(low, high, NUM_REGIONS).flatten()
         for low, high in ((-torch.pi, torch.pi), (0.8, 1.3), (0.9, 1.1))
@@ -177,7 +180,7 @@ def _damaged(damage: Callable[[Tensor, Chance], Tensor]) -> Callable[[Rows, Sequ
 
 
 def _unrelated(rows: Rows, places: Sequence[int]) -> Batch:
-    """Everybody's reference goes to a row half the split away."""
+    """Replace each row's reference with the reference of the row half a split further on."""
     count = len(rows["target"])
     if count < 2:
         raise DataError("track 'damage/unrelated'", "the split has one row", "two or more")
@@ -186,25 +189,25 @@ def _unrelated(rows: Rows, places: Sequence[int]) -> Batch:
 
 
 def _none(reference: Tensor, chance: Chance) -> Tensor:  # noqa: ARG001
-    """Middle gray."""
+    """Replace the reference with middle gray."""
     return torch.zeros_like(reference)
 
 
 def _gray(reference: Tensor, chance: Chance) -> Tensor:  # noqa: ARG001
-    """Its luma."""
+    """Replace the reference with its luma."""
     weights = reference.new_tensor(LUMA).reshape(1, 3, 1, 1)
     return (reference * weights).sum(1, keepdim=True).expand_as(reference)
 
 
 def _cropped(reference: Tensor, chance: Chance) -> Tensor:  # noqa: ARG001
-    """The middle, half a side wide and high."""
+    """Crop the middle, half a side wide and high, and enlarge it to the full size."""
     side = reference.shape[-1]
     middle = reference[..., side // 4 : side - side // 4, side // 4 : side - side // 4]
     return F.interpolate(middle, (side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
 def _half(reference: Tensor, chance: Chance) -> Tensor:
-    """Its left, right, upper or lower half; middle gray beside it."""
+    """Keep the left, right, upper or lower half, and replace the other half with middle gray."""
     side = reference.shape[-1]
     first = torch.arange(side) < side // 2
     halves = torch.stack([first.expand(side, -1), ~first.expand(side, -1), first[:, None].expand(-1, side)])
@@ -214,12 +217,12 @@ def _half(reference: Tensor, chance: Chance) -> Tensor:
 
 
 def _shuffled(reference: Tensor, chance: Chance) -> Tensor:
-    """Its patches in another order."""
+    """Shuffle the patches of the reference."""
     return shuffle(reference, draw_order(chance))
 
 
 def _flipped(reference: Tensor, chance: Chance) -> Tensor:  # noqa: ARG001
-    """Its mirror image."""
+    """Mirror the reference."""
     return reference.flip(-1)
 
 
@@ -236,4 +239,4 @@ TRACKS: dict[str, Callable[[Rows, Sequence[int]], Batch]] = {
     "damage/flipped": _damaged(_flipped),
     "damage/unrelated": _unrelated,
 }
-"""Every track by name."""
+"""Functions that build each track, by name."""
