@@ -1,11 +1,12 @@
-"""What a run will take, before it is started: speed, time, memory, disk. Measured by some real steps, not guessed.
+"""Estimate a run's speed, time, memory and disk space before it starts, by timing some real steps.
 
     found = estimate(plan(settings, config))
     print(*lines(found), sep=chr(10))
 
-As many processes as the run will have workers on this machine take the run's own steps at once, with as many threads as
-a worker gets (pipelines/estimate/estimate_worker.py): they slow each other as the workers will. What Ray adds was
-measured beside it, see the constants. Nothing is written but a temporary folder, and no cluster is needed.
+One process for each worker that the run will have on this machine executes steps of the run, with the threads of a
+worker (pipelines/estimate/estimate_worker.py). The processes run in parallel, so they slow each other down as the
+workers will. The constants below add the measured overhead of Ray. The estimate writes only a temporary folder and
+needs no cluster.
 """
 
 from __future__ import annotations
@@ -33,40 +34,41 @@ from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.scaling import threads_per_worker
 from animediffusion.platform.cluster.connect import cluster_address
 
-# The next five on two cores, 64 px, recipes demo and phase1, two workers, beside `train` of the same recipe.
+# The next five constants come from a comparison with `train` of the same recipe: two cores, 64 px, recipes demo and
+# phase1, two workers.
 WORKER_TIME = 1.1
-"""Seconds of a step in a run by those measured here: Ray Data, the driver and MLflow share the cores."""
+"""Ratio of a step's duration in a run to the duration measured here: Ray Data, driver and MLflow share the cores."""
 WORKER_MEMORY_MB = 80.0
-"""What a Ray Train worker has in RAM beyond the process measured here."""
+"""Memory of a Ray Train worker in excess of the process measured here."""
 RAY_MEMORY_MB = 3200.0
-"""Of the driver, Ray's own processes, and those that read the data and score checkpoints; shared pages counted once."""
+"""Memory of the driver, Ray's processes, data readers and checkpoint scoring; shared pages count once."""
 START_S = 45.0
-"""Of a run that is no training: Ray, workers and the first rows come up, the last checkpoint is scored, ..."""
+"""Fixed duration of a run outside training: start of Ray, workers and data, and scoring of the last checkpoint."""
 START_IMPORTS = 2.2
-"""... and as many times what a process needs here, now, to import the same libraries."""
+"""Multiple of the import time of a process, measured here, that is added to START_S."""
 CUDA_MEMORY_MB = 1536.0
-"""An allowance, not measured, for what PyTorch does not count on a GPU: the CUDA context, NCCL's buffers, fragments."""
+"""Allowance (not measured) for GPU memory that PyTorch does not count: CUDA context, NCCL buffers, fragmentation."""
 BUSY = 0.15
-"""A share of the CPUs that others take, which is told."""
+"""The estimate contains a note if other programs use more than this share of the CPUs."""
 TIMED_S = 6.0
 LIMIT_S = 240.0
-"""The trial ends at the latest now."""
+"""Timeout of the trial in seconds."""
 
 
-class _Impossible(Exception):  # noqa: N818 - caught here, and told
-    """Why there is no estimate, in one line."""
+class _Impossible(Exception):  # noqa: N818 - caught and reported here
+    """An error whose message says in one line why an estimate is impossible."""
 
 
 def estimate(work: RunPlan, timed_s: float = TIMED_S) -> dict[str, Any]:
-    """Try the run's steps, some 15 seconds in all, longer where one takes more than three.
+    """Time some steps of a run; this takes about 15 seconds, or longer if a step takes more than three seconds.
 
     Args:
         work: the run.
-        timed_s: seconds of steps that are timed, after the start of the processes and some to warm up.
+        timed_s: duration of the timed steps in seconds, after the processes have started and warmed up.
 
     Returns:
-        possible, note (what it does not cover, or why there is none; None), and if possible threads_per_worker and
-        what derive() returns. Times are in seconds, sizes in MB (2**20 bytes).
+        `possible`, and `note` (a limitation of the estimate, the reason why it is impossible, or None). If `possible`,
+        also `threads_per_worker` and the result of derive(). Times are in seconds, sizes in MB (2**20 bytes).
     """
     if work.finished:
         return {"possible": False, "note": "the run is finished, nothing is left to do"}
@@ -86,7 +88,7 @@ def estimate(work: RunPlan, timed_s: float = TIMED_S) -> dict[str, Any]:
         answers = _measure(order, processes, threads)
     except _Impossible as reason:
         return {"possible": False, "note": str(reason)}
-    # More workers than cores take turns.
+    # If there are more workers than cores, workers share the cores and a step takes longer.
     turns = 1.0 if cluster_address() else workers / processes
     return {
         "possible": True,
@@ -97,15 +99,24 @@ def estimate(work: RunPlan, timed_s: float = TIMED_S) -> dict[str, Any]:
 
 
 def derive(work: RunPlan, workers: int, answers: Sequence[dict[str, Any]], turns: float = 1.0) -> dict[str, Any]:
-    """What follows from the processes' answers (pipelines/estimate/estimate_worker.py).
+    """Compute the estimate from the processes' answers (pipelines/estimate/estimate_worker.py).
+
+    Args:
+        work: the run.
+        workers: number of workers of the run.
+        answers: answers of the processes, by rank.
+        turns: factor on a step's duration; above 1 if there are more workers than processes.
 
     Returns:
-        device, num_workers, rows_per_worker, steps_timed; seconds_per_step, images_per_s, others_share (of the CPUs, 0
-        to 1: what other programs took meanwhile), images_per_s_alone (as if they were not there); steps (still to do),
-        training_s, start_s, seconds (both and the checkpoints); memory_per_worker_mb (on a GPU with CUDA_MEMORY_MB),
-        memory_mb (all workers, and Ray on one machine), gpu_memory_mb (of one card, or None), workers_that_fit (the
-        fewest with whose rows a worker fits that card; None on CPUs, or if none do); checkpoint_mb, disk_mb
-        (checkpoints that are kept, the best among them, and the bundle).
+        A dictionary with these keys:
+        device, num_workers, rows_per_worker, steps_timed;
+        seconds_per_step, images_per_s, others_share (CPU share of other programs during the trial, 0 to 1),
+        images_per_s_alone (images_per_s without the other programs);
+        steps (remaining), training_s, start_s, seconds (training, start and saving checkpoints);
+        memory_per_worker_mb (includes CUDA_MEMORY_MB on a GPU), memory_mb (all workers; on CPUs with RAY_MEMORY_MB),
+        gpu_memory_mb (of one GPU, None on CPUs), workers_that_fit (the smallest number of workers whose rows fit a GPU;
+        None on CPUs, or if no number fits);
+        checkpoint_mb, disk_mb (the checkpoints that are kept, with the best one, and the bundle).
     """
     config, first = work.config, answers[0]
     rows = config.batch_size // workers
@@ -143,13 +154,13 @@ def derive(work: RunPlan, workers: int, answers: Sequence[dict[str, Any]], turns
 
 
 def _memory(rows: int, answers: Sequence[dict[str, Any]]) -> float:
-    """MB of one worker with so many rows."""
+    """Return the memory of one worker with this many rows, in MB."""
     beyond = CUDA_MEMORY_MB if answers[0]["device"] != "cpu" else WORKER_MEMORY_MB
     return beyond + max(max(_at(rows, answer, "memory_mb"), float(answer["memory_saving_mb"])) for answer in answers)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The estimate for people, as YAML comments: what is printed stays a recipe."""
+    """Format the estimate as YAML comments, so that the printed configuration remains a valid recipe."""
     if not found["possible"]:
         return [f"# no estimate: {found['note']}"]
     where = (
@@ -179,7 +190,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 5 min 10 s, 3 h 20 min, 12 d 4 h."""
+    """Format a duration as 45 s, 5 min 10 s, 3 h 20 min or 12 d 4 h."""
     for big, small, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if seconds >= size:
             whole, rest = divmod(round(seconds / part), size // part)
@@ -192,19 +203,21 @@ def _gb(megabytes: float) -> str:
 
 
 def _at(rows: int, answer: dict[str, Any], what: str) -> float:
-    """A number at `rows` rows: measured, or on the straight line through one row and the most that were tried."""
+    """Return a value at `rows` rows, by linear extrapolation from one row and the most rows that were tried."""
     tried, value, one = int(answer["rows"]), float(answer[what]), float(answer["one"][what])
     if tried > 1:
         return value + (rows - tried) * max(0.0, value - one) / (tried - 1)
-    # Too slow or too large for a second row: at most this much.
+    # A second row was too slow or too large; this is an upper bound.
     return value * rows if what == "seconds" else value + (rows - 1) * float(answer["row_mb"])
 
 
 def layout(config: TrainConfig) -> tuple[int, int, bool, str | None]:
-    """Workers of the run, how many of them to try here, whether on GPUs, and what the estimate cannot say.
+    """Return the number of workers, the number of processes to try here, whether they use GPUs, and a note.
+
+    The note names a limitation of the estimate; it is None if there is no limitation.
 
     Raises:
-        _Impossible: the workers will be on other hardware than there is here.
+        _Impossible: if the workers need hardware that this machine lacks.
     """
     gpus, address = torch.cuda.device_count(), cluster_address()
     if config.use_gpu and not gpus:
@@ -219,16 +232,16 @@ def layout(config: TrainConfig) -> tuple[int, int, bool, str | None]:
         return workers, min(workers, os.cpu_count() or 1), False, None
     if gpus < fewest:
         raise _Impossible(f"{fewest} workers need as many GPUs, this machine has {gpus}")
-    # Of an elastic run as many as there is room for.
+    # An elastic run gets as many workers as there are GPUs.
     workers = min(workers, gpus)
     return workers, workers, True, None
 
 
 def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[str, Any]]:
-    """The answers of all processes, by rank.
+    """Run the processes and return their answers, by rank.
 
     Raises:
-        _Impossible: one failed, or they take too long.
+        _Impossible: if a process fails, or the trial exceeds LIMIT_S.
     """
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
         folder, begun = Path(name), time.time()
@@ -239,7 +252,7 @@ def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[s
                     break
                 time.sleep(0.05)
             codes = [child.poll() for child in children]
-        # The first that failed knows why; others then only miss it.
+        # Only answers of failed processes explain the failure; the other processes only waited for them.
         told = [rank for rank, code in enumerate(codes) if code] or range(processes)
         answers = [_answer(folder, rank, codes[rank]) for rank in told]
     failed = [answer["error"] for answer in answers if "error" in answer]
@@ -261,7 +274,7 @@ def _answer(folder: Path, rank: int, code: int | None) -> dict[str, Any]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends this process as usual, but with the processes and the folder cleared away."""
+    """On SIGTERM, exit with the usual code after the child processes and the folder are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -274,12 +287,12 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _children(folder: Path, processes: int, threads: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes; none of them outlives the block."""
-    # They find this package as we did, and nothing else in the current folder.
+    """Start the processes, and kill them at the end of the block."""
+    # The children import the same package as this process, and (-P) nothing else from the current folder.
     paths = [str(Path(animediffusion.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        **MALLOC,  # as workers have it: it changes both time and memory
+        **MALLOC,  # workers have these settings too, which change time and memory
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",

@@ -1,10 +1,10 @@
-"""One worker's steps, tried and timed without Ray: the child process of pipelines/estimate/estimate.py.
+"""Execute and time the steps of one worker without Ray; this is the child process of pipelines/estimate/estimate.py.
 
     python -m animediffusion.pipelines.estimate.estimate_worker FOLDER RANK
 
-FOLDER/order.json says what; the answer is FOLDER/RANK.json. The steps are those of a run, on rows of its dataset:
-decoded, augmented, through network, objective, optimizer and, of several workers, DDP. Not here: what follows from the
-numbers.
+FOLDER/order.json contains the arguments, and the process writes its answer to FOLDER/RANK.json. The steps are the same
+as in a run, on rows of its dataset: decoding, augmentation, network, objective, optimizer and, for several workers,
+DDP. estimate.py computes the estimate from the answers.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from animediffusion.platform.storage import files as storage
 from animediffusion.platform.tracking import run as tracking  # noqa: F401 - a worker imports MLflow, so its memory counts
 
 MIN_STEPS = 2
-"""Are timed, however long one takes."""
+"""Fewest timed steps, however long a step takes."""
 LONGEST_S = 40.0
-"""Where MIN_STEPS and one to warm up might take longer, fewer rows are tried."""
+"""Fewer rows are tried if MIN_STEPS and a warm-up step might take longer than this, in seconds."""
 ROWS_READ = 64
-"""At most; a larger step takes them several times."""
+"""Most rows to read from the dataset; a step with more rows repeats them."""
 MEMORY_SHARE = 0.7
-"""Of the free memory that the trial may take."""
+"""Share of the free memory that the trial may use."""
 STATE_BYTES = 20
-"""Of a parameter: itself, its average, its gradient and two moments, 4 bytes each; as many for each further average."""
+"""Bytes per parameter: 4 each for value, average, gradient and two moments. Each further average adds 4 bytes."""
 MB = 2**20
 
 
 def main(folder: Path, rank: int) -> None:
-    """Do what the order says and write the answer, or `error`, one line."""
+    """Execute the order and write the answer, or a one-line `error`, to FOLDER/RANK.json."""
     order = json.loads((folder / "order.json").read_text())
     threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
     try:
@@ -60,21 +60,21 @@ def main(folder: Path, rank: int) -> None:
     written = folder / f"{rank}.partial"
     written.write_text(json.dumps(answer))
     written.rename(folder / f"{rank}.json")
-    # Without waiting for the other ranks, which may have failed.
+    # os._exit() does not wait for the other ranks, which may have failed.
     os._exit("error" in answer)
 
 
 class _Probe:
-    """One rank.
+    """The trial of one rank.
 
     Args:
-        order: parent (process id), run (TrainConfig as a dictionary), image_size, rows (of a step, on one worker),
-            timed_s (seconds of steps to time), world_size, cuda.
-        rank: of this process.
-        folder: where the ranks find each other, and a checkpoint is written.
+        order: parent (process id), run (TrainConfig as a dictionary), image_size, rows (per step and worker), timed_s
+            (duration of the timed steps in seconds), world_size, cuda.
+        rank: rank of this process.
+        folder: folder for the rendezvous of the ranks and for a checkpoint.
 
     Raises:
-        MemoryError: the weights and what goes with them are larger than what is free.
+        MemoryError: if weights and optimizer state exceed the free memory.
     """
 
     def __init__(self, order: dict[str, Any], rank: int, folder: Path) -> None:
@@ -105,7 +105,14 @@ class _Probe:
             )
 
     def run(self) -> dict[str, Any]:
-        """Seconds of a step, and the most memory until then, with one row and with `rows`; size of a checkpoint."""
+        """Measure the duration of a step and the peak memory, for one row and for more rows, and save a checkpoint.
+
+        Returns:
+            The answer: ready (time when the process was ready), one (seconds and memory_mb of a step with one row),
+            row_mb (memory of one more row), rows (rows of the timed steps), steps, seconds (per step), others (CPU
+            share of other programs), memory_mb and memory_saving_mb (peak before and after saving), device,
+            gpu_memory_mb (None on CPUs); on rank 0 also checkpoint_s, checkpoint_mb and weights_mb.
+        """
         ready = time.time()
         self._step(1)
         one, one_mb = self._step(1), self._peak_mb()
@@ -135,7 +142,7 @@ class _Probe:
         }
 
     def _most_rows(self, seconds: float, row_mb: float) -> int:
-        """Double the rows until a step has all of them, or twice as many might not fit in time or memory."""
+        """Double the rows up to those of a worker, while twice as many are expected to fit in time and memory."""
         rows = 1
         while rows < self.rows:
             more, before = min(2 * rows, self.rows), self._peak_mb()
@@ -154,7 +161,7 @@ class _Probe:
         return float(psutil.virtual_memory().available) / MB / self.world_size
 
     def _step(self, rows: int) -> float:
-        """Do one, as a worker does; returns its seconds."""
+        """Execute one step as a worker does, and return its duration in seconds."""
         begun = time.monotonic()
         chosen = np.resize(np.arange(len(self.encoded["target"])), rows)
         arrays = decode_rows({name: [column[i] for i in chosen] for name, column in self.encoded.items()})
@@ -166,7 +173,7 @@ class _Probe:
         return time.monotonic() - begun
 
     def _agree(self, value: int) -> int:
-        """What rank 0 says."""
+        """Return the value of rank 0 on all ranks."""
         if self.world_size == 1:
             return int(value)
         said: Tensor = torch.tensor(int(value), device=self.device)
@@ -188,13 +195,16 @@ class _Probe:
 
 
 class _Watch:
-    """How busy the machine is, from now on."""
+    """Measurement of the CPU load, from its construction on."""
 
     def __init__(self) -> None:
         self.begun, self.own, self.all = time.monotonic(), time.process_time(), self._busy()
 
     def others(self, processes: int) -> float:
-        """The share of all cores that others took, 0 to 1; `processes` like this one are not among them."""
+        """Return the share of all cores that other programs used, 0 to 1.
+
+        The CPU time of this process times `processes` counts as the trial's own.
+        """
         seconds = (time.monotonic() - self.begun) * (os.cpu_count() or 1)
         own = processes * (time.process_time() - self.own)
         return min(1.0, max(0.0, (self._busy() - self.all - own) / seconds))
@@ -205,8 +215,8 @@ class _Watch:
 
 
 def peak_resident_mb() -> float:
-    """The most memory that this process had in RAM so far, MB."""
-    # Not ru_maxrss where there is better: a new process inherits that of the one that started it.
+    """Return the peak resident memory of this process so far, in MB."""
+    # Linux has VmHWM; ru_maxrss is only the fallback, because a new process inherits the value of its parent.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
