@@ -1,13 +1,13 @@
-"""Checkpoints of a run: whole or absent, checked by hash, readable with safetensors and JSON alone.
+"""Checkpoints of a run: written atomically, verified by hash, readable with safetensors and JSON alone.
 
     PLACE/step-00000500/{state.safetensors, state.json, checksums.json[, score.json]}
 
-On a disk a checkpoint appears by one rename. In an object store checksums.json is written last; a folder without it is
-no checkpoint. Kept are the newest few and the one with the best score.
+On a local disk, a checkpoint appears by one rename. In an object store, checksums.json is written last: a folder
+without it is not a checkpoint. The newest few checkpoints and the one with the best score are kept.
 
-Why not Ray Train's own registry: it rewrites one snapshot in place, so a kill or an outage in that moment ends the run;
-it reads only what the same version of Ray wrote; and it knows no hashes.
-Not here: what a state is (models/training/loop.py); who scores (pipelines/training/validation.py).
+Ray Train's own checkpoint registry is not used: it rewrites one snapshot in place, so a kill or an outage at that
+moment ends the run; it reads only what the same version of Ray wrote; and it has no hashes.
+models/training/loop.py defines the state, pipelines/training/validation.py computes the score.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from animediffusion.platform.storage import files as storage
 
 CHECKSUMS, SCORE = "checksums.json", "score.json"
 BEST_BY = "ciede2000"
-"""Of a score; lower is better."""
+"""The entry of a score that decides which checkpoint is best; lower is better."""
 OUTLAST_S = 300.0
-"""How long a run waits for a store that it cannot do without: to read its last checkpoint, and to write its result."""
+"""Seconds for which a run retries what it cannot skip: reading its last checkpoint and writing its result."""
 PAUSE_S = 5.0
+"""Seconds between two such attempts."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 T = TypeVar("T")
 Save = Callable[[Path], None]
-"""Writes the files of a state into a folder; called in another thread than training's."""
+"""Function that writes the files of a copied state into a folder; it runs outside the training thread."""
 Take = Callable[[], Save]
-"""Copies a state, so that training can change it meanwhile."""
+"""Function that copies the current state, so that training can continue while the copy is written."""
 
 
 def step_name(step: int) -> str:
-    """Folder of a step's checkpoint."""
+    """Return the name of the folder that holds a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def _files(place: str) -> dict[int, set[str]]:
-    """Names of the files of each whole checkpoint at `place`, by step, from one listing."""
+    """Return the file names of each complete checkpoint at `place`, by step, from one listing."""
     found: dict[int, set[str]] = {}
     for path in storage.list_files(place) if storage.exists(place) else []:
         folder, _, name = path.partition("/")
@@ -59,17 +60,17 @@ def _files(place: str) -> dict[int, set[str]]:
 
 
 def list_steps(place: str) -> list[int]:
-    """Steps of the whole checkpoints at `place`, ascending."""
+    """Return the steps of the complete checkpoints at `place`, ascending."""
     return sorted(_files(place))
 
 
 def latest_step(place: str) -> int:
-    """The step of the newest checkpoint at `place`, 0 if there is none."""
+    """Return the step of the newest checkpoint at `place`, or 0 if `place` has no checkpoint."""
     return max(list_steps(place), default=0)
 
 
 def fetch(place: str, step: int, folder: Path) -> None:
-    """Copy a checkpoint into a local folder and check it.
+    """Copy a checkpoint into a local folder and verify its hashes.
 
     Raises:
         ValueError: a file is missing or differs from its hash.
@@ -88,9 +89,10 @@ def fetch(place: str, step: int, folder: Path) -> None:
 
 
 def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
-    """fetch() of the newest checkpoint that is as it was written; returns its step, 0 if there is none.
+    """Fetch the newest undamaged checkpoint and return its step, or 0 if there is none.
 
-    A damaged one loses its checksums, so that from then on nobody takes it for a checkpoint; the rest stays to look at.
+    The checksums.json of a damaged checkpoint is deleted, so that the folder no longer counts as a checkpoint. Its
+    other files stay for inspection.
     """
     for step in reversed(list_steps(place)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,37 +108,37 @@ def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
 
 
 def read_scores(place: str) -> dict[int, dict[str, float]]:
-    """Scores of the checkpoints that have one, by step, ascending."""
+    """Return the scores of all scored checkpoints, by step, ascending."""
     scored = sorted(step for step, names in _files(place).items() if SCORE in names)
     return {step: json.loads(storage.read_bytes(storage.join(place, step_name(step), SCORE))) for step in scored}
 
 
 def write_score(place: str, step: int, score: dict[str, float]) -> None:
-    """Put a score beside a checkpoint."""
+    """Write a score into the folder of its checkpoint."""
     storage.write_bytes(storage.join(place, step_name(step), SCORE), json.dumps(score).encode() + b"\n")
 
 
 def best_step(scores: dict[int, dict[str, float]]) -> int | None:
-    """The step with the lowest cross-reference CIEDE2000, the later of equals; None without scores."""
+    """Return the step with the lowest cross-reference CIEDE2000 (the later step of a tie), or None without scores."""
     return min(scores, key=lambda step: (scores[step][BEST_BY], -step), default=None)
 
 
 def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints, the best, and those whose score is `awaited`."""
+    """Delete all checkpoints except the newest `keep`, the best, and the steps in `awaited`, which await a score."""
     old = [step for step in list_steps(place)[:-keep] if step not in awaited]
     if old:
         best = best_step(read_scores(place))
         for step in old:
             if step != best:
-                # First what makes it a checkpoint: a kill in between leaves none that is half there.
+                # Delete the checksums first: a kill between the two calls then leaves no incomplete checkpoint.
                 storage.delete(storage.join(place, step_name(step), CHECKSUMS))
                 storage.delete(storage.join(place, step_name(step)))
 
 
 def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
-    """The result of `call`, asked again while the store fails, for so long; then its StorageError.
+    """Return the result of `call`, retried on StorageError for up to `seconds`; then raise that error.
 
-    For the few things that a run cannot be without; each call has storage's own patience already.
+    Use it only for calls that a run cannot skip: the storage functions already retry for a shorter time.
     """
     end = time.monotonic() + seconds
     while True:
@@ -149,18 +151,18 @@ def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one run, one after the other, and deletes what is not kept.
+    """Saves the checkpoints of one run, one at a time, and deletes the old ones.
 
-    `save` returns when the state is copied; a thread writes, hashes and uploads the copy while training goes on. There
-    are two copies at most: a state that comes while an older one is on its way takes the place of another that waits.
-    What cannot be saved is a warning: training goes on, the next save tries again.
+    `save` returns as soon as the state is copied; a thread writes, hashes and uploads the copy while training
+    continues. At most two copies exist, one being written and one waiting: a new state replaces the waiting one.
+    A failed save only causes a warning: training continues, and the next save tries again.
 
     Args:
-        place: where checkpoints go.
-        keep: how many of the newest stay.
-        warn: gets one line for what could not be saved.
-        saved: gets step and state of every checkpoint that is there; called from the thread that wrote it.
-        awaited: returns the steps that stay until they have a score.
+        place: URI of the folder for the checkpoints.
+        keep: number of newest checkpoints to keep.
+        warn: called with one line for each failed save.
+        saved: called with step and state after each successful save, in the thread that wrote it.
+        awaited: returns the steps whose checkpoints must stay because they await a score.
     """
 
     def __init__(
@@ -181,9 +183,9 @@ class CheckpointWriter:
             self._clear()
 
     def save(self, step: int, take: Take) -> None:
-        """Copy a state now and save it; never raises for a disk that is full or a store that fails."""
+        """Copy the state now and save it in the background; a full disk or a failing store never raises here."""
         with self._changed:
-            self._next = None  # before the copy: there is memory for two, and one may be on its way
+            self._next = None  # before copying: memory suffices for two copies, and one may be being written
         state = take()
         with self._changed:
             self._next = (step, state)
@@ -192,10 +194,10 @@ class CheckpointWriter:
                 threading.Thread(target=self._save_all, name="checkpoints", daemon=True).start()
 
     def finish(self, step: int, take: Take) -> None:
-        """Save the last state and wait until it is there, with patience.
+        """Save the last state and wait until it is written; retry for up to OUTLAST_S.
 
         Raises:
-            StorageError: it could not be saved in OUTLAST_S.
+            StorageError: the state could not be saved within OUTLAST_S.
         """
 
         def attempt() -> None:
@@ -208,17 +210,17 @@ class CheckpointWriter:
         outlast(attempt)
 
     def prune(self) -> None:
-        """Delete what is not kept. If the store fails, the old checkpoints stay and do no harm."""
+        """Delete the checkpoints that are not to be kept; if the store fails, they stay, which does no harm."""
         with suppress(StorageError):
             prune(self.place, self.keep, self.awaited())
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Wait until no checkpoint is being written or waiting."""
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
 
     def _write(self, step: int, state: Save) -> Path:
-        """The files of a checkpoint in a local folder, checksums included."""
+        """Write the files of a checkpoint, checksums included, into a local folder and return the folder."""
         if self._remote:
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         else:
@@ -246,7 +248,7 @@ class CheckpointWriter:
                 self._commit(step, self._write(step, state))
                 self.saved(step, state)
                 self.prune()
-            except Exception as error:  # a full disk, a store that fails, any other: wait() must return
+            except Exception as error:  # whatever the error is, the loop must continue, so that wait() returns
                 self._failed(step, error)
             del state
 
@@ -270,13 +272,13 @@ class CheckpointWriter:
         self.warn(f"the checkpoint of step {step} could not be saved ({reason}); training goes on")
 
     def _clear(self) -> None:
-        """What a killed process left half written."""
+        """Delete the partial checkpoints of a killed process."""
         for path in Path(self.place).glob(".step-*.part"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _to_disk(folder: Path) -> None:
-    """Ask the system to write a folder's files, and its list of them, out of memory."""
+    """Flush a folder's files and the folder's own entry list to disk (fsync)."""
     for path in [*(entry for entry in folder.iterdir() if entry.is_file()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

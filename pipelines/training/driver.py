@@ -2,9 +2,9 @@
 
     result = train(settings, load_recipe("demo", ["data=workspace/data/faces"]))
 
-A run lives in WORKSPACE/runs/NAME. Its name follows from what decides the result, so the same command finds its own
-checkpoints and goes on. Not here: what is to be done (pipelines/training/plan.py), one worker
-(pipelines/training/worker.py), one step (models/training/loop.py).
+The folder of a run is WORKSPACE/runs/NAME. NAME is derived from the settings that decide the result, so the same
+command finds its own checkpoints and resumes. pipelines/training/plan.py decides what a run does,
+pipelines/training/worker.py is one worker, and models/training/loop.py is one step.
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ from animediffusion.platform.storage import files as storage
 from animediffusion.platform.tracking.run import TRAINING, Run, send_left
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
-"""Of one worker: how many rows a run of max_minutes may need at most, before its speed is known."""
+"""Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
 POLL_S = 0.5
 
 UNSENT = "unsent"
-"""Folder of a run for records that wait for MLflow."""
+"""Subfolder of a run with the records that MLflow has not received yet."""
 
 Report = Callable[[dict[str, Any]], None]
-"""Called with the latest of: step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings, ..."""
+"""Callback for progress, with the latest step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings
+and further values of Progress (pipelines/training/worker.py)."""
 
 
 def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
-    """Train to the end of the budget and return what the contract's `train --json` prints.
+    """Train to the end of the budget and return the JSON object that `train --json` prints.
 
-    The caller has connected to Ray.
+    The caller must have connected to Ray.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the checkpoint is saved.
+        Interrupted: the process got SIGINT or SIGTERM; a checkpoint is saved.
         ClusterError: the cluster cannot hold the run.
         TrainingError: workers failed more often than max_failures, or the loss is not finite.
     """
@@ -100,7 +101,7 @@ def _fit(
         begun = latest_step(work.checkpoints)
         trainer = build_trainer(work, scaling, run, shared, worker_threads(scaling))
         latest = _run_and_watch(trainer, work, progress, report)
-        # One execution of Ray Data has a bounded table of reads; the next continues as a resumed run does.
+        # One Ray Data execution delivers a bounded number of rows; if they run out, continue as a resumed run does.
         if not begun < latest.get("step", 0) < latest.get("max_steps", 0):
             return latest
 
@@ -113,15 +114,15 @@ def build_trainer(
     threads: int,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
-    """The run as Ray Train knows it.
+    """Build Ray Train's trainer of a run.
 
     Args:
-        work: what is to be done.
-        scaling: workers and what each takes.
-        run: of MLflow.
-        shared: init_weights, progress, samples and, in a search, rungs: see train_worker.
-        threads: of a worker's arithmetic.
-        callbacks: of Ray Train.
+        work: plan of the run.
+        scaling: number of workers and resources of each.
+        run: the run in MLflow.
+        shared: init_weights, progress, samples and, in a search, rungs; train_worker describes them.
+        threads: OpenMP threads of each worker.
+        callbacks: Ray Train callbacks.
     """
     config = work.config
     return TorchTrainer(
@@ -139,21 +140,21 @@ def build_trainer(
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            # Ray's own notes about this fit(); checkpoints are ours (pipelines/training/checkpoints.py says why).
+            # Ray keeps only its own records of fit() here: pipelines/training/checkpoints.py writes the checkpoints.
             name="ray",
             storage_path=str(work.folder),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             worker_runtime_env={"env_vars": {**MALLOC, "OMP_NUM_THREADS": str(threads)}},
             callbacks=callbacks,
         ),
-        # The rows depend on how many workers there are, which Ray knows when it starts them.
+        # A placeholder: the rows depend on the number of workers, which Ray knows only when it starts them.
         datasets={"train": _nothing},
         dataset_config=_TrainingData(functools.partial(_dataset, work, bool(scaling.use_gpu))),
     )
 
 
 def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> dict[str, Any]:
-    """fit() in a thread, so that this one can show progress and hear signals."""
+    """Run fit() in a thread, report progress and handle signals meanwhile, and return the last progress report."""
     outcome: list[BaseException | None] = []
 
     def body() -> None:
@@ -187,7 +188,10 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
 
 
 class Signals:
-    """SIGINT and SIGTERM ask for a stop, in the main thread; the second one is Python's own business."""
+    """Context manager that handles SIGINT and SIGTERM in the main thread.
+
+    The first signal is appended to `heard` and calls `stop`; the second raises KeyboardInterrupt.
+    """
 
     def __init__(self, heard: list[int], stop: Callable[[], object]) -> None:
         self.heard, self.stop = heard, stop
@@ -210,16 +214,16 @@ class Signals:
 
 
 def _progress() -> Any:
-    """On this node: it is to live as long as the driver, whatever other nodes do."""
+    """Start the Progress actor on this node, so that it lives as long as the driver even if other nodes fail."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class _TrainingData(ray.train.DataConfig):
-    """What a TorchTrainer needs as `dataset_config`: rows for as many workers as there are, their order kept.
+    """Ray Train's `dataset_config`: builds an ordered dataset for the number of workers that Ray started.
 
     Args:
-        build: makes the dataset for a number of workers; called for every group of workers that Ray starts.
+        build: returns the dataset for a number of workers; called for every group of workers that Ray starts.
     """
 
     def __init__(self, build: Callable[[int], ray.data.Dataset]) -> None:
@@ -229,18 +233,21 @@ class _TrainingData(ray.train.DataConfig):
     def configure(
         self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """Iterators of each worker, for the dataset of this many workers in place of what the trainer was given."""
+        """Return each worker's iterators over a dataset built for `world_size` workers.
+
+        That dataset replaces the placeholder that the trainer got.
+        """
         built = {name: self._build(world_size) for name in datasets}
         iterators: list[dict[str, ray.data.DataIterator]] = super().configure(built, world_size, *args, **kwargs)
         return iterators
 
 
 def _nothing() -> None:
-    """No dataset yet."""
+    """Placeholder for the dataset of a trainer; _TrainingData builds the real one."""
 
 
 def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
-    """Rows from the newest checkpoint on, for a group of workers that was just started."""
+    """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
     storage.expect(work.checkpoints, work.config.data)
     config, start = work.config, outlast(lambda: latest_step(work.checkpoints))
     rows = config.batch_size // world_size
@@ -269,7 +276,7 @@ def _samples(config: TrainConfig) -> Any:
 
 
 def _finish(work: RunPlan, run: Run, latest: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Write the bundle from the last checkpoint, or the best, and the summary."""
+    """Write the bundle (from the last or the best checkpoint) and run.json; return the summary."""
     config, steps, scores = work.config, latest_step(work.checkpoints), read_scores(work.checkpoints)
     if not steps:
         raise TrainingError(f"run {work.run}", f"no checkpoint in {work.checkpoints}", "set storage= to a common place")
@@ -325,7 +332,7 @@ def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: flo
     }
     bundle_config = replace(bundle_config, provenance=provenance)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    # Of a resumed run only the last part is known. Not in the provenance: equal runs are to have equal bundles.
+    # The duration of a resumed run is unknown. It is not part of the provenance: equal runs must give equal bundles.
     card = model_card(bundle_config, parameters, None if work.start_step else seconds)
     folder_path = work.folder / "bundle"
     save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card, averages=averages)
@@ -333,7 +340,7 @@ def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: flo
 
 
 def reason(error: BaseException) -> str:
-    """Why fit() failed, in one line: what a worker said last."""
+    """Return in one line why fit() failed: the last line of the first worker's error."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
     return next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
@@ -347,7 +354,7 @@ def _explain(error: BaseException, work: RunPlan) -> BaseException:
 
 
 def _hopeless(work: RunPlan, reason: str, advice: str) -> TrainingError:
-    """For what would happen again if the same command went on."""
+    """Return the error for a failure that would recur if the same command resumed the run."""
     kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
     return TrainingError(f"run {work.run}", reason, f"{kept}; {advice}")
 

@@ -8,12 +8,12 @@ from animediffusion.models.bundle import BundleConfig
 
 
 def model_card(config: BundleConfig, num_parameters: int, seconds: float | None = None) -> str:
-    """What the model is, how it was made, how to use it, what it cannot do.
+    """Return the card: what the model is, how it was made, how to use it, what its limits are.
 
     Args:
-        config: of the bundle, with its provenance.
-        num_parameters: of the network.
-        seconds: what training took, if that is known.
+        config: configuration of the bundle, with its provenance.
+        num_parameters: number of parameters of the network.
+        seconds: duration of the training; None if unknown.
     """
     made, sampler = config.provenance, config.sampler
     rows = {

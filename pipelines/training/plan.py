@@ -1,9 +1,9 @@
-"""What a run will do, before it does anything: its config, name, folder, parent, and where it continues.
+"""The plan of a run: its resolved config, name, folder, parent and the step at which it starts or resumes.
 
     work = plan(settings, load_recipe("demo", ["data=workspace/data/faces"]))
     print(work.run, work.start_step, work.finished)
 
-Not here: doing it, see pipelines/training/driver.py.
+pipelines/training/driver.py carries the plan out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from animediffusion.platform.storage import files as storage
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that is known before training begins."""
+    """Everything about a run that is decided before training begins."""
 
     config: TrainConfig
     run: str
@@ -44,12 +44,12 @@ class RunPlan:
 
     @property
     def checkpoints(self) -> str:
-        """URI of the folder of pipelines/training/checkpoints.py."""
+        """URI of the folder with the checkpoints."""
         return storage.join(self.storage, "checkpoints")
 
 
 def plan(settings: Settings, config: TrainConfig) -> RunPlan:
-    """Resolve a run against its data, its parent and what is already there. Writes nothing.
+    """Resolve a config against its data, its parent model and an existing run folder. This writes nothing.
 
     Raises:
         ConfigError: a run of that name has another config, image_size differs from the data's, or the parts of the
@@ -83,7 +83,7 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
 
 
 def describe(work: RunPlan) -> dict[str, Any]:
-    """What `train --dry-run` prints: the resolved config, and what can be said before training."""
+    """Return the facts that `train --dry-run` prints: the resolved config, number of parameters and resume step."""
     config = work.config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in config.bundle_config(work.image_size).build().parameters())
@@ -102,7 +102,10 @@ def describe(work: RunPlan) -> dict[str, Any]:
 
 
 def _require_fit(config: TrainConfig, size: int) -> None:
-    """Prediction, path and objective are made for each other; tried here, where it costs one line and no cluster."""
+    """Raise ConfigError if prediction, path and objective do not fit together, before a cluster is started.
+
+    The model and the objective are built on the meta device, which allocates no memory.
+    """
     try:
         with torch.device("meta"):
             bundle = config.bundle_config(size)
@@ -115,7 +118,7 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    # Through the class: a setting that came later has its default there.
+    # TrainConfig fills in the defaults of settings that are newer than the file.
     old, new = TrainConfig.check(read_yaml(path)).identity(), config.identity()
     if _is_moved(old["data"], new["data"], folder.parents[1]):
         old["data"] = new["data"]
@@ -127,7 +130,7 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
 
 
 def _is_moved(old: str, new: str, workspace: Path) -> bool:
-    """Whether two addresses of data are the same folder of a workspace, before and after the workspace was moved."""
+    """Return whether `old` and `new` are one data folder inside a workspace that was moved in between."""
     if storage.is_remote(old) or not Path(new).is_relative_to(workspace):
         return False
     inside = Path(new).relative_to(workspace).parts
@@ -135,7 +138,7 @@ def _is_moved(old: str, new: str, workspace: Path) -> bool:
 
 
 def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
-    """A finished run goes on only when it is given more steps."""
+    """Return whether a finished run is done: it continues only if max_steps was raised."""
     return config.max_steps is None or int(record["result"]["steps"]) >= config.max_steps
 
 
@@ -147,12 +150,12 @@ def _load(folder: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
+    """Read a JSON object; the result is empty if the file does not exist."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write it whole, through a neighbor and a rename."""
+    """Write a JSON object atomically (temporary file, then rename)."""
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.rename(path)

@@ -1,7 +1,7 @@
-"""What rank 0 of a training run exports to Prometheus, through Ray, beside what it writes to MLflow.
+"""Prometheus metrics of a training run, exported by rank 0 through Ray.
 
-Ray writes `ray_` before each name; the tag `run` is the run's name. infra/grafana shows them. Where a cluster exports
-no metrics, as the embedded one, they go nowhere.
+Ray adds the prefix `ray_` to each name; the tag `run` is the run's name. The dashboard in infra/grafana shows these
+metrics. A cluster that exports no metrics, such as the embedded one, discards them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PREFIX = "animediffusion_train_"
 
 
 class RunGauges:
-    """The numbers of one run.
+    """Prometheus gauges of one run.
 
     Args:
-        run: its name.
+        run: name of the run.
     """
 
     def __init__(self, run: str) -> None:
@@ -31,7 +31,7 @@ class RunGauges:
             gauge.set_default_tags({"run": run})
 
     def set(self, **values: float) -> None:
-        """Export what is named in GAUGES; the rest is for others."""
+        """Set the gauges listed in GAUGES; ignore other values."""
         for name, gauge in self._gauges.items():
             if name in values:
                 gauge.set(float(values[name]))

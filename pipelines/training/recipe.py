@@ -1,6 +1,6 @@
-"""What a training run is: a recipe (YAML) with overrides, resolved, and the name that follows from it.
+"""The configuration of a training run: a recipe (YAML) with overrides, and the run name derived from it.
 
-Not here: running it, see pipelines/training/driver.py.
+pipelines/training/driver.py runs a recipe.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from animediffusion.platform.errors import ConfigError
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 BUDGET = frozenset({"max_steps", "max_minutes"})
-"""One of them is set."""
+"""Keys of the budget; exactly one of them is set."""
 
 NOT_IDENTITY = frozenset(
     {"name", *BUDGET, "num_workers", "use_gpu", "cpus_per_worker", "storage", "attention", "compile"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures", "bundle"}
 )
-"""Budget, workers, addresses and logging: changing them continues the same run."""
+"""Keys (budget, workers, addresses, logging, ...) that may change when the same run continues."""
 MOST_WORKERS = 4096
 CPU_WORKERS = 2
-"""Where the recipe does not say and there are no GPUs."""
+"""Most workers without GPUs if the recipe sets no number."""
 
 
 class TrainConfig(Config):
-    """A resolved training run."""
+    """All settings of a training run."""
 
     recipe: str = Field(min_length=1)
-    """Where it came from, and the first part of the run's name."""
+    """Name of the recipe; it becomes the first part of the run's name."""
     data: str
     """URI of a dataset."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Run name; RECIPE + 8 hex of the config if None."""
+    """Name of the run; if None, RECIPE-XXXXXXXX with the first 8 hex digits of fingerprint()."""
     init_from: str | None = None
-    """Model whose weights, network and path to start from (a bundle or a registered version)."""
+    """Model (a bundle or a registered version) whose weights, network and path the run starts from."""
     image_size: int | None = Field(default=None, gt=0)
-    """Side in pixels; the dataset's if None, and it must be that."""
+    """Side in pixels; it must equal the dataset's size, and None means that size."""
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     network: UNetConfig = UNetConfig()
@@ -59,38 +59,39 @@ class TrainConfig(Config):
     prediction: Prediction = "x0"
     clamp: bool = False
     sampler: SamplerDefaults | None = None
-    """What the bundle samples with; of the model it starts from, or the defaults, if None."""
+    """Sampler settings of the bundle; if None, those of the model in init_from, or the defaults without one."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
 
     batch_size: int = Field(default=32, gt=0)
-    """Rows of a step, all workers together."""
+    """Rows per step, over all workers together."""
     max_steps: int | None = Field(default=None, gt=0)
     max_minutes: float | None = Field(default=None, gt=0)
-    """Of training proper: becomes max_steps once the first steps are timed."""
+    """Time limit of the training itself, in minutes; it becomes max_steps once the first steps are timed."""
 
     num_workers: int | tuple[int, int] | None = None
-    """One per GPU, at most 2 without GPUs, and the largest such number that divides batch_size, if None. Or (fewest,
-    most): as many as the cluster has room for, fewer after a node is lost; batch_size stays."""
+    """Number of workers. If None, the largest number that divides batch_size, at most one per GPU (2 without GPUs).
+    If (fewest, most), as many as the cluster has room for, and fewer after a node is lost; batch_size stays."""
     use_gpu: bool | None = None
-    """One GPU per worker. If None, wherever the cluster has enough of them now; true also waits for an autoscaler."""
+    """Whether each worker gets a GPU. If None, it does if the cluster has enough GPUs now; with true, the run also
+    waits for an autoscaler to add them."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
-    """Half a CPU on a CPU cluster if None, so that Ray Data has the rest."""
+    """CPUs per worker. If None, 1 with GPUs and at most 0.5 without, so that half of the CPUs are left for Ray Data."""
     storage: str | None = None
-    """URI for checkpoints that all nodes reach; the workspace if None."""
+    """URI for the checkpoints, which all nodes must be able to reach; the workspace if None."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
-    """Compile the network with torch.compile: a faster step after minutes of compiling; needs a C++ compiler."""
+    """Compile the network with torch.compile: steps get faster after minutes of compiling. It needs a C++ compiler."""
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     num_samples: int = Field(default=32, ge=0)
-    """Rows of val on which each checkpoint is scored and that show in MLflow; 0 scores none."""
+    """Number of val rows on which each checkpoint is scored, and which MLflow shows; 0 disables scoring."""
     bundle: Literal["last", "best"] = "last"
-    """Which checkpoint becomes the bundle: best is by CIEDE2000 on the cross track."""
+    """Checkpoint that becomes the bundle; `best` is the one with the lowest CIEDE2000 on the cross track."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures to survive; -1 is no limit. A node that is taken away with a notice does not count."""
+    """Number of worker failures that the run survives; -1 means no limit. A preemption with a notice does not count."""
 
     @model_validator(mode="after")
     def _budget(self) -> TrainConfig:
@@ -105,7 +106,10 @@ class TrainConfig(Config):
         return self
 
     def workers_on(self, gpus: int) -> tuple[int, int]:
-        """Fewest and most workers with this many GPUs to train on (0: on CPUs); equal where their number is fixed."""
+        """Return the fewest and the most workers for this many GPUs (0 means CPUs only).
+
+        The two are equal if the number of workers is fixed.
+        """
         if isinstance(self.num_workers, tuple):
             return self.num_workers
         if self.num_workers is not None:
@@ -116,20 +120,20 @@ class TrainConfig(Config):
 
     @property
     def run_name(self) -> str:
-        """`name`, else RECIPE + 8 hex."""
+        """`name` if set, else RECIPE-XXXXXXXX with the first 8 hex digits of fingerprint()."""
         return self.name or f"{self.recipe}-{self.fingerprint()[:8]}"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is learned, as plain values."""
+        """Return the settings that decide what is learned, as plain values."""
         values: dict[str, Any] = self.model_dump(mode="json")
         return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
 
     def fingerprint(self) -> str:
-        """sha256 of the identity."""
+        """Return the sha256 of identity(), 64 hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def bundle_config(self, image_size: int) -> BundleConfig:
-        """The bundle that this run makes."""
+        """Return the configuration of the bundle that this run produces."""
         sampler = self.sampler or SamplerDefaults()
         return BundleConfig(
             network=self.network,
@@ -141,34 +145,34 @@ class TrainConfig(Config):
         )
 
     def started_from(self, parent: BundleConfig) -> TrainConfig:
-        """This run with the network, path and prediction of the model it starts from."""
+        """Return this config with the network, path, prediction and clamp of `parent`, and its sampler unless set."""
         values = {"network": parent.network, "path": parent.path, "prediction": parent.prediction}
         return self.model_copy(update={**values, "clamp": parent.clamp, "sampler": self.sampler or parent.sampler})
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A recipe by name or YAML file, with key=value overrides.
+    """Load a recipe by name or YAML file and apply key=value overrides.
 
-    A YAML recipe may name another as `base`, whose values it changes.
+    A YAML recipe may name another recipe as `base`; it then overrides values of that recipe.
 
     Raises:
         ConfigError: unknown recipe or key, or a value out of range.
     """
     values = _with_base(read_yaml(_find(recipe)))
     if BUDGET & {o.partition("=")[0] for o in overrides}:
-        # A budget on the command line replaces the recipe's, whichever unit that has.
+        # A budget on the command line replaces the recipe's, also if one is in steps and the other in minutes.
         values = {key: value for key, value in values.items() if key not in BUDGET}
     values.setdefault("recipe", Path(recipe).stem)
     return TrainConfig.load(None, overrides, **values)
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
+    """Return the dotted keys whose values differ between two nested dictionaries."""
     changed: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
@@ -180,7 +184,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """All settings as JSON values, for config.yaml and MLflow."""
+    """Return all settings as JSON values, for config.yaml and MLflow."""
     return config.model_dump(mode="json")
 
 
@@ -201,7 +205,7 @@ def _with_base(values: dict[str, Any]) -> dict[str, Any]:
     if base is None:
         return values
     inherited = _with_base(read_yaml(_find(str(base))))
-    # The file that was named names the run; its budget replaces the base's, whichever unit that has.
+    # The run is named after this recipe, not after its base. A budget here replaces the base's, in either unit.
     dropped = {"recipe", *(BUDGET if BUDGET & values.keys() else ())}
     return _merge({key: value for key, value in inherited.items() if key not in dropped}, values)
 

@@ -1,8 +1,8 @@
-"""How many workers a run has, whether they have GPUs, and what each takes of the cluster.
+"""Number of workers of a run, and the CPUs and GPUs of each.
 
     scaling, lines = scaling_for(config, *cluster.resources())
 
-Not here: waiting until the cluster has room for them, see platform/cluster/connect.py.
+platform/cluster/connect.py reports while a run waits for free resources.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from animediffusion.platform.errors import ClusterError
 def scaling_for(
     config: TrainConfig, has: Mapping[str, float], may: Mapping[str, float]
 ) -> tuple[ray.train.ScalingConfig, list[str]]:
-    """How many workers there are and what each takes of the cluster, and a line for GPUs that do not train.
+    """Return Ray Train's scaling config (workers and resources of each), and warnings about idle GPUs.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         has: resources of the cluster now.
-        may: the most that it can have; Ray Train waits for nodes that an autoscaler has to add.
+        may: upper limits of these resources; Ray Train waits for nodes that an autoscaler has to add.
 
     Raises:
         ClusterError: the cluster can never hold the run.
@@ -50,7 +50,7 @@ def scaling_for(
 
 
 def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str]:
-    """A line if GPUs of the cluster, or those that its autoscaler can add, are not used by this run."""
+    """Return one warning if the run leaves GPUs idle that the cluster has or its autoscaler can add."""
     if config.use_gpu is False or used >= (gpus or most):
         return []
     where = "" if used else "training runs on CPUs: "
@@ -64,13 +64,13 @@ def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str
 
 
 def worker_threads(scaling: ray.train.ScalingConfig) -> int:
-    """Threads of the arithmetic of each worker, on the nodes that there are."""
+    """Return the number of OpenMP threads of each worker, given the nodes that are alive now."""
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
     workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
     return threads_per_worker(workers, nodes)
 
 
 def threads_per_worker(workers: int, nodes: int = 1) -> int:
-    """What the user set, else a worker's share of the cores, if all nodes are like this one."""
+    """Return OMP_NUM_THREADS if it is set, else a worker's share of the cores of `nodes` nodes like this one."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)

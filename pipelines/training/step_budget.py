@@ -1,4 +1,4 @@
-"""How many steps fit into a time, told from the first of them."""
+"""Estimates from the first steps of a run how many steps fit into its time limit."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable
 from itertools import pairwise
 
 ENOUGH = 40
-"""After so many steps it is told, the first half of them taken as a warm-up."""
+"""Number of steps that are timed at most; the first half of them is the warm-up."""
 
 
 class StepBudget:
-    """The clock of a run that was given minutes instead of steps; it begins to run when it is made."""
+    """Converts the time limit of a run into a number of steps; the time counts from the construction of the object."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`seconds`: how long the run may take."""
+        """Start the clock; `seconds` is the time limit of the run."""
         self._clock = clock
         self._end = clock() + seconds
         self._ends: list[float] = []
 
     def step(self) -> None:
-        """A step is over."""
+        """Record that a step has just ended."""
         if len(self._ends) < ENOUGH:
             self._ends.append(self._clock())
 
     def more(self) -> int | None:
-        """How many more steps fit, at least 1; None if it is too early to tell."""
+        """Return how many more steps fit, at least 1; None if too few steps have been timed."""
         done = len(self._ends)
         if done < 2:
             return None
         left = self._end - self._clock()
-        # On a slow machine those first steps may be more than the time is for. The fastest step tells: compiling and
-        # other first costs are not in it, so that a short run on a fast machine is not taken for one on a slow one.
+        # Estimate early if the time left may not suffice for ENOUGH steps. The fastest step decides this: it is free of
+        # compilation and other startup costs, which would make a short run on a fast machine look slow.
         if done < ENOUGH and left > (ENOUGH - done) * min(end - start for start, end in pairwise(self._ends)):
             return None
         warm = done // 2 - 1

@@ -1,6 +1,6 @@
-"""What a run reports to a search on its way: quality at some steps, so that a bad one can be ended there.
+"""Intermediate reports of a run to a search: the quality at some steps (rungs), so that a bad run can end early.
 
-Not here: which runs there are and which go on, see pipelines/tuning/schedule_search.py.
+pipelines/tuning/schedule_search.py starts the runs, and pipelines/tuning/asha.py decides which of them continue.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from animediffusion.pipelines.training.recipe import TrainConfig
 
 @ray.remote(num_cpus=0)
 class Stops:
-    """The runs of a search that are to end before their last step.
+    """Actor with the runs of a search that must end before their last step.
 
-    They end by themselves: of one that is killed, Ray keeps the CPUs reserved for minutes.
+    Each run polls this actor and ends itself: after a kill, Ray would keep the run's CPUs reserved for minutes.
     """
 
     def __init__(self) -> None:
         self._runs: set[str] = set()
 
     def add(self, run_id: str) -> None:
-        """This run is to end."""
+        """Request the end of a run."""
         self._runs.add(run_id)
 
     def has(self, run_id: str) -> bool:
-        """Whether it is."""
+        """Return whether the end of a run was requested."""
         return run_id in self._runs
 
 
 class Rungs:
-    """The reports of one worker.
+    """Reports of one worker to a search.
 
     Args:
-        shared: of train_worker; its `rungs` are steps (when to report), rows (a Batch or a reference to one) and stops
-            (the actor Stops, or None).
+        shared: the config of train_worker. Its `rungs` hold steps (the steps at which to report), rows (a Batch or an
+            object reference to one) and stops (the actor Stops, or None).
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
@@ -58,12 +58,12 @@ class Rungs:
         self.history: list[tuple[int, float]] = []
 
     def after(self, state: TrainState, rank: int) -> None:
-        """Report if the step that was just done is a rung; all ranks come here."""
+        """Report if the last step is a rung; all ranks must call this."""
         if state.step in self.steps:
             ray.train.report(self.report(state) if rank == 0 else {})
 
     def stopped(self) -> bool:
-        """Whether the search has ended this run, as far as is known without waiting."""
+        """Return whether the search has ended this run, as far as is known without waiting for the actor."""
         if self.stops is None:
             return False
         if self.answer is not None and ray.wait([self.answer], timeout=0)[0]:
@@ -75,7 +75,7 @@ class Rungs:
         return False
 
     def report(self, state: TrainState) -> dict[str, Any]:
-        """step, psnr, sampler_steps, history (JSON: [step, psnr] of all rungs so far), mlflow_run_id."""
+        """Return step, psnr, sampler_steps, history (JSON: [step, psnr] of all rungs so far) and mlflow_run_id."""
         bundle = Bundle(self.config, state.averaged(), {}, "", Path())
         found = best_of(bundle, self.rows)
         self.history.append((state.step, found.psnr))
@@ -89,9 +89,9 @@ class Rungs:
 
 
 def best_of(bundle: Bundle, rows: Batch) -> Point:
-    """What the weights can do: the better of the recipe's sampler and of one step, without guidance.
+    """Return the better measurement of two samplers without guidance: the recipe's, and a single step.
 
-    Predictions differ in how many steps they need; which are best is for `tune sampler` to find afterwards.
+    Both are tried because predictions differ in how many steps they need; `tune sampler` searches further afterwards.
     """
     own = replace(bundle.config.sampler, guidance_scale=1.0)
     choices = dict.fromkeys([own, SamplerDefaults(steps=1)])

@@ -1,8 +1,9 @@
-"""Score a checkpoint while training goes on: on CPUs a task of its own, on GPUs all ranks together between two steps.
+"""Scores a checkpoint while training continues: on CPUs in a separate task, on GPUs by all ranks between two steps.
 
-The first rows of `val`, both tracks, the sampler the bundle will have. Written beside the checkpoint (score.json), to
-MLflow (score/TRACK/METRIC, and the pictures `samples`), and told to the driver. Not here: the tracks, see
-pipelines/evaluation/evaluate.py; which checkpoint is kept for its score, see pipelines/training/checkpoints.py.
+A score measures the first rows of `val` on both tracks, colored with the sampler that the bundle will have. It is
+written into the checkpoint (score.json) and to MLflow (score/METRIC, and the image `samples`), and reported to the
+driver. pipelines/evaluation/evaluate.py defines the tracks, and pipelines/training/checkpoints.py keeps the best
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from animediffusion.platform.errors import StorageError
 from animediffusion.platform.tracking.run import Run
 
 Score = dict[str, float]
-"""psnr, ssim, ciede2000 on the cross track, and psnr_same."""
+"""The psnr, ssim and ciede2000 of the cross track, and psnr_same, the PSNR of the same track."""
 
 
 def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> Score:
-    """Score colored rows, write the score into the checkpoint and record it with a picture of some rows."""
+    """Score colored rows, write the score into the checkpoint, and log it to MLflow with an image of some rows."""
     cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
     kept = {key: float(cross[key] or 0.0) for key in ("psnr", "ssim", "ciede2000")}
     found = {**kept, "psnr_same": float(same["psnr"] or 0.0)}
@@ -44,22 +45,22 @@ def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> S
 
 
 class SharedPainter:
-    """Colors the rows on the devices that train, between two steps; each rank colors a share.
+    """Colors the scoring rows on the training devices between two steps; each rank colors a share.
 
-    A CPU core would take minutes for large networks. The score itself is computed by the thread that writes the
-    checkpoint, so the ranks do not wait for it.
+    A CPU core would take minutes for large networks. The thread that writes the checkpoint computes the metrics, so the
+    ranks do not wait for them.
 
     Args:
-        run: the run.
-        image_size: of its data.
-        rows: of val, see read_split.
+        run: settings of the run.
+        image_size: side of the images in pixels.
+        rows: rows of val, as read_split returns them.
     """
 
     def __init__(self, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> None:
         self._config, self._chunks = run.bundle_config(image_size), fixed_chunks(rows)
 
     def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track]:
-        """The rows as the averaged weights color them; all ranks come here, and all get all rows."""
+        """Color the rows with the averaged weights; all ranks must call this, and each gets all rows."""
         bundle = Bundle(self._config, state.averaged(), {}, "", Path())
         own = [self._share(bundle, chunk, slice(rank, None, world_size)) for chunk in self._chunks]
         shares: list[Any] = [own]
@@ -74,7 +75,7 @@ class SharedPainter:
 
 
 def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows 0, n, 2n, ... are of the first of n parts, and so on."""
+    """Merge n parts: rows 0, n, 2n, ... come from the first part, rows 1, n + 1, ... from the second, and so on."""
     rows = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     for number, part in enumerate(parts):
         rows[number :: len(parts)] = part
@@ -82,19 +83,19 @@ def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 SEND_S = 3.0
-"""How long a score waits for MLflow; the driver sends what is left."""
+"""Seconds that a scoring task waits for MLflow; the driver sends the remaining records."""
 
 
 @ray.remote(num_cpus=0, max_retries=1)
 def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
-    torch.set_num_threads(1)  # beside the workers, not before them
+    torch.set_num_threads(1)  # the task shares the cores with the workers and must not slow them down
     config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
     denoiser = config.build()
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetch(place, step, Path(folder))
         except (StorageError, ValueError):
-            return None  # newer ones have taken its place
+            return None  # e.g. newer checkpoints have replaced this one
         denoiser.load_state_dict(averaged_weights(Path(folder)))
     bundle = Bundle(config, denoiser.eval().requires_grad_(False), {}, "", Path())
     log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"], unsent=Path(shared["unsent"]))
@@ -104,10 +105,10 @@ def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
 
 
 class Scorer:
-    """Starts a task for each checkpoint, one at a time, and tells what came out.
+    """Scores checkpoints in Ray tasks, one at a time, and collects the results in `scores`.
 
     Args:
-        place: where the checkpoints are.
+        place: URI of the folder with the checkpoints.
         shared: run (TrainConfig as a dictionary), image_size, tracking_uri, mlflow_run_id, unsent, samples
             (rows of val).
     """
@@ -121,19 +122,19 @@ class Scorer:
         self._next: int | None = None
 
     def awaited(self) -> set[int]:
-        """Steps whose checkpoints are being scored, or will be."""
+        """Return the steps whose checkpoints are being scored or are queued."""
         with self._lock:
             running = {self._running[0]} if self._running is not None else set()
             return running | ({self._next} if self._next is not None else set())
 
     def start(self, step: int) -> None:
-        """Score this checkpoint as soon as the one before is done; one that still waits is left out."""
+        """Queue a checkpoint for scoring; it replaces the one that is still queued, if any."""
         with self._lock:
             self._next = step
         self.look(0)
 
     def look(self, timeout_s: float) -> None:
-        """Take the result that is there, and start what waits."""
+        """Collect the running task's result if it is ready within `timeout_s`, and start the queued task."""
         with self._lock:
             if self._running is not None:
                 step, task = self._running
@@ -146,7 +147,7 @@ class Scorer:
                 self._next = None
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for what runs and what waits, for so long each."""
+        """Wait for the running and the queued task, up to `timeout_s` each."""
         self.look(timeout_s)
         self.look(timeout_s)
 
@@ -154,6 +155,6 @@ class Scorer:
         try:
             found = ray.get(task)
         except ray.exceptions.RayError:
-            return  # a score is worth having, not worth a run
+            return  # a missing score must not end the run
         if found is not None:
             self.scores[step] = found

@@ -1,8 +1,8 @@
-"""The body of a Ray Train worker: rows in, steps, checkpoints and metrics out.
+"""The training function of a Ray Train worker: it reads rows and produces steps, checkpoints and metrics.
 
-The mathematics of a step is in models/training/loop.py; this file is about processes: DDP, resume, agreement of the
-ranks on when to stop, and what rank 0 tells the world. Not here: how a checkpoint is written
-(pipelines/training/checkpoints.py) and scored (pipelines/training/validation.py).
+This file is about processes: DDP, resuming, agreement of the ranks on when to stop, and the reports of rank 0.
+models/training/loop.py has the mathematics of a step, pipelines/training/checkpoints.py writes the checkpoints, and
+pipelines/training/validation.py scores them.
 """
 
 from __future__ import annotations
@@ -50,37 +50,38 @@ from animediffusion.platform.storage import files as storage
 from animediffusion.platform.tracking.run import Run
 
 AGREE_EVERY = 10
-"""Steps between two looks of all ranks at what rank 0 decided."""
+"""Steps between two synchronizations of rank 0's decisions to all ranks."""
 UNKNOWN_LENGTH = 1 << 40
+"""Effectively unlimited: max_steps of a run with a time limit until its speed is known."""
 SCORING_S = 120.0
-"""How long the end of a run waits for the score of its last checkpoints, each."""
+"""Seconds that a run waits at its end for each score that is still missing."""
 AHEAD = {"cpu": 2, "cuda": 4}
-"""Batches decoded ahead, by kind of device; each has its own thread."""
+"""Batches decoded ahead, by kind of device; each batch is decoded in its own thread."""
 SCORED_BETWEEN_STEPS = ("cuda",)
-"""Kinds of devices on which the ranks color the rows of a score themselves."""
+"""Kinds of devices on which the ranks color the scoring rows themselves, between two steps."""
 NAMED_ROWS = 8
-"""How many rows a message names."""
+"""Most rows that an error message names."""
 
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Where the driver looks how a run is going, and says that it should stop."""
+    """Shared actor: progress reports from rank 0, stop requests from the driver."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {"warnings": []}
         self._stop = False
 
     def tell(self, **values: Any) -> bool:
-        """Rank 0 reports; the answer is whether to stop."""
+        """Store a report of rank 0; return whether the run should stop."""
         self._latest.update(values)
         return self._stop
 
     def warn(self, line: str) -> None:
-        """A line for the person who watches."""
+        """Add one line to the warnings that the user sees."""
         self._latest["warnings"] = [*self._latest["warnings"], line]
 
     def look(self) -> dict[str, Any]:
-        """The latest report."""
+        """Return the latest report."""
         return self._latest
 
     def stop(self) -> None:
@@ -89,15 +90,16 @@ class Progress:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One rank of a run. Continues from the newest good checkpoint, else from `init_from`.
+    """Run one rank: resume from the newest undamaged checkpoint, or start from `init_weights` or random weights.
 
     Args:
         config: run (TrainConfig as a dictionary), run_name, checkpoints (URI of their folder), image_size, init_weights
-            (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that wait), progress
-            (actor), samples (rows to score, or None); in a search also rungs, see pipelines/training/trial_report.py.
+            (object reference or None), tracking_uri, mlflow_run_id, unsent (folder of records that MLflow has not
+            received yet), progress (the actor Progress), samples (rows to score, or None); in a search also rungs,
+            which pipelines/training/trial_report.py describes.
     """
     if ray.get(config["progress"].look.remote()).get("failed"):
-        return  # Ray restarted the workers after an error that would come again
+        return  # Ray restarted the workers after an error that would recur
     try:
         use_attention(TrainConfig.check(config["run"]).attention)
     except ValueError as error:
@@ -109,10 +111,10 @@ def train_worker(config: dict[str, Any]) -> None:
         rank.run()
     except torch.OutOfMemoryError:
         if config.get("rungs"):
-            raise  # a search counts it and goes on with other settings
+            raise  # a search counts the trial as failed and continues with other settings
         if rank is not None and rank.log is not None:
             rank.log.writer.wait()
-        # The other ranks wait for this one's gradients, so it cannot return: Ray ends them all when it raises.
+        # This rank must raise, not return: the other ranks wait for its gradients, and Ray ends them when one raises.
         _give_up_for_good(
             config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)"
         )
@@ -120,12 +122,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _give_up_for_good(config: dict[str, Any], failed: str, advice: str) -> None:
-    """Tell the driver of an error that would come again; the workers that Ray restarts return at once."""
+    """Report an error that would recur to the driver; workers that Ray restarts then return immediately."""
     ray.get(config["progress"].tell.remote(failed=failed, advice=advice))
 
 
 def _card() -> str:
-    """The GPU of this process."""
+    """Return the name and memory of this process's GPU, for messages."""
     if not torch.cuda.is_available():
         return "this device"
     found = torch.cuda.get_device_properties(ray.train.torch.get_device())
@@ -135,7 +137,8 @@ def _card() -> str:
 class _Rank:
     def __init__(self, config: dict[str, Any]) -> None:
         self.run_config = TrainConfig.check(config["run"])
-        storage.expect(config["checkpoints"], self.run_config.data)  # the driver has seen both
+        # The driver has reached both places, so an outage now is temporary and is retried.
+        storage.expect(config["checkpoints"], self.run_config.data)
         self.shared = config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -171,7 +174,10 @@ class _Rank:
         return state
 
     def _fetch(self, folder: Path) -> int:
-        """The newest good checkpoint, chosen by rank 0 before anybody asks for rows; its step, 0 if there is none."""
+        """Fetch the newest undamaged checkpoint and return its step, or 0 if there is none.
+
+        Rank 0 chooses it, before any rank requests rows.
+        """
         place, step = self.shared["checkpoints"], 0
         if self.rank == 0:
             step = outlast(lambda: fetch_newest(place, folder, self._warn))
@@ -218,7 +224,7 @@ class _Rank:
             )
         except FloatingPointError as error:
             if self.rungs is not None:
-                raise  # a search counts it and goes on with other settings
+                raise  # a search counts the trial as failed and continues with other settings
             self._give_up(str(error))
             return
         tracks = None if self.stopping else self._paint()
@@ -229,13 +235,13 @@ class _Rank:
         return None if self.painter is None else self.painter.paint(self.state, self.rank, self.world_size)
 
     def _give_up(self, reason: str) -> None:
-        """Tell which rows made the loss infinite or no number. All ranks come here; trying again would not help."""
+        """Report which rows made the loss infinite or NaN, an error that would recur; all ranks must call this."""
         found: list[Any] = [(reason, self.row_ids)]
         if self.world_size > 1:
             found = [None] * self.world_size
             dist.all_gather_object(found, (reason, self.row_ids))
         if self.log is not None:
-            # Ranks with good rows see only that the common gradients are bad.
+            # A rank whose own rows are fine reports only bad gradients: they are averaged over all ranks.
             bad = [pair for pair in found if "the loss is" in pair[0]] or found
             ids = [name for _, names in bad for name in names]
             more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
@@ -277,11 +283,11 @@ class _Rank:
         return done
 
     def _agree(self) -> None:
-        """All ranks take over from rank 0 how long the run is and whether it is to stop now."""
+        """Broadcast max_steps and the stop request from rank 0 to all ranks; save a checkpoint before a preemption."""
         mine = self.log.decide() if self.log is not None else [0, 0]
         self.state.max_steps, stop = self._from_rank_0(mine)
         self.stopping = bool(stop)
-        # A node is about to be taken away: what was learned since the last checkpoint would be learned again.
+        # Without a checkpoint now, the steps since the last one would have to be repeated after the preemption.
         if ray.train.get_preemption_info() is None or self.warned_node:
             return
         self.warned_node = True
@@ -297,7 +303,7 @@ def _ddp(objective: nn.Module, device: torch.device) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A copied state on its way to a checkpoint, and the rows that it was scored on, colored."""
+    """A copied state that is to be saved, and the rows to score as that state colored them (None: no such rows)."""
 
     snapshot: Snapshot
     tracks: dict[str, Track] | None
@@ -307,7 +313,7 @@ class _Taken:
 
 
 class _Log:
-    """What rank 0 tells MLflow and the driver."""
+    """Rank 0's part of a run: metrics, progress reports, checkpoints, scores and stop requests."""
 
     def __init__(self, rank: _Rank) -> None:
         self.rank = rank
@@ -335,7 +341,7 @@ class _Log:
         self.scores = read_scores(place) if rank.state.step else {}
 
     def step(self, step: Step) -> None:
-        # Where they are made: to read them here would wait for a GPU in each step.
+        # Add up on the device: reading the values here would wait for the GPU in each step.
         self.bins += step.loss.bins
         self.counts += step.loss.counts
         self.pace.step()
@@ -366,15 +372,15 @@ class _Log:
         self._tell()
 
     def _saved(self, step: int, state: Save) -> None:
-        """In the thread that wrote the checkpoint of `step`."""
+        """Score a saved checkpoint; called in the thread that wrote it."""
         if self.scorer is not None:
             self.scorer.start(step)
         if isinstance(state, _Taken) and state.tracks is not None:
-            with suppress(StorageError):  # a score is worth having, not worth a run
+            with suppress(StorageError):  # a missing score must not end the run
                 self.scores[step] = record_score(self.writer.place, step, state.tracks, self.run)
 
     def _tell(self) -> None:
-        # Never wait for the driver: read the answer to the report before this one.
+        # Never wait for the driver: decide() reads the answer later, if it has arrived.
         self.answer = self.progress.tell.remote(
             step=self.rank.state.step,
             max_steps=self.rank.state.max_steps,
@@ -393,7 +399,7 @@ class _Log:
         return {} if best is None else {"best_step": best, "best_score": scores[best]}
 
     def decide(self) -> list[int]:
-        """[max_steps, stop]"""
+        """Return [max_steps, stop], where stop is 0 or 1."""
         stop = 0
         if self.answer is not None:
             ready, _ = ray.wait([self.answer], timeout=0)
@@ -406,7 +412,7 @@ class _Log:
         return [max_steps, stop]
 
     def checkpoint(self, tracks: dict[str, Track] | None = None) -> None:
-        """Save the state; the score comes later, of `tracks` where the ranks have colored them."""
+        """Save the state; it is scored afterwards, from `tracks` if the ranks have colored the rows."""
         self.writer.save(self.rank.state.step, self._taker(tracks))
         self._tell()
 
@@ -414,8 +420,8 @@ class _Log:
         return lambda: _Taken(self.rank.state.snapshot(), tracks)
 
     def finish(self, tracks: dict[str, Track] | None) -> None:
-        """The last checkpoint, its score, and the end of the records."""
-        if self.rank.rungs is None:  # of a trial, what it reported is all that stays
+        """Save and score the last checkpoint, send the last report, and end the MLflow run."""
+        if self.rank.rungs is None:  # a trial of a search keeps only its reports
             self.writer.finish(self.rank.state.step, self._taker(tracks))
         if self.scorer is not None and not self.rank.stopping:
             self.scorer.finish(SCORING_S)
@@ -425,7 +431,7 @@ class _Log:
         self.run.finish("KILLED" if self.rank.stopping else "FINISHED")
 
     def give_up(self, reason: str) -> None:
-        """The run cannot go on; the checkpoints stay as they are."""
+        """End a run that cannot continue; its checkpoints stay as they are."""
         self.writer.wait()
         advice = "lower optimizer.learning_rate or look at these rows, with another name="
         ray.get(self.progress.tell.remote(failed=reason, advice=advice))
@@ -437,7 +443,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _peak_memory_mb(device: torch.device) -> float:
-    """Of this process, or of its GPU."""
+    """Return the peak memory of this process's GPU, or of the process itself on a CPU, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
