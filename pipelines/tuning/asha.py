@@ -1,6 +1,6 @@
-"""Which trials of `tune schedule` end early, how each ended, and who is told.
+"""Early stopping of the trials of `tune schedule` (ASHA), and the reports on how each trial ended.
 
-Not here: the search itself, see pipelines/tuning/schedule_search.py.
+pipelines/tuning/schedule_search.py runs the search itself.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from animediffusion.pipelines.tuning.optuna_searcher import Study
 from animediffusion.platform.tracking.run import Run
 
 REDUCTION = 3
-"""A third of the trials that reach a rung goes on to the next, which is three times as far."""
+"""One in this many trials at a rung continues to the next rung, which has this many times the steps."""
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA, which lets trials end by themselves, and remembers whom it ended before the last rung.
+    """ASHA scheduler that asks trials to end instead of killing them, and remembers which ones it asked.
 
     Args:
-        rungs: steps of the reports.
-        stops: the actor Stops.
+        rungs: steps at which trials report.
+        stops: the actor Stops, which passes the requests on.
     """
 
     def __init__(self, rungs: list[int], stops: Any) -> None:
@@ -41,7 +41,7 @@ class Halving(AsyncHyperBandScheduler):
         self._ended: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Tell a trial to end that is not among the best third of its rung so far."""
+        """Ask a trial to end if it is not among the best third of its rung so far; always return CONTINUE."""
         if trial.trial_id not in self._ended and result["step"] < self._last:
             decision = super().on_trial_result(tune_controller, trial, result)
             if decision == self.STOP:
@@ -55,7 +55,10 @@ class Halving(AsyncHyperBandScheduler):
         point: dict[str, Any],  # noqa: ARG002
         result: dict[str, Any],
     ) -> tuple[list[float], dict[str, Any]] | None:
-        """How a trial ended; one that the clock cut is tried again by the next search."""
+        """Return the PSNR and the trial log's further values for a trial that ended, or None if it never reported.
+
+        A trial that the time limit cut off is marked as open: the next search tries it again.
+        """
         if "psnr" not in result:
             return None
         kept = {key: result[key] for key in ("step", "sampler_steps", "mlflow_run_id")}
@@ -66,7 +69,7 @@ class Halving(AsyncHyperBandScheduler):
 
 
 class RungReport(tune.Callback):
-    """Tells what became of each trial, to the caller and to MLflow; keeps what failed in the journal."""
+    """Tune callback that reports each trial's outcome to the caller and MLflow, and logs failures in the trial log."""
 
     def __init__(self, total: int, study: Study, record: Run, progress: Callable[[str], None] | None) -> None:
         self._total, self._study, self._progress = total, study, progress

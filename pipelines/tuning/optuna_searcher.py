@@ -1,11 +1,11 @@
-"""Optuna's suggestions as trials of Ray Tune: none asked twice, every result on disk, stopped by a signal in one piece.
+"""Runs Optuna's suggestions as Ray Tune trials: no point is measured twice, and a signal loses no finished trial.
 
     study = Study(new_study(...), distributions, meaning, judge, TrialLog(path))
-    run_trials("search-1234abcd", trainable, study, trials=50, at_once=2, place=folder)     # again: continues
+    run_trials("search-1234abcd", trainable, study, trials=50, at_once=2, place=folder)     # resumes when repeated
 
-What was measured is in the journal, a file of JSON lines that outlives the search. A later one of the same things reads
-it first: what stands there is told to Optuna and costs nothing. Not here: what a point is and how it is measured, see
-pipelines/tuning/sampler_search.py and pipelines/tuning/schedule_search.py.
+Every result is in the trial log, a file of JSON lines that outlives the search. A later search with the same log reads
+it first and gives its results to Optuna, without measuring them again. pipelines/tuning/sampler_search.py and
+pipelines/tuning/schedule_search.py define what a point is and how it is measured.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.errors import Interrupted
 
 REPEATS, MOST_REPEATS = 20, 200
-"""Known suggestions in a row: after so many they are drawn at random, and then the search ends."""
+"""Number of known suggestions in a row after which points are drawn at random, and after which the search ends."""
 POLL_S = 0.5
 Direction = Literal["maximize", "minimize"]
 
 Point = dict[str, Any]
-"""What one trial is to measure: plain values. Equal points give equal results."""
+"""The settings that one trial measures, as plain values. Equal points give equal results."""
 Meaning = Callable[[Mapping[str, Any]], Point]
-"""The point that Optuna's parameters mean; several sets of them may mean the same."""
+"""Function that converts Optuna's parameters to a point; different parameters may give the same point."""
 Judge = Callable[[str, Point, dict[str, Any]], tuple[list[float], dict[str, Any]] | None]
-"""(trial, point, last report) -> what Optuna is told, and what else the journal keeps; None if it was cut short."""
+"""Function (trial, point, last report) -> (values for Optuna, further values for the trial log); None if the trial was
+cut short."""
 
 
 class TrialLog:
-    """The finished trials of a search, one JSON object a line: `params` (Optuna's), `point`, `values`, and more."""
+    """File of a search's finished trials, one JSON object per line: `params` (Optuna's), `point`, `values` and more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """All entries, the oldest first; a line that a kill cut short is left out."""
+        """Return all entries, the oldest first, without a line that a kill cut short."""
         if not self.path.exists():
             return []
         entries = []
@@ -64,10 +65,10 @@ class TrialLog:
         return entries
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry, in one piece."""
+        """Append an entry with a single write."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
-            # A line that a kill cut short must not swallow this one.
+            # If a kill cut the last line short, this entry must start a new line, or it would be unreadable, too.
             if file.tell():
                 file.seek(-1, os.SEEK_END)
             whole = not file.tell() or file.read(1) == b"\n"
@@ -76,20 +77,20 @@ class TrialLog:
 
 @dataclass
 class _Asked:
-    """A trial under way."""
+    """A trial that is running."""
 
     trial: optuna.Trial
     point: Point
 
 
 def new_study(sampler: optuna.samplers.BaseSampler, directions: Sequence[Direction]) -> optuna.Study:
-    """Optuna's study in memory, without its remarks."""
+    """Return an Optuna study that is kept in memory and logs only warnings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=sampler, directions=list(directions))
 
 
 class _Live:
-    """Ray Tune copies and pickles what it is given, for a restart of its own; ours reads the journal."""
+    """Base of objects that Ray Tune must not copy or pickle for its restarts: a search resumes from the trial log."""
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
@@ -99,16 +100,16 @@ class _Live:
 
 
 class Study(_Live, Searcher):
-    """Ray Tune's searcher: Optuna's choice among the points that are neither known nor under way.
+    """Ray Tune searcher that suggests what Optuna chooses, skipping points that are known or being measured.
 
     Args:
-        study: Optuna's, with its sampler and directions; it should hold no trials yet.
+        study: Optuna's study, with its sampler and directions; it should hold no trials yet.
         distributions: Optuna's parameters.
-        meaning: from parameters to a point.
-        judge: what became of a trial.
-        journal: what is known already, and where results go.
+        meaning: converts parameters to a point.
+        judge: converts the last report of a trial to its values.
+        journal: trial log with the known results; new results are appended.
         first: parameters of the points to begin with.
-        metric: what every report of a trial holds; Ray Tune insists on it.
+        metric: name of a value in every report of a trial; Ray Tune requires one.
     """
 
     def __init__(
@@ -133,11 +134,11 @@ class Study(_Live, Searcher):
 
     @property
     def num_known(self) -> int:
-        """Points with a result, or that failed."""
+        """Number of points that have a result or have failed."""
         return len(self._known)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next point, or FINISHED when nothing new comes to mind."""
+        """Return the next point, or FINISHED if MOST_REPEATS suggestions in a row were not new."""
         sampler = self.study.sampler
         try:
             for attempt in range(MOST_REPEATS):
@@ -155,7 +156,7 @@ class Study(_Live, Searcher):
             self.study.sampler = sampler
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna and the journal what became of a trial."""
+        """Pass the result of a trial to Optuna and the trial log."""
         asked = self._asked.pop(trial_id, None)
         if asked is None:
             return
@@ -168,10 +169,10 @@ class Study(_Live, Searcher):
             self.journal.write({"params": asked.trial.params, "point": asked.point, "values": values, **more})
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal has everything."""
+        """Do nothing: the trial log has everything."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `save`."""
+        """Do nothing: the trial log is read when a Study is made."""
 
     def _tell(self, trial: optuna.Trial, values: list[float] | None) -> None:
         if values is None:
@@ -186,7 +187,7 @@ class Study(_Live, Searcher):
             return
         self._known[_key(entry["point"])] = values
         if values is not None and params.keys() == self._distributions.keys():
-            with contextlib.suppress(ValueError):  # out of range: found in an earlier, other space
+            with contextlib.suppress(ValueError):  # out of range: an earlier search had a different space
                 done = optuna.create_trial(values=values, params=params, distributions=self._distributions)
                 self.study.add_trial(done)
 
@@ -205,23 +206,23 @@ def run_trials(
     place: Path,
     tell: Callable[[str], None] | None = None,
 ) -> None:
-    """Run trials until the study knows `trials` points, the time is over, or a signal comes.
+    """Run trials until the study knows `trials` points, the time is over, or a signal arrives.
 
     Args:
-        name: of the search, for messages.
-        trainable: Ray Tune's, with its resources; gets a point.
+        name: name of the search, for messages.
+        trainable: Ray Tune's trainable with its resources; it gets a point.
         study: chooses the points.
-        trials: known points to have in the end.
-        at_once: trials side by side; each starts when another ends.
-        minutes: stop all trials after so long.
-        scheduler: may stop a trial early.
-        callback: told of every result.
-        reuse: a process that has done one trial does the next.
-        place: an existing folder for Ray Tune's own notes, which are deleted at the end.
-        tell: gets a line where the cluster has no room for a trial.
+        trials: number of known points at which the search ends.
+        at_once: number of trials in parallel; a new one starts when another ends.
+        minutes: stop all trials after this many minutes.
+        scheduler: Ray Tune scheduler, which may stop a trial early.
+        callback: Ray Tune callback, called with every result.
+        reuse: use the process of a finished trial for the next one.
+        place: folder for Ray Tune's own files, which are deleted at the end.
+        tell: called with one line when the cluster has no room for a trial.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; what is finished is in the journal.
+        Interrupted: the process got SIGINT or SIGTERM; finished trials are in the trial log.
     """
     missing = trials - study.num_known
     if missing <= 0:
@@ -256,7 +257,7 @@ def run_trials(
 
 
 def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callable[[str], None]) -> list[int]:
-    """fit() in a thread, so that this one can hear signals; returns those that it heard."""
+    """Run fit() in a thread, handle signals meanwhile, and return the signals that arrived."""
     failed: list[BaseException] = []
 
     def body() -> None:
@@ -281,7 +282,7 @@ def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callabl
 
 
 class _Stop(_Live, tune.Stopper):
-    """Ends all trials when it is told to."""
+    """Tune stopper that ends all trials once its event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self._event = event
@@ -298,7 +299,7 @@ def _key(point: Point) -> str:
 
 
 def _be_quiet() -> None:
-    # Tune prints tables unless it is told to use its old output, which obeys verbose=0.
+    # Only Tune's old output obeys verbose=0; the new one prints tables.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

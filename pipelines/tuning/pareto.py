@@ -1,4 +1,4 @@
-"""The front of quality against cost, and which of its points to use."""
+"""The Pareto front of quality against cost, and the choice of one of its points."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from animediffusion.pipelines.evaluation.point import Point
 Prefer = Literal["knee", "fast", "best"]
 
 FAST_LOSS = 0.2
-"""dB of PSNR below the defaults that `prefer=fast` may give away, the margin of the promotion gate."""
+"""PSNR in dB that `prefer=fast` may lose compared with the defaults; equal to the margin of the promotion gate."""
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both quality and cost, by rising cost."""
+    """Return the points that no other point beats in both quality and cost, by rising cost."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.evaluations, -p.psnr)):
         if not front or point.psnr > front[-1].psnr:
@@ -24,9 +24,9 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def knee(front: Sequence[Point]) -> Point:
-    """The point of a front that lies farthest above the line from its cheapest to its best point.
+    """Return the point of a front that lies farthest above the line from its cheapest to its best point.
 
-    Cost counts by its logarithm: from 1 to 2 evaluations is as far as from 4 to 8.
+    The cost axis is logarithmic: from 1 to 2 evaluations is as far as from 4 to 8.
     """
     first, last = front[0], front[-1]
     span_cost = math.log(last.evaluations / first.evaluations) or 1.0
@@ -39,15 +39,15 @@ def knee(front: Sequence[Point]) -> Point:
 
 
 def floor(defaults: float, prefer: Prefer) -> float:
-    """The least PSNR of a point to use, for that of the defaults."""
+    """Return the lowest PSNR that a chosen point may have, where `defaults` is the PSNR of the defaults."""
     return defaults - (FAST_LOSS if prefer == "fast" else 0.0)
 
 
 def choose(points: Sequence[Point], prefer: Prefer) -> Point:
-    """The point to use, out of all trials; `points[0]` are the defaults.
+    """Choose a point from all trials; `points[0]` are the defaults.
 
-    `best` and `knee` never fall below the PSNR of the defaults, `fast` not by more than FAST_LOSS. Where the knee does,
-    the cheapest point that does not is used: what was chosen once is chosen again when it is the defaults.
+    The PSNR for `best` and `knee` is never below that of the defaults, for `fast` at most FAST_LOSS below. If the knee
+    itself is below, the cheapest allowed point is chosen. Thus a choice that has become the defaults is chosen again.
     """
     front = pareto_front(points)
     allowed = [point for point in front if point.psnr >= floor(points[0].psnr, prefer)]
@@ -57,7 +57,7 @@ def choose(points: Sequence[Point], prefer: Prefer) -> Point:
 
 
 def describe(point: Point) -> str:
-    """One line about a point."""
+    """Describe a point in one line."""
     average = "" if point.ema_length is None else f", average over {100 * point.ema_length:.3g}% of the run"
     return (
         f"{point.settings.describe()}{average}: {point.psnr:.2f} dB, sharpness {point.sharpness:.2f}, "

@@ -1,4 +1,4 @@
-"""Pictures of a search: the front of quality against cost, and colored rows along it."""
+"""Images about a search: a plot of quality against cost, and rows colored by points of the Pareto front."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ STRIP_ROWS, STRIP_POINTS = 4, 6
 PAPER, INK, FAINT = "#f6f4f0", "#5c5652", "#bab4ac"
 COLORS = {"euler": "#3a74a8", "heun": "#ce6e34", "dpmpp_2m": "#6a8f4e"}
 SHOWN_DB = 3.0
-"""Points so much below the defaults or the front's start are left out: they would press the rest together."""
+"""Points more than this many dB below both the defaults and the front's cheapest point are not drawn: they would
+compress the scale."""
 
 
 def draw_front(points: Sequence[Point], chosen: Point) -> bytes:
-    """A PNG: cost to the right, PSNR upwards, the front as a line; the defaults (points[0]) and the choice named."""
+    """Return a PNG of PSNR against cost, with the front as a line and labels at the defaults (points[0]) and choice."""
     figure = Figure(figsize=(8, 5), dpi=110, facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER)
     front, defaults = pareto_front(points), points[0]
@@ -65,7 +66,7 @@ def draw_front(points: Sequence[Point], chosen: Point) -> bytes:
 
 
 def _draw_steps(axes: Axes, front: Sequence[Point], most: int) -> None:
-    """What so much cost can buy."""
+    """Draw the front as steps: the best PSNR up to each cost."""
     cost, quality = [float(front[0].evaluations)], [front[0].psnr]
     for before, after in pairwise(front):
         cost += [after.evaluations, after.evaluations]
@@ -83,7 +84,7 @@ def _name(axes: Axes, point: Point, text: str, below: int) -> None:
 
 
 def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence[Point], chosen: Point) -> bytes:
-    """A PNG: some rows, colored by points along the front, between sketch and reference and the truth."""
+    """Return a PNG with one line per row: sketch, reference, the colors from points along the front, and the truth."""
     some = Batch(*(part[:STRIP_ROWS] for part in batch))
     points = _along(front, chosen)
     columns = [some.sketch.expand(-1, 3, -1, -1), some.reference]
@@ -101,7 +102,7 @@ def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence
 
 
 def _along(front: Sequence[Point], chosen: Point) -> list[Point]:
-    """At most STRIP_POINTS of the front, evenly, its ends and the chosen point among them."""
+    """Return at most STRIP_POINTS evenly spaced points of the front, its ends included, and the chosen point."""
     if len(front) <= STRIP_POINTS:
         return sorted({*front, chosen}, key=lambda point: (point.evaluations, point.psnr))
     last = len(front) - 1

@@ -1,11 +1,11 @@
-"""`tune sampler`: how a finished model is best sampled, searched with Ray Tune and Optuna.
+"""`tune sampler`: searches for the best sampler settings of a finished model, with Ray Tune and Optuna.
 
-Settings of a fixed bundle, on fixed rows and fixed noise, so that two trials differ by their settings alone; one of
-them is which average of the run's weights the model gets. Two objectives: PSNR, and network rows per image; the result
-is a front, and one point of it. All that was ever measured of these weights on these rows is in a journal, so a search
-that was killed goes on, and one that is repeated is free. Not here: which settings there are
-(pipelines/tuning/sampler_space.py), how trials run (pipelines/tuning/optuna_searcher.py), searches that train
-(pipelines/tuning/schedule_search.py).
+All trials measure the same bundle on the same rows with the same noise, so they differ only in their settings; one of
+these is the average of the run's weights. The two objectives are PSNR and network rows per image; the result is a
+Pareto front and one chosen point. Every measurement of these weights on these rows is kept in a trial log, so a killed
+search resumes, and a repeated search measures nothing twice. pipelines/tuning/sampler_space.py lists the settings,
+pipelines/tuning/optuna_searcher.py runs the trials, and pipelines/tuning/schedule_search.py holds the search that
+trains.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.tracking.run import TUNING, Run
 
 Progress = Callable[[str], None]
-"""Takes one line: how many trials are done, and what the last one gave."""
+"""Callback for one line of text: how many trials are done, and the result of the last one."""
 
 FORMAT = 1
-"""Of the journal: another number where the same settings would be measured otherwise."""
+"""Version of the trial log; it must change when the same settings would be measured differently."""
 CONFIRM_DB = 0.05
-"""On rows that the search did not see, a chosen point may be so much below what was allowed there: less than these rows
-can tell apart."""
+"""PSNR in dB that a chosen point may lack on unseen rows; these rows cannot resolve smaller differences."""
 
 
 @dataclass(frozen=True)
 class _SamplerTask:
-    """What every trial needs; sent to the workers once, through Ray's object store."""
+    """Inputs that all trials share; Ray's object store sends them to the workers once."""
 
     bundle: Bundle
     averages: Averages
@@ -74,30 +73,32 @@ def tune_sampler(
     progress: Progress | None = None,
     evaluate: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Find sampler defaults for a model and register it with them.
+    """Search for sampler defaults of a model and register the model with them.
 
     Args:
         settings: workspace and registry.
         model: bundle folder, URI or models:/ reference.
         data: dataset URI.
-        trials: how many different settings are known in the end; those of earlier searches count. The first are the
-            model's own.
-        minutes: stop after this long.
+        trials: total number of measured settings, including those of earlier searches. The model's own settings are
+            measured first.
+        minutes: stop after this many minutes.
         prefer: `best` quality, the `knee` of quality against cost, or the `fast`est within 0.2 dB of the defaults.
-        register: make the model with the chosen defaults the next version.
-        num_images: rows of the split to measure on.
-        split: which split.
+        register: register the model with the chosen defaults as the next version.
+        num_images: number of rows of the split to measure on.
+        split: name of the split.
         progress: called after every trial.
-        evaluate: measures the new bundle, so that the gate can compare the version at once.
+        evaluate: measures the new bundle, so that the promotion gate can compare the version immediately.
 
     Returns:
-        `{trials, measured, defaults, best, front, unseen, folder, picture, strip}`, and `version, changed` where it is
-        registered; points as in `Point`, the front by rising cost. `measured`: trials of this call; `unseen`: PSNR of
-        defaults and best on rows that the search did not see, or None.
+        `{trials, measured, defaults, best, front, unseen, folder, picture, strip}`, and `version, changed` if the model
+        is registered. Points have the fields of `Point`, and the front is sorted by rising cost. `measured` is the
+        number of trials of this call; `unseen` is the PSNR of defaults and best on rows that the search did not see,
+        or None.
 
     Raises:
-        ConfigError: an argument out of range. ClusterError: the defaults could not be measured. Interrupted: by a
-            signal; the same call goes on.
+        ConfigError: an argument is out of range.
+        ClusterError: the defaults could not be measured.
+        Interrupted: a signal arrived; the same call resumes.
     """
     if prefer not in get_args(Prefer):
         raise ConfigError("--prefer", repr(prefer), ", ".join(get_args(Prefer)))
@@ -145,9 +146,9 @@ def search(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> list[Point]:
-    """Measure until `trials` points are known, as many at a time as there are devices; the defaults come first.
+    """Measure until `trials` points are known, one trial per device in parallel, and return them, defaults first.
 
-    `seed`: of Optuna's draws. With trials side by side, their order of ending decides, too.
+    `seed` seeds Optuna. The order in which parallel trials end also affects what Optuna suggests.
     """
     space = _space(bundle, averages)
     study = Study(
@@ -166,7 +167,7 @@ def search(
         folder.name,
         tune.with_resources(tune.with_parameters(_trial, task=_SamplerTask(bundle, averages, batch)), {device: 1}),
         study,
-        # Of a model that was tuned before all may be known but its new defaults.
+        # A model that was tuned before may have all points known except its new defaults.
         trials=max(trials, study.num_known + (not known)),
         at_once=at_once,
         minutes=minutes,
@@ -183,7 +184,7 @@ def search(
 
 
 def _device() -> tuple[str, int]:
-    """What a trial runs on and how many of them there are: GPU where the cluster has one or can add one, else CPU."""
+    """Return the device of a trial and the number of devices: GPU if the cluster has or can add one, else CPU."""
     has, most = cluster.resources()
     name = "GPU" if most.get("GPU", 0) >= 1 else "CPU"
     return name, max(1, int(has.get(name, 0)))
@@ -196,18 +197,18 @@ def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """All points that a search's folder knows, in the order of their measurement."""
+    """Return all points in the trial log of a search's folder, in the order of their measurement."""
     return [Point.of(entry["measured"]) for entry in TrialLog(folder / "points.jsonl").read() if "measured" in entry]
 
 
 Conclusion = tuple[Point, dict[str, float] | None, bytes]
-"""What confirm() returns, and the strip of pictures (PNG)."""
+"""The two results of confirm(), and the strip of colored rows as PNG."""
 
 
 def _conclude(
     bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer, tell: Progress | None
 ) -> Conclusion:
-    """The conclusion, made on the kind of device that the search ran on: the driver of a cluster has no GPU."""
+    """Choose a point and draw the strip on the kind of device that measured the trials; the driver may have no GPU."""
     if _device()[0] == "CPU":
         return _conclude_here(bundle, averages, rows, points, prefer)
     with cluster.waits(tell or (lambda _: None)):
@@ -225,9 +226,9 @@ def _conclude_here(bundle: Bundle, averages: Averages, rows: Rows, points: list[
 def confirm(
     bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer
 ) -> tuple[Point, dict[str, float] | None]:
-    """The point to use, and its and the defaults' PSNR on rows that the search did not see.
+    """Return the point to use, and the PSNR of that point and the defaults on rows that the search did not see.
 
-    A point that is worse than the defaults there was good by chance; the next best takes its place.
+    A point that is too much worse than the defaults on those rows was good by chance; the next best replaces it.
     """
     defaults = points[0]
     if rows.unseen is None:
@@ -244,7 +245,7 @@ def confirm(
 
 
 def _trial(config: dict[str, Any], *, task: _SamplerTask) -> None:
-    """One trial, in a worker that the next trials use, too."""
+    """Measure one trial, in a worker process that later trials reuse."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
     sampler = SamplerDefaults(**{key: value for key, value in config.items() if key != "ema_length"})
@@ -267,7 +268,7 @@ def _judge(
 
 
 class _Report(tune.Callback):
-    """Calls `progress` after every trial; several may have failed."""
+    """Tune callback that calls `progress` after every trial, finished or failed."""
 
     def __init__(self, total: int, study: Study, progress: Progress | None) -> None:
         self._total = total
@@ -285,7 +286,7 @@ class _Report(tune.Callback):
 
 
 def _show(points: list[Point], chosen: Point, strip: bytes, folder: Path) -> dict[str, str]:
-    """front.png and strip.png in the search's folder."""
+    """Write front.png and strip.png into the search's folder and return the paths."""
     pictures = {"picture": folder / "front.png", "strip": folder / "strip.png"}
     pictures["picture"].write_bytes(draw_front(points, chosen))
     pictures["strip"].write_bytes(strip)
@@ -304,7 +305,7 @@ def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:
 
 
 def _search_key(bundle: Bundle, averages: Averages, rows: Rows) -> str:
-    """12 hex of what decides a measurement: weights, how they are run, rows; not the defaults that they come with."""
+    """Return 12 hex digits that identify what decides a measurement: weights, config and rows, not sampler defaults."""
     config = asdict(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
     facts = [FORMAT, averages.sha256(), config, rows.key]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -318,7 +319,7 @@ def _register(
     run_id: str,
     evaluate: Callable[[Path], dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """The version with the chosen settings: the model's own where they are unchanged, else a new one."""
+    """Register the model itself if the chosen settings are its own, else a copy with them as a new version."""
     settings, sampler = registry.settings, chosen.settings
     same_weights = chosen.ema_length == averages.length
     if same_weights and sampler == _space(bundle, averages).simplest(bundle.config.sampler):
@@ -326,7 +327,7 @@ def _register(
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
-        # Never the old metrics: they were measured with the old defaults.
+        # Do not copy the old metrics: they were measured with the old defaults.
         if same_weights:
             sha256 = with_sampler(bundle.folder, copy, sampler, metrics={})
         else:

@@ -1,8 +1,8 @@
-"""The settings that a finished model can be sampled with, as Optuna's parameters and as points.
+"""The sampler settings of a finished model, as Optuna's parameters and as points.
 
-Several settings can mean the same: with one step all samplers and shifts do, without guidance all its intervals. A
-point is the simplest of them, so that what is the same is measured once. Where the model's run kept averages of its
-weights, their length is a setting, too. Not here: measuring, see pipelines/evaluation/measure.py.
+Different settings can give the same images: with one step, all samplers and shifts do; without guidance, all guidance
+intervals do. A point is the simplest of such settings, so that it is measured only once. If the model's run kept
+averages of its weights, the length of the average is a setting, too. pipelines/evaluation/measure.py measures a point.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ SCALES = (1.1, 4.0)
 SHIFTS = (0.25, 6.0)
 INTERVALS = (EVERYWHERE, (0.0, 0.5), (0.0, 0.8), (0.2, 0.8), (0.5, 1.0))
 LENGTH_STEP = 0.01
-"""Between two lengths of an average that are tried, shares of the run; what lies closer cannot be told apart."""
+"""Step between the tried lengths of an average, as a share of the run; closer lengths cannot be told apart."""
 LADDER = (1, 2, 4, 3, 6, 8)
-"""Steps of euler without guidance that are tried first: the plain front, from which the search looks for more."""
+"""Numbers of steps of euler without guidance that are tried first; they give the front that the search improves."""
 GUIDED_LADDER, GUIDED_SCALE = (2, 1, 4, 3), 2.0
-"""Then with it. It doubles the cost, and a search that meets it late, with a bad shift, keeps to what is plain: some
-ended 1.2 dB below a grid (benchmarks/results/tune.md)."""
+"""Numbers of steps of euler with guidance that are tried next, and their scale. Guidance doubles the cost, and a search
+that first tries it late, with a bad shift, avoids it from then on: some such searches ended 1.2 dB below a grid search
+(benchmarks/results/tune.md)."""
 
 
 class SamplerSpace:
-    """All settings of one model.
+    """All sampler settings of one model.
 
     Args:
-        path: the model's.
-        defaults: its own settings, which are part of the space wherever they lie.
-        lengths: the shortest and the longest average of its weights to try, shares of the run; None: it has one only.
-        length: of its own average; None where that is the one that training chose.
+        path: the model's path.
+        defaults: the model's own settings; they are part of the space, even outside of the usual ranges.
+        lengths: the shortest and the longest average of the weights to try, as shares of the run; None if the model has
+            only one average.
+        length: length of the model's own average; None if it is the average that training chose.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class SamplerSpace:
             self.distributions["ema_length"] = FloatDistribution(*lengths, step=LENGTH_STEP)
 
     def point(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The point that Optuna's parameters mean."""
+        """Convert Optuna's parameters to a point."""
         settings = SamplerDefaults(
             name=chosen["sampler"],
             steps=chosen["steps"],
@@ -80,14 +82,14 @@ class SamplerSpace:
         return to_point(self.simplest(settings), length)
 
     def first(self) -> list[dict[str, Any]]:
-        """Parameters of the points to begin with: the model's own settings, then the ladders."""
+        """Return the parameters of the points to begin with: the model's own settings, then the ladders."""
         plain = [SamplerDefaults(name="euler", steps=steps, guidance_scale=1.0) for steps in LADDER]
         guided = [SamplerDefaults(name="euler", steps=steps, guidance_scale=GUIDED_SCALE) for steps in GUIDED_LADDER]
         own = self.parameters(self.defaults, self.length)
         return [own, *map(self.parameters, [*plain, *guided])]
 
     def parameters(self, settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
-        """Optuna's parameters of these settings with the average of this length."""
+        """Convert settings and the length of an average to Optuna's parameters."""
         guided = settings.guidance_scale != 1
         return {
             "sampler": settings.name,
@@ -107,11 +109,11 @@ class SamplerSpace:
         return {"averaged": "over ema_length", "ema_length": length}
 
     def simplest(self, settings: SamplerDefaults) -> SamplerDefaults:
-        """The first of all settings that give the same images as these."""
+        """Return the simplest settings that give the same images as these."""
         if settings.steps == 1:
             settings = replace(settings, name="euler", shift=1.0)
         if settings.name == "dpmpp_2m" and settings.steps == 2:
-            settings = replace(settings, name="euler")  # its first and last step are euler's
+            settings = replace(settings, name="euler")  # the first and the last step of dpmpp_2m are euler steps
         guided = guided_evaluations(self.path, settings)
         if not any(guided):
             return replace(settings, guidance_scale=1.0, guidance_interval=EVERYWHERE)
@@ -123,7 +125,7 @@ class SamplerSpace:
 
 
 def to_point(settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
-    """Settings, and the length of the average where it is not the trained one, as plain values."""
+    """Return settings as plain values, with the length of the average unless it is the one that training chose."""
     point = {**asdict(settings), "guidance_interval": list(settings.guidance_interval)}
     return point if length is None else {**point, "ema_length": length}
 

@@ -1,10 +1,10 @@
-"""`tune schedule`: how a network is best trained, searched by short phase 1 runs, of which the worse end early.
+"""`tune schedule`: searches for a better training recipe with short phase 1 runs, of which the worse ones end early.
 
-Path, shift, time distribution, prediction, loss weight, learning rate and condition dropout of a recipe. A trial is a
-run of `train`'s own workers, inside Ray Tune; at each rung it reports its PSNR on fixed rows, and asynchronous
-successive halving (ASHA, Li et al. 2020) ends the worse two thirds of those that came so far. Nobody waits for others.
-The best becomes a recipe file for `train`. Not here: what may be changed in a recipe, see
-pipelines/tuning/schedule_space.py; settings of a finished model, see pipelines/tuning/sampler_search.py.
+The search changes path, shift, time distribution, prediction, loss weight, learning rate and condition dropout of a
+recipe. A trial is a run of `train`'s own workers inside Ray Tune. At each rung it reports its PSNR on fixed rows, and
+asynchronous successive halving (ASHA, Li et al. 2020) ends the worse two thirds of the trials that reached the rung; no
+trial waits for another. The best trial becomes a recipe file for `train`. pipelines/tuning/schedule_space.py defines
+what may change, and pipelines/tuning/sampler_search.py tunes a finished model.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from animediffusion.platform.errors import ConfigError, Interrupted, TrainingErr
 from animediffusion.platform.tracking.run import TUNING, Run
 
 Progress = Callable[[str], None]
-"""Takes one line: what became of a trial."""
+"""Callback for one line of text: how a trial ended."""
 
 NUM_RUNGS = 3
 CPUS_PER_TRIAL, CPUS_TO_WATCH = 0.4, 0.01
-"""Of a trial's worker, where the recipe does not say, and of the process that waits for it (Ray Tune needs some): so
-that half of the CPUs are left for Ray Data when there are as many trials as CPUs."""
+"""CPUs of a trial's worker if the recipe sets none, and of the process that waits for the worker (Ray Tune needs more
+than 0). With as many trials as CPUs, half of the CPUs are left for Ray Data."""
 NUM_ROWS = 32
-"""Of val, on which trials are measured."""
+"""Number of val rows on which trials are measured."""
 
 
 @dataclass(frozen=True)
 class _ScheduleTask:
-    """What every trial needs."""
+    """Inputs that all trials share."""
 
     work: RunPlan
     base: TrainConfig
@@ -76,26 +76,27 @@ def tune_schedule(
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Search for a better recipe, and write it.
+    """Search for a better recipe and write it to a file.
 
     Args:
         settings: workspace and MLflow.
         data: dataset URI.
-        recipe: the recipe to begin with, a name or a YAML file; the first trial is what it says.
-        trials: how many different settings are tried in the end; those of the same search before count.
-        minutes: stop after this long.
-        steps: of the longest trials; the others end after a third or a ninth of them.
-        out: where the recipe goes; into the search's folder if None.
+        recipe: name or YAML file of the recipe to begin with; the first trial runs it unchanged.
+        trials: total number of tried settings, including those of earlier calls of the same search.
+        minutes: stop after this many minutes.
+        steps: steps of the longest trials; the others end after a third or a ninth of them.
+        out: file for the new recipe; recipe.yaml in the search's folder if None.
         progress: called after every trial.
 
     Returns:
-        `{trials, finished, stopped_early, failed, cut, best, base, recipe, front, folder}`: counts of trials by how
-        they ended (`cut`: by the clock); `best` and `base` are settings with psnr and steps; front is, for each rung,
-        the best PSNR there and that of the recipe it began with.
+        `{trials, finished, stopped_early, failed, cut, best, base, recipe, front, folder}`. The counts are by how the
+        trials ended (`cut`: by the time limit). `best` and `base` (the recipe to begin with) are settings with psnr and
+        steps. `front` has the best PSNR and that of `base` at each rung.
 
     Raises:
-        ConfigError: the recipe is no phase 1, or an argument is out of range. TrainingError: no trial came to a rung.
-        Interrupted: by a signal; the same call goes on.
+        ConfigError: the recipe is not a phase 1 recipe from scratch, or an argument is out of range.
+        TrainingError: no trial reached a rung.
+        Interrupted: a signal arrived; the same call resumes.
     """
     rungs = rung_steps(steps)
     work = plan(settings, _base(recipe, data))
@@ -123,7 +124,7 @@ def tune_schedule(
 
 
 def rung_steps(steps: int) -> list[int]:
-    """Steps at which trials report: a ninth, a third and all of `steps`."""
+    """Return the steps at which trials report: about a ninth, a third and all of `steps`."""
     if steps < REDUCTION ** (NUM_RUNGS - 1):
         raise ConfigError("--steps", str(steps), f"at least {REDUCTION ** (NUM_RUNGS - 1)}")
     least = steps // REDUCTION ** (NUM_RUNGS - 1)
@@ -138,7 +139,7 @@ def _base(recipe: str, data: str) -> TrainConfig:
 
 
 def trial_config(base: TrainConfig, point: dict[str, Any], rungs: list[int], name: str) -> TrainConfig:
-    """The run of one trial: one worker, as long as the last rung, nothing kept."""
+    """Return the config of one trial's run: one worker, as many steps as the last rung, no checkpoints."""
     values = changed(base, point)
     once = {"max_steps": rungs[-1], "max_minutes": None, "num_workers": 1, "max_failures": 0, "num_samples": 0}
     values["cpus_per_worker"] = values["cpus_per_worker"] or CPUS_PER_TRIAL
@@ -185,7 +186,7 @@ def _search(
     try:
         run_trials(
             work.folder.name,
-            # The trial's own process only waits for its worker, which asks for its share itself.
+            # The trial's process only waits for its worker; Ray Train requests the worker's resources separately.
             tune.with_resources(tune.with_parameters(_trial, task=task), {"CPU": CPUS_TO_WATCH}),
             study,
             trials=trials,
@@ -203,16 +204,16 @@ def _search(
 
 
 def trials_at_once(scaling: ray.train.ScalingConfig, has: Mapping[str, float]) -> int:
-    """Trials for which the cluster has room now, at least one; on CPUs half of them is left to Ray Data."""
+    """Return how many trials fit on the cluster now, at least 1; without GPUs, half of the CPUs stay for Ray Data."""
     if scaling.use_gpu:
         return max(1, int(has.get("GPU", 0)))
     return max(1, int(has.get("CPU", 0) / 2 / max((scaling.resources_per_worker or {})["CPU"], 0.5)))
 
 
 def _trial(point: dict[str, Any], *, task: _ScheduleTask) -> None:
-    """One trial, in a process of its own that starts and watches the run."""
+    """Run one trial, in a separate process that starts the run and waits for it."""
     name = f"trial-{tune.get_context().get_trial_id()}"
-    os.environ["MLFLOW_TRACKING_URI"] = task.tracking_uri  # the driver's, whatever this node has
+    os.environ["MLFLOW_TRACKING_URI"] = task.tracking_uri  # the driver's URI replaces a setting of this node
     config = trial_config(task.base, point, task.rungs["steps"], name)
     folder = task.work.folder / "runs" / name
     work = replace(task.work, config=config, run=name, folder=folder, storage=str(folder), start_step=0)
@@ -228,7 +229,7 @@ def _trial(point: dict[str, Any], *, task: _ScheduleTask) -> None:
 
 
 def _result(entries: list[dict[str, Any]], own: dict[str, Any], rungs: list[int]) -> dict[str, Any]:
-    """What the journal says in the end."""
+    """Summarize the trial log: counts, the best trial, the base recipe and the front."""
     measured = [entry for entry in entries if entry["values"] is not None]
     if not measured:
         why = next((entry["reason"] for entry in entries if "reason" in entry), "the time was too short")

@@ -1,7 +1,7 @@
-"""What `tune schedule` may change in a recipe: as Optuna's parameters, as a point, as settings, as a recipe file.
+"""The search space of `tune schedule`: a recipe's changes as Optuna's parameters, points, settings or a recipe file.
 
-A point is flat and holds only what has an effect: `{path, shift, times, time_mean, prediction, loss_weight,
-learning_rate, drop_reference}`. Not here: trying it, see pipelines/tuning/schedule_search.py.
+A point is a flat dictionary of only those settings that have an effect: `{path, shift, times, time_mean, prediction,
+loss_weight, learning_rate, drop_reference}`. pipelines/tuning/schedule_search.py runs the trials.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ PREDICTIONS = ("x0", "v", "eps")
 SHIFTS = (0.3, 5.0)
 TIME_MEANS = (-1.0, 3.0)
 RATES = (0.1, 4.0)
-"""In units of the recipe's own learning rate; the rate for Muon goes with it."""
+"""Range of the learning rate, as multiples of the recipe's; Muon's rate is scaled by the same factor."""
 DROPS = (0.0, 0.3)
 DIGITS = 3
 
 
 class ScheduleSpace:
-    """All that may be tried, from one recipe on.
+    """All points that a search may try, starting from one recipe.
 
     Args:
-        base: the recipe; it is part of the space, wherever its values lie.
+        base: the recipe; it is part of the space, even if its values are outside of the usual ranges.
     """
 
     def __init__(self, base: TrainConfig) -> None:
@@ -59,7 +59,7 @@ class ScheduleSpace:
         }
 
     def first(self) -> dict[str, Any]:
-        """The parameters that are the recipe itself."""
+        """Return the parameters of the unchanged recipe."""
         path, how = self.base.path, self.base.objective.denoising
         linear = "linear_to_noise" if path.zero_terminal else "linear"
         return {
@@ -74,11 +74,11 @@ class ScheduleSpace:
         }
 
     def own(self) -> dict[str, Any]:
-        """The point that is the recipe itself."""
+        """Return the point of the unchanged recipe."""
         return self.point(self.first())
 
     def point(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The point that parameters mean; where eps cannot start from a path's noise, that is v."""
+        """Convert Optuna's parameters to a point; v replaces eps on a path whose noise eps cannot start from."""
         point = {key: _short(value) if isinstance(value, float) else value for key, value in chosen.items()}
         if point["path"] != "flow":
             del point["shift"]
@@ -92,7 +92,7 @@ class ScheduleSpace:
 
 
 def changed(base: TrainConfig, point: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe with a point's in their place."""
+    """Return the values of a recipe, with those of a point replaced."""
     values: dict[str, Any] = base.model_dump(mode="json")
     values["path"] = asdict(path_of(base.path, point))
     values["prediction"] = point["prediction"]
@@ -102,14 +102,14 @@ def changed(base: TrainConfig, point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_recipe(recipe: str, base: TrainConfig, best: Mapping[str, Any], name: str, headline: str) -> str:
-    """A recipe file that trains as the best trial did: what it changes in the recipe that the search began with.
+    """Return the text of a recipe file that trains like the best trial; it only overrides the base recipe.
 
     Args:
-        recipe: that recipe, a name or a YAML file.
-        base: the same, resolved.
-        best: a point with sampler_steps.
-        name: of the new recipe.
-        headline: its first comment.
+        recipe: name or YAML file of the base recipe, with which the search began.
+        base: the base recipe, resolved.
+        best: the best point, with sampler_steps.
+        name: name of the new recipe.
+        headline: comment at the top of the file, without the period.
     """
     path = path_of(base.path, best)
     sampler = base.sampler or SamplerDefaults()
@@ -130,7 +130,7 @@ def as_recipe(recipe: str, base: TrainConfig, best: Mapping[str, Any], name: str
 
 
 def path_of(base: PathConfig, point: Mapping[str, Any]) -> PathConfig:
-    """The path that a point names; what it does not say is the recipe's."""
+    """Return the path of a point; `base`, the recipe's path, gives the values that the point does not set."""
     flow = point["path"] == "flow"
     values = asdict(base) | PATHS[point["path"]] | {"sigma_max": base.sigma_max if flow else None}
     return PathConfig(**values | ({"shift": point["shift"]} if flow else {}))
