@@ -1,7 +1,7 @@
-"""Send a part of the requests to the challenger, and take it back.
+"""Start and end a canary: a part of the requests goes to the challenger instead of the champion.
 
-A canary belongs to one challenger beside one champion, so every promotion and every rollback ends it: a version that
-was just made challenger, or a champion that was just restored, never inherits somebody else's percentage.
+A canary belongs to one pair of challenger and champion, so every promotion and every rollback ends it: a new challenger
+or a restored champion never inherits the percentage of an earlier pair.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from animediffusion.platform.registry.traffic import CHALLENGER, Traffic
 
 
 def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
-    """Give the challenger PERCENT of the requests; 0 ends it. Servers follow within seconds.
+    """Send `percent` of the requests to the challenger; 0 ends the canary. Servers follow within seconds.
 
     Returns:
         `{percent, from, champion, challenger, changed}`; `from` is the percentage before.
 
     Raises:
         ConfigError: percent is not 0 to 100.
-        RegistryError: no champion, no challenger, or both are one version.
+        RegistryError: there is no champion, there is no challenger, or both are the same version.
     """
     if not 0 <= percent <= 100:
         raise ConfigError("PERCENT", str(percent), "0 to 100; 0 ends the canary")
@@ -46,7 +46,7 @@ def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
 
 
 def end(registry: Registry, why: str) -> dict[str, int]:
-    """End the canary because an alias moves: `{canary_ended: PERCENT}`, or nothing where none was running."""
+    """End the canary because an alias moves; return `{canary_ended: PERCENT}`, or `{}` if no canary was running."""
     now = traffic.read(registry)
     if not now.percent:
         return {}
@@ -55,7 +55,7 @@ def end(registry: Registry, why: str) -> dict[str, int]:
 
 
 def _set(registry: Registry, now: Traffic, percent: int, why: str) -> None:
-    if now.challenger is None:  # the alias was removed by hand: nobody gets the percentage, there is nobody to name
+    if now.challenger is None:  # the alias was removed by hand, so the audit log has no version to name
         traffic.set_percent(registry, percent)
         return
     with ledger.recorded(registry, "canary", CHALLENGER, now.challenger, now.challenger, reason=why, percent=percent):

@@ -1,6 +1,6 @@
 """Checks of a bundle and of a version before it is registered or promoted.
 
-Not here: moving an alias, see pipelines/release/promote.py.
+pipelines/release/promote.py moves the aliases.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.model_version import Version, headline
 
 PSNR_MARGIN = 0.2
-"""dB of same-reference PSNR that a new champion may lose: less than one sees, about the noise of 100 images."""
+"""Same-reference PSNR in dB that a new champion may lose: an invisible loss, about the noise of 100 images."""
 CIEDE2000_MARGIN = 0.5
-"""Color difference that it may gain on cross references; 1 is just noticeable."""
+"""Increase of the cross-reference CIEDE2000 color difference that a new champion may have; 1 is just noticeable."""
 
 
 def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
-    """Load a bundle and color once with it.
+    """Load a bundle and color one sample with it.
 
     Args:
         folder: bundle folder.
-        sha256: the identity it must have, if known.
+        sha256: the identity that the bundle must have, if known.
 
     Raises:
-        BundleError: damaged, of another format, not the expected one, or its sample is not finite.
+        BundleError: the bundle is damaged, has another format or identity, or its sample is not finite.
     """
     try:
         bundle = load_bundle(Path(folder))
@@ -41,20 +41,22 @@ def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
 
 
 def evaluation_line(result: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation in short: data, rows and the numbers per track."""
+    """Return a summary of an evaluation: data, rows, sampler and the metrics per track."""
     keys = ("data", "data_hash", "split", "num_images", "sampler")
     return {**{key: result.get(key) for key in keys}, **headline(result)}
 
 
 def check_quality(candidate: Version, champion: Version | None) -> None:
-    """Compare with the champion on the champion's data.
+    """Require that a candidate is not worse than the champion on data of the champion's evaluations.
 
     Args:
         candidate: the version to be promoted.
-        champion: None where there is none yet; an evaluation is asked for all the same, as the next one needs it.
+        champion: the present champion, or None. Without a champion the candidate must still have an evaluation, because
+            the next candidate is compared with it.
 
     Raises:
-        RegistryError: not evaluated, evaluated on other data, or worse.
+        RegistryError: the candidate or the champion was not evaluated, they were evaluated on different data, or the
+            candidate is worse.
     """
     name = f"version {candidate.version}"
     if not candidate.evaluations:
@@ -86,7 +88,7 @@ def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) ->
             continue
         if key not in a:
             raise RegistryError(name, f"has no {label}, the champion has", "evaluate it again, or use --force")
-        # Rounded, so that a difference of exactly the margin passes whatever the floats say.
+        # Round, so that a difference of exactly the margin passes in spite of floating-point errors.
         gain = round(sign * (a[key] - b[key]), 6)
         if not gain >= -margin:
             found = f"{label} {a[key]:.2f} against the champion's {b[key]:.2f}"
@@ -94,7 +96,7 @@ def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) ->
 
 
 def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two evaluations saw the same images; a limit makes another set of them."""
+    """Return whether two evaluations used the same images; a limit on their number makes it a different set."""
     keys = ("data_hash", "split", "num_images", "image_size")
     return bool(a.get("data_hash")) and all(a.get(key) == b.get(key) for key in keys)
 
@@ -109,7 +111,11 @@ def _evaluate(version: Version, data: str, split: str = "val") -> str:
 
 
 def check_stored(registry: Registry, version: Version) -> None:
-    """Check what the registry holds, not a copy that is cached here."""
+    """Check the files of a version in the registry itself, not a locally cached copy.
+
+    Raises:
+        BundleError: the files are damaged or are not those that were registered.
+    """
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         reference = f"models:/{version.name}/{version.version}"
         try:

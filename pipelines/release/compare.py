@@ -1,4 +1,4 @@
-"""Two versions side by side: what was measured of both, and the same drawings colored by both."""
+"""Compare two versions: the metrics of both, and the same drawings colored by both."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ CENTERED = ("sharpness",)
 def compare(
     settings: Settings, first: str, second: str, *, data: str | None = None, out: Path | None = None
 ) -> dict[str, Any]:
-    """What `models compare V1 V2` prints, and its picture.
+    """Return the comparison that `models compare V1 V2` prints, and write its image.
 
     Args:
-        settings: which registry.
-        first: a number, an alias or `models:/...`.
-        second: another one.
+        settings: names the registry.
+        first: number, alias or `models:/...` of the first version.
+        second: the second version, in the same form.
         data: dataset whose first val rows are colored; drawn faces if None.
-        out: PNG to write, `compare-V1-V2.png` in the current folder if None.
+        out: PNG file to write; `compare-V1-V2.png` in the current folder if None.
 
     Returns:
         `{versions: [A, B], metrics: [...], data, picture}`; a metric is `{data, data_hash, split, num_images, track,
-        metric, a, b, difference, better}`: `difference` is b - a, `better` the version's number, None where they are
-        equal or one was not measured.
+        metric, a, b, difference, better}`. `difference` is b - a; `better` is the number of the better version, or None
+        if the two are equal or one was not measured.
 
     Raises:
-        ConfigError: twice the same version, or an unusable file name.
-        RegistryError, BundleError, DataError: no such version or data, or they cannot be read.
+        ConfigError: both are the same version, or the file name is unusable.
+        RegistryError, BundleError, DataError: a version or the data is missing or cannot be read.
     """
     registry = Registry(settings)
     a, b = registry.get(first), registry.get(second)
@@ -58,7 +58,7 @@ def compare(
 
 
 def metric_rows(a: Version, b: Version) -> list[dict[str, Any]]:
-    """Every number that is known of one of them, those of the same images in one row; the latest evaluation counts."""
+    """Return one row per metric and set of images that either version was evaluated on, from the latest evaluations."""
     rows: list[dict[str, Any]] = []
     rest = _newest(b.evaluations)
     for ours in _newest(a.evaluations):
@@ -71,7 +71,7 @@ def metric_rows(a: Version, b: Version) -> list[dict[str, Any]]:
 
 
 def _newest(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last evaluation on each set of images."""
+    """Return the last evaluation on each set of images."""
     kept: list[dict[str, Any]] = []
     for result in evaluations:
         kept = [known for known in kept if not same_data(known, result)] + [result]

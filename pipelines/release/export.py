@@ -1,9 +1,9 @@
-"""A model as a folder that colors drawings where this package is not installed.
+"""Export a model as a folder that colors drawings without an installation of this package.
 
     export(settings, "3", Path("model"))
     $ python model/colorize.py SKETCH REFERENCE OUT.png       torch, safetensors, numpy and pillow are enough
 
-It is the bundle with the modules that coloring needs, copied as they are: the same code, so the same picture.
+The folder holds the bundle and unchanged copies of the modules that coloring needs, so it gives the same images.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ sys.exit(main(HERE, sys.argv[1:]))
 
 
 def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
-    """Write the folder; it appears whole or not at all.
+    """Write the folder atomically.
 
     Args:
-        settings: which registry.
+        settings: names the registry.
         model: a version number, an alias, `models:/...`, or a bundle folder or URI.
-        folder: must not exist, or be empty.
+        folder: a new or empty folder.
 
     Returns:
         `{model, folder, sha256, num_files, bytes, command}`.
 
     Raises:
-        ConfigError: the folder is in use.
-        BundleError, RegistryError, StorageError: no such model, or a damaged one.
+        ConfigError: the folder exists and is not empty.
+        BundleError, RegistryError, StorageError: the model is missing, unreachable or damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(str(folder), "exists and is not empty", "give a new folder")

@@ -1,6 +1,6 @@
-"""A checkpoint of the authors' code as a bundle: the command `models import`.
+"""The command `models import`: convert a checkpoint of the authors' code to a bundle.
 
-The names and shapes of their weights are in models/authors/weights.py.
+models/authors/weights.py has the names and shapes of the authors' weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from animediffusion.platform.errors import BundleError, ConfigError, StorageErro
 
 
 def import_weights(file: Path, folder: Path) -> dict[str, Any]:
-    """Make a bundle in `folder` from `file`; returns `{bundle, sha256, num_parameters, image_size}`.
+    """Write `file` as a bundle to `folder`; return `{bundle, sha256, num_parameters, image_size}`.
 
-    The file is read as tensors alone, so nothing in it can run.
+    Only tensors are loaded from the file (weights_only), so code in it cannot run.
 
     Raises:
-        StorageError: no such file.
-        BundleError: the file is no checkpoint of the authors' model; says in what it differs.
-        ConfigError: the folder holds something else than a bundle.
+        StorageError: the file does not exist or cannot be read.
+        BundleError: the file is not a checkpoint of the authors' model; the message says how it differs.
+        ConfigError: the folder holds something other than a bundle.
     """
     _require_room(folder)
     checkpoint = _read(file)
@@ -49,14 +49,14 @@ def _read(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageError(str(file), error.strerror or "cannot be read", "give an existing .pth file") from error
-    except Exception as error:  # what it raises on foreign bytes depends on the bytes
+    except Exception as error:  # the exception class depends on the bytes of the file
         raise BundleError(
             str(file), "is no file of tensors as torch.save writes it", "give a model checkpoint (.pth)"
         ) from error
 
 
 def _require_room(folder: Path) -> None:
-    """Only a bundle is written over: whatever else is there, nobody meant to lose."""
+    """Raise ConfigError unless the folder is new, is empty or holds a bundle: only a bundle may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

@@ -1,6 +1,6 @@
-"""All that is known of a version in one place: where it comes from, what it is made of, how good it is.
+"""Origin, contents and quality of a registered version.
 
-What a version is registered with is gathered by `kept_files` and `described`; `dossier` reads it back.
+`kept_files` and `described` gather the files and tags with which a version is registered; `dossier` reads them back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MADE = {"denoising": "phase 1", "reconstruction": "phase 2"}
 
 
 def kept_files(bundle: Bundle) -> dict[str, bytes]:
-    """Files to register beside a bundle: drawings it colored, and its run's configuration where that lies beside it."""
+    """Return files to register with a bundle: samples that it colored, and its run's config if that is next to it."""
     files = {SAMPLES: encode_png(sample_sheet(bundle))}
     config = bundle.folder.parent / "config.yaml"
     if config.is_file() and (bundle.folder.parent / "run.json").is_file():
@@ -32,7 +32,7 @@ def kept_files(bundle: Bundle) -> dict[str, bytes]:
 
 
 def described(bundle: Bundle) -> dict[str, str]:
-    """Tags that describe a version without its files: network, sampler, data and where the weights come from."""
+    """Return tags that describe a version without its files: network, sampler, data and origin of the weights."""
     return {
         "image_size": str(bundle.config.image_size),
         "path": bundle.config.path.name,
@@ -49,12 +49,12 @@ def described(bundle: Bundle) -> dict[str, str]:
 
 
 def dossier(registry: Registry, version: Version) -> dict[str, Any]:
-    """What `models show` adds to a version's summary.
+    """Return the details that `models show` adds to a version's summary.
 
     Returns:
-        `training {run, recipe, steps, batch_size, attention}`, `dataset {uri, hash}`, `lineage` (this version
-        first, then its parent and so on), `config` (of the training run; None where it is not known), `samples`
-        (URI of a picture, None where there is none).
+        `training {run, recipe, steps, batch_size, attention, source}`, `dataset {uri, hash}`, `lineage` (this version
+        first, then its parent and so on), `config` (of the training run; None if unknown), `samples` (URI of the sample
+        image, or None).
     """
     tags = version.tags
     training = {key: tags.get(key) for key in ("run", "recipe", "steps", "batch_size", "attention", "source")}
@@ -70,7 +70,7 @@ def dossier(registry: Registry, version: Version) -> dict[str, Any]:
 
 
 def _config(registry: Registry, ancestors: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the run that trained the weights: a tuned version has those of its parent."""
+    """Return the config of the run that trained the weights; a tuned version has the weights of its parent's run."""
     for one in ancestors:
         recipe = registry.read_file(one["version"], RECIPE)
         if recipe is not None or one["made"] != "tuned":
@@ -79,7 +79,11 @@ def _config(registry: Registry, ancestors: list[dict[str, Any]]) -> dict[str, An
 
 
 def samples(registry: Registry, version: Version) -> bytes:
-    """The PNG of drawings that a version colored when it was registered; raises RegistryError where there is none."""
+    """Return the PNG of drawings that a version colored when it was registered.
+
+    Raises:
+        RegistryError: the version has no such file.
+    """
     content = registry.read_file(version.version, SAMPLES)
     if content is None:
         raise RegistryError(f"version {version.version}", f"has no {SAMPLES}", "leave out --out")
@@ -87,7 +91,7 @@ def samples(registry: Registry, version: Version) -> bytes:
 
 
 def lineage(registry: Registry, version: Version) -> list[dict[str, Any]]:
-    """The version, its parent, the parent's parent and so on: `{version, made, run, sampler, metrics}`."""
+    """Return `{version, made, run, sampler, metrics}` of the version, its parent, the parent's parent and so on."""
     by_number = {known.version: known for known in registry.versions()}
     chain: list[dict[str, Any]] = []
     present: Version | None = version
@@ -109,8 +113,8 @@ def lineage(registry: Registry, version: Version) -> list[dict[str, Any]]:
 
 
 def made(version: Version, parent: Version | None) -> str:
-    """How a version came about, in a word or two: tuned, phase 1, phase 2, imported."""
-    # The same weights, or another average of the same run's.
+    """Return how a version was made: tuned, phase 1, phase 2, imported or unknown."""
+    # A tuned version has its parent's weights, or another average of the same run's weights.
     if parent is not None and any(
         version.tags.get(tag) and version.tags[tag] == parent.tags.get(tag) for tag in ("weights_sha256", "run")
     ):

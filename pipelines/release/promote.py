@@ -1,7 +1,8 @@
-"""Register, promote, roll back: what stands between a trained bundle and the people who use it.
+"""Register bundles as versions; promote and roll back versions.
 
-The gate: a bundle loads, its hash is the registered one, its smoke sample is finite, and on the champion's data it is
-not worse than the champion. `--force` lets a worse one through and is written down; a broken one never passes.
+A version passes the promotion gate if its bundle loads, its hash is the registered one, its smoke sample is finite, and
+it was evaluated and is not worse than the champion on the champion's data. `--force` skips only this evaluation check,
+which the audit log records; a broken bundle never passes.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def register(
     parent: int | None = None,
     tags: dict[str, str] | None = None,
 ) -> Version:
-    """Make a bundle the next version; the same bundle again is the same version.
+    """Register a bundle as the next version; a bundle that is already registered keeps its version.
 
     Args:
-        settings: which registry.
+        settings: names the registry.
         folder: bundle folder or its URI.
-        run_id: the MLflow run that made it; found in run.json beside the folder if None.
-        parent: the version whose weights it started from; found by the bundle's provenance if None.
+        run_id: the MLflow run that made the bundle; read from run.json next to the folder if None.
+        parent: the version whose weights the training started from; found by the bundle's provenance if None.
         tags: further tags.
     """
     path = fetch_folder(folder, cache_folder(settings))
@@ -67,11 +68,13 @@ def promote(
     """Point the alias at a version that passes the gate.
 
     Returns:
-        `{version, alias, from, forced, changed}`; `changed` is False where the alias was there already. And
-        `canary_ended`, the percentage of the canary that this ended, if it did.
+        `{version, alias, from, forced, changed}`; `changed` is False if the alias already pointed at the version. If
+        the promotion ended a canary, `canary_ended` is the canary's percentage.
 
     Raises:
-        RegistryError: unknown version, or refused; BundleError: the bundle is broken.
+        ConfigError: the alias is unknown.
+        RegistryError: the version is unknown or does not pass the gate.
+        BundleError: the bundle is broken.
     """
     if alias not in ALIASES:
         raise ConfigError("--alias", repr(alias), " or ".join(ALIASES))
@@ -97,10 +100,10 @@ def promote(
 
 
 def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
-    """Point the alias at the version it stood at before; again goes one further back. Ends a canary, as promote does.
+    """Restore the alias's previous version and end a running canary; repeat to go further back.
 
     Raises:
-        RegistryError: nothing to go back to.
+        RegistryError: there is no previous version.
     """
     registry = Registry(settings)
     with turn(registry):
@@ -114,7 +117,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
 
 
 def _before(registry: Registry, alias: str, present: int | None) -> Version:
-    """The version an alias stood at before the present one."""
+    """Return the version that an alias pointed at before the present one."""
     existing = {version.version: version for version in registry.versions()}
     stack = ledger.stack(ledger.read(registry, alias))
     if stack and stack[-1] == present:
@@ -130,24 +133,24 @@ def _before(registry: Registry, alias: str, present: int | None) -> Version:
 
 
 def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
-    """Every promotion, rollback and canary, the oldest first."""
+    """Return every promotion, rollback and canary, the oldest first."""
     return [event.summary() for event in ledger.read(Registry(settings), alias)]
 
 
 def versions(settings: Settings) -> list[dict[str, Any]]:
-    """What `models list` prints, the newest version first."""
+    """Return the versions as `models list` prints them, the newest first."""
     registry = Registry(settings)
     shares = traffic.read(registry).shares
     return [{**version.summary(), "share": shares.get(version.version, 0.0)} for version in registry.versions()]
 
 
 def show(settings: Settings, version: int | str, out: Path | None = None) -> dict[str, Any]:
-    """What `models show V` prints: the version, its origin, tags, evaluations and the events it was part of.
+    """Return the facts that `models show V` prints: the version, its origin, tags, evaluations and alias events.
 
     Args:
-        settings: which registry.
+        settings: names the registry.
         version: a number, an alias or `models:/...`.
-        out: file for the drawings it colored when it was registered.
+        out: PNG file for the drawings that the version colored when it was registered; none is written if None.
     """
     registry = Registry(settings)
     found = registry.get(version)
@@ -167,7 +170,10 @@ def show(settings: Settings, version: int | str, out: Path | None = None) -> dic
 
 
 def record_evaluation(settings: Settings, model: str, result: dict[str, Any]) -> int | None:
-    """Keep what `evaluate` measured with the version it measured, if MODEL is one; returns its number."""
+    """Add an evaluation to the version that it measured and return the version's number.
+
+    Return None if `model` is not a `models:` reference.
+    """
     if not model.startswith("models:"):
         return None
     registry = Registry(settings)
@@ -182,14 +188,14 @@ def _champion(registry: Registry) -> Version | None:
 
 
 def _parent(registry: Registry, bundle: Bundle) -> int | None:
-    """The version of the bundle that this one's training started from, if it is registered."""
+    """Return the version of the bundle that this bundle's training started from, if it is registered."""
     sha256 = bundle.config.provenance.get("parent")
     found = registry.find(str(sha256)) if sha256 else None
     return found.version if found is not None else None
 
 
 def _run_beside(folder: Path) -> str | None:
-    """The MLflow run of a bundle that lies in its run's folder."""
+    """Return the MLflow run from run.json next to a bundle folder, or None."""
     try:
         return str(json.loads((folder.parent / "run.json").read_text())["mlflow_run_id"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -197,7 +203,7 @@ def _run_beside(folder: Path) -> str | None:
 
 
 def _known_run(registry: Registry, run_id: str | None) -> str | None:
-    """The run, if this MLflow knows it: a bundle may come from another installation."""
+    """Return the run if this MLflow server has it, else None: a bundle may come from another installation."""
     if run_id is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Measures a model and keeps the numbers with it."""
+"""Evaluate a model and store the metrics with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def evaluate_and_record(
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """evaluate(), kept where the model is: in a bundle folder's metrics.json, or with the registered version."""
+    """Evaluate a model and store the result in the bundle folder's metrics.json or with the registered version.
+
+    The arguments, the result and the errors are those of evaluate(). A result for another URI is not stored.
+    """
     result = evaluate(settings, model, data, split, limit, out, progress)
     if record_evaluation(settings, model, result) is None and "://" not in model:
         with_metrics(Path(model), result)

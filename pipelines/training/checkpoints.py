@@ -138,7 +138,7 @@ def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:
 def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
     """Return the result of `call`, retried on StorageError for up to `seconds`; then raise that error.
 
-    Use it only for calls that a run cannot skip: the storage functions already retry for a shorter time.
+    Use it only for calls that a run cannot skip: each call of a storage function already retries by itself.
     """
     end = time.monotonic() + seconds
     while True:
@@ -151,7 +151,7 @@ def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run, one at a time, and deletes the old ones.
+    """Background writer of one run's checkpoints; it also deletes the old ones.
 
     `save` returns as soon as the state is copied; a thread writes, hashes and uploads the copy while training
     continues. At most two copies exist, one being written and one waiting: a new state replaces the waiting one.

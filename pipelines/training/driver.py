@@ -332,7 +332,7 @@ def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: flo
     }
     bundle_config = replace(bundle_config, provenance=provenance)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    # The duration of a resumed run is unknown. It is not part of the provenance: equal runs must give equal bundles.
+    # The full duration of a resumed run is unknown. The provenance has no duration: equal runs must give equal bundles.
     card = model_card(bundle_config, parameters, None if work.start_step else seconds)
     folder_path = work.folder / "bundle"
     save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card, averages=averages)

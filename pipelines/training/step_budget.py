@@ -1,4 +1,4 @@
-"""Estimates from the first steps of a run how many steps fit into its time limit."""
+"""Estimate from the first steps of a run how many steps fit into its time limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENOUGH = 40
 
 
 class StepBudget:
-    """Converts the time limit of a run into a number of steps; the time counts from the construction of the object."""
+    """Time limit of a run, to be converted to a number of steps; the time counts from the construction on."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Start the clock; `seconds` is the time limit of the run."""

@@ -1,4 +1,4 @@
-"""Scores a checkpoint while training continues: on CPUs in a separate task, on GPUs by all ranks between two steps.
+"""Score a checkpoint while training continues: on CPUs in a separate task, on GPUs on all ranks between two steps.
 
 A score measures the first rows of `val` on both tracks, colored with the sampler that the bundle will have. It is
 written into the checkpoint (score.json) and to MLflow (score/METRIC, and the image `samples`), and reported to the
@@ -45,7 +45,7 @@ def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> S
 
 
 class SharedPainter:
-    """Colors the scoring rows on the training devices between two steps; each rank colors a share.
+    """Colorizer of the scoring rows on the training devices, between two steps; each rank colors a share.
 
     A CPU core would take minutes for large networks. The thread that writes the checkpoint computes the metrics, so the
     ranks do not wait for them.
@@ -105,7 +105,7 @@ def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
 
 
 class Scorer:
-    """Scores checkpoints in Ray tasks, one at a time, and collects the results in `scores`.
+    """Queue of checkpoints to score in Ray tasks, one at a time; `scores` collects the results.
 
     Args:
         place: URI of the folder with the checkpoints.

@@ -122,7 +122,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _give_up_for_good(config: dict[str, Any], failed: str, advice: str) -> None:
-    """Report an error that would recur to the driver; workers that Ray restarts then return immediately."""
+    """Report to the driver an error that would recur; workers that Ray restarts then return immediately."""
     ray.get(config["progress"].tell.remote(failed=failed, advice=advice))
 
 

@@ -1,4 +1,4 @@
-"""Runs Optuna's suggestions as Ray Tune trials: no point is measured twice, and a signal loses no finished trial.
+"""Run Optuna's suggestions as Ray Tune trials: no point is measured twice, and a signal loses no finished trial.
 
     study = Study(new_study(...), distributions, meaning, judge, TrialLog(path))
     run_trials("search-1234abcd", trainable, study, trials=50, at_once=2, place=folder)     # resumes when repeated

@@ -1,11 +1,11 @@
-"""`tune sampler`: searches for the best sampler settings of a finished model, with Ray Tune and Optuna.
+"""`tune sampler`: search for the best sampler settings of a finished model, with Ray Tune and Optuna.
 
-All trials measure the same bundle on the same rows with the same noise, so they differ only in their settings; one of
-these is the average of the run's weights. The two objectives are PSNR and network rows per image; the result is a
-Pareto front and one chosen point. Every measurement of these weights on these rows is kept in a trial log, so a killed
-search resumes, and a repeated search measures nothing twice. pipelines/tuning/sampler_space.py lists the settings,
-pipelines/tuning/optuna_searcher.py runs the trials, and pipelines/tuning/schedule_search.py holds the search that
-trains.
+All trials measure the same bundle on the same rows with the same noise, so they differ only in their settings; one
+setting is which average of the run's weights the model gets. The two objectives are PSNR and network rows per image;
+the result is a Pareto front and one chosen point. Every measurement of these weights on these rows is kept in a trial
+log, so a killed search resumes, and a repeated search measures nothing twice. pipelines/tuning/sampler_space.py lists
+the settings, pipelines/tuning/optuna_searcher.py runs the trials, and pipelines/tuning/schedule_search.py searches for
+training settings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`tune schedule`: searches for a better training recipe with short phase 1 runs, of which the worse ones end early.
+"""`tune schedule`: search for a better training recipe with short phase 1 runs, of which the worse ones end early.
 
 The search changes path, shift, time distribution, prediction, loss weight, learning rate and condition dropout of a
 recipe. A trial is a run of `train`'s own workers inside Ray Tune. At each rung it reports its PSNR on fixed rows, and
@@ -89,9 +89,9 @@ def tune_schedule(
         progress: called after every trial.
 
     Returns:
-        `{trials, finished, stopped_early, failed, cut, best, base, recipe, front, folder}`. The counts are by how the
-        trials ended (`cut`: by the time limit). `best` and `base` (the recipe to begin with) are settings with psnr and
-        steps. `front` has the best PSNR and that of `base` at each rung.
+        `{trials, finished, stopped_early, failed, cut, best, base, recipe, front, folder}`. `finished` to `cut` (by the
+        time limit) count the trials that ended in this way. `best` and `base` (the recipe to begin with) are settings
+        with psnr and steps. `front` has the best PSNR and that of `base` at each rung.
 
     Raises:
         ConfigError: the recipe is not a phase 1 recipe from scratch, or an argument is out of range.
