@@ -32,7 +32,7 @@ from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
-from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.replica.follower import Follower
@@ -126,7 +126,7 @@ def make_registry(folder: Path) -> Registry:
 
 def move(registry: Registry, version: int) -> None:
     """Point the champion at a version, whatever a gate would say."""
-    with ledger.recorded(registry, "promote", "champion", registry.alias("champion"), version, forced=True):
+    with audit_log.recorded(registry, "promote", "champion", registry.alias("champion"), version, forced=True):
         registry.set_alias("champion", version)
 
 

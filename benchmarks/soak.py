@@ -318,12 +318,12 @@ def _serve_alone(model: Path, keys: str, port: int) -> None:
     import uvicorn
 
     from animediffusion.platform.api_keys import Keyring
-    from animediffusion.serve.api import access_log as journal
+    from animediffusion.serve.api import access_log
     from animediffusion.serve.api.app import create_app
     from animediffusion.serve.replica.replica import Replica
 
     torch.set_num_threads(1)
-    journal.write_to(model.parent / "requests.jsonl")
+    access_log.write_to(model.parent / "requests.jsonl")
     replica = Replica()
     assert replica.load("1", model)
     limits = {"max_body_bytes": MAX_BODY_BYTES, "upload_timeout_s": UPLOAD_TIMEOUT_S}

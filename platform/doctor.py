@@ -24,8 +24,7 @@ import psutil
 
 import animediffusion
 from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.cluster import jobs
-from animediffusion.platform.cluster import node_report as nodes
+from animediffusion.platform.cluster import jobs, node_report
 from animediffusion.platform.cluster.node_report import PACKAGES
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
@@ -84,7 +83,7 @@ def checks(
 def _on_all_nodes(settings: Settings, device: Callable[[], str], store: str | None) -> list[Check]:
     try:
         cluster.connect(settings)
-        return [Check(*one) for one in nodes.checks(settings, device, store)]
+        return [Check(*one) for one in node_report.checks(settings, device, store)]
     except AnimeDiffusionError as error:
         return [Check("nodes", False, str(error))]
     except Exception as error:  # as in _guarded
@@ -92,7 +91,7 @@ def _on_all_nodes(settings: Settings, device: Callable[[], str], store: str | No
 
 
 def _store(folder: str) -> Check:
-    wrong = nodes.write_and_read(folder)
+    wrong = node_report.write_and_read(folder)
     return Check("store", wrong is None, f"{folder} {wrong or 'is written and read'}")
 
 

@@ -32,8 +32,8 @@ from animediffusion.models.numerics import choose_numerics
 from animediffusion.platform.api_keys import Keyring, Keys
 from animediffusion.platform.config import Config, Settings
 from animediffusion.platform.errors import ConfigError
-from animediffusion.serve import autoscaling as scaling
-from animediffusion.serve.api import access_log as journal
+from animediffusion.serve import autoscaling
+from animediffusion.serve.api import access_log
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
 from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
@@ -177,7 +177,7 @@ def _autoscaling(args: ServeConfig) -> AutoscalingConfig:
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
             downscale_to_zero_delay_s=args.downscale_to_zero_delay_s,
-            policy={"policy_function": f"{scaling.__name__}:{scaling.engines_for_work.__name__}"},
+            policy={"policy_function": f"{autoscaling.__name__}:{autoscaling.engines_for_work.__name__}"},
         )
 
 
@@ -229,7 +229,7 @@ class EngineDeployment:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the pending work of this replica for the autoscaler, see serve/autoscaling.py."""
-        return {scaling.PENDING: self.replica.pending_pictures()}
+        return {autoscaling.PENDING: self.replica.pending_pictures()}
 
     async def check_health(self) -> None:
         """Raise an error if the replica does not work; Ray then replaces the replica."""
@@ -256,7 +256,7 @@ class IngressDeployment:
         """Return the ASGI application. Ray Serve calls this after the constructor."""
         source = ModelSource(self.args.settings(), self.args.model)
         backend = RayBackend(self.engine, source, may_sleep=self.args.min_replicas == 0)
-        journal.write_to(self.args.request_log)
+        access_log.write_to(self.args.request_log)
         return create_app(
             backend,
             keyring=Keyring(self.args.settings().keys_uri, is_closed=not self.args.allow_anonymous),

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from animediffusion.platform.errors import ConfigError
-from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api import access_log
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, refusal, request_id_of
 from animediffusion.serve.api.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 def middlewares() -> list[Middleware]:
     """Return the middleware of the proxy. Ray Serve calls this function when a proxy starts."""
-    journal.write_to(None)
+    access_log.write_to(None)
     try:
         limit = max_body_bytes()
     except ConfigError as error:  # Starting without the middleware would be worse than using the default limit.
@@ -101,7 +101,7 @@ class ProxyErrors:
             problem = await self._ask_serve(scope, body, answer)
         if problem is not None and not answer.is_started:
             await respond(_named(problem, request_id), scope, receive, send)
-            journal.write(scope, problem.status, started)
+            access_log.write(scope, problem.status, started)
 
     async def _ask_serve(self, scope: Scope, body: _Body, answer: _Answer) -> ProblemError | None:
         """Run the application; return the problem to send if the application has not answered."""
@@ -115,7 +115,7 @@ class ProxyErrors:
         if answer.is_started:
             return None
         # Serve sends nothing if a replica died, and uvicorn would turn that into a plain-text 500.
-        return ProblemError(journal.CLIENT_LEFT, "the client closed the connection") if body.client_left else _LOST
+        return ProblemError(access_log.CLIENT_LEFT, "the client closed the connection") if body.client_left else _LOST
 
 
 class _Body:

@@ -10,8 +10,7 @@ from typing import Any
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
-from animediffusion.platform.registry import audit_log as ledger
-from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.alias_lock import turn
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.traffic import CHALLENGER, Traffic
@@ -58,7 +57,9 @@ def _set(registry: Registry, now: Traffic, percent: int, why: str) -> None:
     if now.challenger is None:  # the alias was removed by hand, so the audit log has no version to name
         traffic.set_percent(registry, percent)
         return
-    with ledger.recorded(registry, "canary", CHALLENGER, now.challenger, now.challenger, reason=why, percent=percent):
+    with audit_log.recorded(
+        registry, "canary", CHALLENGER, now.challenger, now.challenger, reason=why, percent=percent
+    ):
         traffic.set_percent(registry, percent)
 
 

@@ -17,7 +17,7 @@ from animediffusion.models.bundle import FILES
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
-from animediffusion.platform.registry import code_archive as portable
+from animediffusion.platform.registry import code_archive
 from animediffusion.platform.registry.client import Registry
 
 SCRIPT = '''"""Color a drawing like a reference image: python colorize.py SKETCH REFERENCE OUT.png
@@ -63,9 +63,9 @@ def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
         whole.mkdir()
         for file in (*FILES, "checksums.json"):
             shutil.copyfile(source / file, whole / file)
-        portable.copy_modules(whole)
+        code_archive.copy_modules(whole)
         (whole / "colorize.py").write_text(SCRIPT)
-        (whole / "requirements.txt").write_text(portable.requirements())
+        (whole / "requirements.txt").write_text(code_archive.requirements())
         whole.replace(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {

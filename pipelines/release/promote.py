@@ -17,8 +17,7 @@ from animediffusion.pipelines.release.checks import check_bundle, check_quality,
 from animediffusion.pipelines.release.lineage import described, dossier, kept_files, samples
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
-from animediffusion.platform.registry import audit_log as ledger
-from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.alias_lock import turn
 from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
@@ -92,7 +91,7 @@ def promote(
             check_quality(candidate, _champion(registry))
         metrics = headline(candidate.metrics)
         ended = canary.end(registry, f"version {candidate.version} became {alias}")
-        with ledger.recorded(
+        with audit_log.recorded(
             registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
         ):
             registry.set_alias(alias, candidate.version)
@@ -111,7 +110,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
         target = _before(registry, alias, present)
         metrics = headline(target.metrics)
         ended = canary.end(registry, f"{alias} rolled back to version {target.version}")
-        with ledger.recorded(registry, "rollback", alias, present, target.version, reason=why, metrics=metrics):
+        with audit_log.recorded(registry, "rollback", alias, present, target.version, reason=why, metrics=metrics):
             registry.set_alias(alias, target.version)
     return {"version": target.version, "alias": alias, "from": present, "changed": True, **ended}
 
@@ -119,7 +118,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
 def _before(registry: Registry, alias: str, present: int | None) -> Version:
     """Return the version that an alias pointed at before the present one."""
     existing = {version.version: version for version in registry.versions()}
-    stack = ledger.stack(ledger.read(registry, alias))
+    stack = audit_log.stack(audit_log.read(registry, alias))
     if stack and stack[-1] == present:
         stack.pop()
     earlier = [version for version in stack if version in existing and version != present]
@@ -134,7 +133,7 @@ def _before(registry: Registry, alias: str, present: int | None) -> Version:
 
 def history(settings: Settings, alias: str | None = None) -> list[dict[str, Any]]:
     """Return every promotion, rollback and canary, the oldest first."""
-    return [event.summary() for event in ledger.read(Registry(settings), alias)]
+    return [event.summary() for event in audit_log.read(Registry(settings), alias)]
 
 
 def versions(settings: Settings) -> list[dict[str, Any]]:
@@ -157,7 +156,7 @@ def show(settings: Settings, version: int | str, out: Path | None = None) -> dic
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(samples(registry, found))
-    events = [event for event in ledger.read(registry) if found.version in (event.version, event.previous)]
+    events = [event for event in audit_log.read(registry) if found.version in (event.version, event.previous)]
     return {
         **found.summary(),
         "share": traffic.read(registry).shares.get(found.version, 0.0),

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from animediffusion.pipelines.synthetic import clothes as wardrobe
-from animediffusion.pipelines.synthetic import hair
+from animediffusion.pipelines.synthetic import clothes, hair
 from animediffusion.pipelines.synthetic.background import BACKDROPS, draw_backdrop
 from animediffusion.pipelines.synthetic.canvas import (
     Canvas,
@@ -82,8 +81,8 @@ def random_character(rng: np.random.Generator) -> Character:
     """Choose a random palette, clothes, accessory and background."""
     return Character(
         palette=random_palette(rng),
-        clothes=_one_of(rng, wardrobe.CLOTHES),
-        accessory=_one_of(rng, wardrobe.ACCESSORIES),
+        clothes=_one_of(rng, clothes.CLOTHES),
+        accessory=_one_of(rng, clothes.ACCESSORIES),
         backdrop=_one_of(rng, BACKDROPS),
         shine=bool(rng.random() < 0.75),
     )
@@ -134,19 +133,19 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
     ahoge = g.ahoge and character.accessory not in ("beret", "headband", "headphones")
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
-        wardrobe.draw_ears_of_a_cat(far, palette)
+        clothes.draw_ears_of_a_cat(far, palette)
     hair.draw_behind(far, back, palette.hair)
     _neck(body, head, g, palette)
-    wardrobe.draw_clothes(body, character.clothes, palette)
+    clothes.draw_clothes(body, character.clothes, palette)
     hair.draw_beside(far, back, palette.hair, palette.trim, g.jitter)
     _face(head, skull, features, g, palette)
     _eyes(features, g, palette)
     hair.draw_front(skull, g.front, back, palette.hair, g.jitter, shine=character.shine, ahoge=ahoge)
     _brows(features, g)
     if character.accessory == "glasses":
-        wardrobe.draw_glasses(features, palette, 0.31)
+        clothes.draw_glasses(features, palette, 0.31)
     else:
-        wardrobe.draw_accessory(skull, character.accessory, palette, g.side)
+        clothes.draw_accessory(skull, character.accessory, palette, g.side)
     return canvas.finish()
 
 

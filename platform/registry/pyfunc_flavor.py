@@ -15,7 +15,7 @@ from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-from animediffusion.platform.registry import code_archive as portable
+from animediffusion.platform.registry import code_archive
 
 CODE = "code.zip"
 SCRIPT = "model.py"
@@ -31,9 +31,9 @@ def write_flavor(folder: Path, *, model_id: str, run_id: str) -> None:
         model_id: id of MLflow's logged model.
         run_id: the run that made the model.
     """
-    portable.zip_modules(folder / CODE)
-    (folder / SCRIPT).write_bytes(portable.source(_SOURCE))
-    (folder / "requirements.txt").write_text(portable.requirements("mlflow"))
+    code_archive.zip_modules(folder / CODE)
+    (folder / SCRIPT).write_bytes(code_archive.source(_SOURCE))
+    (folder / "requirements.txt").write_text(code_archive.requirements("mlflow"))
     environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (folder / "python_env.yaml").write_text(yaml.safe_dump(environment))
     model = Model(run_id=run_id, model_id=model_id, signature=signature())

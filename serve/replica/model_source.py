@@ -9,8 +9,7 @@ from pathlib import Path
 from animediffusion.models.bundle import verify
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError
-from animediffusion.platform.registry import audit_log as ledger
-from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.client import CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
 
@@ -83,7 +82,7 @@ class ModelSource:
         """Return the former champions, the latest first; empty if MODEL is not the champion."""
         if self.model != f"models:/{self.settings.model_name}@{CHAMPION}":
             return []
-        return [str(version) for version in reversed(ledger.stack(ledger.read(self._registry, CHAMPION)))]
+        return [str(version) for version in reversed(audit_log.stack(audit_log.read(self._registry, CHAMPION)))]
 
     @cached_property
     def _registry(self) -> Registry:

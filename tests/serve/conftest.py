@@ -15,7 +15,7 @@ from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, 
 from animediffusion.models.network.unet import UNetConfig
 from animediffusion.platform.api_keys import Keyring, Keys
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api import access_log
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.replica.replica import Replica
 
@@ -144,7 +144,7 @@ def closed_url(closed_app):
 def lines(tmp_path):
     """A function that returns the journal's lines since the test began."""
     file = tmp_path / "requests.jsonl"
-    journal.write_to(file)
+    access_log.write_to(file)
 
     def read(count=1):
         """At least `count` of them: a line is written just after its answer was sent."""
@@ -154,4 +154,4 @@ def lines(tmp_path):
         return [json.loads(line) for line in found]
 
     yield read
-    journal.write_to(None)
+    access_log.write_to(None)

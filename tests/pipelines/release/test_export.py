@@ -21,7 +21,7 @@ from animediffusion.pipelines.release.export import export
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.platform.registry import code_archive as portable
+from animediffusion.platform.registry import code_archive
 
 
 def needed(names):
@@ -47,7 +47,7 @@ def bare_python(tmp_path_factory):
     venv.create(folder, with_pip=False, symlinks=True)
     there = Path(sysconfig.get_path("purelib"))
     here = next(folder.glob("lib/python*/site-packages"))
-    for name in needed(portable.NEEDS):
+    for name in needed(code_archive.NEEDS):
         files = importlib.metadata.files(name) or []
         for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
             if not (here / top).exists() and (there / top).exists():
@@ -120,7 +120,7 @@ def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
 
 
 def test_the_modules_that_travel_need_nothing_else():
-    names = set(portable.modules())
+    names = set(code_archive.modules())
     assert "animediffusion/models/network/unet.py" in names
     assert names.isdisjoint(
         {"animediffusion/cli.py", "animediffusion/serve/engine/engine.py", "animediffusion/platform/config.py"}
@@ -129,5 +129,5 @@ def test_the_modules_that_travel_need_nothing_else():
 
 def test_equal_modules_make_equal_zip_files(tmp_path):
     for name in ("a.zip", "b.zip"):
-        portable.zip_modules(tmp_path / name)
+        code_archive.zip_modules(tmp_path / name)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()

@@ -15,7 +15,7 @@ from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.images.codec import decode_rgb
-from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.storage.files import upload_folder
 from animediffusion.platform.tracking.run import TRAINING, Run
@@ -267,7 +267,7 @@ def test_a_ledger_that_was_deleted_is_not_an_empty_one(settings, bundle):
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)
     client = Registry(settings).client
-    experiment = client.get_experiment_by_name(ledger.EXPERIMENT).experiment_id
+    experiment = client.get_experiment_by_name(audit_log.EXPERIMENT).experiment_id
     client.delete_experiment(experiment)
     with pytest.raises(RegistryError, match=f"was deleted in MLflow; run `mlflow experiments restore -x {experiment}`"):
         release.history(settings)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from animediffusion.pipelines.synthetic import clothes as wardrobe
-from animediffusion.pipelines.synthetic import hair
+from animediffusion.pipelines.synthetic import clothes, hair
 from animediffusion.pipelines.synthetic.background import BACKDROPS
 from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen, blob, curve, ellipse
 from animediffusion.pipelines.synthetic.faces import EYES, MOUTHS, Character, draw, random_character, random_geometry
@@ -58,9 +57,9 @@ def test_colors_do_not_change_the_lines():
         ("front", hair.FRONTS),
         ("eyes", EYES),
         ("mouth", MOUTHS),
-        ("clothes", wardrobe.CLOTHES),
+        ("clothes", clothes.CLOTHES),
         ("backdrop", tuple(dict.fromkeys(BACKDROPS))),
-        ("accessory", wardrobe.ACCESSORIES),
+        ("accessory", clothes.ACCESSORIES),
     ],
 )
 def test_every_kind_of_a_part_looks_different(part, names):

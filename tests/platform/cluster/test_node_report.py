@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from animediffusion.platform.cluster import node_report as nodes
+from animediffusion.platform.cluster import node_report
 from animediffusion.platform.cluster.node_report import Listener, NodeReport
 from animediffusion.platform.config import Settings
 
@@ -45,7 +45,7 @@ def answering(status: int) -> Iterator[str]:
 
 @pytest.mark.ray
 def test_every_node_of_a_cluster_answers(ray_cluster: None, moto_server: str, tmp_path: Path) -> None:
-    found = nodes.checks(Settings(workspace=tmp_path), lambda: "cpu; attention sdpa", "s3://bucket/probe")
+    found = node_report.checks(Settings(workspace=tmp_path), lambda: "cpu; attention sdpa", "s3://bucket/probe")
     by_name = {name: (ok, detail) for name, ok, detail in found}
     assert by_name["nodes"][0]
     assert by_name["nodes"][1].startswith("1 answer; all with python 3.")
@@ -56,38 +56,41 @@ def test_every_node_of_a_cluster_answers(ray_cluster: None, moto_server: str, tm
 
 
 def test_what_was_written_to_a_store_is_not_left_there(tmp_path: Path) -> None:
-    assert nodes.write_and_read(str(tmp_path)) is None
+    assert node_report.write_and_read(str(tmp_path)) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_node_with_another_version_is_named() -> None:
     odd = report("10.0.0.3", versions={"python": "3.11.7", "torch": "2.12.0"})
-    name, ok, detail = nodes._nodes([report("10.0.0.1"), report("10.0.0.2"), odd], [])
+    name, ok, detail = node_report._nodes([report("10.0.0.1"), report("10.0.0.2"), odd], [])
     assert (name, ok) == ("nodes", False)
     assert detail == "3 answer; torch differs: 2.13.0 (10.0.0.1 10.0.0.2), 2.12.0 (10.0.0.3)"
 
 
 def test_a_node_that_does_not_answer_is_named() -> None:
-    _, ok, detail = nodes._nodes([report("10.0.0.1")], ["10.0.0.2 does not answer"])
+    _, ok, detail = node_report._nodes([report("10.0.0.1")], ["10.0.0.2 does not answer"])
     assert not ok
     assert "10.0.0.2 does not answer" in detail
 
 
 def test_a_node_without_the_store_is_named() -> None:
-    _, ok, detail = nodes._store([report("a"), report("b", store="access denied; check the keys")], "s3://runs")
+    _, ok, detail = node_report._store([report("a"), report("b", store="access denied; check the keys")], "s3://runs")
     assert not ok
     assert detail == "s3://runs: access denied; check the keys (b)"
 
 
 def test_a_local_folder_is_no_store_of_many_nodes() -> None:
-    assert nodes._store([report("a"), report("b")], "/runs")[1] is False
-    assert nodes._store([report("a")], "/runs")[1] is True
+    assert node_report._store([report("a"), report("b")], "/runs")[1] is False
+    assert node_report._store([report("a")], "/runs")[1] is True
 
 
 def test_nodes_with_several_mlflows_or_with_none_they_can_share_are_told_of() -> None:
-    assert "differs: http://m:5000 (a), none (b)" in nodes._mlflow([report("a"), report("b", mlflow_uri="")], False)[2]
+    assert (
+        "differs: http://m:5000 (a), none (b)"
+        in node_report._mlflow([report("a"), report("b", mlflow_uri="")], False)[2]
+    )
     alone = [report("a", mlflow_uri=""), report("b", mlflow_uri="")]
-    assert nodes._mlflow(alone, True)[1:] == (
+    assert node_report._mlflow(alone, True)[1:] == (
         False, "embedded, which only one node can see; set MLFLOW_TRACKING_URI to a server"
     )  # fmt: skip
 
@@ -95,14 +98,14 @@ def test_nodes_with_several_mlflows_or_with_none_they_can_share_are_told_of() ->
 @pytest.mark.parametrize(("status", "well"), [(401, True), (403, True), (200, False)])
 def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) -> None:
     with answering(status) as address:
-        ok, detail = nodes._asks_for_a_token(address)
+        ok, detail = node_report._asks_for_a_token(address)
     assert ok is well
     assert address in detail
 
 
 def test_an_open_port_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200) as address:
-        monkeypatch.setattr(nodes, "get_dashboard_url", lambda: address)
-        auth, ports = nodes._doors([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
+        monkeypatch.setattr(node_report, "get_dashboard_url", lambda: address)
+        auth, ports = node_report._doors([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
     assert auth[1] is False
     assert ports == ("ray ports", False, "1 ports can be reached from outside: gcs 0.0.0.0:6379 (a)")

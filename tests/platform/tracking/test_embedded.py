@@ -12,7 +12,7 @@ from bundles import write_bundle
 
 from animediffusion.models.bundle import verify
 from animediffusion.platform.config import Settings
-from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import CHAMPION, Registry
 from animediffusion.platform.tracking import embedded
 from animediffusion.platform.tracking import run as tracking
@@ -21,12 +21,12 @@ from animediffusion.platform.tracking.run import TRAINING, Run
 READ = """
 import sys
 from animediffusion.models.bundle import verify
-from animediffusion.platform.registry import audit_log as ledger
+from animediffusion.platform.registry import audit_log
 from animediffusion.platform.config import Settings
 from animediffusion.platform.registry.client import Registry
 registry = Registry(Settings.from_environment(workspace=sys.argv[1]))
 folder = registry.fetch("models:/animediffusion@champion")
-print(verify(folder), registry.versions()[0].aliases, len(ledger.read(registry)), folder)
+print(verify(folder), registry.versions()[0].aliases, len(audit_log.read(registry)), folder)
 """
 
 
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registry = opened(folder)
         registry.register(bundle, sha256=verify(bundle))
-        with ledger.recorded(registry, "promote", CHAMPION, None, 1):
+        with audit_log.recorded(registry, "promote", CHAMPION, None, 1):
             registry.set_alias(CHAMPION, 1)
     return folder
 
@@ -74,7 +74,7 @@ def use(folder: Path, tmp_path: Path) -> None:
     assert verify(registry.fetch("models:/animediffusion@champion")) == registry.get(1).sha256
     again = write_bundle(tmp_path / "again", seed=1)
     assert registry.register(again, sha256=verify(again)) == 2
-    with ledger.recorded(registry, "promote", CHAMPION, 1, 2):
+    with audit_log.recorded(registry, "promote", CHAMPION, 1, 2):
         registry.set_alias(CHAMPION, 2)
     (tmp_path / "note.txt").write_text("hello")
     run = Run.start(registry.settings, TRAINING, "r")

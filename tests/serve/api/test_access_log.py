@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from animediffusion.platform.api_keys import Keyring
-from animediffusion.serve.api import access_log as journal
+from animediffusion.serve.api import access_log
 from animediffusion.serve.api.app import create_app
 
 FIELDS = {"time", "method", "path", "status", "seconds", "key", "version", "request_id"}
@@ -51,7 +51,7 @@ def test_a_path_stays_within_its_line(client, lines):
     client.get(f"/%0A%7B%22status%22%3A200%7D{'x' * 500}")
     [line] = lines()
     assert line["path"].startswith('/\n{"status":200}')
-    assert len(line["path"]) == journal.MAX_PATH
+    assert len(line["path"]) == access_log.MAX_PATH
 
 
 class Broken:

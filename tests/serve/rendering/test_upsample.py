@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from animediffusion.platform.errors import ImageError
 from animediffusion.platform.images.codec import decode_rgb, letterbox
-from animediffusion.serve.rendering import upsample as resolution
+from animediffusion.serve.rendering import upsample
 from animediffusion.serve.rendering.render import MAX_ASPECT, MIN_SIDE_PX, read_sketch, render
 from animediffusion.serve.rendering.sketch import as_gray, for_network, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import (
@@ -96,7 +96,7 @@ def test_a_large_drawing_is_worked_on_at_a_fraction_of_its_size(monkeypatch):
     sketch, colors = two_halves(500, 700, line=6)
     painted, drawing = paint(sketch, colors, 64), read_drawing(sketch)
     whole = over_white(layer_of(painted, drawing)).astype(int)
-    monkeypatch.setattr(resolution, "WORK_PIXELS", 60_000)
+    monkeypatch.setattr(upsample, "WORK_PIXELS", 60_000)
     layer = layer_of(painted, drawing)
     assert layer.shape == (500, 700, 4)
     off_the_line = np.abs(np.arange(700) - 350) > 6

@@ -8,8 +8,7 @@ from breakage import broken_copy, changed_byte, not_finite, wrong_shape
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, RegistryError
-from animediffusion.platform.registry import audit_log as ledger
-from animediffusion.platform.registry import traffic
+from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.protocol import ColorizeJob, NoModelError
 from animediffusion.serve.replica.follower import FIRST_PAUSE_S, Follower
@@ -210,7 +209,7 @@ def test_replicas_born_in_the_middle_of_a_promotion_agree_in_the_end(follower, r
 
 def test_a_replica_born_under_a_broken_champion_serves_the_one_before(replicas, registry, sketch, reference):
     for version in (OTHER, GOOD, NAN):
-        with ledger.recorded(registry, "promote", "champion", registry.alias("champion"), version):
+        with audit_log.recorded(registry, "promote", "champion", registry.alias("champion"), version):
             registry.set_alias("champion", version)
     follower = replicas(registry)
     assert follower.step()
