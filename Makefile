@@ -21,10 +21,11 @@ test:  ## all tests; ARGS="tests/serve -x" for some
 	@.ci/setup tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: install  ## style and types
+check: install  ## style, types and spelling
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy -p animediffusion
+	@$(BIN)/codespell
 
 bench: install  ## one benchmark: NAME=quality ARGS="--data URI"; without NAME, which there are
 ifdef NAME
