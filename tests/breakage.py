@@ -1,4 +1,4 @@
-"""Bundles that look right and do not work, made from one that does."""
+"""Broken bundles that look valid, made from a valid bundle."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from animediffusion.models.bundle import FILES, file_sha256
 
 
 def changed_byte(folder: Path) -> None:
-    """One bit of the weights, behind the checksums' back."""
+    """Change one bit of the weights without updating the checksums."""
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -19,20 +19,20 @@ def changed_byte(folder: Path) -> None:
 
 
 def wrong_shape(folder: Path) -> None:
-    """A tensor that config.json knows nothing of, sealed again."""
+    """Give one tensor a shape that does not match config.json, and update the checksums."""
     weights = load_file(folder / "model.safetensors")
     name = next(iter(weights))
     _seal(folder, {**weights, name: torch.zeros(7, 7)})
 
 
 def not_finite(folder: Path) -> None:
-    """Weights that are no numbers, sealed again."""
+    """Set all weights to NaN, and update the checksums."""
     weights = load_file(folder / "model.safetensors")
     _seal(folder, {name: torch.full_like(tensor, float("nan")) for name, tensor in weights.items()})
 
 
 def broken_copy(source: Path, destination: Path, breakage) -> Path:
-    """A copy of a bundle in which `breakage` did its work."""
+    """Copy a bundle and apply `breakage` to the copy."""
     shutil.copytree(source, destination)
     breakage(destination)
     return destination

@@ -1,4 +1,4 @@
-"""Untrained bundles of the smallest network, and evaluations of them as `evaluate` would write them."""
+"""Untrained bundles of the smallest network, and evaluations in the format of `evaluate`."""
 
 import uuid
 
@@ -24,7 +24,7 @@ def evaluation(psnr=20.0, ciede2000=8.0, data_hash="a" * 64):
 
 
 def write_bundle(folder, seed=0, metrics=None, image_size=16, sampler_steps=4, **provenance):
-    """Write one, another for each seed; returns its folder."""
+    """Write a bundle whose weights depend on the seed, and return its folder."""
     torch.manual_seed(seed)
     config = BundleConfig(
         network=NETWORK,
@@ -37,5 +37,5 @@ def write_bundle(folder, seed=0, metrics=None, image_size=16, sampler_steps=4, *
 
 
 def new_model(workspace):
-    """Settings with a model name of their own: a database is shared, as making one takes seconds."""
+    """Return settings with a new model name: tests share a database, because creating one takes seconds."""
     return Settings.from_environment(workspace=workspace, model_name=f"model-{uuid.uuid4().hex[:8]}")

@@ -1,4 +1,4 @@
-"""Real parts that many tests share: an S3 server, a Ray cluster with two CPUs, a checkpoint of the authors' code."""
+"""Fixtures that many tests share: an S3 server, a Ray cluster with two CPUs, a checkpoint of the authors' code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from animediffusion.pipelines.data.shards import PICTURES
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import encode_lossless
 
-# An example may take as long as a busy machine needs.
+# Examples have no deadline, because a busy machine may be slow.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
@@ -32,17 +32,17 @@ LONGEST = (
     "test_live.py",
     "test_schedule_search.py",
 )
-"""Files of minutes."""
+"""Test files that take minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: a file stays in one process, and the others fill up what is left of both."""
+    """Run the longest files first: a file runs in one process, and the short files then balance the two processes."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing of the user's home is read or written, and two cores are not oversubscribed."""
+    """Keep tests from reading or writing the user's home and from oversubscribing two cores."""
     values = {
         "HOME": str(tmp_path_factory.mktemp("home")),
         "OMP_NUM_THREADS": "1",
@@ -50,7 +50,7 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-        # A private cluster of ours would switch them off for the whole process, if it came first.
+        # Our private cluster would disable the metrics for the whole process if it started first.
         "RAY_enable_metrics_collection": "1",
         "RAY_metrics_report_interval_ms": "2000",
     }
@@ -62,7 +62,7 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[str]:
-    """URL of an S3 server on loopback that the AWS variables point at, with the bucket `bucket`."""
+    """URL of an S3 server on loopback with the bucket `bucket`; the AWS variables point to it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -80,15 +80,17 @@ def moto_server() -> Iterator[str]:
 
 @pytest.fixture
 def faulty_s3(moto_server: str) -> Iterator[tuple[str, FaultyStore]]:
-    """URL of a way to the S3 server that fails on command, and the switch (faults.py); name it in a URI or the AWS
-    variables."""
+    """URL of a proxy to the S3 server that fails on command, and the proxy itself (faults.py).
+
+    Use the URL in a URI or in the AWS variables.
+    """
     with FaultyStore(moto_server) as store:
         yield store.url, store
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(moto_server: str) -> Iterator[None]:
-    """One Ray for all tests, with two CPUs; started after the S3 server, so that its workers know the address."""
+    """One Ray cluster for all tests, with two CPUs; it starts after the S3 server so that workers have the address."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
@@ -161,7 +163,7 @@ def _layer_shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture
 def authors_checkpoint() -> dict[str, torch.Tensor]:
-    """Random weights in the authors' naming: 64 and 128 channels, two blocks a level."""
+    """Random weights with the authors' names: 64 and 128 channels, two blocks per level."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...], spread: float) -> torch.Tensor:

@@ -1,5 +1,8 @@
-"""Runs programs of an image without a container engine: Linux namespaces and an overlay over the image's files, with
-an own /dev/shm and without capabilities. Needs root rights, in a process started with NAMESPACES."""
+"""Runs programs of an image without a container engine.
+
+A container consists of Linux namespaces and an overlay over the image's files, with its own /dev/shm and without
+capabilities. Needs root, in a process that was started with NAMESPACES.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ from typing import Any
 import psutil
 
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-"""The start of a command that may run containers; all of them end with it."""
+"""Prefix of a command that may run containers; all its containers end when the command ends."""
 ADDRESS = "10.88.0.2"
 HOSTS = f"127.0.0.1 localhost postgres redis minio\n{ADDRESS} pod mlflow ray\n"
 PATIENCE_S = 1200
-"""For a program to end, on a machine with other work."""
+"""Timeout for a program to end, on a machine with other work."""
 
-# A container from the image $1, which keeps what it writes in $2, with $3 of shared memory, the user $4, directories in
-# memory $5; its root is read-only if $6 says ro. No name server answers, and none is waited for.
+# A container from the image $1. It keeps what it writes in $2, and has $3 of shared memory, the user $4 and the in-
+# memory directories $5; its root is read-only if $6 is ro. DNS queries fail immediately, because no name server
+# listens.
 CONTAINER = """set -e
 mkdir -p "$2/upper" "$2/work" "$2/root"
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"
@@ -50,7 +54,7 @@ exec chroot . setpriv "--reuid=$user" "--regid=$user" --clear-groups --no-new-pr
 
 @dataclass
 class Container:
-    """How a program of the image runs."""
+    """Settings with which a program of the image runs."""
 
     image: Path
     variables: dict[str, str]
@@ -58,11 +62,11 @@ class Container:
     user: int = 1000
     shm: str = "64m"
     memory: list[str] = field(default_factory=list)
-    """Directories in memory that the user may write to."""
+    """In-memory directories that the user may write to."""
     read_only: bool = False
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
-        """Start it."""
+        """Start a program in a new container."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         place.chmod(0o755)
         (place / "hosts").write_text(HOSTS)
@@ -72,7 +76,11 @@ class Container:
         return subprocess.Popen([*own, *command], text=True, **options)
 
     def run(self, *command: str) -> str:
-        """What it prints; it has to end well."""
+        """Run a program and return its output.
+
+        Raises:
+            RuntimeError: the exit code is not 0.
+        """
         process = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         output, _ = process.communicate(timeout=PATIENCE_S)
         if process.returncode:
@@ -81,7 +89,7 @@ class Container:
 
     @contextmanager
     def running(self, log: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
-        """Start it, and end it if it still runs."""
+        """Start a program, and kill it at the end of the block if it still runs."""
         with log.open("w") as output:
             process = self.start(*command, stdout=output, stderr=output)
         try:
@@ -95,7 +103,7 @@ class Container:
 
 
 def terminate(process: subprocess.Popen[str]) -> float:
-    """Seconds that the first process of a container takes to end after the signal to stop."""
+    """Send SIGTERM to the first process of a container and return the seconds until it ends."""
     begun = time.monotonic()
     [first] = psutil.Process(process.pid).children()
     first.send_signal(signal.SIGTERM)
@@ -104,7 +112,7 @@ def terminate(process: subprocess.Popen[str]) -> float:
 
 
 def peak(box: Container, *command: str) -> int:
-    """Bytes of memory that a program takes at most; the same as the limit of the operator's first container counts."""
+    """Run a program and return its peak memory in bytes, as the limit of the operator's init container counts it."""
     process = box.start(*command)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -113,7 +121,7 @@ def peak(box: Container, *command: str) -> int:
 
 
 def network() -> None:
-    """An address besides loopback, and a way out that leads nowhere."""
+    """Set up an address in addition to loopback, and a default route that leads nowhere."""
     for words in (
         "link set lo up",
         "link add eth0 type veth peer name outside",

@@ -1,4 +1,4 @@
-"""A store that fails on command: an HTTP proxy on real sockets, between a client and the S3 server of the tests.
+"""A store that fails on command: an HTTP proxy on real sockets, between a client and the tests' S3 server.
 
     with FaultyStore("http://127.0.0.1:5000") as store:
         os.environ["AWS_ENDPOINT_URL_S3"] = store.url
@@ -7,7 +7,7 @@
         store.fail("reset", requests=1, where="PUT /bucket/runs")
         store.fail("stall")                                # until store.heal()
 
-One fault at a time; `hits` counts the requests that met one. Nothing of a client is replaced.
+Only one fault is active at a time; `hits` counts the requests that it affected. Clients run unmodified.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _STALL_POLL_S = 0.05
 
 
 class FaultyStore:
-    """The proxy and its switch.
+    """The proxy, with methods that start and end a fault.
 
     Args:
         upstream: URL of the real server.
 
     Attributes:
-        url: where clients connect; the port stays the same while connections are refused.
-        hits: requests that met a fault, by its kind (a refused connection is not seen, so not counted).
+        url: the address for clients; the port stays the same while connections are refused.
+        hits: number of requests that a fault affected, by kind (a refused connection is not seen, so not counted).
         requests: all requests, as "METHOD /path?query", in order of arrival.
     """
 
@@ -68,14 +68,15 @@ class FaultyStore:
         self.close()
 
     def fail(self, kind: Fault, *, requests: int | None = None, seconds: float | None = None, where: str = "") -> None:
-        """Begin a fault in place of the one before.
+        """Start a fault, which replaces the previous one.
 
         Args:
-            kind: `refuse` new connections (those that are open are reset); `reset` in the middle of the answer, after
-                the server has done what it was asked; `stall`: no answer; `slow_down`: 503 as S3 throttles.
-            requests: how many it harms; any number if None. Not for `refuse`.
-            seconds: how long it lasts, until heal() if None.
-            where: only requests that hold this text, such as "GET /bucket/a"; not for `refuse`.
+            kind: `refuse` rejects new connections and resets open ones; `reset` cuts the answer in the middle, after
+                the server has processed the request; `stall` sends no answer; `slow_down` answers 503, as S3 does to
+                throttle.
+            requests: number of requests that fail; all of them if None. Not for `refuse`.
+            seconds: duration of the fault; until heal() if None.
+            where: only requests that contain this text fail, such as "GET /bucket/a". Not for `refuse`.
         """
         with self._lock:
             self.heal()
@@ -88,7 +89,7 @@ class FaultyStore:
                 self._timer.start()
 
     def heal(self) -> None:
-        """End the fault; a stalled request gets no answer any more."""
+        """End the fault; a request that is stalled never gets an answer."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -100,13 +101,13 @@ class FaultyStore:
                 self._placeholder = None
 
     def close(self) -> None:
-        """Stop for good."""
+        """Stop the proxy permanently."""
         with self._lock:
             self.heal()
             self._stop()
 
     def meet(self, request: str) -> Fault | None:
-        """The fault that a request meets, counted."""
+        """Record a request and return the fault that affects it, if any."""
         with self._lock:
             self.requests.append(request)
             if self._kind is None or self._where not in request or self._left == 0:
@@ -117,7 +118,7 @@ class FaultyStore:
             return self._kind
 
     def stalls(self) -> bool:
-        """Whether requests are still held back."""
+        """Return whether requests are stalled now."""
         return self._kind == "stall"
 
     def _listen(self, port: int) -> None:
@@ -133,7 +134,7 @@ class FaultyStore:
             self._server = None
 
     def _refuse(self) -> None:
-        """Nobody listens, and nobody else gets the port: a socket that is bound and does not listen keeps it."""
+        """Stop listening but keep the port: a socket that is bound but does not listen reserves it."""
         self._stop()
         placeholder = socket.socket()
         placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -148,7 +149,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is part of the play."""
+        """Ignore errors of clients that disconnect: tests cause them on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -171,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Nothing is logged."""
+        """Log nothing."""
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -212,14 +213,14 @@ class _Handler(BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers]
         raw = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         if cut:
-            # In the middle of the content; where there is none, in the middle of the head.
+            # Cut in the middle of the content; without content, in the middle of the headers.
             self.wfile.write(raw + content[: len(content) // 2] if content else raw[: len(raw) // 2])
             self._reset()
         else:
             self.wfile.write(raw + content)
 
     def _stall(self) -> None:
-        """No answer until the fault is over or the client has gone, then the end of the connection."""
+        """Send no answer until the fault ends or the client disconnects; then close the connection."""
         while self.server.store.stalls():
             readable, _, _ = select.select([self.connection], [], [], _STALL_POLL_S)
             if readable and self._is_gone():
@@ -235,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
             return True
 
     def _reset(self) -> None:
-        """RST in place of a proper end; the descriptor is closed here because file objects share the socket."""
+        """Send RST instead of a normal close; the descriptor is closed here because file objects share the socket."""
         self.close_connection = True
         with suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,4 +1,4 @@
-"""A real `ray start --head` on loopback that asks for a token: for tests of what a cluster does."""
+"""A real `ray start --head` on loopback that requires a token, for tests that need a cluster."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from ports import free_port
 
 @dataclass(frozen=True)
 class Head:
-    """Where it is."""
+    """Addresses, token and folder of a running head."""
 
     address: str
     """URL of the dashboard, which has the jobs API."""
     token: str
     gcs: str
-    """Address for other nodes."""
+    """Address to which other nodes connect."""
     metrics: str
     """URL that Prometheus would scrape."""
     folder: Path
-    """Where its session keeps everything."""
+    """Folder of all files of its session."""
 
     def get(self, path: str = "/api/version") -> str:
-        """What the dashboard answers to those who know the token."""
+        """Return the dashboard's answer to a request with the token."""
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
 
     def scrape(self) -> str:
-        """All metrics of the node, empty while it has none."""
+        """Return all metrics of the node; empty if it has none yet."""
         with suppress(OSError), urllib.request.urlopen(self.metrics, timeout=10) as answer:
             return answer.read().decode()
         return ""
@@ -48,14 +48,14 @@ class Head:
 
 @contextmanager
 def ray_head(*options: str, **environment: str) -> Iterator[Head]:
-    """Start it and wait until it answers.
+    """Start a head and wait until its dashboard answers.
 
     Args:
-        options: of `ray start`, besides those for addresses.
-        environment: further variables, which its jobs and workers have, too.
+        options: of `ray start`, in addition to those for addresses.
+        environment: additional variables, which its jobs and workers inherit.
     """
     token, port, gcs, metrics = secrets.token_hex(16), free_port(), free_port(), free_port()
-    # Ray's sockets live below this folder, and their paths may not be long.
+    # Ray's sockets are below this folder, and paths of sockets must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     command = ["--head", f"--port={gcs}", "--include-dashboard=true", f"--dashboard-port={port}"]
     command += [f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
@@ -64,7 +64,7 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     variables = {
         **environment,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }  # all on loopback, as in platform/cluster/connect.py
+    }  # all processes on loopback, as in platform/cluster/connect.py
     try:
         with _started(command, folder / "log", token, variables):
             _wait(head, folder / "log")
@@ -75,7 +75,7 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
 
 @contextmanager
 def ray_node(head: Head, *options: str, **environment: str) -> Iterator[None]:
-    """Join one more node on loopback; arguments as for `ray_head`."""
+    """Start another node on loopback that joins the head; arguments as for `ray_head`."""
     command = [f"--address={head.gcs}", "--node-ip-address=127.0.0.1", f"--metrics-export-port={free_port()}"]
     log = head.folder / "log-of-node"
     with _started([*command, "--object-store-memory=100000000", *options], log, head.token, environment) as process:
@@ -92,7 +92,7 @@ def _started(
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
     command += [f"--dashboard-agent-listen-port={free_port()}"]
     variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **environment}
-    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nobody waits for what a test leaves behind
+    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # tests do not need a graceful shutdown
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:

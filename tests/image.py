@@ -1,8 +1,8 @@
 """Builds the image of infra/docker/Dockerfile without a container daemon.
 
-buildah builds it on a Debian base that debootstrap makes and that has the name of the Dockerfile's own base. pip in the
-build has the configuration of pip here. Needs root, both programs (Debian packages of the same names), 12 GB and a
-quarter of an hour.
+debootstrap makes a Debian base with the name of the Dockerfile's own base, and buildah builds the image on it. pip in
+the build uses this machine's pip configuration. Needs root, both programs (Debian packages of the same names), 12 GB
+and 15 minutes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Image:
     """A built image."""
 
     root: Path
-    """Directory with its files."""
+    """Directory with the files of the image."""
     variables: dict[str, str]
     """Environment of its containers."""
 
 
 def build(folder: Path) -> Image:
-    """Build in a directory, which keeps the base and the image."""
+    """Build the image in `folder`, which keeps the base and the image."""
     base = folder / "base"
     if not base.exists():
         _make_base(base)
@@ -43,7 +43,7 @@ def build(folder: Path) -> Image:
     config.write_text(text)
     volumes = [f"--volume={place}:{place}:ro" for place in places]
     options = ["--isolation=chroot", "--network=host", "--layers=false", "--pull-never", f"--tag={IMAGE}"]
-    options.append("--build-arg=TORCH_CONSTRAINTS=constraints.txt")  # the torch that is tested here
+    options.append("--build-arg=TORCH_CONSTRAINTS=constraints.txt")  # the torch that the tests here use
     _buildah(folder, "build", *options, f"--volume={config}:/etc/pip.conf:ro", *volumes, f"--file={DOCKERFILE}", ROOT)
     listed = json.loads(_buildah(folder, "inspect", "--type=image", IMAGE))["OCIv1"]["config"]["Env"]
     _buildah(folder, "rm", "--all")
@@ -53,9 +53,9 @@ def build(folder: Path) -> Image:
 
 
 def pip_configuration() -> tuple[str, list[Path]]:
-    """The configuration of pip here as a pip.conf, and the directories and files that it names.
+    """Return this machine's pip configuration as a pip.conf, and the directories and files that it names.
 
-    The pages of an index in a directory link to files outside of it, so its parent is taken.
+    The pages of an index in a directory link to files outside of that directory, so its parent is returned.
     """
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -70,14 +70,14 @@ def _paths(value: str) -> list[tuple[str, str]]:
 
 
 def _make_base(base: Path) -> None:
-    """Write a Debian with Python and pip that installs outside of a virtual environment, as the official image does."""
+    """Write a Debian with Python whose pip installs outside of virtual environments, as in the official image."""
     subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(base)], check=True)
     for marker in base.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()
 
 
 def _name_base(folder: Path, base: Path) -> None:
-    """Make an image of it under the name that the Dockerfile gives its base."""
+    """Make an image of the base, with the name of the base in the Dockerfile."""
     text = DOCKERFILE.read_text()
     [version] = re.findall(r"^ARG PYTHON_VERSION=(\S+)$", text, flags=re.MULTILINE)
     [name] = set(re.findall(r"^FROM (\S+)", text, flags=re.MULTILINE))

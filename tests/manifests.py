@@ -1,8 +1,9 @@
-"""The objects of infra/kubernetes as Kubernetes gets them, and what their schemas are.
+"""The objects of infra/kubernetes as Kubernetes receives them, and checks against their schemas.
 
-Built-in kinds, and every pod template inside KubeRay's, are checked against Kubernetes' own schemas (of the package
-kubernetes-validate, strict). KubeRay's kinds are checked against the models below: of its API in v1.7, what our objects
-use, and nothing else. They are checked against the operator's own schemas, too, where they are: 3 MB of its source.
+Built-in kinds, and every pod template inside KubeRay's kinds, are checked against Kubernetes' own schemas (of the
+package kubernetes-validate, strict). KubeRay's kinds are checked against the models below, which describe only those
+fields of its API v1.7 that our objects use. If KUBERAY_CRDS names the operator's own schemas (3 MB of its source),
+KubeRay's kinds are also checked against them:
 
     git clone --depth 1 --branch v1.7.0 https://github.com/ray-project/kuberay /tmp/kuberay
     KUBERAY_CRDS=/tmp/kuberay/helm-chart/kuberay-operator/crds make test ARGS=tests/infra/test_kubernetes.py
@@ -30,16 +31,16 @@ ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "infra/kubernetes"
 FOLDERS = ("small", "gpu", "train")
 VERSIONS = ("1.31.0", "1.37.0")
-"""Of Kubernetes: the oldest and the newest that we say it runs on."""
+"""The oldest and the newest supported version of Kubernetes."""
 QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(m|k|[KMGTPE]i|[MGTPE])?")
-"""Of a resource; Kubernetes' own schema takes any text for one."""
+"""A valid quantity of a resource; Kubernetes' own schema accepts any text."""
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
-"""Those that our quantities have."""
+"""Factors of the units that our quantities use."""
 RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 
 def build(folder: Path) -> list[dict[str, Any]]:
-    """What `kustomize build` gives, for the few features that we use; see rendered_by_kustomize."""
+    """Return the objects that `kustomize build` prints, for the few features that we use; see rendered_by_kustomize."""
     told = yaml.safe_load((folder / "kustomization.yaml").read_text())
     unknown = set(told) - {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
     assert not unknown, f"{folder.name}: this build knows nothing of {unknown}"
@@ -73,7 +74,7 @@ def _name_image(container: dict[str, Any], images: list[dict[str, str]]) -> None
 
 
 def rendered_by_kustomize(folder: Path) -> list[dict[str, Any]] | None:
-    """The same from the real program, None where this machine has neither kustomize nor kubectl."""
+    """Return the same objects from the real program; None if this machine has neither kustomize nor kubectl."""
     command = next(
         (command for command in (["kustomize", "build"], ["kubectl", "kustomize"]) if shutil.which(command[0])), None
     )
@@ -85,7 +86,7 @@ def rendered_by_kustomize(folder: Path) -> list[dict[str, Any]] | None:
 
 
 def pods(value: Any) -> list[dict[str, Any]]:
-    """Every pod spec inside an object."""
+    """Return every pod spec inside an object."""
     if isinstance(value, list):
         return [spec for item in value for spec in pods(item)]
     if not isinstance(value, dict):
@@ -95,12 +96,12 @@ def pods(value: Any) -> list[dict[str, Any]]:
 
 
 def containers(value: Any) -> list[dict[str, Any]]:
-    """Every container inside an object; those that run first and end come last."""
+    """Return every container inside an object; the init containers of a pod come last."""
     return [one for spec in pods(value) for one in [*spec["containers"], *spec.get("initContainers", [])]]
 
 
 def environment(container: dict[str, Any], settings: dict[str, str], secrets: dict[str, str]) -> dict[str, str]:
-    """Variables of a container, from the ConfigMap's data and the values of the secrets by their names."""
+    """Return the variables of a container, from the ConfigMap's data and the values of the secrets by name."""
     found = dict(settings) if "envFrom" in container else {}
     for entry in container.get("env", []):
         value = secrets[entry["valueFrom"]["secretKeyRef"]["name"]] if "valueFrom" in entry else entry["value"]
@@ -109,12 +110,12 @@ def environment(container: dict[str, Any], settings: dict[str, str], secrets: di
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    """Put variables into a command or a value as Kubernetes does: $(NAME)."""
+    """Replace $(NAME) in a command or a value by the variable, as Kubernetes does."""
     return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
 
 
 def amount(quantity: str) -> float:
-    """Cores or bytes, from a quantity."""
+    """Convert a quantity to cores or bytes."""
     [(number, unit)] = QUANTITY.findall(str(quantity))
     return float(number) * UNITS[unit]
 
@@ -136,7 +137,11 @@ def _definitions(version: str) -> Registry:
 
 
 def check(one: dict[str, Any]) -> None:
-    """Raise a ValueError that names the field if an object does not fit its schema."""
+    """Check an object against its schema.
+
+    Raises:
+        ValueError: the object does not match the schema; the message names the field.
+    """
     for container in containers(one):
         for amount in (amount for part in container.get("resources", {}).values() for amount in part.values()):
             if not QUANTITY.fullmatch(str(amount)):
@@ -161,7 +166,7 @@ def _pod(template: dict[str, Any]) -> dict[str, Any]:
 
 
 class Api(BaseModel):
-    """Base: a field that is not there is an error."""
+    """Base class: an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -172,34 +177,34 @@ Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=
 
 
 class Metadata(Api):
-    """Of an object."""
+    """Metadata of an object."""
 
     name: Name
     namespace: str
 
 
 class AuthOptions(Api):
-    """Where the token is: key `auth_token` of a secret."""
+    """Token authentication: the token is the key `auth_token` of a secret."""
 
     mode: Literal["disabled", "token"]
     secretName: str
 
 
 class RedisCredential(Api):
-    """A secret by reference."""
+    """A password from a secret."""
 
     valueFrom: dict[Literal["secretKeyRef"], dict[Literal["name", "key"], str]]
 
 
 class GcsFaultToleranceOptions(Api):
-    """Where a head keeps its state."""
+    """The Redis in which a head keeps its state."""
 
     redisAddress: str
     redisPassword: RedisCredential
 
 
 class AutoscalerOptions(Api):
-    """The container beside a head that asks for workers."""
+    """The autoscaler: a container in the head's pod that requests workers."""
 
     version: Literal["v1", "v2"]
     idleTimeoutSeconds: Count
@@ -217,7 +222,7 @@ class HeadGroup(Api):
 
 
 class WorkerGroup(Api):
-    """Pods that are alike."""
+    """A group of identical worker pods."""
 
     groupName: str
     replicas: Count
@@ -241,7 +246,7 @@ class ClusterSpec(Api):
 
 
 class RayCluster(Api):
-    """A cluster that stays."""
+    """A permanent cluster."""
 
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayCluster"]
@@ -250,7 +255,7 @@ class RayCluster(Api):
 
 
 class ServiceSpec(Api):
-    """A Serve application and the cluster for it."""
+    """Spec of a RayService: the application and its cluster."""
 
     serveConfigV2: str
     excludeHeadPodFromServeSvc: bool = False
@@ -258,7 +263,7 @@ class ServiceSpec(Api):
 
 
 class RayService(Api):
-    """Serving."""
+    """A Serve application on its own cluster."""
 
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayService"]
@@ -267,7 +272,7 @@ class RayService(Api):
 
 
 class JobSpec(Api):
-    """A command on a cluster that is there."""
+    """Spec of a RayJob: a command on an existing cluster."""
 
     clusterSelector: dict[Literal["ray.io/cluster"], str]
     entrypoint: str
@@ -277,7 +282,7 @@ class JobSpec(Api):
 
 
 class RayJob(Api):
-    """A job."""
+    """A job on an existing cluster."""
 
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
@@ -286,7 +291,11 @@ class RayJob(Api):
 
 
 def check_by_operator(one: dict[str, Any], crds: Path) -> None:
-    """The same for KubeRay's kinds, by the operator's own schemas."""
+    """Check an object of KubeRay's kinds against the operator's own schemas, in the folder `crds`.
+
+    Raises:
+        ValueError: the object does not match the schema; the message names the field.
+    """
     error = jsonschema.exceptions.best_match(_operator(crds)[one["kind"]].iter_errors(one))
     if error:
         raise ValueError(f"{one['kind']}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}")
@@ -298,14 +307,14 @@ def _operator(crds: Path) -> dict[str, jsonschema.protocols.Validator]:
     for path in crds.glob("ray.io_*.yaml"):
         definition = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
         [version] = [one for one in definition["versions"] if one["name"] == "v1" and one["served"]] or [None]
-        if version is not None:  # RayCronJob has no v1 yet
+        if version is not None:  # RayCronJob does not have v1 yet
             closed = _closed(version["schema"]["openAPIV3Schema"])
             found[definition["names"]["kind"]] = jsonschema.Draft4Validator(closed)
     return found
 
 
 def _closed(schema: Any) -> Any:
-    """A CRD's schema that refuses unknown fields, as the API server's strict mode does; metadata is not the CRD's."""
+    """Make a CRD's schema reject unknown fields, as the API server's strict mode does, except in metadata."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):

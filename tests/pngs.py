@@ -1,4 +1,4 @@
-"""PNG files made chunk by chunk: depths, checksums and metadata that no library writes."""
+"""PNG files built chunk by chunk, with depths, checksums and metadata that no library writes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def inserted(png: bytes, *chunks: bytes) -> bytes:
-    """The file with chunks after its header."""
+    """Insert chunks after the header of a PNG file."""
     return png[:33] + b"".join(chunks) + png[33:]
 
 
 def deep(samples: np.ndarray, color: int, *chunks: bytes, depth: int = 16) -> bytes:
-    """Samples [H, W] or [H, W, C] of 16 bits, or of fewer if a row's bits fill whole bytes."""
+    """Encode samples [H, W] or [H, W, C] of 16 bits, or of fewer bits if those of a row fill whole bytes."""
     if depth == 16:
         rows = [row.astype(">u2").tobytes() for row in samples]
     else:
@@ -42,12 +42,12 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def fixed(*values: float) -> bytes:
-    """Numbers as ICC profiles hold them."""
+    """Encode numbers as ICC profiles store them (s15Fixed16)."""
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
 def profile(space: bytes, colors: tuple[tuple[float, float, float], ...], gamma: float) -> bytes:
-    """A small ICC profile: `RGB ` with three primaries (XYZ, D50), or `GRAY`."""
+    """Return a small ICC profile: `RGB ` with three primaries (XYZ, D50), or `GRAY`."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
     tags = []
     if space == b"GRAY":
@@ -58,7 +58,7 @@ def profile(space: bytes, colors: tuple[tuple[float, float, float], ...], gamma:
 
 
 def ink_profile() -> bytes:
-    """A CMYK profile whose table gives Lab: paper is white, all inks together are dark, cyan is blue-green."""
+    """Return a CMYK profile whose table gives Lab: paper is white, all inks together are dark, cyan is blue-green."""
     corners = np.indices((2, 2, 2, 2)).reshape(4, -1).T
     lab = [(100 - 20 * sum(ink[:3]) - 35 * ink[3], 30 * (ink[1] - ink[0]), 40 * (ink[2] - ink[0])) for ink in corners]
     table = bytes(round(value) for light, a, b in lab for value in (light * 2.55, 128 + a, 128 + b))
@@ -68,7 +68,7 @@ def ink_profile() -> bytes:
 
 
 def whole_profile(kind: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
-    """An ICC profile (version 2) of these tags; `kind` is device class, color space and connection space."""
+    """Return an ICC profile (version 2) with these tags; `kind` is device class, color space and connection space."""
     text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
     white = b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)
     tags = [(b"desc", text), (b"cprt", b"text\0\0\0\0none\0\0\0\0"), (b"wtpt", white), *tags]
@@ -81,5 +81,5 @@ def whole_profile(kind: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
 
 
 WIDE = profile(b"RGB ", ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), 2.2)
-"""As wide as Adobe RGB."""
+"""A profile with a gamut as wide as Adobe RGB's."""
 LINEAR_GRAY = profile(b"GRAY", (), 1.0)

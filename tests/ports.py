@@ -1,15 +1,15 @@
-"""Ports for servers of tests."""
+"""Free ports for the servers of tests."""
 
 import random
 import socket
 from contextlib import suppress
 
 PORTS = range(20000, 32768)
-"""Above Ray's workers, below those that Linux gives to connections: what is free stays so until it is used."""
+"""Above the ports of Ray's workers and below Linux's ephemeral ports: a free port stays free until a test uses it."""
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody has."""
+    """Return a free port of the loopback address."""
     draw = random.SystemRandom()
     while True:
         port = draw.choice(PORTS)

@@ -1,8 +1,8 @@
-"""What the tests need of the system: Chromium, a library of the program that drives it, PostgreSQL's tools, and Redis.
+"""System programs that the tests need: Chromium, a library that Playwright needs, PostgreSQL's tools, and Redis.
 
-    python tests/programs.py      prints what is missing, one Debian package a line
+    python tests/programs.py      prints missing programs, one Debian package per line
 
-Needs the standard library alone, so that .ci/setup can ask before anything is installed.
+This script needs only the standard library, so that .ci/setup can run it before anything is installed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CHROMIUM = (
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
 POSTGRES = ("/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql@*/bin", "/usr/local/opt/postgresql@*/bin")
-"""Folders that are not on the PATH: of Debian's packages, and of Homebrew's on both kinds of Mac."""
+"""Folders that are not on the PATH: those of Debian's packages, and of Homebrew's on both kinds of Mac."""
 
 
 def chromium() -> str:
-    """Path of a Chromium that starts; Ubuntu's package, for one, is a script that fails without snap."""
+    """Return the path of a Chromium that starts; for example, Ubuntu's package is a script that fails without snap."""
     for path in filter(None, map(shutil.which, CHROMIUM)):
         if subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
             return path
@@ -35,7 +35,7 @@ def chromium() -> str:
 
 
 def initdb() -> str:
-    """Path of PostgreSQL's initdb, the newest of the packages first; the other tools are in the same folder."""
+    """Return the path of PostgreSQL's initdb, the newest of several packages; its folder has the other tools."""
     folders = [folder for pattern in POSTGRES for folder in sorted(glob.glob(pattern), reverse=True)]
     found = shutil.which("initdb", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
     if found is None:
@@ -44,7 +44,7 @@ def initdb() -> str:
 
 
 def redis_server() -> str:
-    """Path of Redis."""
+    """Return the path of redis-server."""
     found = shutil.which("redis-server")
     if found is None:
         raise FileNotFoundError("no Redis: install the package redis-server, or run make test, which does it")
@@ -52,13 +52,13 @@ def redis_server() -> str:
 
 
 def libatomic() -> None:
-    """Load the library that Playwright's node needs; the others it needs are on every Linux."""
+    """Load the library that Playwright's node needs; its other libraries are on every Linux."""
     if sys.platform == "linux":
         ctypes.CDLL("libatomic.so.1")
 
 
 def missing() -> list[str]:
-    """Packages that a machine lacks, by Debian's names."""
+    """Return the Debian names of the missing packages."""
     names = []
     programs = {"chromium": chromium, "libatomic1": libatomic, "postgresql": initdb, "redis-server": redis_server}
     for name, find in programs.items():

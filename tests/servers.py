@@ -1,4 +1,4 @@
-"""Servers of others that tests talk to, as processes of their own: MLflow and PostgreSQL."""
+"""Third-party servers that tests use, as separate processes: MLflow and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ START_S = 240
 
 
 class MlflowServer:
-    """A real `mlflow server`, which can be killed and started again on the same port.
+    """A real `mlflow server` that can be killed and restarted on the same port.
 
     Args:
-        folder: its own.
-        options: of the command, in place of SQLite and files in the folder.
-        environment: more variables for it.
-        host: the address at which it listens.
+        folder: folder of the server's files.
+        options: options of the command, instead of those for SQLite and files in the folder.
+        environment: additional variables for the server.
+        host: the address on which the server listens.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class MlflowServer:
         self.stop(signal.SIGTERM)
 
     def start(self) -> None:
-        """Return when it answers."""
+        """Start the server and return when it answers."""
         command = [sys.executable, "-m", "mlflow", "server", f"--host={self.host}", f"--port={self.port}"]
         with open(self.folder / "log", "a") as log:
             self._process = subprocess.Popen(
@@ -82,7 +82,7 @@ class MlflowServer:
         raise TimeoutError((self.folder / "log").read_text())
 
     def stop(self, signum: int = signal.SIGKILL) -> None:
-        """End it and the processes it started."""
+        """Stop the server and the processes that it started."""
         if self._process is None:
             return
         with suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ class MlflowServer:
 
 @contextmanager
 def postgres(port: int | None = None) -> Iterator[str]:
-    """URI of an empty database of a PostgreSQL that is started for it; Debian's package, or what is on the PATH."""
+    """Start a PostgreSQL (Debian's package, or the one on the PATH) and give the URI of an empty database."""
     with tempfile.TemporaryDirectory(prefix="postgres-") as name:
         yield from _postgres(Path(name), port or free_port())
 
@@ -105,7 +105,7 @@ def postgres(port: int | None = None) -> Iterator[str]:
 def _postgres(folder: Path, port: int) -> Iterator[str]:
     tools, data = Path(initdb()).parent, folder / "data"
     owner: dict[str, object] = {}
-    if os.getuid() == 0:  # PostgreSQL refuses to be root
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         user = pwd.getpwnam("postgres" if any(u.pw_name == "postgres" for u in pwd.getpwall()) else "nobody")
         owner = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         os.chown(folder, user.pw_uid, user.pw_gid)
@@ -124,5 +124,5 @@ def _postgres(folder: Path, port: int) -> Iterator[str]:
             time.sleep(0.1)
         yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
-        process.send_signal(signal.SIGINT)  # "fast": clients are thrown out
+        process.send_signal(signal.SIGINT)  # "fast" shutdown: clients are disconnected
         process.wait(timeout=30)

@@ -1,4 +1,4 @@
-"""Folders of small pictures to ingest, and an ingest without a cluster."""
+"""Folders of small pictures to ingest, and an ingest that runs without a cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fill(folder: Path, files: dict[str, bytes]) -> str:
 def in_this_process(
     work: Callable[..., dict[str, list[str]]], table: list[dict[str, Any]], where: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """What Ray Data does with the same functions."""
+    """Run the functions of an ingest in this process, as Ray Data runs them on workers."""
     for row in table:
         made = work({name: np.array([value], dtype=object) for name, value in row.items()}, **where)
         yield {name: values[0] for name, values in made.items()}

@@ -1,5 +1,8 @@
-"""The services around Ray as infra/ brings them up: PostgreSQL, Redis, MLflow and buckets, with the commands and
-variables of the manifests. Here they are processes on loopback, so addresses and folders differ."""
+"""The services around Ray as infra/ starts them: PostgreSQL, Redis, MLflow and buckets.
+
+They use the commands and variables of the manifests. Here they are processes on loopback, so addresses and folders
+differ.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ COMPOSE = ROOT / "infra/compose.yaml"
 
 @dataclass(frozen=True)
 class Stack:
-    """The services, when they answer."""
+    """Settings of the running services."""
 
     environment: dict[str, str]
-    """What a Ray node has, beside the AWS variables."""
+    """Variables of a Ray node, in addition to the AWS variables."""
     redis_password: str
 
 
 def composed() -> dict[str, Any]:
-    """Services of compose by name, as podman-compose reads the file."""
+    """Return the services of compose.yaml by name, as podman-compose parses the file."""
     values = dict.fromkeys(("S3_ACCESS_KEY", "S3_SECRET_KEY", "POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"), "secret")
     done = podman_compose({**os.environ, **values})
     assert done.returncode == 0, done.stderr
@@ -43,19 +46,19 @@ def composed() -> dict[str, Any]:
 
 
 def podman_compose(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Read compose.yaml without a .env file; a dry run needs no container engine."""
+    """Parse compose.yaml without a .env file; a dry run does not need a container engine."""
     options = ["--dry-run", "--env-file=/dev/null", f"--file={COMPOSE}", "config"]
     command = [sys.executable, "-m", "podman_compose", *options]
     return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
 def program(name: str) -> str:
-    """One of this Python's programs."""
+    """Return the path of a program that is installed next to this Python."""
     return str(Path(sys.executable).with_name(name))
 
 
 def found(kind: str, name: str) -> dict[str, Any]:
-    """An object of the overlay `small`."""
+    """Return an object of the overlay `small`."""
     [one] = [
         one for one in manifests.build(KUBERNETES / "small") if (one["kind"], one["metadata"]["name"]) == (kind, name)
     ]
@@ -64,7 +67,7 @@ def found(kind: str, name: str) -> dict[str, Any]:
 
 @contextmanager
 def stack(folder: Path) -> Iterator[Stack]:
-    """Start the services; the store is the one that the AWS variables name."""
+    """Start the services; the AWS variables must name the object store."""
     settings = {**found("ConfigMap", "settings")["data"], "AWS_ENDPOINT_URL_S3": os.environ["AWS_ENDPOINT_URL_S3"]}
     password = secrets.token_hex(16)
     make_buckets()
@@ -77,7 +80,7 @@ def stack(folder: Path) -> Iterator[Stack]:
 
 
 def make_buckets() -> None:
-    """As the job does that is the same in compose and Kubernetes."""
+    """Create the buckets with the script of the Kubernetes job, which is the same in compose."""
     [container] = manifests.containers(found("Job", "buckets"))
     [script] = container["args"]
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -85,7 +88,7 @@ def make_buckets() -> None:
 
 @contextmanager
 def redis(folder: Path, password: str, port: int | None = None) -> Iterator[str]:
-    """Address of a Redis that is started as its pod is, and has to end as a pod does."""
+    """Start Redis with the command of its pod, give its address, and check that it stops in time, as a pod must."""
     redis_server()
     folder.mkdir()
     port = port or free_port()
@@ -114,7 +117,7 @@ def _listens(port: int) -> None:
 
 
 def mlflow_environment(database: str, settings: dict[str, str]) -> dict[str, str]:
-    """What the pod has, with a database elsewhere."""
+    """Return the variables of the MLflow pod, with another database."""
     container = manifests.containers(found("Deployment", "mlflow"))[0]
     variables = manifests.environment(container, settings, {"postgres": "secret"})
     scheme, _, _ = variables["MLFLOW_BACKEND_STORE_URI"].partition("://")
@@ -122,7 +125,7 @@ def mlflow_environment(database: str, settings: dict[str, str]) -> dict[str, str
 
 
 def migrate(variables: dict[str, str]) -> None:
-    """As the pod's first container does."""
+    """Migrate the database with the command of the pod's init container."""
     [container] = found("Deployment", "mlflow")["spec"]["template"]["spec"]["initContainers"]
     name, *words = [manifests.expand(word, variables) for word in container["command"]]
     subprocess.run([program(name), *words], env={**os.environ, **variables}, check=True, capture_output=True)
@@ -130,7 +133,7 @@ def migrate(variables: dict[str, str]) -> None:
 
 @contextmanager
 def mlflow(folder: Path, database: str, settings: dict[str, str]) -> Iterator[str]:
-    """URL of a server with the pod's arguments."""
+    """Start an MLflow server with the arguments of its pod and give its URL."""
     variables = mlflow_environment(database, settings)
     migrate(variables)
     server = MlflowServer(folder, environment=variables)

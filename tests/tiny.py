@@ -1,4 +1,4 @@
-"""The smallest network that has all parts of ours, as the head of a recipe's YAML."""
+"""The smallest network with all parts of ours, as the beginning of a recipe's YAML."""
 
 NETWORK = """
 network:

@@ -1,7 +1,7 @@
-"""What xformers answers on GPUs of every kind, asked on a CPU: run in a process of its own, prints JSON.
+"""Determine on a CPU which inputs xformers accepts on each kind of GPU; a script that prints JSON.
 
-xformers believes that CUDA is there and that its library is loaded; tensors are fake, so that no kernel runs. Its own
-answer is what its operators do when they are called: they raise NotImplementedError, or choose a kernel.
+The script makes xformers assume that CUDA is available and that its library is loaded. Tensors are fake, so that no
+kernel runs. An operator of xformers either raises NotImplementedError or chooses a kernel; the script records which.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CARDS = {
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (64, 256)
 ODD = tuple((((2, 8, 2, 6), strides),) * 3 for strides in ((96, 12, 6, 1), (192, 24, 12, 2), (96, 6, 48, 1)))
-"""Head sizes and strides that no recipe has."""
+"""Head sizes and strides that no recipe uses."""
 
 
 def networks_inputs():
-    """(shape, strides) of query, key and value of every attention of every recipe."""
+    """Return (shape, strides) of query, key and value of every attention of every recipe."""
     found = set()
 
     def record(*qkv):
@@ -52,7 +52,7 @@ def tensors(inputs, dtype, trained):
 
 
 def own_answer(fmha, trained, query, key, value):
-    """Whether xformers itself refuses."""
+    """Return whether xformers itself rejects the inputs."""
     lse = torch.empty(query.shape[0], query.shape[2], query.shape[1], device="cuda")
     calls = [lambda: fmha.memory_efficient_attention(query, key, value)]
     if trained:
@@ -67,13 +67,13 @@ def is_refused(call):
         call()
     except NotImplementedError:
         return True
-    except Exception:  # a kernel was chosen, and is not in this build of torch
+    except Exception:  # xformers chose a kernel that is not in this build of torch
         return False
     return False
 
 
 def ran_by_us(fmha, qkv):
-    """The backend that attention() calls."""
+    """Return the backend that attention() calls."""
     sdpa = "torch.nn.functional.scaled_dot_product_attention"
     attention._used.clear()
     with mock.patch.object(fmha, "memory_efficient_attention"), mock.patch(sdpa):
@@ -82,7 +82,7 @@ def ran_by_us(fmha, qkv):
 
 
 def put(card):
-    """This machine has that GPU from now on."""
+    """Make torch report the compute capability of that GPU from now on."""
     torch.cuda.get_device_capability = lambda _device=None: CARDS[card]
     attention._refusals.clear()
 

@@ -1,9 +1,9 @@
-"""Runs the roles of the image as the manifests say, and prints what it saw as JSON.
+"""Runs the roles of the image as the manifests define them, and prints the observations as JSON.
 
     PYTHONPATH=tests python tests/infra/image_roles.py ROOT VARIABLES
 
 ROOT is the directory of the image's files, VARIABLES its environment as JSON. Addresses, ports and names are those of
-the manifests, in a network namespace of this process, which is started with the NAMESPACES of tests/containers.py.
+the manifests, in the network namespace of this process. Start this script with the NAMESPACES of tests/containers.py.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from sources import lined
 from sqlalchemy import create_engine, text
 
 WAIT_S = 300
-"""For a server to answer."""
+"""Timeout for a server to answer."""
 
 
 def until(answers: Callable[[], httpx.Response], code: int = 200) -> httpx.Response:
-    """The first answer with that status."""
+    """Repeat a request until its status is `code`, and return that answer."""
     end = time.monotonic() + WAIT_S
     last: object = None
     while time.monotonic() < end:
@@ -53,7 +53,7 @@ def until(answers: Callable[[], httpx.Response], code: int = 200) -> httpx.Respo
 
 @contextmanager
 def ray_head(box: Container, log: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
-    """Start it until it answers: a busy machine may exceed the 30 s that Ray gives a node; a pod, too, starts again."""
+    """Start a head, up to five times, as a pod restarts: a busy machine may exceed the 30 s that Ray gives a node."""
     for _ in range(5):
         with box.running(log, *command) as process:
             while process.poll() is None:
@@ -65,14 +65,14 @@ def ray_head(box: Container, log: Path, *command: str) -> Iterator[subprocess.Po
 
 
 def healthy() -> bool:
-    """Whether the node says that it and the head's store are."""
+    """Return whether the node reports that it and the head's store are healthy."""
     with suppress(httpx.TransportError):
         return httpx.get(f"http://{ADDRESS}:52365/api/healthz").status_code == 200
     return False
 
 
 def foreign_user(image: Path, variables: dict[str, str], folder: Path) -> dict[str, Any]:
-    """A user without an entry or a home, on a read-only root: from drawings to a checkpoint, and a key."""
+    """Train and create a key as a user without a passwd entry and home directory, on a read-only root."""
     writable = ["/tmp", "/workspace"]
     box = Container(image, {**variables, "HOME": "/"}, folder, user=12345, memory=writable, read_only=True)
     script = """set -e
@@ -90,7 +90,7 @@ ls runs/first/bundle
 
 @contextmanager
 def mlflow(image: Path, variables: dict[str, str], folder: Path, found: dict[str, Any]) -> Iterator[None]:
-    """The MLflow pod, on a database with the name and at the address that the manifest gives it."""
+    """Run the MLflow pod with a database that has the name and the address of the manifest."""
     settings = stack.found("ConfigMap", "settings")["data"]
     pod = stack.found("Deployment", "mlflow")["spec"]["template"]["spec"]
     [server], [first] = pod["containers"], pod["initContainers"]
@@ -118,7 +118,7 @@ def mlflow(image: Path, variables: dict[str, str], folder: Path, found: dict[str
 
 
 def cluster(image: Path, variables: dict[str, str], folder: Path) -> dict[str, Any]:
-    """The head of the serving cluster as the operator starts it, jobs on it, and the application from compose."""
+    """Start the head of the serving cluster as the operator does, run jobs on it, and deploy the application."""
     spec = stack.found("RayService", "animediffusion")["spec"]["rayClusterConfig"]["headGroupSpec"]
     [shm] = [one["emptyDir"]["sizeLimit"] for one in spec["template"]["spec"]["volumes"] if one["name"] == "shm"]
     settings = stack.found("ConfigMap", "settings")["data"]
@@ -126,7 +126,7 @@ def cluster(image: Path, variables: dict[str, str], folder: Path) -> dict[str, A
     own = {**variables, **settings, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     outside = Container(image, {**own, "RAY_API_SERVER_ADDRESS": "http://ray:8265"}, folder)
-    # All pods have one address here, where 6379 is Ray's.
+    # All pods share one address here, on which Ray uses port 6379.
     own |= {"RAY_REDIS_ADDRESS": "redis:6380", "REDIS_PASSWORD": password, "RAY_ADDRESS": "127.0.0.1:6379"}
     own |= {"RAY_external_storage_namespace": "serve", "RAY_GCS_SERVER_PORT": "6379", "RAY_PORT": "6379"}
     options = " ".join(f"--{name}={value}" for name, value in spec["rayStartParams"].items())
@@ -155,7 +155,7 @@ def cluster(image: Path, variables: dict[str, str], folder: Path) -> dict[str, A
 
 
 def application(outside: Container, folder: Path, key: str) -> dict[str, Any]:
-    """What a client gets from the application that compose deploys, with the configuration of the pod."""
+    """Deploy the pod's configuration with the script of compose and return what clients get from the application."""
     script, _ = stack.composed()["serve"]["command"]
     config = yaml.safe_load(stack.found("RayService", "animediffusion")["spec"]["serveConfigV2"])
     words = ["sh", "-c", 'echo "$1" > /tmp/serve.yaml; exec python -c "$2" /tmp/serve.yaml', "sh"]

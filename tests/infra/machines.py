@@ -1,11 +1,11 @@
-"""Four machines that share nothing but a network train, tune and serve, and lose two of theirs; prints it as JSON.
+"""Four machines that share only a network train, tune and serve while two of them are lost; prints the result as JSON.
 
     PYTHONPATH=tests python tests/infra/machines.py
 
-A machine is a set of Linux namespaces: its own processes, name, address, memory for objects, and its own disk, an
-overlay over this one's, so that what one writes no other can read. At home, under a path that the others do not have
-and cannot make, it has its workspace. S3 and MLflow are servers on the same network. A machine that is lost says
-nothing: its wire is cut first.
+A machine is a set of Linux namespaces with its own processes, name, address, shared memory and disk. The disk is an
+overlay over the real one, so that no machine can read what another one writes. The workspace of a machine is in its
+home, under a path that the other machines do not have and cannot create. S3 and MLflow are servers on the same network.
+A machine is lost without notice: its network link goes down before its processes are killed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from animediffusion.platform.storage import files as storage
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-"""What a process needs to make machines, and what all that it started ends with."""
+"""Prefix of a command that may create machines; all processes that it starts end with it."""
 HUB = "10.77.0.1"
 WAIT_S = 300
 STEPS = 300
@@ -59,8 +59,8 @@ keep_checkpoints: 100
 num_samples: 0
 """
 
-# What a machine called $2 with the hosts $4 has, on a new disk in the folder $1; the program, in $3, may come from
-# another disk.
+# Sets up a machine with the name $2 and the hosts $4, on a new disk in the folder $1. The folders $3 of the program may
+# be on another disk.
 DISK = """set -e
 mount -t tmpfs disk "$1"
 cd "$1"
@@ -81,7 +81,7 @@ echo "127.0.0.1 localhost\n$4" > root/etc/hosts
 exec chroot root sleep infinity
 """
 
-# The command line, several times in one process. The GPUs are numbers: what torch would do there, it does on the CPU.
+# Runs several commands in one process. The GPUs are only logical ones for Ray: torch computes on the CPU.
 VERBS = """
 import json, sys
 from ray.train.torch import TorchConfig
@@ -105,7 +105,7 @@ for words in json.loads(sys.argv[1]):
 
 
 class Machine:
-    """One of the network; up to `lose` it can be told to run things."""
+    """A machine of the network; it can run programs until `lose` is called."""
 
     def __init__(self, name: str, address: str, folder: Path, hosts: str) -> None:
         self.name, self.address = name, address
@@ -130,7 +130,7 @@ class Machine:
         return Path("/home", self.name)
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
-        """A program on this machine, which has the machine's environment and no other."""
+        """Start a program on this machine, with only the machine's own environment."""
         inside = ["nsenter", f"--target={self.pid}", "--all", "--root", f"--wdns={self.home}"]
         variables = {
             "HOME": str(self.home),
@@ -144,7 +144,7 @@ class Machine:
         return subprocess.Popen([*inside, *command], env=variables, text=True, **options)
 
     def has(self, title: str) -> bool:
-        """Whether one of its processes is called so."""
+        """Return whether the command line of a process on this machine contains `title`."""
         mine = Path("/proc", str(self.pid), "ns/pid").readlink()
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -154,12 +154,12 @@ class Machine:
         return False
 
     def workspace(self) -> list[str]:
-        """What lies there."""
+        """Return the names of the files in the machine's workspace."""
         folder = Path(f"/proc/{self.pid}/root{self.home}/workspace")
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
     def lose(self) -> None:
-        """As if somebody pulled its plugs: to the others it says nothing more."""
+        """Cut the network and kill the machine without notice, as in a power failure."""
         ip(f"link set {self.name} down")
         os.kill(self.pid, signal.SIGKILL)
 
@@ -169,7 +169,7 @@ def ip(words: str, inside: list[str] | None = None) -> None:
 
 
 def until(found: Callable[[], Any], seconds: float = WAIT_S) -> Any:
-    """What `found` returns, as soon as it is something."""
+    """Call `found` until it returns a true value, and return that value."""
     end = time.monotonic() + seconds
     while True:
         value = found()
@@ -181,7 +181,7 @@ def until(found: Callable[[], Any], seconds: float = WAIT_S) -> Any:
 
 
 class Network:
-    """Machines on a bridge, with S3 and MLflow at its own address; a Ray cluster on the machines."""
+    """Machines on a bridge, with S3 and MLflow at the bridge's address, and a Ray cluster on the machines."""
 
     def __init__(self, folder: Path, mlflow: str, store: str) -> None:
         token = secrets.token_hex(16)
@@ -205,7 +205,7 @@ class Network:
             "RAY_enable_metrics_collection": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "OMP_NUM_THREADS": "1",
-            # A machine that is silent for so long is lost: 24 seconds, in place of a minute.
+            # Ray declares a machine dead after 24 seconds without an answer, instead of a minute.
             "RAY_health_check_period_ms": "2000",
             "RAY_health_check_timeout_ms": "6000",
             "RAY_health_check_failure_threshold": "3",
@@ -219,7 +219,7 @@ class Network:
         self.join([self.front], head)
 
     def join(self, machines: list[Machine], options: list[str]) -> None:
-        """Make them nodes."""
+        """Make the machines nodes of the Ray cluster."""
         logs = {machine: self.folder / f"{machine.name}.log" for machine in machines}
 
         def begin(machine: Machine) -> subprocess.Popen[str]:
@@ -231,7 +231,7 @@ class Network:
 
         def up() -> bool:
             for machine, node in running.items():
-                if node.poll() is not None:  # Ray gives a node 30 s to start: not enough on a computer that is busy
+                if node.poll() is not None:  # Ray gives a node 30 s to start, which is too short on a busy computer
                     print(logs[machine].read_text()[-2000:], file=sys.stderr)
                     running[machine] = begin(machine)
             return all("Ray runtime started" in log.read_text() for log in logs.values())
@@ -239,7 +239,7 @@ class Network:
         until(up)
 
     def verbs(self, *commands: list[str]) -> subprocess.Popen[str]:
-        """The command line on the front machine; each command prints a line of JSON."""
+        """Run commands on the front machine; each command prints a line of JSON."""
         return self.front.start("python", "-c", VERBS, json.dumps(commands), stdout=subprocess.PIPE)
 
     def having(self, title: str) -> list[str]:
@@ -249,7 +249,7 @@ class Network:
         self.machines.pop(name).lose()
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """As `serve deploy` does."""
+        """Deploy an application as `serve deploy` does, and wait until it runs."""
         headers = {"Authorization": f"Bearer {self.token}"}
         url = f"{self.dashboard}/api/serve/applications/"
         httpx.put(url, json=config, headers=headers, timeout=60).raise_for_status()
@@ -277,7 +277,7 @@ def network(folder: Path) -> Iterator[Network]:
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     boto3.client("s3").create_bucket(Bucket="bucket")
     mlflow = MlflowServer(folder, host=HUB)
-    # One after the other: the head gives its dashboard little time to start.
+    # The head starts before the other nodes, because it gives its dashboard little time to start.
     found = Network(folder, mlflow.url, store)
     with mlflow:
         others = [machine for machine in found.machines.values() if machine is not found.front]
@@ -287,7 +287,7 @@ def network(folder: Path) -> Iterator[Network]:
 
 
 def answers(command: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """The lines of JSON that it prints."""
+    """Yield the JSON lines that a command prints."""
     for line in command.stdout or []:
         if line.startswith("{"):
             yield json.loads(line)
@@ -296,7 +296,7 @@ def answers(command: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 
 def train(there: Network, folder: Path) -> dict[str, Any]:
-    """From pictures to a champion; one of two machines is lost when there is a checkpoint."""
+    """Run all stages from pictures to a champion; one of two training machines is lost after a checkpoint."""
     synthesize(str(folder / "drawn"), 40, 32, workers=1)
     storage.upload_folder(folder / "drawn", "s3://bucket/drawn")
     there.front.start("tee", "recipe.yaml", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).communicate(RECIPE)
@@ -321,7 +321,7 @@ def two(names: list[str]) -> list[str] | None:
 
 
 def serve(there: Network, key: str) -> dict[str, Any]:
-    """An engine on each of two machines; the one that has an ingress, too, is lost."""
+    """Serve with an engine on each of two machines, and lose the machine that also has an ingress."""
     config = yaml.safe_load((ROOT / "infra/serve.yaml").read_text())
     replicas = {"min_replicas": 2, "max_replicas": 2, "engine_gpus": 0, "engine_cpus": 1.5, "num_ingress_replicas": 2}
     config["applications"][0]["args"] |= replicas

@@ -1,4 +1,4 @@
-"""A network of 0.2 M parameters at 16 px with every kind of layer, and rows for it."""
+"""Fixtures: a network of 0.2 M parameters at 16 px with every kind of layer, and rows for it."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def network():
 
 @pytest.fixture
 def new_denoiser(network):
-    """A function that makes the network with weights that follow from a seed, none of them zero."""
+    """A function that makes the network with nonzero weights that depend on a seed."""
 
     def make(path="flow", prediction="x0", seed=0):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def new_batch():
 
 @pytest.fixture
 def new_rows():
-    """A function that makes decoded rows from a seed: uint8 images, all four or the target alone."""
+    """A function that makes decoded rows from a seed: uint8 images, either all four or only the target."""
 
     def make(rows=4, seed=0, complete=True):
         generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Runs on a cluster of three nodes that loses a worker and a node, and is warned of it; prints what happened as JSON.
+"""Trains on a cluster of three nodes that loses a worker and nodes, one after a warning; prints the result as JSON.
 
     PYTHONPATH=tests python tests/pipelines/cluster_faults.py DATASET WORKSPACE
 
-A process of its own: a test session has one Ray, and this one loses nodes.
+This is a separate process because a test session has only one Ray, and this script removes nodes from its Ray.
 """
 
 import json
@@ -15,7 +15,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-# Before Ray is imported, which reads it.
+# Ray reads this variable when it is imported.
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
 
 import psutil
@@ -29,7 +29,8 @@ from animediffusion.pipelines.training.checkpoints import list_steps
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
-EVERY = 57  # workers agree every 10 steps: what a notice saves is not what was due anyway
+# Workers synchronize every 10 steps and 57 is not a multiple of 10, so a save after a warning is not a regular one.
+EVERY = 57
 RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
 sampler: {{steps: 2}}
 batch_size: 4
@@ -45,7 +46,7 @@ CPUS = 3
 
 
 class Stage:
-    """A cluster, and runs on it that something happens to."""
+    """A cluster, and training runs on it that are disturbed."""
 
     def __init__(self, data, workspace):
         training.POLL_S = 0.05
@@ -54,18 +55,18 @@ class Stage:
         self.recipe.parent.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(f"data: {data}\n{RECIPE}")
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        # Two for the workers, and one that takes the place of the one that is lost.
+        # Two nodes are for the workers; one replaces the node that is lost.
         self.nodes = [self.cluster.add_node(num_cpus=CPUS) for _ in range(3)]
         ray.init(address=self.cluster.address, log_to_driver=False)
 
     def run(self, name, script=None, **values):
-        """Train; `script` is called in a thread, with a function that waits for a step."""
+        """Train; `script` is called in a thread, with a function that waits until a step is reported."""
         seen = [0]
         config = load_recipe(str(self.recipe), [f"name={name}", *(f"{k}={v}" for k, v in values.items())])
 
         def until(step, *, anew=False):
             end = time.monotonic() + WAIT_S
-            if anew:  # what was told before a kill does not count
+            if anew:  # steps that were reported before a kill do not count
                 time.sleep(1)
                 seen[0] = 0
             while seen[0] < step:
@@ -78,7 +79,7 @@ class Stage:
                 script(until)
             except BaseException:
                 traceback.print_exc()
-                os._exit(1)  # else the run would wait for what never comes
+                os._exit(1)  # otherwise the run would wait forever
 
         thread = threading.Thread(target=act) if script else None
         if thread:
@@ -101,17 +102,17 @@ class Stage:
         return list_steps(str(self.settings.workspace / "runs" / name / "checkpoints"))
 
     def busy(self):
-        """The nodes that have a training worker."""
+        """Return the nodes that run a training worker."""
         raylets = {process.ppid() for process in workers()}
         return [node for node in self.nodes if node.all_processes["raylet"][0].process.pid in raylets]
 
     def lose(self, node):
-        """Take a node away without asking it."""
+        """Remove a node without a graceful shutdown."""
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
     def warn(self, node, seconds):
-        """What a cloud does before it takes a machine back: `ray drain-node`, without the seconds it takes."""
+        """Announce the end of a node, as a cloud does before it reclaims a machine: a faster `ray drain-node`."""
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline_ms = int(1000 * (time.time() + seconds))
         client = ray._raylet.GcsClient(address=self.cluster.address)
@@ -120,10 +121,10 @@ class Stage:
 
 
 def workers():
-    """Processes of training workers that this script's cluster started."""
+    """Return the processes of training workers that this script's cluster started."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it may just have ended
+        with suppress(psutil.Error):  # the process may just have ended
             if "RayTrainWorker" in process.cmdline()[0]:
                 found.append(process)
     return found

@@ -1,4 +1,4 @@
-"""A small network with random weights: every condition, seed and setting shows in its pictures."""
+"""Fixtures: a small network with random weights, so that every condition, seed and setting changes its pictures."""
 
 import json
 import threading
@@ -73,13 +73,13 @@ def reference() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def files(sketch, reference):
-    """The two files of a good request."""
+    """The two files of a valid request."""
     return {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
 
 
 @pytest.fixture(scope="module")
 def replica(bundle_folder):
-    """A real one with version 3, without Ray."""
+    """A real replica with version 3, without Ray."""
     replica = Replica()
     assert replica.load("3", bundle_folder)
     yield replica
@@ -88,7 +88,7 @@ def replica(bundle_folder):
 
 @contextmanager
 def served(app, **options):
-    """Address of an application on loopback."""
+    """Serve an application on loopback and give its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -104,20 +104,20 @@ def served(app, **options):
 
 @pytest.fixture(scope="session")
 def serving():
-    """A function that serves an application in a with block, and gives its address."""
+    """A function that serves an application in a with block and gives its address."""
     return served
 
 
 @pytest.fixture(scope="module")
 def url(replica):
-    """Address of the API, open to everybody."""
+    """Address of the API without authentication."""
     with served(create_app(replica)) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def key_file(tmp_path_factory):
-    """Where the keys of the closed server are."""
+    """The file of the closed server's API keys."""
     return Keys(str(tmp_path_factory.mktemp("keys") / "keys.json"))
 
 
@@ -129,25 +129,25 @@ def key(key_file):
 
 @pytest.fixture(scope="module")
 def closed_app(replica, key, key_file):
-    """The API with keys."""
+    """The API with authentication."""
     return create_app(replica, keyring=Keyring(key_file.uri))
 
 
 @pytest.fixture(scope="module")
 def closed_url(closed_app):
-    """Its address."""
+    """Address of the API with authentication."""
     with served(closed_app) as url:
         yield url
 
 
 @pytest.fixture
 def lines(tmp_path):
-    """A function that returns the journal's lines since the test began."""
+    """A function that returns the lines of the access log since the test began."""
     file = tmp_path / "requests.jsonl"
     access_log.write_to(file)
 
     def read(count=1):
-        """At least `count` of them: a line is written just after its answer was sent."""
+        """Wait for at least `count` lines, because a line is written just after its answer was sent."""
         end = time.monotonic() + 30
         while len(found := file.read_text().splitlines()) < count and time.monotonic() < end:
             time.sleep(0.01)
