@@ -1,8 +1,8 @@
-"""A bundle: the folder that colors images. It is what is trained into, registered, served and exported.
+"""A bundle is the folder that holds a trained model; training writes it, and it is registered, served and exported.
 
-config.json model.safetensors metrics.json card.md checksums.json; no pickle anywhere. Its identity is
-the sha256 of config.json and model.safetensors. What coloring does not need may lie beside: averages.safetensors, see
-models/training/ema.py.
+It contains config.json, model.safetensors, metrics.json, card.md and checksums.json, and no pickle. Its identity is the
+sha256 over the hashes of config.json and model.safetensors. It may also contain averages.safetensors, which colorizing
+does not need (models/training/ema.py).
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ FORMAT = 1
 IDENTITY_FILES = ("config.json", "model.safetensors")
 FILES = (*IDENTITY_FILES, "metrics.json", "card.md")
 AVERAGES = "averages.safetensors"
-"""Optional, and listed in checksums.json all the same: a copy that is only to color may come without it."""
+"""Optional file, listed in checksums.json when present; a copy for colorizing alone may leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerDefaults:
-    """How this model is best sampled; what a request leaves open comes from here."""
+    """Recommended sampler settings of a model, used for everything that a request does not set."""
 
     name: str = "euler"
     steps: int = 4
     guidance_scale: float = 1.0
     shift: float = 1.0
-    """Spacing of the sampling times, see sample_times."""
+    """Spacing of the sampling times, see sample_times()."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only at times in it (Kynkaanniemi et al. 2024); elsewhere an evaluation costs one row, not two."""
+    """Guidance applies only at times in this interval (Kynkaanniemi et al. 2024); at other times an evaluation costs
+    one row, not two."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON has lists
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON returns a list
         if self.name not in SAMPLERS:
             raise ValueError(f"sampler name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
         if not 1 <= self.steps <= 1000:
@@ -58,7 +59,7 @@ class SamplerDefaults:
             raise ValueError(f"guidance_interval must be two rising times in 0..1, got {interval}")
 
     def describe(self) -> str:
-        """For example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
+        """Return the settings as text, for example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
         said = f"{self.name}, {self.steps} steps, guidance {self.guidance_scale:g}"
         if self.guidance_scale != 1 and self.guidance_interval != (0.0, 1.0):
             said += " at times {:g} to {:g}".format(*self.guidance_interval)
@@ -67,20 +68,20 @@ class SamplerDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """All that is needed to build the model and to prepare its inputs."""
+    """Everything that is needed to build the model and to prepare its inputs."""
 
     network: UNetConfig = field(default_factory=UNetConfig)
     path: PathConfig = field(default_factory=PathConfig)
     prediction: Prediction = "x0"
     clamp: bool = False
     image_size: int = 64
-    """Side in pixels of the square images it was trained on."""
+    """Side in pixels of the square images that the model was trained on."""
     sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
     provenance: dict[str, Any] = field(default_factory=dict)
-    """recipe, steps, attention, data hash: where the weights come from."""
+    """Origin of the weights: recipe, steps, attention, data hash."""
 
     def build(self) -> Denoiser:
-        """The model with fresh weights."""
+        """Build the model with newly initialized weights."""
         return Denoiser(self.network, self.path, self.prediction, clamp=self.clamp)
 
 
@@ -104,7 +105,7 @@ def save_bundle(
     *,
     averages: dict[str, Tensor] | None = None,
 ) -> str:
-    """Write the folder whole (through a neighbour and a rename) and return its sha256."""
+    """Write the bundle atomically (temporary directory, then rename) and return its identity (sha256)."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -121,7 +122,7 @@ def save_bundle(
 def with_sampler(
     source: Path, destination: Path, sampler: SamplerDefaults, metrics: dict[str, Any] | None = None
 ) -> str:
-    """A copy of a bundle with other sampler defaults; returns its sha256."""
+    """Write a copy of a bundle with other sampler defaults and return its identity (sha256)."""
     config = _read_config(source)
     temporary = destination.with_name(destination.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -133,16 +134,16 @@ def with_sampler(
 
 
 def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Put measured metrics into a bundle; its identity stays."""
+    """Replace the metrics of a bundle; its identity does not change."""
     _write_json(folder / "metrics.json", metrics)
     _write_checksums(folder)
 
 
 def load_bundle(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
-    """Check every hash, then build the model in eval mode, its weights in `dtype`.
+    """Verify every hash, then build the model in eval mode with its weights in `dtype`.
 
     Raises:
-        ValueError: missing file, changed byte, unknown format, or weights that do not fit the config.
+        ValueError: if a file is missing or was changed, the format is unknown, or the weights do not fit the config.
     """
     folder = Path(folder)
     sha256 = verify(folder)
@@ -158,10 +159,10 @@ def load_bundle(folder: Path | str, device: torch.device | str = "cpu", dtype: t
 
 
 def verify(folder: Path) -> str:
-    """The sha256 of a bundle folder whose files are all as they were written.
+    """Check that all files of a bundle are as they were written, and return its identity (sha256).
 
     Raises:
-        ValueError: naming the missing or changed file.
+        ValueError: if a file is missing or was changed; the message names the file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
@@ -179,7 +180,7 @@ def verify(folder: Path) -> str:
 
 
 def identity(folder: Path) -> str:
-    """sha256 over the hashes of config and weights, 64 hex digits."""
+    """Return the sha256 over the hashes of config and weights, 64 hex digits."""
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
         digest.update(file_sha256(folder / name).encode())
@@ -188,16 +189,16 @@ def identity(folder: Path) -> str:
 
 @torch.no_grad()
 def smoke_sample(bundle: Bundle) -> None:
-    """Color noise once with the bundle's own sampler, two steps at most, with and without a reference.
+    """Sample once with the bundle's own sampler in at most two steps, with and without a reference.
 
     Raises:
-        ValueError: if the result has another shape or is not finite.
+        ValueError: if the result has the wrong shape or is not finite.
     """
     device = next(bundle.denoiser.parameters()).device
     size, defaults = bundle.config.image_size, bundle.config.sampler
     sketch, reference = torch.ones(2, 1, size, size, device=device), torch.zeros(2, 3, size, size, device=device)
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    # Guidance would use the null reference: see it, whatever the defaults are.
+    # The second row checks the null reference, which guidance uses, even if the defaults have no guidance.
     condition = bundle.denoiser.encode(sketch, reference, torch.tensor([True, False], device=device))
     times = sample_times(bundle.denoiser.path, min(defaults.steps, 2), shift=defaults.shift).to(device)
     sampler = build_sampler(defaults.name, bundle.denoiser.path)
@@ -245,6 +246,6 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, 64 hex digits."""
+    """Return the sha256 of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The product: a sketch and a reference in, a colored image out."""
+"""Colorize a sketch with the colors of a reference image."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def colorize(
     seeds: Sequence[int],
     sampler: SamplerDefaults | None = None,
 ) -> Tensor:
-    """Colored images [B, 3, S, S] in [-1, 1], on the bundle's device.
+    """Return colored images [B, 3, S, S] in [-1, 1], on the bundle's device.
 
     Args:
         bundle: the model.
         sketch: [B, 1, S, S] in [-1, 1], dark lines on white.
         reference: [B, 3, S, S] in [-1, 1].
-        seeds: one per row; an image depends on its own row and seed.
-        sampler: in place of the bundle's defaults.
+        seeds: one seed per row; an image depends only on its own row and seed.
+        sampler: sampler settings that replace the bundle's defaults.
     """
     device = next(bundle.denoiser.parameters()).device
     noise = torch.stack([noise_for(seed, sketch.shape[-1]) for seed in seeds]).to(device)
@@ -41,7 +41,7 @@ def colorize(
 def sample_images(
     denoiser: Denoiser, sketch: Tensor, reference: Tensor, noise: Tensor, settings: SamplerDefaults
 ) -> Tensor:
-    """Images for given noise [B, 3, S, S], neither clamped nor detached from the graph."""
+    """Return images for the given noise [B, 3, S, S], neither clamped nor detached from the autograd graph."""
     condition = denoiser.encode(sketch, reference)
     null = None
     if settings.guidance_scale != 1:
@@ -52,7 +52,7 @@ def sample_images(
 
 
 def guided_evaluations(path: Path, settings: SamplerDefaults) -> list[bool]:
-    """For each network evaluation of one image, in order, whether it is guided and so costs two rows, not one."""
+    """Return for each network evaluation of one image, in order, whether it is guided and costs two rows, not one."""
     sampler = build_sampler(settings.name, path)
     times = sampler.evaluation_times(sample_times(path, settings.steps, shift=settings.shift))
     if settings.guidance_scale == 1:
@@ -61,10 +61,10 @@ def guided_evaluations(path: Path, settings: SamplerDefaults) -> list[bool]:
 
 
 def network_rows(path: Path, settings: SamplerDefaults) -> int:
-    """Rows that the network evaluates for one image."""
+    """Return the number of rows that the network evaluates for one image."""
     return sum(2 if guided else 1 for guided in guided_evaluations(path, settings))
 
 
 def noise_for(seed: int, size: int) -> Tensor:
-    """Standard normal [3, S, S] that depends on the seed alone, whatever the device."""
+    """Return standard normal noise [3, S, S] on the CPU, which depends on the seed alone."""
     return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))

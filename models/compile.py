@@ -1,6 +1,6 @@
-"""torch.compile for a network: fewer and larger kernels, at the price of a minute or more before the first step.
+"""Apply torch.compile to a network: fewer, larger kernels, but a minute or more of compilation before the first step.
 
-Not here: who asks for it, see the key `compile` of a training run and of a deployment.
+The setting `compile` of a training run and of a deployment turns it on.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 from animediffusion.models.diffusion.denoiser import Denoiser
 
 METHODS = ("encode", "encode_reference", "combine", "denoise")
-"""Methods of a network that are called from outside."""
+"""Methods of a network that other modules call."""
 
 
 def compiled(denoiser: Denoiser, *, backend: str = "inductor", dynamic: bool | None = False) -> Denoiser:
-    """The same denoiser; its network compiles itself at the first call with each shape.
+    """Make the denoiser's network compile itself on its first call with each shape; return the same denoiser.
 
     Args:
-        denoiser: on its device.
-        backend: of torch.compile.
-        dynamic: whether one compilation is for all shapes; False compiles each shape by itself.
+        denoiser: a denoiser that is already on its device.
+        backend: the backend of torch.compile.
+        dynamic: the argument of torch.compile: False compiles each shape separately, True compiles once for all shapes.
 
     Raises:
-        ValueError: no compiler works on this machine; the denoiser is unchanged.
+        ValueError: if no compiler works on this machine; the denoiser is then unchanged.
     """
     _check(next(denoiser.parameters()).device, backend)
     for name in METHODS:
@@ -34,7 +34,7 @@ def compiled(denoiser: Denoiser, *, backend: str = "inductor", dynamic: bool | N
 
 
 def plain_copy(denoiser: Denoiser) -> Denoiser:
-    """A deep copy that is not compiled: a compiled method would go on using the weights of the original."""
+    """Return a deep copy that is not compiled; a copied compiled method would keep using the original's weights."""
     made = copy.deepcopy(denoiser)
     for name in METHODS:
         made.network.__dict__.pop(name, None)
@@ -42,7 +42,7 @@ def plain_copy(denoiser: Denoiser) -> Denoiser:
 
 
 def _check(device: torch.device, backend: str) -> None:
-    """Compile one small function, since torch finds out at the first call that a compiler is missing."""
+    """Compile a small function, because torch detects a missing compiler only on the first call."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(8, device=device))
     except Exception as error:

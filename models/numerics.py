@@ -1,4 +1,4 @@
-"""How a GPU computes float32: one choice for training, serving and benchmarks."""
+"""Float32 precision on a GPU: one setting for training, serving and benchmarks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 
 
 def choose_numerics(device: torch.device, *, exact: bool = False) -> str:
-    """Set how this process computes float32 products and convolutions on CUDA; returns `tf32` or `float32`.
+    """Set how this process computes float32 products and convolutions on CUDA; return `tf32` or `float32`.
 
-    TF32 keeps float32's range and rounds products to 11 bits; sums stay float32. bfloat16 is not affected, and
-    neither is a CPU. cuDNN measures its algorithms once per shape, which pays since shapes repeat.
+    TF32 keeps float32's range, rounds the factors of products to 11 bits and sums in float32. Neither bfloat16 nor a
+    CPU is affected. Unless `exact` is set, cuDNN benchmarks its algorithms once per shape, which pays off because
+    shapes repeat.
 
     Args:
-        device: where the process computes.
-        exact: float32 as it is, for numbers that are compared with those of other code.
+        device: the device that the process computes on.
+        exact: use full float32, for results that are compared with those of other code.
     """
     if device.type != "cuda":
         return "float32"

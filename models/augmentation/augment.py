@@ -1,10 +1,11 @@
-"""From decoded rows to training batches, on the device: line art, references by warping, shared recoloring.
+"""Turn decoded rows into training batches on the device: extract line art, warp references, recolor pairs.
 
-Every random number comes from the generator of the step, so a step can be repeated exactly. What is switched off draws
-none, so a new option leaves the numbers of runs without it alone. Numbers are drawn on the host, which therefore knows
-which rows change without waiting for a GPU; pictures stay where they are. Not here: decoding
-(pipelines/data/dataset.py); what only changes pixels, see models/augmentation/lineart.py, recolor.py, shuffle.py. B
-rows, S pixels a side.
+Every random number comes from the generator of the step, so a step can be repeated exactly. An augmentation that is
+switched off draws no numbers, so adding a new option does not change the random numbers of runs without it. Numbers
+are drawn on the host, so the host knows which rows change without waiting for a GPU; images stay on their device.
+Decoding is in pipelines/data/stream.py; the pure image operations are in lineart.py, recolor.py and patch_shuffle.py.
+
+Shapes: B rows, S pixels per side.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from animediffusion.models.tensors import onto, to_tensor
 
 
 class Batch(NamedTuple):
-    """What an objective takes: float32 in [-1, 1]."""
+    """The input of a training objective: float32 in [-1, 1]."""
 
     target: Tensor
     """[B, 3, S, S]"""
@@ -41,41 +42,44 @@ _SHARES = ("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute",
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How references and sketches are made and varied. Probabilities are per row."""
+    """Settings for how references and sketches are made and augmented. Probabilities are per row."""
 
     cross_reference: float = 0.5
-    """Take the dataset's cross reference where a row has one."""
+    """Probability of using the dataset's cross reference, for rows that have one."""
     rewarp: float = 0.5
-    """Warp a reference that the dataset gives once more; rows without one are always warped."""
+    """Probability of warping a reference that the dataset provides; a reference made from the target is always
+    warped."""
     warp: float = 0.12
-    """Largest shift of a warp's control point, in half sides."""
+    """Largest shift of a warp's control point per axis, as a fraction of half the image side."""
     warp_points: int = 4
     """Control points per side of the thin-plate spline."""
     warp_kind: Literal["grid", "diagonal"] = "grid"
-    """grid: the points move freely, and the picture is turned, enlarged and shifted. diagonal: as the authors warp."""
+    """grid: the control points move freely, and the image is rotated, scaled and translated. diagonal: the authors'
+    warp (models/authors/warp.py)."""
     rotate: float = 0.0
-    """Largest turn within a warp, degrees."""
+    """Largest rotation of a warp, in degrees."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """A warp enlarges by a factor between these."""
+    """Range of the factor by which a warp enlarges the image."""
     translate: float = 0.0
-    """Largest shift within a warp, in sides."""
+    """Largest translation of a warp, as a fraction of the image side."""
     shuffle: float = 0.0
-    """Cut the reference into 2 x 2, 4 x 4 or 8 x 8 patches and mix them: colors without places (Liu et al. 2025)."""
+    """Probability of cutting the reference into 2 x 2, 4 x 4 or 8 x 8 patches and shuffling them, which keeps the
+    colors but not their positions (Liu et al. 2025)."""
     flip: float = 0.5
-    """Mirror target and sketch, and the reference independently."""
+    """Probability of mirroring target and sketch together, and independently of mirroring the reference."""
     recolor: float = 0.5
-    """Change hue, saturation and brightness of target and reference together."""
+    """Probability of changing hue, saturation and brightness of target and reference together."""
     hue: float = 0.5
-    """Largest hue turn; 0.5 is half the circle."""
+    """Largest hue rotation; 0.5 is half the circle."""
     permute: float = 0.0
-    """Of the rows recolored, put the channels of this share into another order."""
+    """Probability that a recolored row also gets its channels permuted."""
     gamma: float = 0.0
-    """Of the rows recolored, raise each channel to a power between 2**-gamma and 2**gamma."""
+    """Recolored rows have each channel raised to a power between 2**-gamma and 2**gamma."""
     soften: float = 0.5
-    """Blur the sketch a little: scans and drawings made smaller have gray lines, XDoG has black ones."""
+    """Probability of slightly blurring the sketch: scans and downscaled drawings have gray lines, XDoG's are black."""
     line_styles: float = 0.0
-    """Of the rows whose line art is extracted, draw this share in a random style of models/augmentation/lineart.py, not
-    in XDoG."""
+    """Probability that extracted line art is drawn in a random style of models/augmentation/lineart.py instead of
+    XDoG."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
@@ -95,18 +99,18 @@ class AugmentConfig:
 
     @property
     def moves(self) -> bool:
-        """Whether a warp does more than bend."""
+        """Whether a warp also rotates, scales or translates."""
         return self.rotate > 0 or self.translate > 0 or tuple(self.scale) != (1.0, 1.0)
 
 
 def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: torch.Generator) -> Batch:
-    """A training batch from decoded rows.
+    """Make a training batch from decoded rows.
 
     Args:
         rows: uint8 target, reference, cross_reference [B, S, S, 3], sketch [B, S, S]; bool has_sketch,
-            has_reference, has_cross [B] (images of rows without are zero). Best with the flags on the host.
-        config: what to vary.
-        generator: of the host.
+            has_reference, has_cross [B] (a missing image is all zero). Keep the flags on the host for speed.
+        config: augmentation settings.
+        generator: a generator on the host.
     """
     rows, target = _with_flags(rows), to_tensor(rows["target"])
     chance = Chance(len(target), generator.device, generator)
@@ -119,15 +123,16 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
 
 
 def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generator) -> Batch:
-    """The batch of an evaluation track: `same` (the target warped) or `cross` (exact truth, other picture).
+    """Make the batch of an evaluation track, `same` or `cross`.
 
-    Rows without a cross reference are recolored instead: target and warped reference together.
+    On track `same` the reference is the dataset's, or the warped target where a row has none. On any other track it is
+    the dataset's cross reference; in rows without one, the target and its warped copy are recolored together.
     """
     rows, target = _with_flags(rows), to_tensor(rows["target"])
     config = EVALUATION
     chance = Chance(len(target), generator.device, generator)
     if not bool(rows["has_sketch"].all()):
-        chance.uniform(0, 1)  # once drawn for the line art: the numbers after it must stay
+        chance.uniform(0, 1)  # Earlier versions drew this for the line art; later random numbers must not change.
     sketch = fixed_sketch(rows, target, config)
     warped = bend(target, *draw_warp(config, chance))
     if track == "same":
@@ -145,26 +150,26 @@ def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generat
 EVALUATION = AugmentConfig(
     warp=0.12, warp_points=4, flip=0.0, recolor=1.0, hue=0.5, soften=0.0, xdog=XDoGConfig(sigma=(0.3, 0.5))
 )
-"""Written out, so that a change of the training defaults leaves measurements comparable."""
+"""Settings of the evaluation tracks, independent of the training defaults so that measurements stay comparable."""
 
 
 class Chance:
-    """Random numbers for B rows from one generator; a subclass may take them from elsewhere."""
+    """Random numbers for B rows, drawn from one generator; a subclass may use another source."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator) -> None:
         self.rows, self.device, self.generator = rows, device, generator
 
     def __call__(self, probability: float) -> Tensor:
-        """bool [B, 1, 1, 1], true with that probability."""
+        """Return bool [B, 1, 1, 1], each value true with this probability."""
         return _mask(self.uniform(0, 1) < probability)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """[B, *shape]"""
+        """Return uniform numbers in [low, high), [B, *shape]."""
         unit = torch.rand(self.rows, *shape, generator=self.generator, device=self.device)
         return low + (high - low) * unit
 
     def below(self, count: int) -> Tensor:
-        """int64 [B] in 0..count - 1."""
+        """Return int64 [B] in 0..count - 1."""
         return self.uniform(0, count).long().clamp_max(count - 1)
 
 
@@ -173,7 +178,7 @@ def _mask(flags: Tensor) -> Tensor:
 
 
 def _with_flags(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows with their flags on the host."""
+    """Return the rows with their `has_` flags moved to the host."""
     names = [name for name in rows if name.startswith("has_")]
     return {**rows, **dict(zip(names, torch.stack([rows[name] for name in names]).cpu(), strict=True))}
 
@@ -194,7 +199,7 @@ def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig,
 
 
 def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:
-    """Any style with any constants for some rows, plain XDoG with this sigma for the others."""
+    """Draw a random style and constants for some rows; the other rows get plain XDoG with this sigma."""
     styled = chance(config.line_styles).flatten()
     free = Pens(chance.below(len(STYLES)), *(chance.uniform(*PEN_RANGES[name]) for name in Pens._fields[1:]))
     k, p = (torch.full_like(sigma, value) for value in (config.xdog.k, config.xdog.p))
@@ -203,7 +208,7 @@ def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:
 
 
 def fixed_sketch(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig) -> Tensor:
-    """[B, 1, S, S]: the rows' own line art, or XDoG of the target with the middle blur where there is none."""
+    """Return [B, 1, S, S]: each row's own line art, or the target's XDoG with the mean sigma if the row has none."""
     drawn = xdog(target, torch.full((len(target),), sum(config.xdog.sigma) / 2), config.xdog)
     return _either(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
 
@@ -216,7 +221,7 @@ def _soften(sketch: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
 def _references(rows: Mapping[str, Tensor], config: AugmentConfig, chance: Chance) -> Tensor:
     given, cross = _mask(rows["has_reference"]), _mask(rows["has_cross"])
     take_cross = cross & chance(config.cross_reference)
-    # Chosen while they are bytes, which are a quarter of the memory, and of the three one becomes a tensor of floats.
+    # Select while the images are bytes: this takes a quarter of the memory, and only one of three is converted.
     reference = _either(given, rows["reference"], rows["target"])
     reference = to_tensor(_either(take_cross, rows["cross_reference"], reference))
     again = chance(config.rewarp) | (~given & ~take_cross)
@@ -231,13 +236,13 @@ def _references(rows: Mapping[str, Tensor], config: AugmentConfig, chance: Chanc
 
 
 def draw_order(chance: Chance) -> Tensor:
-    """An order of patches for shuffle(), of a random size."""
+    """Draw a patch order for shuffle(), with a random number of patches per row."""
     sides = torch.tensor(SIDES, device=chance.device)[chance.below(len(SIDES))]
     return patch_order(sides, chance.uniform(0, 1, CELLS**2))
 
 
 def _changed(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], drawn: tuple[Tensor, ...]) -> Tensor:
-    """The images, those of the chosen rows changed with their rows of what was drawn; the others cost nothing."""
+    """Apply `change` to the chosen rows, with their part of the drawn numbers; the other rows cost nothing."""
     index = chosen.flatten().nonzero().flatten()
     if not len(index):
         return images
@@ -246,20 +251,20 @@ def _changed(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], draw
 
 
 class Warp(NamedTuple):
-    """One warp for each of B rows."""
+    """Parameters of one warp for each of B rows."""
 
     points: Tensor
     """[B, N, 2]: control points (x, y) in [-1, 1]."""
     moved: Tensor
-    """[B, N, 2]: where the spline takes them."""
+    """[B, N, 2]: positions of the control points after the spline."""
     back: Tensor
-    """[B, 2, 2]: undoes turning and enlarging, (x, y) from the left."""
+    """[B, 2, 2]: inverse of rotation and scaling, applied as (x, y) @ back."""
     shift: Tensor
-    """[B, 1, 2]: of the picture, after that."""
+    """[B, 1, 2]: translation of the image, applied after rotation and scaling."""
 
 
 def draw_warp(config: AugmentConfig, chance: Chance) -> Warp:
-    """Random warps as the config says: all points move freely, so that copying from the same place never works."""
+    """Draw random warps. All control points move, so copying the reference from the same position never works."""
     side = config.warp_points
     points = _lattice(side, side, chance.device).expand(chance.rows, -1, -1)
     moved = points + chance.uniform(-2 * config.warp, 2 * config.warp, side * side, 2) / 2
@@ -275,30 +280,33 @@ def draw_warp(config: AugmentConfig, chance: Chance) -> Warp:
 
 
 def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Tensor) -> Tensor:
-    """Each image [3, S, S] turned, enlarged, shifted, and bent by a thin-plate spline (Bookstein 1989), read once."""
-    # The transform is solved from destination to source: where each output pixel is read. kornia puts the kernels
-    # at the second argument's points.
+    """Rotate, scale, translate and bend each image [3, S, S] in one resampling.
+
+    The bending is a thin-plate spline (Bookstein 1989). The arguments after `images` are the fields of Warp.
+    """
+    # The transform maps destination to source, to the position where each output pixel is read. kornia centers the
+    # kernels at the points of the second argument.
     solved = kornia.geometry.transform.get_tps_transform(moved, points)
     points, kernel, affine, back, shift = (onto(small, images) for small in (points, *solved, back, shift))
-    # On every fourth pixel, then bilinear between: the spline is smooth, and costs a logarithm a point.
+    # Evaluated at every fourth pixel and interpolated: the spline is smooth, and each point costs a logarithm.
     height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
     places = _lattice(height, width, images.device).expand(len(images), -1, -1)
     read = kornia.geometry.transform.warp_points_tps(places, points, kernel, affine)
     read = ((read - shift)[..., None] * back[:, None]).sum(-2)
-    # Contiguous: of a permuted view interpolate() makes its slow case for channels last.
+    # On a permuted view interpolate() would take its slow channels-last path.
     coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2).contiguous()
     grid = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
 
 
 def _lattice(height: int, width: int, device: torch.device) -> Tensor:
-    """[1, height * width, 2]: evenly spaced points (x, y) in [-1, 1]."""
+    """Return [1, height * width, 2]: evenly spaced points (x, y) in [-1, 1]."""
     ys, xs = (torch.linspace(-1, 1, n, device=device) for n in (height, width))
     return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, -1, 2)
 
 
 def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
-    """Target and reference with one random map of color per row: hue, saturation, brightness, channels."""
+    """Recolor target and reference of each row with the same random map: hue, saturation, brightness, channels."""
     hue = chance.uniform(-config.hue, config.hue) * (2 * torch.pi)
     matrix = turn_matrix(hue, chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15))
     chosen = chance(config.recolor)

@@ -1,7 +1,7 @@
-"""Line art from color images, in batches on the device: XDoG (Winnemoeller et al. 2012), and other hands than its.
+"""Extract line art from color images, in batches on the device: XDoG (Winnemoeller et al. 2012) and other styles.
 
-XDoG fills what is dark, and its lines are black and sharp. People leave black hair empty, draw thin or thick, in
-pencil, and scan; a network that shall color their drawings should have seen such lines.
+XDoG fills dark areas, and its lines are black and sharp. People leave black hair empty, draw thin or thick lines, use
+pencils and scan their drawings; a network that colors such drawings should be trained on similar lines.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from animediffusion.models.tensors import onto
 LUMA = (0.299, 0.587, 0.114)
 
 STYLES = ("xdog", "thin", "thick", "blurred", "binarized", "pencil")
-"""xdog: lines, and dark areas filled. blurred: the same, soft. The others have no filled areas: binarized: black where
-it is darker than around. thin: one pixel of that. thick: broadened. pencil: the darker than around, the darker."""
+"""Drawing styles. xdog: lines and filled dark areas; blurred: xdog with soft edges. The other styles leave dark areas
+empty: binarized is black where the image is darker than its surroundings; thin keeps one pixel of binarized's line
+width; thick widens binarized's lines; pencil has darkness proportional to local contrast."""
 PEN_RANGES = {"sigma": (0.3, 0.6), "k": (2.5, 4.0), "p": (8.0, 20.0), "width": (0.5, 0.8)}
-"""Between what the constants of Pens are drawn in training: there are lines at 64 px as well as at 256."""
+"""Ranges of the constants of Pens in training, chosen so that lines appear at 64 px and at 256 px."""
 _DARK = 0.1
-"""Added to a brightness that a difference is compared with: noise in black areas is no line."""
+"""Added to a brightness before a difference is compared with it, so that noise in black areas does not become lines."""
 _PENCIL = 0.4
-"""How dark a pencil is, in units of p."""
+"""Darkness of pencil strokes: factor on the relief, which already contains p."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class XDoGConfig:
-    """The authors' constants (utils/image/xdog.py of their code), made for 256 px."""
+    """Constants of XDoG; the defaults are the authors' (utils/image/xdog.py of their code), made for 256 px."""
 
     sigma: tuple[float, float] = (0.3, 0.5)
-    """Small blur in pixels; drawn between these in training, their mean else."""
+    """Range of the small blur's sigma in pixels: training draws from it, evaluation uses its mean."""
     k: float = 3.5
-    """Large blur / small blur."""
+    """Ratio of the large blur's sigma to the small blur's."""
     p: float = 10.0
     """Strength of the difference."""
     epsilon: float = 0.01
     """Threshold on image * difference."""
     phi: float = 1e9
-    """Steepness below it: this high is black or white."""
+    """Steepness below the threshold; the default is high enough that the result is either black or white."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma[0] <= self.sigma[1] or self.k <= 0:
@@ -49,28 +50,28 @@ class XDoGConfig:
 
 
 class Pens(NamedTuple):
-    """How each of B rows is drawn; all [B]."""
+    """Style and constants of each row's line art; all fields are [B]."""
 
     style: Tensor
     """int64, an index into STYLES."""
     sigma: Tensor
-    """Small blur in pixels."""
+    """Sigma of the small blur, in pixels."""
     k: Tensor
-    """Large blur / small blur."""
+    """Ratio of the large blur's sigma to the small blur's."""
     p: Tensor
-    """Strength of the difference: with more, weaker edges become lines."""
+    """Strength of the difference; with a larger p, weaker edges become lines."""
     width: Tensor
-    """Blur of the line in pixels, for `blurred`."""
+    """Sigma of the blur that style `blurred` applies to its lines, in pixels."""
 
 
 def line_art(images: Tensor, pens: Pens, config: XDoGConfig | None = None) -> Tensor:
-    """Dark lines on white, [B, 1, H, W] in [-1, 1], each row in its own style.
+    """Draw dark lines on white, [B, 1, H, W] in [-1, 1], each row in its own style.
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        pens: the rows' styles and constants, on the host; with style `xdog` and a config's constants, it is what xdog()
-            makes.
-        config: XDoG's threshold and steepness.
+        pens: the rows' styles and constants, on the host; style `xdog` with a config's constants gives the same result
+            as xdog().
+        config: provides the threshold (epsilon) and its steepness (phi).
     """
     gray = _gray(images)
     small, large = blur(gray, pens.sigma), blur(gray, pens.k * pens.sigma)
@@ -85,7 +86,7 @@ def line_art(images: Tensor, pens: Pens, config: XDoGConfig | None = None) -> Te
 
 
 class _Tones(NamedTuple):
-    """What the styles draw from: a few rows, brightness in 0..1 before and after both blurs."""
+    """Input of the styles for some rows: brightness in 0..1 before and after both blurs, and the constants."""
 
     gray: Tensor
     small: Tensor
@@ -95,11 +96,11 @@ class _Tones(NamedTuple):
     config: XDoGConfig
 
     def relief(self) -> Tensor:
-        """How much darker than around, times p."""
+        """Return how much darker each pixel is than its surroundings, times p."""
         return self.p * (self.large - self.small)
 
     def black(self) -> Tensor:
-        """Where it is darker than around, in relation to how bright it is: 1, else 0."""
+        """Return 1 where the relief exceeds the brightness plus _DARK, else 0."""
         return (self.relief() > self.small + _DARK).to(self.gray.dtype)
 
 
@@ -116,7 +117,7 @@ def _binarized(tones: _Tones) -> Tensor:
 
 
 def _thin(tones: _Tones) -> Tensor:
-    """Of what is black, where the relief is highest across or up and down: the middle of a line."""
+    """Keep the black pixels where the relief peaks horizontally or vertically: the middle of each line."""
     height = tones.relief()
     around = F.pad(height, [1] * 4)
     left, right = around[..., 1:-1, :-2], around[..., 1:-1, 2:]
@@ -126,7 +127,7 @@ def _thin(tones: _Tones) -> Tensor:
 
 
 def _thick(tones: _Tones) -> Tensor:
-    """What is black, and one pixel to the right and below; at 256 px, one to all sides."""
+    """Widen black pixels by one pixel to the right and below; at 256 px, by one pixel on every side."""
     more = max(1, tones.gray.shape[-1] // 128)
     return 1 - F.max_pool2d(F.pad(tones.black(), (more - more // 2, more // 2) * 2), more + 1, 1)
 
@@ -136,11 +137,11 @@ def _pencil(tones: _Tones) -> Tensor:
 
 
 def xdog(images: Tensor, sigma: Tensor, config: XDoGConfig | None = None) -> Tensor:
-    """Dark lines on white, [B, 1, H, W] in [-1, 1].
+    """Draw dark lines on white with XDoG, [B, 1, H, W] in [-1, 1].
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        sigma: small blur of each row in pixels, [B].
+        sigma: each row's sigma of the small blur in pixels, [B].
         config: the other constants.
     """
     config = config or XDoGConfig()
@@ -155,12 +156,12 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _threshold(response: Tensor, config: XDoGConfig) -> Tensor:
-    """1 is paper, 0 is ink."""
+    """Return 1 for paper and 0 for ink."""
     return 1 + torch.tanh(config.phi * (response - config.epsilon).clamp_max(0))
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of each row [C, H, W] with its own sigma in pixels (of the host), borders reflected."""
+    """Apply a Gaussian blur to each row [C, H, W] with its own sigma in pixels ([B], on the host); borders reflect."""
     radius = max(1, int((3 * sigma.max()).ceil()))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets / onto(sigma.to(images.dtype), images)[:, None]) ** 2)

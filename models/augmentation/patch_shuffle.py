@@ -1,6 +1,6 @@
-"""Images cut into patches that change places: the colors stay, the places say nothing.
+"""Shuffle square patches of an image, which keeps its colors but not their positions.
 
-Not here: what is drawn at random, see models/augmentation/augment.py. B rows, S pixels a side.
+The random numbers are drawn in models/augmentation/augment.py. Shapes: B rows, S pixels per side.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from torch import Tensor
 from animediffusion.models.tensors import onto
 
 SIDES = (2, 4, 8)
-"""How many patches a side an image may be cut into."""
+"""Allowed numbers of patches per side."""
 CELLS = 8
-"""Patches a side that are moved; larger ones are squares of these that stay together."""
+"""Cells per side that are moved; a larger patch is a square of cells that stay together."""
 
 
 def shuffle(images: Tensor, order: Tensor) -> Tensor:
-    """Each image [C, S, S] with its 8 x 8 patches in the order of patch_order(), [B, 64]; S a multiple of 8."""
+    """Put the 8 x 8 cells of each image [C, S, S] into an order [B, 64] from patch_order().
+
+    Raises:
+        ValueError: if S is not a multiple of 8.
+    """
     rows, channels, size, _ = images.shape
     if size % CELLS:
         raise ValueError(f"images to shuffle must be a multiple of {CELLS} pixels a side, got {size}")
@@ -29,15 +33,15 @@ def shuffle(images: Tensor, order: Tensor) -> Tensor:
 
 
 def patch_order(sides: Tensor, keys: Tensor) -> Tensor:
-    """int64 [B, 64]: which of the 8 x 8 patches goes to each place.
+    """Return int64 [B, 64]: for each of the 8 x 8 positions, the cell that moves there.
 
     Args:
-        sides: of SIDES, int64 [B]: patches a side that stay whole.
-        keys: random numbers in 0..1, [B, 64]; those that a row needs are sorted, and their ranks are the order.
+        sides: patches per side, int64 [B], values from SIDES.
+        keys: random numbers in 0..1, [B, 64]; sorting as many as a row has patches gives the row's order.
     """
     side = sides[:, None]
     number = torch.arange(CELLS**2, device=sides.device)[None]
-    # Of a row with n patches, the first n keys are in play: the others sort behind them.
+    # A row with n patches uses its first n keys; the value 2 makes the rest sort behind them.
     order = torch.where(number < side**2, keys, torch.full_like(keys, 2.0)).argsort(1)
     y, x, run = number // CELLS, number % CELLS, CELLS // side
     source = order.gather(1, y // run * side + x // run)

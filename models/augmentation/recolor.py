@@ -1,7 +1,7 @@
-"""Changes of color as functions of the color alone: pixels of one color stay of one color, in every picture of a row.
+"""Color maps that depend on the color alone: pixels of equal color get equal colors, in every image of a row.
 
-So a target and its reference, recolored by one map, stay an exact pair.
-Not here: what is drawn at random, see models/augmentation/augment.py. Images are [B, 3, H, W] in [-1, 1].
+A target and its reference that are recolored by the same map therefore stay an exact pair. The random numbers are drawn
+in models/augmentation/augment.py. Images are [B, 3, H, W] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from torch import Tensor
 from animediffusion.models.tensors import onto
 
 NUM_ORDERS = 6
-"""Orders of three channels; 0 leaves them as they are."""
+"""Number of permutations of three channels; permutation 0 is the identity."""
 CLUSTER_ROUNDS = 8
 CLUSTER_PIXELS = 64
-"""Clusters are sought on at most this many pixels a side."""
+"""The image is subsampled to about this many pixels per side before clustering."""
 SOFTNESS = 0.05
-"""How far a region's map reaches beside its border in color, in units of cluster_space()."""
+"""Width of the transition between the maps of two color regions, in units of cluster_space()."""
 
 
 def turn_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
-    """[B, 3, 3] on RGB: a turn about the gray axis, then away from or toward gray, then a gain; arguments are [B].
+    """Return [B, 3, 3] on RGB: a rotation about the gray axis, then a saturation change, then a gain.
 
-    Linear in RGB, so that interpolating and recoloring commute.
+    The map is linear in RGB, so interpolation and recoloring commute.
+
+    Args:
+        hue: angle of the rotation in radians, [B].
+        saturation: distance from the gray axis is multiplied by this, [B].
+        gain: RGB is multiplied by this, [B].
     """
     cos, sin = hue.cos(), hue.sin()
     third = torch.full_like(hue, 1 / 3)
@@ -40,43 +45,43 @@ def turn_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
 
 
 def order_matrix(order: Tensor) -> Tensor:
-    """[B, 3, 3] that puts the channels into another order; int64 [B] in 0..NUM_ORDERS - 1."""
+    """Return [B, 3, 3] that permutes the channels; `order` is int64 [B] in 0..NUM_ORDERS - 1."""
     table = torch.tensor(list(permutations(range(3))), device=order.device)
     return torch.eye(3, device=order.device)[table[order]]
 
 
 def apply_matrix(images: Tensor, matrix: Tensor) -> Tensor:
-    """The images with their RGB in 0..1 multiplied by each row's [3, 3]."""
+    """Multiply the images' RGB, taken in 0..1, by each row's matrix [3, 3]; the result is clamped to [-1, 1]."""
     return (torch.einsum("bij,bjhw->bihw", onto(matrix, images), (images + 1) / 2) * 2 - 1).clamp(-1, 1)
 
 
 def apply_gamma(images: Tensor, gamma: Tensor) -> Tensor:
-    """The images with each channel in 0..1 raised to its own power, [B, 3]: black and white stay."""
+    """Raise each channel, taken in 0..1, to its own power, [B, 3]; black and white stay as they are."""
     return ((images + 1) / 2).clamp(0, 1) ** onto(gamma, images)[:, :, None, None] * 2 - 1
 
 
 def apply_regions(images: Tensor, centers: Tensor, matrices: Tensor) -> Tensor:
-    """The images with every color region changed by its own matrix, softly where two regions touch in color.
+    """Change every color region by its own matrix, with soft transitions between regions of similar color.
 
     Args:
-        images: to change; all pictures that shall match get the same centers and matrices.
-        centers: [B, K, 3] of find_regions().
+        images: images to change; images that should match need the same centers and matrices.
+        centers: [B, K, 3] from find_regions().
         matrices: [B, K, 3, 3] on RGB in 0..1.
     """
     color = ((images + 1) / 2).flatten(2).transpose(1, 2)
     nearness = -(torch.cdist(cluster_space(color), centers) ** 2) / (2 * SOFTNESS**2)
     weights = nearness.softmax(-1)
     mixed = torch.zeros_like(color)
-    for k in range(centers.shape[1]):  # one region at a time: all at once would take K times the memory
+    for k in range(centers.shape[1]):  # All regions together would take K times the memory.
         mixed += weights[..., k : k + 1] * (color @ matrices[:, k].mT)
     return (mixed.transpose(1, 2).reshape(images.shape) * 2 - 1).clamp(-1, 1)
 
 
 def find_regions(images: Tensor, num: int) -> Tensor:
-    """[B, num, 3]: centers of the images' colors in cluster_space(), by k-means (Lloyd 1982); nothing random.
+    """Return [B, num, 3]: centers of the images' colors in cluster_space(), by deterministic k-means (Lloyd 1982).
 
-    It begins with the mean color and goes on with the color farthest from those it has, so that small areas such as
-    eyes get a region of their own.
+    The first center is the mean color, and each further one is the color farthest from the centers so far, so small
+    areas such as eyes get their own region.
     """
     step = max(1, images.shape[-1] // CLUSTER_PIXELS)
     color = cluster_space(((images[..., ::step, ::step] + 1) / 2).flatten(2).transpose(1, 2))
@@ -93,6 +98,9 @@ def find_regions(images: Tensor, num: int) -> Tensor:
 
 
 def cluster_space(color: Tensor) -> Tensor:
-    """RGB in 0..1, [..., 3], as half the gray and two chroma axes: light and shadow of a thing stay together."""
+    """Convert RGB in 0..1, [..., 3], to half the gray value and two chroma axes.
+
+    Gray has half its weight, so that light and shadow of one object fall into one cluster.
+    """
     axes = [[0.289, 0.289, 0.289], [0.707, -0.707, 0.0], [0.408, 0.408, -0.816]]
     return color @ onto(torch.tensor(axes, dtype=color.dtype), color).T

@@ -1,10 +1,10 @@
-"""What the authors' released code computes, number for number, so that it can be compared with and trained.
+"""Strict mode reproduces the authors' released code number for number, bugs included, for comparison and training.
 
-Source: models/diffusion.py and process/ft_animediffusion.py of their repository (Cao et al. 2024), bugs included: the
-strict mode. Here time is their integer n in 0..999, not t = n / 1000. Not here: what replaces these bugs
-(objective.py, sampler.py), their weights (authors_weights.py), their warp (authors_warp.py).
+Source: models/diffusion.py and process/ft_animediffusion.py of their repository (Cao et al. 2024). In this module time
+is their integer n in 0..999, not t = n / 1000. Versions without these bugs are in models/training/objective.py and
+models/diffusion/sampler.py; weights.py imports the authors' weights, and warp.py contains their warp.
 
-B rows, H/W pixels.
+Shapes: B rows, H/W pixels.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from animediffusion.models.network.condition import Condition
 from animediffusion.models.tensors import onto
 
 NUM_STEPS = 10
-"""Network evaluations of their sampler, in phase 2 as at test."""
+"""Network evaluations of the authors' sampler, both in phase 2 and at test time."""
 
 PredictNoise = Callable[[Tensor, Tensor | None], Tensor]
-"""(x_n [B, 3, H, W], n int64 [B], or None for "no time") -> the noise in x_n."""
+"""Function (x_n [B, 3, H, W], n int64 [B] or None to omit the time) -> the predicted noise in x_n."""
 
 
 def require_fit(denoiser: Denoiser) -> PathConfig:
-    """The path of a model that strict mode is for.
+    """Return the path configuration of a model that strict mode supports.
 
     Raises:
-        ValueError: if it predicts something else than noise, or on another path.
+        ValueError: if the model does not predict noise, or has another path than the authors' (linear, 1000 timesteps).
     """
     if denoiser.prediction != "eps":
         raise ValueError(f"strict mode needs prediction 'eps', got {denoiser.prediction!r}")
@@ -42,19 +42,19 @@ def require_fit(denoiser: Denoiser) -> PathConfig:
 
 
 def noise_predictor(denoiser: Denoiser, condition: Condition) -> PredictNoise:
-    """The network as they call it."""
+    """Wrap the network so that it is called as in the authors' code."""
 
     def predict(x: Tensor, n: Tensor | None) -> Tensor:
-        # In float32 1000 (n / 1000) is not always n, and the time embedding sees the difference.
+        # In float32, 1000 (n / 1000) is not always n, and the time embedding would show the difference.
         return denoiser.network.denoise(x, None if n is None else n.double() / 1000, condition).float()
 
     return predict
 
 
 def gammas(config: PathConfig) -> Tensor:
-    """Their cumulated products of 1 - beta, [1000]: alpha^2, made in float32 from the start.
+    """Return the authors' cumulative products of 1 - beta, [1000], which are alpha^2, computed in float32.
 
-    In the first entries float32 is some hundredths off 1 - alpha^2; LinearPath has them in float64.
+    In the first entries float32 gives 1 - alpha^2 a relative error of some hundredths; LinearPath uses float64.
     """
     num = config.num_train_timesteps
     betas = torch.linspace(config.beta_start, config.beta_end, num, dtype=torch.float32, device="cpu")
@@ -62,13 +62,13 @@ def gammas(config: PathConfig) -> Tensor:
 
 
 def strict_loss(predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor, n: Tensor) -> Tensor:
-    """Phase 1 of each row [B]; their loss is the sum over rows and pixels (GaussianDiffusion.forward).
+    """Return the phase 1 loss of each row [B]; the authors sum over rows and pixels (GaussianDiffusion.forward).
 
     Args:
         predict: the network.
-        gamma: from `gammas`.
+        gamma: the table from `gammas`.
         x_0: target in [-1, 1].
-        noise: standard normal, as x_0.
+        noise: standard normal, same shape as x_0.
         n: int64 [B] in 0..999.
     """
     share = _at(gamma, n)
@@ -79,16 +79,17 @@ def strict_loss(predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor
 def strict_sample(
     predict: PredictNoise, gamma: Tensor, x: Tensor, injected: Sequence[Tensor], eta: float = 1.0
 ) -> Tensor:
-    """Their sampler (inference_ddim): 10 steps at n = 901, 801, ..., 1, the last one ending at n = 0.
+    """Sample with the authors' sampler (inference_ddim): 10 steps at n = 901, 801, ..., 1, ending at n = 0.
 
-    Song et al. 2021, Eq. 12 and 16, but x_0 is clamped while the noise it was made from is used as it is.
+    The steps follow Song et al. 2021, Eq. 12 and 16, but x_0 is clamped and the predicted noise is not adjusted to the
+    clamped x_0.
 
     Args:
         predict: the network.
-        gamma: from `gammas`.
-        x: where it starts, [B, 3, H, W]; they give pure noise though x_901 would hold 13 % of the image.
-        injected: 10 tensors like x, standard normal, the noise that each step adds.
-        eta: 1 in all of their code, 0 is deterministic.
+        gamma: the table from `gammas`.
+        x: start of sampling, [B, 3, H, W]; the authors pass pure noise, although x_901 would hold 13 % of the image.
+        injected: the noise that each step adds: 10 standard normal tensors shaped like x.
+        eta: 1 everywhere in the authors' code; 0 is deterministic.
     """
     for (n, n_next), noise in zip(reversed(_steps()), injected, strict=True):
         now, after = _at(gamma, _full(x, n)), _at(gamma, _full(x, n_next))
@@ -101,9 +102,9 @@ def strict_sample(
 
 @torch.no_grad()
 def fix_forward(predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """Where their phase 2 starts: the ground truth walked to n = 901 in 10 steps, [B, 3, H, W].
+    """Return the start of the authors' phase 2: the ground truth noised to n = 901 in 10 steps, [B, 3, H, W].
 
-    The first step takes `noise`; the other nine take the network's, which is asked without the time.
+    The first step adds `noise`; the other nine use the noise that the network predicts without the time.
     """
     x, eps, estimate = x_0, noise, x_0
     for step, (n_next, n) in enumerate(_steps()):
@@ -119,13 +120,16 @@ def fix_forward(predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor
 def strict_reconstruction(
     predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor, injected: Sequence[Tensor]
 ) -> Tensor:
-    """Their phase 2 of each row [B], as a mean over pixels: fix_forward, then all 10 steps with gradients."""
+    """Return the authors' phase 2 loss of each row [B], a mean over pixels.
+
+    fix_forward gives the start; all 10 sampling steps pass gradients.
+    """
     image = strict_sample(predict, gamma, fix_forward(predict, gamma, x_0, noise), injected)
     return F.mse_loss(image, x_0, reduction="none").mean((1, 2, 3))
 
 
 def _steps() -> list[tuple[int, int]]:
-    """(n, the next lower n) of each step, rising: (1, 0), (101, 1), ..., (901, 801)."""
+    """Return (n, the next lower n) of each step in rising order: (1, 0), (101, 1), ..., (901, 801)."""
     visited = [n + 1 for n in range(0, 1000, 1000 // NUM_STEPS)]
     return list(zip(visited, [0, *visited[:-1]], strict=True))
 
@@ -135,5 +139,5 @@ def _full(like: Tensor, n: int) -> Tensor:
 
 
 def _at(gamma: Tensor, n: Tensor) -> Tensor:
-    """Entries [B, 1, 1, 1] of the table."""
+    """Look up the table's entries for n, [B, 1, 1, 1]."""
     return spread(onto(gamma, n)[n])

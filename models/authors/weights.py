@@ -1,8 +1,7 @@
-"""The authors' weights as ours: their GaussianDiffusion.state_dict() as that of a Denoiser.
+"""Convert the authors' weights: their GaussianDiffusion.state_dict() becomes the state_dict of a Denoiser.
 
-Their names are those of models/network/unet.py and models/components/ in their repository; what is ours in name only is
-written down in `_PLACES` and `_LAYERS`. Not here: reading the file and writing a bundle
-(pipelines/release/import_weights.py).
+Their names are those of models/network/unet.py and models/components/ in their repository; `_PLACES` and `_LAYERS` map
+names that differ. pipelines/release/import_weights.py reads the file and writes the bundle.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from animediffusion.models.diffusion.path import LinearPath, PathConfig
 from animediffusion.models.network.unet import GROUPS, UNetConfig
 
 NETWORK = "denoise_fn."
-"""Where their GaussianDiffusion has the network."""
+"""Prefix of the network's weights in their GaussianDiffusion."""
 BUFFERS = (
     *("gammas", "sqrt_reciprocal_gammas", "sqrt_reciprocal_gammas_m1", "posterior_variance"),
     *("posterior_log_variance", "posterior_mean_coef1", "posterior_mean_coef2"),
 )
-"""Tables that follow from the betas; a checkpoint may leave them out."""
+"""Tables that follow from the betas; a checkpoint may omit them."""
 IMAGE_SIZE = 256
-"""What they trained on (config/anime.json); the weights do not tell."""
+"""Their training size in pixels (config/anime.json); it cannot be read from the weights."""
 NUM_HEADS = 4
-"""Of their attention (config/anime.json); the weights do not tell."""
+"""Heads of their attention (config/anime.json); the number cannot be read from the weights."""
 
 
 def from_authors(checkpoint: object) -> tuple[BundleConfig, dict[str, Tensor]]:
-    """The bundle's configuration, and the weights of its Denoiser, from what `torch.load` returned.
+    """Return the bundle configuration and the Denoiser's weights for the result of `torch.load`.
 
     Args:
-        checkpoint: their state_dict, as it is or under `state_dict` or `model`, with or without a wrapper's prefix
-            such as `module.`.
+        checkpoint: their state_dict, at the top level or under `state_dict` or `model`, with or without a wrapper's
+            prefix such as `module.`.
 
     Raises:
-        ValueError: another file; names the keys that are missing, left over, or of another shape.
+        ValueError: if this is not their checkpoint; the message names missing, unused or misshapen keys.
     """
     state = _state_dict(checkpoint)
     config = BundleConfig(
@@ -56,7 +55,7 @@ def from_authors(checkpoint: object) -> tuple[BundleConfig, dict[str, Tensor]]:
 
 
 def _state_dict(checkpoint: object) -> dict[str, Tensor]:
-    """Tensors by their names from `denoise_fn.` or a buffer on, wrappers taken off."""
+    """Return the tensors by name, with the prefixes of wrappers removed."""
     if isinstance(checkpoint, Mapping) and "optim_dict" in checkpoint:
         raise ValueError("holds an optimizer's state, not a model: that is in ep_N.model.pth")
     for name in ("state_dict", "model"):
@@ -73,7 +72,7 @@ def _state_dict(checkpoint: object) -> dict[str, Tensor]:
 
 
 def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
-    """Sizes as the shapes tell them."""
+    """Infer the network's sizes from the shapes of its weights."""
     first = state.get(f"{NETWORK}input.0.weight")
     if first is None or first.ndim != 4:
         raise ValueError(f"lacks {NETWORK}input.0.weight, the first convolution")
@@ -86,11 +85,11 @@ def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
         if weight is not None and weight.ndim == 4:
             widths[-1].append(len(weight))
         elif f"{NETWORK}encoder_block.{place + 1}.conv2.3.weight" in state:
-            widths.append([])  # nothing to learn in it: the pooling between two levels
+            widths.append([])  # A block without weights is the pooling between two levels.
         else:
             break
     levels = [level[-1] if level else 0 for level in widths]
-    # Below 64 channels our normalization has fewer groups than theirs.
+    # With fewer than 64 channels, our normalization would have fewer groups than theirs.
     if base % (2 * GROUPS) or any(width % base for width in levels) or len({len(level) for level in widths}) > 1:
         raise ValueError(f"has levels {widths} on {base} channels, which is no network of this kind")
     return UNetConfig(
@@ -112,10 +111,14 @@ def _check_schedule(state: Mapping[str, Tensor], config: PathConfig) -> None:
 
 
 def _converted(state: Mapping[str, Tensor], config: BundleConfig) -> dict[str, Tensor]:
-    """The weights by our names; every one of theirs is used, every one of ours is there."""
+    """Return the weights under our names.
+
+    Raises:
+        ValueError: if one of our weights has no counterpart, one of theirs is unused, or a shape does not fit.
+    """
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in config.build().state_dict().items()}
-    null = wanted.pop("network.null_reference")  # ours alone
+    null = wanted.pop("network.null_reference")  # Their network has no counterpart.
     used = {name: NETWORK + _their_name(name, config.network) for name in wanted}
     missing = [key for key in used.values() if key not in state]
     left_over = sorted(state.keys() - set(used.values()) - set(BUFFERS))
@@ -131,7 +134,10 @@ def _converted(state: Mapping[str, Tensor], config: BundleConfig) -> dict[str, T
 
 
 def _their_name(name: str, config: UNetConfig) -> str:
-    """Their name, inside the network, of a parameter of ours; input and condition_input are one of theirs."""
+    """Return their name, inside the network, of one of our parameters.
+
+    Our input and condition_input are slices of one of their weights.
+    """
     name = name.removeprefix("network.")
     for pattern, replacement in _PLACES:
         name, found = re.subn(pattern, replacement, name)
@@ -139,7 +145,7 @@ def _their_name(name: str, config: UNetConfig) -> str:
             break
     parts = name.split(".")
     if parts[0] == "decoder_block" and (int(parts[1]) + 1) % (config.num_res_blocks + 1) == 0:
-        parts.insert(2, "0")  # a block with the upsampling behind it
+        parts.insert(2, "0")  # This block is followed by the upsampling.
     parts[-2] = _LAYERS.get(parts[-2], parts[-2])
     return ".".join(parts)
 
@@ -160,14 +166,14 @@ _LAYERS = {
 
 
 def _ours(name: str, value: Tensor) -> Tensor:
-    """Their tensor as ours."""
+    """Convert one of their tensors to our layout."""
     value = value.detach().float()
     if name == "network.input.weight":
-        value = value[:, :3]  # the noisy image; the rest is condition_input, which has no bias of its own
+        value = value[:, :3]  # Channels of the noisy image; the others belong to condition_input, which has no bias.
     elif name == "network.condition_input.weight":
-        value = value[:, 3:]  # sketch, then reference
+        value = value[:, 3:]  # Channels of the sketch, then of the reference.
     elif name.endswith("qkv.weight"):
-        value = value.squeeze(-1)  # Conv1d of size 1; q, k and v first, then heads, as in AttentionBlock
+        value = value.squeeze(-1)  # A Conv1d of size 1, ordered by q, k, v and then by head, as in AttentionBlock.
     return value.contiguous()
 
 

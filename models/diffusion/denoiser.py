@@ -1,6 +1,6 @@
-"""Network + path + prediction type = an estimate of the image x_0.
+"""A denoiser combines network, path and prediction type into an estimate of the image x_0.
 
-This is all a sampler ever sees of a model. Shapes: x_t, x_0 [B, 3, H, W]; t [B].
+Samplers access a model only through its denoiser. Shapes: x_t, x_0 [B, 3, H, W]; t [B].
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from animediffusion.models.network.unet import UNet, UNetConfig
 Prediction = Literal["eps", "x0", "v", "edm"]
 
 SIGMA_DATA = 0.5
-"""Spread of the images that EDM's preconditioning assumes (Karras et al. 2022, Table 1)."""
+"""Standard deviation of the data assumed by EDM's preconditioning (Karras et al. 2022, Table 1)."""
 
-# Below this share of image in pure noise, x_0 = (x_t - sigma eps) / alpha amplifies errors beyond use.
+# If alpha(t_max) is smaller, x_0 = (x_t - sigma eps) / alpha amplifies errors too much.
 MIN_ALPHA_FOR_EPS = 0.02
 
 
 class Denoiser(nn.Module):
-    """Estimates x_0 from x_t.
+    """Estimate x_0 from x_t.
 
     Args:
-        network: what to build.
-        path: how x_t was made.
-        prediction: what the network returns: `eps` the noise, `x0` the image, `v` the path's
+        network: sizes of the network to build.
+        path: the noise path that x_t comes from.
+        prediction: the meaning of the network's output: `eps` is the noise, `x0` the image, `v` the path's
             velocity alpha' x_0 + sigma' eps, `edm` F of Karras et al. 2022, Eq. 7.
-        clamp: keep the estimate in [-1, 1] (the authors' sampler does; it stops gradients there).
+        clamp: clamp the estimate to [-1, 1], as the authors' sampler does; clamped values have no gradient.
 
     Raises:
-        ValueError: for an impossible pair, such as eps on a path that ends in pure noise.
+        ValueError: if prediction and path do not fit together, such as eps on a path that ends in pure noise.
     """
 
     def __init__(
@@ -67,22 +67,22 @@ class Denoiser(nn.Module):
         return self.network.combine(self._narrow(sketch), reference)
 
     def _narrow(self, images: Tensor) -> Tensor:
-        """In bfloat16 where `.to(torch.bfloat16)` made the weights so; else as they are."""
+        """Convert images to the weights' type if that has 16 bits (bfloat16); else return them unchanged."""
         dtype = self.network.condition_input.weight.dtype
         return images.to(dtype) if dtype.itemsize == 2 else images
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The estimate of x_0, in float32."""
+        """Return the estimate of x_0 in float32."""
         return self.to_x0(self.output(x_t, t, condition), x_t.float(), t)
 
     def output(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """What the network returns, in float32; its meaning is the prediction's."""
+        """Return the network's output in float32; the prediction type defines its meaning."""
         if self.prediction == "edm":
             x_t = x_t / self._scale(spread(t))
         return self.network.denoise(self._narrow(x_t), t, condition).float()
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 from the network's output: solves x_t = alpha x_0 + sigma eps with what is known."""
+        """Compute x_0 from the network's output by solving x_t = alpha x_0 + sigma eps."""
         x_0 = self._to_x0(output, x_t, t)
         return x_0.clamp(-1, 1) if self.clamp else x_0
 
@@ -101,24 +101,25 @@ class Denoiser(nn.Module):
         return output
 
     def training_target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should return."""
+        """Return the value that the network's output should have."""
         if self.prediction == "x0":
             return x_0
         if self.prediction == "eps":
             return noise
         t = spread(t)
         if self.prediction == "edm":
-            # (x_0 - c_skip x_t) / c_out, where the division by sigma is done already.
+            # This is (x_0 - c_skip x_t) / c_out, with sigma canceled from numerator and denominator.
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
             return (sigma * x_0 - SIGMA_DATA**2 * alpha * noise) / (SIGMA_DATA * self._scale(t))
         alpha_dot, sigma_dot = self.path.velocity(t)
         return alpha_dot * x_0 + sigma_dot * noise
 
     def loss_pair(self, x_0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(what the network says, what it should say) of x_t, where phase 1 compares them.
+        """Return (prediction, target) that the phase 1 loss compares.
 
-        That is its output; for `edm` the image, since SSIMBaD's loss is the plain error of D_x. The same error of the
-        output F has the weight of Karras et al. 2022, Table 1, instead.
+        For `edm` these are images, because SSIMBaD's loss is the unweighted error of D_x; comparing the output F would
+        imply the weight of Karras et al. 2022, Table 1. For all other types they are the network's output and its
+        target.
         """
         x_t = self.path.add_noise(x_0, noise, t)
         output = self.output(x_t, t, condition)
@@ -127,9 +128,10 @@ class Denoiser(nn.Module):
         return output, self.training_target(x_0, noise, t)
 
     def snr_weight(self, t: Tensor, most: float) -> Tensor:
-        """[B]: with it the squared error of loss_pair() is that of x_0 times min(SNR, most), SNR = (alpha / sigma)^2.
+        """Return weights [B] that turn the squared error of loss_pair() into min(SNR, most) times that of x_0.
 
-        Hang et al. 2023 (min-SNR), for any path and prediction: their Eq. 8 for x0, and what follows for the others.
+        SNR is (alpha / sigma)^2. This is min-SNR (Hang et al. 2023) for any path and prediction: their Eq. 8 for x0,
+        and the equivalent weights for the other predictions.
         """
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         snr = (alpha / sigma).square()
@@ -141,5 +143,8 @@ class Denoiser(nn.Module):
         return snr.clamp(max=most)
 
     def _scale(self, t: Tensor) -> Tensor:
-        """Spread of x_t [B, 1, 1, 1] if images have SIGMA_DATA: 1 / c_in, for EDM's x_t / alpha as input."""
+        """Return the standard deviation of x_t, [B, 1, 1, 1], for images with SIGMA_DATA.
+
+        It is alpha / c_in, because EDM's input is x_t / alpha.
+        """
         return (self.path.sigma(t) ** 2 + (SIGMA_DATA * self.path.alpha(t)) ** 2).sqrt()

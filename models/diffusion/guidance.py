@@ -1,4 +1,4 @@
-"""Classifier-free guidance on the reference (Ho & Salimans 2022); the sketch is always given."""
+"""Classifier-free guidance on the reference (Ho & Salimans 2022); the sketch is never dropped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from animediffusion.models.diffusion.sampler import Denoise
 from animediffusion.models.network.condition import Condition, cat_conditions
 
 EVERYWHERE = (0.0, 1.0)
-"""The interval that holds all times."""
+"""The interval that contains all times."""
 
 
 def guided(
@@ -20,14 +20,19 @@ def guided(
     scale: float = 1.0,
     interval: tuple[float, float] = EVERYWHERE,
 ) -> Denoise:
-    """A function (x_t, t) -> x_0 for a sampler; guidance happens on x_0.
+    """Return a function (x_t, t) -> x_0 for a sampler; guidance is applied to x_0.
 
     Args:
         denoiser: the model.
-        condition: of B rows.
-        null_condition: the same sketches without reference; needed unless scale is 1.
-        scale: 1 is plain conditioning and costs one row per image, else two; above 1 is toward the reference.
-        interval: guide only for t in it (Kynkaanniemi et al. 2024); where no row of the batch is in it, each costs one.
+        condition: the condition of B rows.
+        null_condition: the same sketches without reference; required unless scale is 1.
+        scale: 1 is plain conditioning and costs one row per image; any other scale costs two. A scale above 1
+            strengthens the reference.
+        interval: guidance applies only to t in this interval (Kynkaanniemi et al. 2024). If no row of the batch is in
+            it, each image costs one row.
+
+    Raises:
+        ValueError: if scale is not 1 and null_condition is missing.
     """
     if scale == 1:
         return lambda x_t, t: denoiser(x_t, t, condition)
@@ -36,7 +41,7 @@ def guided(
     both = cat_conditions([null_condition, condition])
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        # A look at the device, which waits for it; so only where there is something to save.
+        # bool() waits for the device, so check only if the interval can save evaluations.
         if interval != EVERYWHERE and not bool(is_guided(t, interval).any()):
             plain: Tensor = denoiser(x_t, t, condition)
             return plain
@@ -47,11 +52,11 @@ def guided(
 
 
 def mix(without: Tensor, with_reference: Tensor, scale: Tensor, t: Tensor, interval: tuple[float, float]) -> Tensor:
-    """The guided estimate of each row, for scales [B] at times [B]."""
+    """Return the guided estimate of each row, for scales [B] at times [B]."""
     weight = torch.where(is_guided(t, interval), scale, 1.0).reshape(-1, 1, 1, 1)
     return without + weight * (with_reference - without)
 
 
 def is_guided(t: Tensor, interval: tuple[float, float]) -> Tensor:
-    """bool [B]: which of the times [B] guidance applies at."""
+    """Return bool [B]: whether guidance applies at each of the times [B]."""
     return (t >= interval[0]) & (t <= interval[1])

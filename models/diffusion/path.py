@@ -1,7 +1,7 @@
 """The Gaussian path x_t = alpha(t) x_0 + sigma(t) eps, from the image (t = 0) to noise (t = t_max).
 
-Times are floats in [0, t_max]; a network sees 1000 t. Not here: how times are drawn in
-training (objective.py) or visited in sampling (sampler.py).
+Times are floats in [0, t_max]; a network's time embedding gets 1000 t. Training draws times in
+models/training/objective.py; sampling spaces them in sampler.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PathConfig:
-    """Which path, and its constants."""
+    """Name and constants of a path."""
 
     name: str = "flow"
     """linear, cosine or flow."""
     shift: float = 1.0
-    """flow only: t' = s t / (1 + (s - 1) t); above 1 is toward noise (Esser et al. 2024, Eq. 23)."""
+    """flow only: t' = s t / (1 + (s - 1) t); a shift above 1 moves times toward noise (Esser et al. 2024, Eq. 23)."""
     sigma_max: float | None = None
-    """flow only: the path ends where noise / image is this (EDM's sigma_max); None is pure noise."""
+    """flow only: ratio sigma / alpha at the end of the path (EDM's sigma_max); None ends in pure noise."""
     num_train_timesteps: int = 1000
     """linear only: length of the table."""
     beta_start: float = 1e-6
@@ -54,31 +54,31 @@ class Path(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Share of the image in x_t."""
+        """Return the factor of the image in x_t."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Share of the noise in x_t."""
+        """Return the factor of the noise in x_t."""
 
     @abstractmethod
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha'(t), sigma'(t)), so that dx/dt = alpha' x_0 + sigma' eps."""
+        """Return (alpha'(t), sigma'(t)), so that dx/dt = alpha' x_0 + sigma' eps."""
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for x_0 and noise [B, C, H, W] at times [B]."""
+        """Return x_t for x_0 and noise [B, C, H, W] at times [B]."""
         t = spread(t)
         return self.alpha(t) * x_0 + self.sigma(t) * noise
 
     def start(self, noise: Tensor) -> Tensor:
-        """Where sampling begins: x at t_max without an image in it, from standard normal noise."""
+        """Return the start of sampling, x at t_max without an image, from standard normal noise."""
         return noise
 
 
 class FlowPath(Path):
-    """alpha = 1 - t', sigma = t' (Liu et al. 2023), with a shift of the time.
+    """The path alpha = 1 - t', sigma = t' (Liu et al. 2023), with shifted time t'.
 
-    A uniform t with shift s visits sigma / alpha = s t / (1 - t): with s = 0.3 that is SSIMBaD's
-    phi(sigma) = sigma / (sigma + 0.3). This path is EDM's x_0 + sigma eps, divided by 1 + sigma.
+    At time t, shift s gives sigma / alpha = s t / (1 - t); with s = 0.3 and uniform t this is SSIMBaD's
+    phi(sigma) = sigma / (sigma + 0.3). The path equals EDM's x_0 + sigma eps, divided by 1 + sigma.
     """
 
     def __init__(self, shift: float = 1.0, sigma_max: float | None = None) -> None:
@@ -88,7 +88,7 @@ class FlowPath(Path):
             self.t_max = sigma_max / (sigma_max + shift)
 
     def start(self, noise: Tensor) -> Tensor:
-        # EDM starts at sigma_max eps; the other paths keep the variance at 1.
+        # With sigma_max, start like EDM at sigma_max eps (divided by 1 + sigma_max, as the whole path is).
         return noise if self.sigma_max is None else noise * (self.sigma_max / (1 + self.sigma_max))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class FlowPath(Path):
 
 
 class CosinePath(Path):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal 2021, without their offset)."""
+    """The path alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal 2021, without their offset)."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.cos(t * (math.pi / 2))
@@ -118,8 +118,8 @@ class CosinePath(Path):
 class LinearPath(Path):
     """The paper's table: beta linear in the timestep n, alpha^2(n) = prod(1 - beta), t = n / N.
 
-    Between two entries alpha is interpolated linearly. As published, alpha(t_max) = 0.08 is not 0: a network
-    trained on that expects some image in what sampling starts from; zero_terminal ends this.
+    Between two entries alpha is interpolated linearly. As published, alpha(t_max) is 0.08, not 0, so a network trained
+    on this path expects a trace of the image at the start of sampling; zero_terminal removes it.
     """
 
     def __init__(self, config: PathConfig) -> None:
@@ -137,16 +137,16 @@ class LinearPath(Path):
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The table there, copied from the host once: a copy would wait for a GPU, and end the capture of a graph."""
+        """Return the table on that device, cached: a copy makes the host wait and breaks the capture of CUDA graphs."""
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # training may use it, too
+            with torch.inference_mode(False):  # Training may also use the cached tensor.
                 self._copies[device, dtype] = self.table.to(device, dtype)
         return self._copies[device, dtype]
 
     def _neighbours(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = self._table(t.device, t.dtype)
         place = (t * len(table)).clamp(0, len(table) - 1)
-        # A time made from n / N in float32 may lie just beside n: take the entry itself.
+        # In float32, t = n / N may fall slightly off entry n; snap to the entry.
         place = torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
         lower = place.floor().long().clamp(max=len(table) - 2)
         return table[lower], table[lower + 1], place - lower
@@ -165,12 +165,12 @@ class LinearPath(Path):
 
 
 def build_path(config: PathConfig) -> Path:
-    """The path that a config names."""
+    """Build the path of a configuration."""
     if config.name == "linear":
         return LinearPath(config)
     return CosinePath() if config.name == "cosine" else FlowPath(config.shift, config.sigma_max)
 
 
 def spread(t: Tensor) -> Tensor:
-    """Times [B] as [B, 1, 1, 1], to multiply images."""
+    """Reshape times [B] to [B, 1, 1, 1], so that they broadcast over images."""
     return t.reshape(-1, 1, 1, 1)

@@ -1,14 +1,14 @@
-"""Deterministic samplers: from noise to an image in a few network evaluations.
+"""Deterministic samplers turn noise into an image in a few network evaluations.
 
-Each is three pure functions over a `State` of batched tensors, so that a training loop, a plain
-`sample()` and a server with rows at different steps use the same code:
+Each sampler consists of three pure functions over a `State` of batched tensors, so a training loop, a plain
+`sample()` and a server with rows at different steps can use the same code:
 
     state = sampler.start(noise, times)
     while not sampler.done(state).all():
         x, t = sampler.query(state)
         state = sampler.advance(state, denoise(x, t))
 
-Nothing here chooses grad mode, dtype, device or seed. B rows, N steps.
+This module sets neither grad mode nor dtype, device or seed. Shapes: B rows, N steps.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from torch import Tensor
 from animediffusion.models.diffusion.path import Path, spread
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, 3, H, W], t [B]) -> estimate of x_0 [B, 3, H, W]."""
+"""Function (x_t [B, 3, H, W], t [B]) -> estimate of x_0 [B, 3, H, W]."""
 
 
 class State(NamedTuple):
-    """Rows in the middle of sampling; rows can be selected and concatenated freely."""
+    """State of the rows being sampled; rows can be selected and concatenated freely."""
 
     x: Tensor
     """[B, 3, H, W]: the image at times[step]."""
     times: Tensor
     """[B, N + 1]: decreasing, ends in 0; shorter rows are padded with 0."""
     step: Tensor
-    """int64 [B]: how many steps are done."""
+    """int64 [B]: number of finished steps."""
     stage: Tensor
-    """int64 [B]: which network evaluation of the step comes next (heun has two)."""
+    """int64 [B]: index of the step's next network evaluation (heun has two)."""
     x_0: Tensor
     """[B, 3, H, W]: the last estimate of the image."""
     x_trial: Tensor
-    """[B, 3, H, W]: heun's end of the first-order step; else as x."""
+    """[B, 3, H, W]: heun: result of the first-order step; other samplers: same as x."""
 
 
 class Sampler(ABC):
-    """A solver of the probability-flow equation of a path."""
+    """A solver of a path's probability-flow ODE."""
 
     stages = 1
 
@@ -52,15 +52,15 @@ class Sampler(ABC):
         self.path = path
 
     def num_evaluations(self, steps: int) -> int:
-        """Network evaluations of one image, guidance not counted."""
+        """Return the number of network evaluations per image, without those for guidance."""
         return steps
 
     def evaluation_times(self, times: Tensor) -> Tensor:
-        """Where the network will be asked, in turn: [num_evaluations] for times [N + 1]."""
+        """Return the time of each network evaluation, in order: [num_evaluations] for times [N + 1]."""
         return times[:-1]
 
     def start(self, noise: Tensor, times: Tensor) -> State:
-        """Rows at their first time, t_max: pure noise (or the nearest the path has to it).
+        """Return the state at the first time, t_max: pure noise, or the path's nearest equivalent.
 
         Args:
             noise: standard normal, [B, 3, H, W].
@@ -72,19 +72,19 @@ class Sampler(ABC):
         return State(x, times, zeros, zeros, torch.zeros_like(x), x)
 
     def query(self, state: State) -> tuple[Tensor, Tensor]:
-        """Where the network is to be evaluated next: (x [B, 3, H, W], t [B])."""
+        """Return the input of the next network evaluation: (x [B, 3, H, W], t [B])."""
         return state.x, _time(state, 0)
 
     @abstractmethod
     def advance(self, state: State, x_0: Tensor) -> State:
-        """The state after an estimate of x_0 at `query(state)`; rows that are done stay as they are."""
+        """Return the state after an estimate of x_0 at `query(state)`; finished rows stay as they are."""
 
     def done(self, state: State) -> Tensor:
-        """bool [B]: rows whose image is finished (state.x)."""
+        """Return bool [B]: whether each row's image (state.x) is finished."""
         return _time(state, 0) <= 0
 
     def _toward(self, x: Tensor, x_0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """Exact step for a constant estimate: DDIM (Song et al. 2021, Eq. 12 with eta = 0)."""
+        """Take the step that is exact for a constant estimate: DDIM (Song et al. 2021, Eq. 12 with eta = 0)."""
         t, t_next = spread(t), spread(t_next)
         ratio = self.path.sigma(t_next) / self.path.sigma(t)
         return self.path.alpha(t_next) * x_0 + ratio * (x - self.path.alpha(t) * x_0)
@@ -99,12 +99,12 @@ class Euler(Sampler):
 
 
 class DPMPP2M(Sampler):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); first and last step first order."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); the first and last steps are first order."""
 
     def advance(self, state: State, x_0: Tensor) -> State:
         before, now, after = _time(state, -1), _time(state, 0), _time(state, 1)
         h, h_before = self._log_snr(after) - self._log_snr(now), self._log_snr(now) - self._log_snr(before)
-        # An infinite h_before (start in pure noise) or h (end in the image) leaves x_0 alone.
+        # If h_before is infinite (start in pure noise) or h is (end in the image), x_0 is used as it is.
         weight = torch.where((state.step > 0) & (after > 0), 0.5 * h / h_before, 0.0)
         weight = spread(weight.nan_to_num(0.0, 0.0, 0.0))
         x = self._toward(state.x, x_0 + weight * (x_0 - state.x_0), now, after)
@@ -115,7 +115,7 @@ class DPMPP2M(Sampler):
 
 
 class Heun(Sampler):
-    """Heun's second-order method on dx/dt = alpha' x_0 + sigma' eps; last step first order."""
+    """Heun's second-order method on dx/dt = alpha' x_0 + sigma' eps; the last step is first order."""
 
     stages = 2
 
@@ -154,7 +154,7 @@ SAMPLERS = tuple(_CLASSES)
 
 
 def build_sampler(name: str, path: Path) -> Sampler:
-    """The sampler of that name on that path.
+    """Build the named sampler for a path.
 
     Raises:
         ValueError: for an unknown name.
@@ -165,9 +165,12 @@ def build_sampler(name: str, path: Path) -> Sampler:
 
 
 def sample_times(path: Path, steps: int, *, shift: float = 1.0) -> Tensor:
-    """steps + 1 decreasing times from t_max to 0, [steps + 1].
+    """Return decreasing times from t_max to 0, [steps + 1].
 
-    Evenly spaced for shift 1; above 1 more of them lie near noise (as in PathConfig.shift).
+    With shift 1 they are evenly spaced; with a shift above 1 more of them are near noise (as in PathConfig.shift).
+
+    Raises:
+        ValueError: if steps is below 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -176,28 +179,28 @@ def sample_times(path: Path, steps: int, *, shift: float = 1.0) -> Tensor:
 
 
 def sample(sampler: Sampler, denoise: Denoise, noise: Tensor, times: Tensor) -> Tensor:
-    """Images [B, 3, H, W] from noise of that shape. Gradients flow; wrap in torch.no_grad() to serve."""
+    """Return images [B, 3, H, W] from noise of that shape; call it in torch.no_grad() if no gradients are needed."""
     state = sampler.start(noise, times)
-    # Counted here, not asked of `done`: a look at the device in every step would stall it.
+    # Count the evaluations instead of calling `done`, which would make the host wait for the device in every step.
     for _ in range(sampler.num_evaluations(times.shape[-1] - 1)):
         state = sampler.advance(state, denoise(*sampler.query(state)))
     return state.x
 
 
 def cat_states(states: Sequence[State]) -> State:
-    """Rows of several states of one sampler, one after the other; times are padded with 0."""
+    """Concatenate the rows of several states of one sampler; times are padded with 0."""
     longest = max(state.times.shape[1] for state in states)
     padded = (s._replace(times=torch.nn.functional.pad(s.times, (0, longest - s.times.shape[1]))) for s in states)
     return State(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
 
 
 def select_states(state: State, index: Tensor | slice) -> State:
-    """The rows that `index` names (a slice, a bool mask [B] or row numbers)."""
+    """Select rows by `index` (a slice, a bool mask [B] or row numbers)."""
     return State(*(part[index] for part in state))
 
 
 def _time(state: State, offset: int) -> Tensor:
-    """[B]: the time `offset` steps from each row's own."""
+    """Return [B]: the time `offset` steps after each row's current time."""
     index = (state.step + offset).clamp(0, state.times.shape[1] - 1)
     return state.times.gather(1, index[:, None])[:, 0]
 

@@ -1,6 +1,6 @@
-"""Scaled dot-product attention: xformers on CUDA where it has a kernel for the inputs, torch's SDPA elsewhere.
+"""Scaled dot-product attention: xformers on CUDA if it has a kernel for the inputs, otherwise torch's SDPA.
 
-B batch, M query tokens, N key tokens, H heads, K channels of a head.
+Shapes: B rows, M query tokens, N key tokens, H heads, K channels per head.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 Backend = Literal["auto", "xformers", "sdpa"]
 
 PLAIN_LIMIT = 2**18
-"""Largest M * N whose weights a CPU holds at once."""
+"""Largest M * N for which a CPU computes the full matrix of attention weights."""
 REASON = r"`(\S+)` is not supported because:\n\s*(.+?)(?: but your GPU.*| \(supported: .*)?$"
-"""A kernel and its first reason, in the message of xformers' dispatcher."""
+"""Matches a kernel and its first reason in the error message of xformers' dispatcher."""
 EXPLAINED = (torch.float32, torch.bfloat16)
 
 _choice: Backend = "auto"
 _used: set[str] = set()
 _refusals: dict[tuple[Any, ...], str | None] = {}
-"""By everything that xformers looks at; its dispatcher takes longer than a small kernel."""
+"""Cache of xformers' answers by all inputs of its dispatcher, which takes longer than a small kernel."""
 
 
 def use_attention(backend: Backend) -> None:
-    """Choose the backend of this process.
+    """Choose the attention backend of this process.
 
     Raises:
-        ValueError: for an unknown name, or `xformers` where it cannot run at all.
+        ValueError: if the name is unknown, or if it is `xformers` and xformers cannot run in this process.
     """
     global _choice
     if backend not in ("auto", "xformers", "sdpa"):
@@ -44,17 +44,20 @@ def use_attention(backend: Backend) -> None:
 
 
 def attention_used() -> str:
-    """What ran so far in this process: `xformers`, `sdpa` or `sdpa+xformers`; before that, what is expected to run."""
+    """Return the backends used so far in this process: `xformers`, `sdpa` or `sdpa+xformers`.
+
+    Before the first call of attention() it is the expected backend.
+    """
     return "+".join(sorted(_used)) if _used else expected_attention()
 
 
 def expected_attention() -> str:
-    """What will be tried first: `xformers` or `sdpa`."""
+    """Return the backend that is tried first: `xformers` or `sdpa`."""
     return "xformers" if _choice != "sdpa" and _xformers_problem() is None else "sdpa"
 
 
 def explain_attention() -> str:
-    """What runs in float32 and bfloat16 training here, and why xformers does not where it does not: a line to read."""
+    """Return a line for people: the backends of float32 and bfloat16 training, and why xformers is not used if so."""
     if _choice == "sdpa":
         return "sdpa"
     problem = _xformers_problem()
@@ -68,7 +71,7 @@ def explain_attention() -> str:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(K)) V, in xformers' layout.
+    """Compute softmax(Q K^T / sqrt(K)) V on tensors in xformers' layout.
 
     Args:
         query: [B, M, H, K].
@@ -92,7 +95,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[B, H, M, K]; in two products. For up to a few hundred tokens a CPU does that 2 to 3 times faster than SDPA."""
+    """Compute attention [B, H, M, K] as two matrix products.
+
+    For up to a few hundred tokens, this is 2 to 3 times faster on a CPU than SDPA.
+    """
     weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
     return weights @ value
 
@@ -100,7 +106,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _is_for_xformers(*qkv: Tensor) -> bool:
     if _choice == "sdpa":
         return False
-    if torch.compiler.is_compiling():  # it fuses SDPA with what is around it, and cannot trace the question below
+    if torch.compiler.is_compiling():  # The compiler fuses SDPA with its neighbors and cannot trace _refusal().
         return _choice == "xformers"
     refusal = _refusal(*qkv)
     if refusal is not None and _choice == "xformers":
@@ -111,7 +117,7 @@ def _is_for_xformers(*qkv: Tensor) -> bool:
 
 
 def _refusal(*qkv: Tensor) -> str | None:
-    """Why xformers cannot run on these tensors, backward included if they need it; None if it can."""
+    """Return why xformers cannot run on these tensors (with backward, if they need gradients), or None if it can."""
     problem = _xformers_problem()
     if problem is not None:
         return problem
@@ -124,7 +130,10 @@ def _refusal(*qkv: Tensor) -> str | None:
 
 
 def _ask(trained: bool, *qkv: Tensor) -> str | None:
-    """The answer of xformers' own dispatcher, which raises when the operator is called, or only in the backward."""
+    """Query xformers' dispatcher for the forward and, if trained, the backward pass; return the reason it refuses.
+
+    Without this query the refusal would be raised by the call of the operator, or only in the backward pass.
+    """
     fmha = _fmha()
     inputs = fmha.Inputs(*qkv)
     try:
@@ -132,13 +141,13 @@ def _ask(trained: bool, *qkv: Tensor) -> str | None:
         fmha.dispatch._dispatch_fw(inputs, trained)
         if trained:
             fmha.dispatch._dispatch_bw(inputs, None)
-    except (NotImplementedError, ValueError, KeyError) as error:  # KeyError is its answer to float64
+    except (NotImplementedError, ValueError, KeyError) as error:  # The dispatcher raises KeyError for float64.
         return _short(str(error))
     return None
 
 
 def _short(message: str) -> str:
-    """The first reason of each kernel; without the shapes, so that equal reasons read equal."""
+    """Return the first reason of each kernel, without tensor shapes so that equal reasons give equal texts."""
     kernels = re.findall(REASON, message, flags=re.MULTILINE)
     return ", ".join(f"{name}: {reason}" for name, reason in kernels) or message.splitlines()[0]
 
@@ -149,21 +158,22 @@ def _unusable(problem: str) -> ValueError:
 
 @functools.cache
 def _report(refusal: str) -> None:
-    """One line for each reason."""
+    """Log a warning, once per reason."""
     logging.getLogger(__name__).warning("attention runs on torch's SDPA, not on xformers: %s", refusal)
 
 
 @functools.cache
 def _xformers_problem() -> str | None:
-    """Why xformers cannot run at all in this process; None if it can."""
+    """Return why xformers cannot run at all in this process, or None if it can."""
     if not torch.cuda.is_available():
         return "it needs CUDA, which torch does not find here"
-    # Without its library xformers still imports, with a page of warnings, and then has no kernel: one line is ours.
+    # Without its compiled library xformers still imports, logs a page of warnings and has no kernels. Silence the
+    # warnings, because this function returns the reason in one line.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
         _fmha()
         from xformers import _cpp_lib
-    except Exception as error:  # ImportError, and whatever a package raises that does not fit its dependencies
+    except Exception as error:  # A package with incompatible dependencies may raise more than ImportError.
         return f"it cannot be imported ({type(error).__name__}: {_first_line(error)})"
     failure = _cpp_lib._cpp_library_load_exception
     if failure is None:
@@ -179,7 +189,7 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _fmha() -> Any:
-    # Imported only where CUDA is: on a CPU it runs nothing and prints a warning.
+    # Import xformers only if CUDA is available: on a CPU it has no kernels and prints a warning.
     from xformers.ops import fmha
 
     return fmha

@@ -1,10 +1,11 @@
-"""The network: a U-Net that sees x_t, the sketch and the reference.
+"""The network: a U-Net with inputs x_t, sketch and reference.
 
-One class for the authors' network (52.3 M parameters: patch_size 1, no reference tokens) and for
-ours (pixel-unshuffled input, reference tokens in every attention, full-resolution last layers).
-Unusual: `encode` does all that does not depend on t, `denoise` the rest.
+One class implements the authors' network (52.3 M parameters: patch_size 1, no reference tokens) and ours
+(pixel-unshuffled input, reference tokens in every attention, full-resolution last layers). Unlike in a usual U-Net,
+`encode` computes everything that does not depend on t, and `denoise` computes the rest.
 
-B batch, C channels, H/W pixels, h/w positions of a level, N reference tokens, D token channels, E embedding channels.
+Shapes: B rows, C channels, H/W pixels, h/w positions of a level, N reference tokens, D token channels, E embedding
+channels.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ class UNetConfig:
     base_channels: int = 64
     """Width of the first level; a multiple of 32 (GroupNorm groups)."""
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 8)
-    """Width of each level in units of base_channels; each level halves the side."""
+    """Width of each level in units of base_channels; each further level halves the side."""
     num_res_blocks: int = 2
-    """Residual blocks of each level on the way down; one more on the way up."""
+    """Residual blocks per level on the way down; on the way up, every level but the first has one more."""
     patch_size: int = 1
     """Side of the pixel blocks that are folded into channels before the first convolution."""
     io_kernel_size: int = 1
-    """Side of the first and the last convolution."""
+    """Kernel size of the first and the last convolution."""
     scale_shift: bool = False
-    """The embedding scales and shifts after the second normalization; added before it, as the authors do, a
-    normalization over few channels takes much of it out again."""
+    """If true, the embedding scales and shifts the output of the second normalization. If false, it is added before
+    that normalization, as the authors do; a normalization over few channels then removes much of it."""
     attention_levels: tuple[int, ...] = ()
-    """Levels with an attention after each residual block; the bottleneck always has one."""
+    """Levels with an attention block after each residual block; the bottleneck always has one."""
     head_channels: int = 128
     """Channels of an attention head."""
     reference_channels: int = 0
-    """Width of the reference encoder, whose tokens every attention sees; 0 is none."""
+    """Width of the reference encoder, whose tokens are input of every attention; 0 leaves the encoder out."""
     reference_stride: int = 4
     """Pixels per side of a reference token."""
     match_channels: int = 0
-    """Width of the matcher, which looks for each place of the sketch in the reference before the first step; 0 is
-    none. Needs reference_channels."""
+    """Width of the matcher, which searches the reference for each position of the sketch before the first step; 0
+    leaves it out. It requires reference_channels."""
     detail_channels: int = 0
-    """Width of the last layers, which see the sketch at full resolution; 0 is none."""
+    """Width of the last layers, which get the sketch at full resolution; 0 leaves them out."""
 
     def __post_init__(self) -> None:
         for name in ("base_channels", "num_res_blocks", "patch_size", "head_channels", "reference_stride"):
@@ -81,13 +82,13 @@ class UNetConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Image sides must be multiples of this."""
+        """The number of pixels that image sides must be multiples of."""
         network = self.patch_size << (len(self.channel_multipliers) - 1)
         return math.lcm(network, self.reference_stride) if self.reference_channels else network
 
 
 class UNet(nn.Module):
-    """What `Denoiser` wraps: a network output [B, 3, H, W] for (x_t, t, condition)."""
+    """The network inside a `Denoiser`: it maps (x_t, t, condition) to an output [B, 3, H, W]."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class UNet(nn.Module):
                 self.decoder.append(Stage([self._residual(width + skips.pop(), level_width)], upsample))
 
     def hidden_weights(self) -> list[nn.Parameter]:
-        """Matrices and kernels between the first layers and the last: what Muon is for."""
+        """Return the matrices and kernels between the first and the last layers, which Muon can train."""
         found = [self.encoder, self.bottom, self.decoder, self.reference_encoder, self.matcher]
         named = (pair for module in found if module is not None for pair in module.named_parameters())
         ends = ("input.", "colors.")
@@ -143,7 +144,7 @@ class UNet(nn.Module):
 
     def _attention(self, width: int) -> AttentionBlock:
         config = self.config
-        # The authors' attention has no output projection; with reference tokens it needs one.
+        # The authors' attention has no output projection; attention with reference tokens needs one.
         return AttentionBlock(width, width // config.head_channels, config.reference_channels)
 
     def _block(self, level: int, width_in: int, width_out: int) -> Stage:
@@ -153,24 +154,24 @@ class UNet(nn.Module):
         return Stage(layers)
 
     def encode(self, sketch: Tensor, reference: Tensor, keep_reference: Tensor | None = None) -> Condition:
-        """All that depends on the conditions alone.
+        """Compute everything that depends on sketch and reference alone.
 
         Args:
             sketch: [B, 1, H, W] in [-1, 1].
             reference: [B, 3, H, W] in [-1, 1].
-            keep_reference: bool [B]; rows with False get the learned null in place of their reference.
+            keep_reference: bool [B]; rows with False get the learned null reference instead of their own.
 
         Raises:
-            ValueError: if the sides are no multiple of `config.size_multiple`.
+            ValueError: if the sides are not multiples of `config.size_multiple`.
         """
         if keep_reference is None:
             keep_reference = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
         return self.combine(sketch, self.encode_reference(reference, keep_reference))
 
     def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
-        """The part of `encode` that no sketch is needed for; arguments and errors as there."""
+        """Compute the part of `encode` that needs no sketch; arguments and errors are those of `encode`."""
         self._check_sides(reference)
-        # where, not indexing: every parameter takes part in every step, as DDP expects.
+        # torch.where keeps every parameter in the graph of every step, as DDP expects; indexing would not.
         picture = torch.where(keep_reference[:, None, None, None], reference, self.null_reference.to(reference.dtype))
         if self.reference_encoder is None:
             rows = len(picture)
@@ -178,7 +179,7 @@ class UNet(nn.Module):
         return Reference(picture, *self.reference_encoder(picture))
 
     def combine(self, sketch: Tensor, reference: Reference) -> Condition:
-        """The rest of `encode`: sketches [B, 1, H, W] with the references of as many rows."""
+        """Compute the rest of `encode` for sketches [B, 1, H, W] and encoded references of as many rows."""
         self._check_sides(sketch)
         folded = F.pixel_unshuffle(torch.cat([sketch, reference.picture], 1), self.config.patch_size)
         features = self.condition_input(folded)
@@ -194,12 +195,12 @@ class UNet(nn.Module):
             raise ValueError(f"sides must be multiples of {self.config.size_multiple}, got {width}x{height}")
 
     def denoise(self, x_t: Tensor, t: Tensor | None, condition: Condition) -> Tensor:
-        """The network's output, whose meaning is the prediction type's.
+        """Return the network's output [B, 3, H, W]; the prediction type defines its meaning.
 
         Args:
             x_t: [B, 3, H, W].
-            t: [B] in [0, t_max]; None leaves the time out, as the authors' code does once (models/authors/strict.py).
-            condition: from `encode`, B rows.
+            t: [B] in [0, t_max]; None omits the time, as the authors' fix_forward does (models/authors/strict.py).
+            condition: the result of `encode`, B rows.
         """
         embedding = None
         if t is not None:
@@ -220,7 +221,7 @@ class UNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers one after the other, each given what it takes, then a change of resolution."""
+    """A sequence of residual and attention blocks, followed by an optional change of resolution."""
 
     def __init__(self, layers: list[nn.Module], resample: nn.Module | None = None) -> None:
         super().__init__()
@@ -234,7 +235,7 @@ class Stage(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions; between them the embedding is added, or scales and shifts (Dhariwal & Nichol 2021)."""
+    """Two convolutions with an embedding between them, added or as scale and shift (Dhariwal & Nichol 2021)."""
 
     def __init__(self, width_in: int, width_out: int, embedding_channels: int, scale_shift: bool = False) -> None:
         super().__init__()
@@ -243,7 +244,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         embedding_width = 2 * width_out if scale_shift else width_out
         self.embedding = nn.Linear(embedding_channels, embedding_width) if embedding_channels else None
-        # A group of one channel would take the embedding, one number per channel, out again.
+        # A group of one channel would remove the embedding, which is one number per channel.
         self.norm2 = nn.GroupNorm(min(GROUPS, width_out // 2), width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
@@ -262,7 +263,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every position looks at all positions and, where there are some, at all reference tokens."""
+    """Self-attention over all positions, extended by the reference tokens if the network has them."""
 
     def __init__(self, width: int, num_heads: int, token_channels: int = 0) -> None:
         super().__init__()
@@ -286,7 +287,7 @@ class AttentionBlock(nn.Module):
 
 
 class ReferenceEncoder(nn.Module):
-    """The reference as tokens [B, N, D] with their positions, and its palette [B, E]."""
+    """Encode the reference as tokens [B, N, D] with position information, and as a palette [B, E]."""
 
     def __init__(self, config: UNetConfig, embedding_channels: int) -> None:
         super().__init__()
@@ -304,10 +305,11 @@ class ReferenceEncoder(nn.Module):
 
 
 class Matcher(nn.Module):
-    """Each place of the sketch, found in the reference: cross-attention from line features to reference tokens.
+    """Match each position of the sketch with the reference: cross-attention from line features to reference tokens.
 
-    Semantic correspondence as in SCFT (Lee et al. 2020). It does not depend on t, so a request pays for it once. Its
-    own guess of the image is there to be trained on: what it finds is then right before the network can use it.
+    This is semantic correspondence as in SCFT (Lee et al. 2020). It does not depend on t, so it is computed once per
+    request. The loss of its own estimate of the image, `guess`, trains the matching directly, before the network has
+    learned to use it.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -332,12 +334,12 @@ class Matcher(nn.Module):
         return result.reshape(len(h), -1, *h.shape[-2:]).contiguous()
 
     def guess(self, found: Tensor) -> Tensor:
-        """The image [B, 3, H, W] that the features it found would be."""
+        """Return the image [B, 3, H, W] that the matched features alone give."""
         return F.pixel_shuffle(self.colors(found), self.stride)
 
 
 class DetailLayers(nn.Module):
-    """From folded-out features and the sketch to an image, at full resolution."""
+    """The last layers: compute the image from unfolded features and the sketch at full resolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -353,7 +355,10 @@ class DetailLayers(nn.Module):
 
 
 def sinusoidal(value: Tensor, channels: int, max_period: float = 1000.0) -> Tensor:
-    """Cosines and sines of `value` [B] at periods from 1 to max_period, [B, channels] (theirs: period 1000)."""
+    """Return cosines and sines of `value` [B] divided by geometric scales from 1 to max_period, [B, channels].
+
+    The authors use max_period 1000.
+    """
     half = channels // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=value.device) / half)
     angles = value[:, None].float() * frequencies
@@ -361,7 +366,7 @@ def sinusoidal(value: Tensor, channels: int, max_period: float = 1000.0) -> Tens
 
 
 def positions(h: Tensor) -> Tensor:
-    """Two-dimensional sinusoidal positions [1, C, h, w] for a feature map [B, C, h, w], relative to its size."""
+    """Return two-dimensional sinusoidal positions [1, C, h, w], relative to the size of a feature map [B, C, h, w]."""
     channels, height, width = h.shape[1:]
     rows = sinusoidal(torch.arange(height, device=h.device) * (64 / height), channels // 2, 64.0)
     columns = sinusoidal(torch.arange(width, device=h.device) * (64 / width), channels // 2, 64.0)

@@ -1,6 +1,6 @@
-"""Training where a CPU has no instructions for bfloat16: torch's loops for it take up to 40 times as long as float32.
+"""Detect whether a device supports bfloat16, for the training loop (models/training/loop.py).
 
-Not here: the training loop, which asks, see models/training/loop.py.
+On a CPU without bfloat16 instructions, torch's bfloat16 loops take up to 40 times as long as float32.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16: a CPU where oneDNN has kernels for it, a GPU from Ampere (8.0) on.
+    """Return whether the device computes in bfloat16: a CPU with oneDNN kernels for it, a GPU from Ampere (8.0) on.
 
-    Older GPUs (a T4 is 7.5) convert each number: slower than float32, and xformers has no kernel for it.
+    Older GPUs (a T4 is 7.5) convert each number, which is slower than float32, and xformers has no kernel for them.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,14 +1,14 @@
-"""Averages of a run's weights over other lengths than its own, made when the run is over (post-hoc EMA).
+"""Post-hoc EMA: choose the length of the weights' average after training.
 
-While it trains, a run keeps averages of a few lengths, whose profiles over time are powers t^exponent. Of these, any
-length between them is mixed afterwards (after Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
-Diffusion Models", section 3; `mix` says what is different).
+During training, a run keeps averages of a few lengths whose profiles over time are powers t^exponent. Afterwards they
+can be mixed into an average of any length between them (after Karras et al. 2024, "Analyzing and Improving the Training
+Dynamics of Diffusion Models", section 3; `mix` documents the differences).
 
     averages = read_averages(bundle)
     bundle = averages.use(bundle, 0.07)
 
-A length is the standard deviation of the profile as a share of the run, the paper's sigma_rel. Not here: keeping them
-while training, see models/training/loop.py; which length is best, see pipelines/tuning/sampler_search.py.
+The length of an average is the standard deviation of its profile as a fraction of the run, the paper's sigma_rel.
+models/training/loop.py updates the averages; pipelines/tuning/sampler_search.py searches for the best length.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from torch import Tensor
 from animediffusion.models.bundle import AVERAGES, Bundle, SamplerDefaults, save_bundle
 
 Weights = Mapping[str, Tensor]
-"""By the denoiser's names."""
+"""Weights by their names in the denoiser."""
 
 LONGEST = 0.28
-"""At 1 / sqrt(12) = 0.289 the exponent is 0: the plain mean of the whole run."""
+"""Largest allowed length. At 1 / sqrt(12) = 0.289 the exponent is 0, which is the plain mean of the whole run."""
 _TRAINED = "trained"
 
 
 @cache
 def exponent(length: float) -> float:
-    """Of the profile t^exponent on [0, 1] whose standard deviation is `length`.
+    """Return the exponent g of the profile t^g on [0, 1] whose standard deviation is `length`.
 
-    The variance of the density (g + 1) t^g is (g + 1) / ((g + 2)^2 (g + 3)), and falls as g rises.
+    The variance of the density (g + 1) t^g is (g + 1) / ((g + 2)^2 (g + 3)), which falls as g rises.
 
     Raises:
-        ValueError: the length is not in (0, LONGEST].
+        ValueError: if the length is not in (0, LONGEST].
     """
     if not 0 < length <= LONGEST:
         raise ValueError(f"the length of an average must be above 0 and at most {LONGEST}, got {length}")
@@ -56,18 +56,23 @@ def exponent(length: float) -> float:
 
 
 def mix(kept: Sequence[float], length: float) -> list[float]:
-    """How much of each kept average makes one of this length: of the next shorter and the next longer, never below 0.
+    """Return the coefficients that mix the kept averages into one of this length.
 
-    The mixed profile's standard deviation is exactly `length`. The paper fits its shape by least squares, which takes
-    parts below 0: of a few averages, in a run whose learning rate falls, these bring its first weights back, and the
-    result can lie farther from the average that is wanted than the nearest of those that are kept.
+    Only the next shorter and the next longer average have nonzero coefficients, and none is negative. The standard
+    deviation of the mixed profile is exactly `length`. The paper instead fits the profile's shape by least squares,
+    which gives negative coefficients. With few averages and a falling learning rate, negative coefficients bring back
+    the run's first weights, and the result can be farther from the wanted average than the nearest kept average is.
+
+    Args:
+        kept: lengths of the kept averages.
+        length: the length of the mixture.
 
     Raises:
-        ValueError: the length is not between two of those kept.
+        ValueError: if the length is outside the range of the kept ones.
     """
     order = sorted(range(len(kept)), key=lambda number: kept[number])
     parts = [0.0] * len(kept)
-    for low, high in pairwise([order[0], *order]):  # the first pair is for the shortest itself
+    for low, high in pairwise([order[0], *order]):  # The first pair handles the shortest length.
         if kept[low] <= length <= kept[high]:
             share = _share(kept[low], kept[high], length)
             parts[low] += 1 - share
@@ -77,34 +82,37 @@ def mix(kept: Sequence[float], length: float) -> list[float]:
 
 
 def _share(short: float, long: float, length: float) -> float:
-    """How much of the longer profile gives the mixture this standard deviation: the smaller root of a parabola."""
+    """Return the share of the longer profile that gives the mixture this standard deviation.
+
+    It is the smaller root of a quadratic equation.
+    """
     if short == long:
         return 0.0
     means = [(exponent(one) + 1) / (exponent(one) + 2) for one in (short, long)]
     apart = (means[1] - means[0]) ** 2
-    # The variance of a mixture: its parts' own, and that of their means, share (1 - share) apart.
+    # The variance of a mixture is the mean variance of its parts, plus share (1 - share) apart from their means.
     rise = long**2 - short**2 + apart
     return (rise - math.sqrt(rise**2 - 4 * apart * (length**2 - short**2))) / (2 * apart)
 
 
 @dataclass(frozen=True)
 class Averages:
-    """The weights that a bundle's model can have."""
+    """The averages of weights that a bundle's model can use."""
 
     trained: Weights
-    """The average that the run made its bundle of."""
+    """The average that the training run put into the bundle."""
     kept: Mapping[float, Weights]
-    """Those beside it, by length; none of a bundle that came without them."""
+    """The additional averages by length; empty if the bundle has none."""
     length: float | None
-    """Of the bundle's own weights; None where they are the trained ones."""
+    """Length of the average in the bundle's model.safetensors; None if it is the trained one."""
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The shortest and the longest to choose from; None where there is but the trained one."""
+        """The shortest and the longest available length; None if there is only the trained average."""
         return (min(self.kept), max(self.kept)) if self.kept else None
 
     def weights(self, length: float | None) -> Weights:
-        """The average over this length, or the trained one."""
+        """Return the average of this length, or the trained one if length is None."""
         if length is None:
             return self.trained
         mixed = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
@@ -114,12 +122,12 @@ class Averages:
         return mixed
 
     def use(self, bundle: Bundle, length: float | None) -> Bundle:
-        """The same bundle, its model now with the weights of this length."""
+        """Load the weights of this length into the bundle's model and return the bundle."""
         bundle.denoiser.load_state_dict(self.weights(length))
         return bundle
 
     def save(self, bundle: Bundle, folder: Path, length: float | None, sampler: SamplerDefaults) -> str:
-        """Write the bundle with the weights of this length and these defaults, without metrics; returns its sha256."""
+        """Write the bundle with the weights of this length and these defaults, without metrics; return its identity."""
         beside = pack(self.kept)
         if length is not None:
             beside |= {f"{_TRAINED}/{name}": tensor for name, tensor in self.trained.items()}
@@ -131,7 +139,7 @@ class Averages:
         return save_bundle(folder, self.use(bundle, length).denoiser, config, {}, card, averages=beside)
 
     def sha256(self) -> str:
-        """64 hex digits, equal for equal weights, whichever of them are the bundle's own."""
+        """Return 64 hex digits that depend on all averages, but not on which of them the bundle currently uses."""
         digest = hashlib.sha256()
         for length, weights in [(0.0, self.trained), *sorted(self.kept.items())]:
             for name in sorted(weights):
@@ -141,17 +149,17 @@ class Averages:
 
 
 def pack(kept: Mapping[float, Weights]) -> dict[str, Tensor]:
-    """Averages as the tensors of a bundle's file of them."""
+    """Return the averages as the tensors of a bundle's averages file, named LENGTH/NAME."""
     return {f"{length:g}/{name}": tensor for length, weights in kept.items() for name, tensor in weights.items()}
 
 
 def read_averages(bundle: Bundle) -> Averages:
-    """What a bundle's folder has of them.
+    """Read the averages in a bundle's folder.
 
     Raises:
-        ValueError: the file does not fit the model.
+        ValueError: if the file does not fit the model.
     """
-    own = load_file(bundle.folder / "model.safetensors")  # whatever `use` gave the model since
+    own = load_file(bundle.folder / "model.safetensors")  # `use` may have changed the weights of bundle.denoiser.
     path = bundle.folder / AVERAGES
     if not path.is_file():
         return Averages(own, {}, None)

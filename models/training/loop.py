@@ -1,8 +1,8 @@
-"""The one training loop of the repository: torch only, no clock, no I/O of its own.
+"""The training loop of all runs: it uses only torch, reads no clock, and the loop itself does no I/O.
 
-Everything a step does depends on (seed, step, rank) and the rows it is given, so a run that was
-killed and restored ends with the weights of one that was not. Not here: data (pipelines/data/dataset.py),
-processes, checkpoints on storage and logging (pipelines/training/driver.py).
+Apart from the state, a step depends only on (seed, step, rank) and its rows, so a run that was killed and resumed ends
+with the same weights as an uninterrupted run. pipelines/data/stream.py provides the data; pipelines/training/driver.py
+handles processes, checkpoints on storage and logging.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from animediffusion.models.training.objective import Loss
 Rows = Mapping[str, Tensor]
 
 WEIGHTS, NUMBERS = "state.safetensors", "state.json"
-"""Files of a saved state."""
+"""File names of a saved state."""
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""For the environment of a process that trains: glibc keeps what a step frees for the next one, and does
-not ask the kernel for zeroed pages each time, 3 to 4 % of a step on a CPU."""
+"""Environment variables of a training process: glibc keeps freed memory for the next step instead of requesting zeroed
+pages from the kernel again, which would take 3 to 4 % of a step on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, or AdamW and Muon, with warm-up, cosine decay, clipping and a moving average of the weights."""
+    """Settings of AdamW (optionally with Muon), warm-up, cosine decay, clipping and the weights' moving average."""
 
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.02
-    """At the last step, as a share of learning_rate."""
+    """Learning rate of the last step, as a fraction of learning_rate."""
     warmup_steps: int = 50
     cosine_after_warmup: bool = False
-    """Warm-up from the final rate, then the cosine over the steps that are left, as the authors do
-    (base/optimizer_handler.py of their code); else both at once."""
+    """If true, the warm-up starts from the final rate and the cosine covers the remaining steps, as in the authors'
+    code (base/optimizer_handler.py). If false, the warm-up multiplies a cosine over the whole run."""
     muon_learning_rate: float | None = None
-    """Of Muon (Jordan et al. 2024: momentum, orthogonalized) for the hidden layers' matrices and kernels, which it
-    trains in fewer steps; AdamW has the rest, or everything if None. Same warm-up and decay."""
+    """Learning rate of Muon (Jordan et al. 2024: orthogonalized momentum), which trains the hidden layers' matrices and
+    kernels in fewer steps; AdamW trains the rest, or everything if this is None. Warm-up and decay apply to both."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = 1.0
-    """None is no clipping."""
+    """Largest gradient norm; None disables clipping."""
     ema_decay: float = 0.995
-    """0 is no average: the last weights."""
+    """Decay of the weights' moving average; 0 disables the average and uses the last weights."""
     ema_lengths: tuple[float, ...] = ()
-    """Averages that are kept beside it, so that one of them, or any length between two, can be chosen after the run:
-    standard deviations of their profiles as shares of the run, see models/training/ema.py. Each makes a checkpoint
-    larger by the size of the weights."""
+    """Lengths of additional averages; after the run, one of them or any length between two of them can be chosen. A
+    length is the standard deviation of the profile as a fraction of the run (models/training/ema.py). Each average
+    enlarges a checkpoint by the size of the weights."""
     precision: str = "bf16"
-    """bf16 (autocast, on a CPU only where it has instructions for it, see bfloat16.py) or fp32."""
+    """bf16 (autocast, used only on devices that support it, see models/training/cpu_precision.py) or fp32."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
@@ -86,31 +86,31 @@ class OptimizerConfig:
 
 
 class Step(NamedTuple):
-    """What a finished step shows."""
+    """Results of a finished step."""
 
     step: int
-    """How many steps are done now."""
+    """Number of finished steps, this one included."""
     loss: Loss
     grad_norm: Tensor
     learning_rate: float
 
 
 class Snapshot(NamedTuple):
-    """A state at one step, apart from the training that goes on."""
+    """A copy of the state at one step, which further training does not change."""
 
     tensors: dict[str, Tensor]
-    """In the host's memory, by their names in the file."""
+    """Tensors in the host's memory, by their names in the file."""
     numbers: dict[str, int]
-    """step and max_steps."""
+    """The values of step and max_steps."""
 
 
 class TrainState:
-    """All that must survive a restart: weights, their averages, optimizer, step.
+    """The state that must survive a restart: weights, their averages, optimizer, step.
 
     Args:
-        denoiser: on its device.
+        denoiser: the model to train, already on its device.
         config: optimizer settings.
-        max_steps: length of the run, for the learning rate.
+        max_steps: length of the run, which the learning rate's schedule needs.
     """
 
     def __init__(self, denoiser: Denoiser, config: OptimizerConfig, max_steps: int) -> None:
@@ -120,7 +120,7 @@ class TrainState:
         self.step = 0
         self.names = [name for name, _ in denoiser.named_parameters()]
         self.parameters = list(denoiser.parameters())
-        # Without an average it is the weights themselves.
+        # If no average is kept, `average` shares memory with the weights.
         self.average = [p.detach().clone() if config.ema_decay else p.detach() for p in self.parameters]
         self.kept = {length: [p.detach().clone() for p in self.parameters] for length in config.ema_lengths}
         hidden = denoiser.network.hidden_weights() if config.muon_learning_rate else []
@@ -133,11 +133,11 @@ class TrainState:
         )
 
     def learning_rate(self) -> float:
-        """AdamW's, of the next step."""
+        """Return AdamW's learning rate in the next step."""
         return self.config.learning_rate * self._decay()
 
     def _decay(self) -> float:
-        """The share of the highest rate; depends on the step alone."""
+        """Return the next step's fraction of the highest learning rate."""
         c = self.config
         if c.cosine_after_warmup:
             return c.final_learning_rate + (1 - c.final_learning_rate) * self._share()
@@ -146,7 +146,7 @@ class TrainState:
         return warm * (c.final_learning_rate + (1 - c.final_learning_rate) * cosine)
 
     def _share(self) -> float:
-        """0 to 1 in the warm-up, then down to 0."""
+        """Return a number that rises from 0 to 1 in the warm-up and then falls to 0."""
         warmup = self.config.warmup_steps
         if self.step < warmup:
             return self.step / warmup
@@ -154,13 +154,13 @@ class TrainState:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def apply_gradients(self, loss: Tensor | None = None) -> Tensor:
-        """Clip, step the optimizer, move the average; returns the gradient norm before clipping.
+        """Clip the gradients, step the optimizers and update the averages; return the gradient norm before clipping.
 
         Args:
-            loss: what the gradients are of, to be named where it is not finite.
+            loss: the loss that the gradients belong to, which is also checked to be finite.
 
         Raises:
-            FloatingPointError: the loss or the norm is not finite; weights, average and optimizer are as before.
+            FloatingPointError: if loss or norm is not finite; weights, averages and optimizers are then unchanged.
         """
         norm = self._clip()
         self._require_finite(({} if loss is None else {"loss": loss}) | {"norm of the gradients": norm})
@@ -176,7 +176,7 @@ class TrainState:
         return norm
 
     def _require_finite(self, scalars: dict[str, Tensor]) -> None:
-        # All in one read: the host waits for a GPU here, in each step.
+        # The host waits for the GPU here in every step, so read all values in one transfer.
         numbers = torch.stack([scalar.detach().float() for scalar in scalars.values()]).tolist()
         for name, number in zip(scalars, numbers, strict=True):
             if not math.isfinite(number):
@@ -185,11 +185,11 @@ class TrainState:
     def _average(self) -> None:
         weights = [p.detach() for p in self.parameters]
         if self.config.ema_decay:
-            # A young run has a short memory, else its first weights would stay in the average.
+            # A smaller decay in the first steps keeps the initial weights from lingering in the average.
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, weights, 1 - decay)
         for length, average in self.kept.items():
-            # Gives the weights of step t the share t^exponent: Karras et al. 2024, section 3.
+            # The weights of step t get a share proportional to t^exponent (Karras et al. 2024, section 3).
             decay = (1 - 1 / self.step) ** (exponent(length) + 1)
             torch._foreach_lerp_(average, weights, 1 - decay)
 
@@ -200,14 +200,14 @@ class TrainState:
         return nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
 
     def _slots(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """What its optimizer remembers of a parameter."""
+        """Return the optimizer's state of a parameter."""
         if parameter in self.momentum:
             return {"momentum_buffer": self.momentum[parameter]}
         slot: dict[str, Any] = self.optimizer.state[parameter]
         return slot
 
     def averaged(self) -> Denoiser:
-        """The denoiser with the averaged weights, in eval mode; a copy."""
+        """Return a copy of the denoiser with the averaged weights, in eval mode."""
         model = plain_copy(self.denoiser)
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), self.average, strict=True):
@@ -216,16 +216,16 @@ class TrainState:
         return model
 
     def save(self, folder: Path) -> None:
-        """Write the state into a folder, see write()."""
+        """Write the state to a folder, see write()."""
         write(self.snapshot(), folder)
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state in the host's memory, which training no longer changes."""
+        """Copy the state to the host's memory, independent of further training."""
         copies = _to_host(self._tensors())
         return Snapshot(copies, {"step": self.step, "max_steps": self.max_steps})
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All tensors of a state by their names in the file, not copied."""
+        """Return all tensors of the state by their names in the file, without copying them."""
         tensors: dict[str, Tensor] = {}
         for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             tensors[f"model.{name}"] = parameter.detach()
@@ -237,10 +237,10 @@ class TrainState:
         return tensors
 
     def restore(self, folder: Path) -> None:
-        """Continue exactly where `save` was.
+        """Load a state that `save` wrote, so that training resumes exactly from there.
 
         Raises:
-            ValueError: if the tensors do not fit this network or optimizer.
+            ValueError: if the tensors do not fit this network or optimizer, or lack an average of `ema_lengths`.
         """
         tensors = load_file(folder / WEIGHTS)
         numbers = json.loads((folder / NUMBERS).read_text())
@@ -274,17 +274,17 @@ class TrainState:
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """state.safetensors and state.json; readable with safetensors alone. Any thread may call it."""
+    """Write state.safetensors and state.json to a folder; any thread may call this function."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(snapshot.tensors, folder / WEIGHTS)
     (folder / NUMBERS).write_text(json.dumps(snapshot.numbers))
 
 
 def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies; the host waits for a GPU once, not for each tensor."""
+    """Copy tensors to contiguous host memory, waiting for a GPU once instead of once per tensor."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        # Page-locked memory is what a GPU writes without the host's help.
+        # A GPU can write asynchronously only to page-locked memory.
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         copies[name] = host.copy_(tensor.detach(), non_blocking=True)
     if any(tensor.is_cuda for tensor in tensors.values()):
@@ -293,12 +293,12 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of a saved state, by the denoiser's names."""
+    """Read the averaged weights of a saved state, by their names in the denoiser."""
     return _tensors(folder, "average.")
 
 
 def kept_averages(folder: Path, lengths: Iterable[float]) -> dict[float, dict[str, Tensor]]:
-    """The averages that a saved state keeps beside it, by length and the denoiser's names."""
+    """Read the additional averages of a saved state, by length and then by their names in the denoiser."""
     return {length: _tensors(folder, _prefix(length)) for length in lengths}
 
 
@@ -307,9 +307,9 @@ def _prefix(length: float) -> str:
 
 
 def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Those with this prefix; the rest of the file, optimizer and all, is not read."""
+    """Read only the tensors whose names have this prefix, and remove the prefix."""
     with safe_open(folder / WEIGHTS, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no dictionary
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dictionary
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
@@ -327,18 +327,18 @@ def fit(
     """Train until `until_step`, until `batches` ends, or until `on_step` returns True.
 
     Args:
-        state: what is trained; moved on in place.
-        objective: the module whose forward returns a Loss; may be wrapped by DDP.
+        state: the state to train, updated in place.
+        objective: a module whose forward returns a Loss; DDP may wrap it.
         batches: decoded rows on the state's device, beginning with those of step `state.step`.
-        until_step: stop when so many steps are done.
-        on_step: called after each step.
-        augment: how rows become a batch.
-        seed: of the run.
-        rank: of this process; each rank draws its own noise.
+        until_step: the number of finished steps at which to stop.
+        on_step: function that is called after each step.
+        augment: settings for making a batch from rows.
+        seed: seed of the run.
+        rank: rank of this process; each rank draws its own random numbers.
 
     Raises:
-        FloatingPointError: loss or gradients are not finite; names the step. The state is as before that step. Under
-            DDP all ranks raise at the same step, since one bad row makes the averaged gradients bad on all of them.
+        FloatingPointError: if loss or gradients are not finite; the message names the step, and the state is as before
+            it. Under DDP all ranks raise at the same step, because the averaged gradients are not finite on any rank.
     """
     device = state.parameters[0].device
     reduced = state.config.precision == "bf16" and has_bfloat16(device)
@@ -350,8 +350,8 @@ def fit(
         generator = drawn if device.type == "cpu" else step_generator(seed, state.step, rank, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             loss: Loss = objective(batch, generator, state.step)
-        # Backward, finite or not: the other ranks wait there for these gradients. A loss that is not finite makes them
-        # all NaN, since inf * 0 is, and so those of the other ranks, which stop at the same step.
+        # Run backward even if the loss is not finite, because the other ranks wait for these gradients. The incoming
+        # gradient is then NaN (inf * 0), which makes all gradients NaN on all ranks, so they stop at the same step.
         torch.autograd.backward(loss.total, 0 * loss.total.detach() + 1)
         learning_rate = state.learning_rate()
         norm = state.apply_gradients(loss.total)
@@ -360,6 +360,6 @@ def fit(
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """All randomness of step `step` on rank `rank`."""
+    """Return the generator of all random numbers of one step on one rank."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     return torch.Generator(device).manual_seed(mixed)

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum, then an update whose singular values are all near 1.
+"""The optimizer Muon (Jordan et al. 2024): momentum, then an update whose singular values are all near 1.
 
-Matrices of one shape are orthogonalized together, and under DDP each rank does a share of them, since all need the
-same updates. A kernel [out, in, k, k] counts as a matrix of `out` rows. torch.optim.Muon orthogonalizes one matrix at a
-time, and all of them on each rank.
+Matrices of equal shape are orthogonalized together. Under DDP each rank orthogonalizes a share of the matrices, because
+all ranks need the same updates; torch.optim.Muon orthogonalizes one matrix at a time, and all of them on every rank. A
+kernel [out, in, k, k] is treated as a matrix with `out` rows.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; of the first, third and fifth power."""
+"""Coefficients of the first, third and fifth power in the quintic Newton-Schulz iteration."""
 ITERATIONS = 5
 EPSILON = 1e-7
 BATCH_BYTES = {"cpu": 2**21, "cuda": 2**29}
-"""Largest batch of matrices by kind of device: on a CPU it should stay in the cache, on a GPU it takes memory."""
+"""Largest batch of matrices by device type: on a CPU it should fit the cache, on a GPU it limits memory use."""
 
 
 class Muon:
-    """The optimizer of some weights.
+    """The Muon optimizer.
 
     Args:
-        weights: matrices and kernels, contiguous, on one device.
-        weight_decay: decoupled, as in AdamW.
-        dtype: what is orthogonalized in; bfloat16 is enough.
+        weights: the matrices and kernels to train, contiguous and on one device.
+        weight_decay: decoupled weight decay, as in AdamW.
+        dtype: type of the orthogonalization; bfloat16 is precise enough.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], weight_decay: float, dtype: torch.dtype) -> None:
@@ -42,18 +42,18 @@ class Muon:
 
     @property
     def matrices(self) -> dict[nn.Parameter, Tensor]:
-        """Each weight as a matrix that shares its memory."""
+        """A view of each weight as a matrix that shares its memory."""
         return {weight: matrix for group in self.groups for weight, matrix in group.matrices.items()}
 
     @property
     def momentum(self) -> dict[nn.Parameter, Tensor]:
-        """What it remembers of each weight, bfloat16 [rows, columns]."""
+        """The momentum of each weight, bfloat16 [rows, columns]."""
         pairs = (zip(group.matrices, group.momentum, strict=True) for group in self.groups)
         return dict(chain.from_iterable(pairs))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update from the weights' gradients, which are equal on all ranks; so is the result."""
+        """Update the weights from their gradients; equal gradients on all ranks give equal weights on all ranks."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
         owners = self._owners(ranks)
         sizes = [group.momentum[0].numel() for group in self.groups for _ in group.matrices]
@@ -71,31 +71,31 @@ class Muon:
             group.apply(part, learning_rate, self.weight_decay)
 
     def _parts(self, updates: Tensor) -> Iterator[Tensor]:
-        """Each group's share of a flat tensor, [matrices, rows, columns]."""
+        """Yield each group's part of a flat tensor, as [matrices, rows, columns]."""
         sizes = [group.momentum.numel() for group in self.groups]
         for group, part in zip(self.groups, torch.split(updates, sizes), strict=True):
             yield part.view(group.momentum.shape)
 
     def _owners(self, ranks: int) -> list[int]:
-        """The rank of each matrix, rising, so that all ranks multiply about as much."""
+        """Assign each matrix to a rank, in rising order, so that all ranks have about equal work."""
         costs = [group.cost for group in self.groups for _ in group.matrices]
         return [int(ranks * (end - cost / 2) / sum(costs)) for end, cost in zip(accumulate(costs), costs, strict=True)]
 
 
 class _ShapeGroup:
-    """Weights of one shape."""
+    """Weights of equal shape."""
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self.matrices = {weight: weight.detach().flatten(1) for weight in weights}
         rows, columns = next(iter(self.matrices.values())).shape
-        # Gradients are noisier than bfloat16, and what is made of this is orthogonalized in it.
+        # bfloat16 is enough: gradients are noisier, and the orthogonalization may run in bfloat16 too.
         self.momentum = torch.zeros(len(weights), rows, columns, dtype=torch.bfloat16, device=weights[0].device)
         self.scale = math.sqrt(max(1, rows / columns))
         smaller, larger = sorted((rows, columns))
         self.cost = smaller**2 * (2 * larger + smaller)
 
     def update(self, into: Tensor, mine: slice) -> None:
-        """Move the momentum of all matrices, and put the updates of `mine` into their places."""
+        """Update the momentum of all matrices, and write the updates of the matrices `mine` into `into`."""
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.matrices]
         gradient = torch.stack([grad.flatten(1) for grad in grads])
         momentum = self.momentum.float().lerp_(gradient, 1 - MOMENTUM)
@@ -113,15 +113,15 @@ class _ShapeGroup:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices [B, rows, columns] with their singular values brought near 1, by a Newton-Schulz iteration."""
-    if len(matrices) == 1:  # a CPU multiplies two matrices up to twice as fast as a batch of one
+    """Bring the singular values of matrices [B, rows, columns] near 1 by a Newton-Schulz iteration."""
+    if len(matrices) == 1:  # A CPU multiplies two matrices up to twice as fast as a batch of one.
         return _iterate(matrices[0], torch.addmm)[None]
     return _iterate(matrices, torch.baddbmm)
 
 
 def _iterate(matrices: Tensor, add_product: Callable[..., Tensor]) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices  # the smaller of the two products is formed
+    wide = matrices.mT if tall else matrices  # Makes wide @ wide.mT the smaller of the two possible products.
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     first, third, fifth = COEFFICIENTS
     for _ in range(ITERATIONS):
@@ -135,7 +135,7 @@ def _distributed() -> bool:
 
 
 def _exchange(updates: Tensor, sizes: list[int], owners: list[int]) -> None:
-    """Give every rank the updates that the others made; a rank's are side by side."""
+    """Broadcast each rank's updates to all ranks; the updates of one rank are contiguous."""
     waiting = []
     ends = [0, *accumulate(sizes)]
     for rank, numbers in groupby(range(len(owners)), lambda number: owners[number]):

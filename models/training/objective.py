@@ -1,6 +1,6 @@
-"""What the two phases minimise. Each is a module whose forward returns the loss, so DDP can wrap it.
+"""Objectives of the two training phases, as modules whose forward returns the loss, so that DDP can wrap them.
 
-B rows, S pixels a side.
+Shapes: B rows, S pixels per side.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from animediffusion.models.tensors import onto
 
 NUM_BINS = 8
 MIN_SNR = 5.0
-"""As Hang et al. 2023 recommend."""
+"""Upper limit of the min-SNR weight, as recommended by Hang et al. 2023."""
 
 
 class Loss(NamedTuple):
-    """The loss and what a chart shows of it."""
+    """The loss, and its distribution over noise levels for charts."""
 
     total: Tensor
-    """Scalar, to be differentiated."""
+    """Scalar to differentiate."""
     bins: Tensor
     """[8]: sum of per-row losses by noise level t / t_max; detached."""
     counts: Tensor
-    """[8]: rows in each bin."""
+    """[8]: number of rows in each bin."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig:
-    """Phase 1."""
+    """Settings of phase 1."""
 
     time_distribution: str = "logit_normal"
     """logit_normal or uniform."""
     time_mean: float = 1.5
-    """t = t_max * sigmoid(mean + std * n), n standard normal (Esser et al. 2024, Eq. 19)."""
+    """logit_normal only: t = t_max * sigmoid(mean + std * n), n standard normal (Esser et al. 2024, Eq. 19)."""
     time_std: float = 1.2
     time_min: float = 0.0
-    """Smallest time; the others are pressed together between it and t_max."""
+    """Smallest time; drawn times are mapped linearly from [0, t_max] to [time_min, t_max]."""
     drop_reference: float = 0.1
-    """Share of rows that see the learned null in place of the reference, for classifier-free guidance."""
+    """Share of rows that get the learned null reference instead of their own, for classifier-free guidance."""
     loss: str = "mse"
-    """mse, or huber (less weight on the few pixels that are far off)."""
+    """mse, or huber, which gives less weight to the few pixels with large errors."""
     loss_weight: str = "flat"
-    """flat, or min_snr: the error of x_0 times the signal-to-noise ratio, at most MIN_SNR (Hang et al. 2023)."""
+    """flat, or min_snr: weights the error of x_0 by the signal-to-noise ratio, at most MIN_SNR (Hang et al. 2023)."""
     guess_weight: float = 0.5
-    """Weight of the squared error of the matcher's own guess; without a matcher it has no effect."""
+    """Weight of the squared error of the matcher's own estimate of the image; no effect without a matcher."""
 
     def __post_init__(self) -> None:
         if self.time_distribution not in ("logit_normal", "uniform"):
@@ -71,7 +71,7 @@ class DenoisingConfig:
 
 
 class DenoisingObjective(nn.Module):
-    """Phase 1: predict what the noise hid (the paper's first phase; Ho et al. 2020, Eq. 14, for any prediction)."""
+    """Phase 1: denoising at random times (the paper's first phase; Ho et al. 2020, Eq. 14, for any prediction type)."""
 
     def __init__(self, denoiser: Denoiser, config: DenoisingConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class DenoisingObjective(nn.Module):
         self.config = config
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
-        """Loss of one batch; `step` is not used here."""
+        """Return the loss of one batch; `step` is unused."""
         t_min, t_max = self.config.time_min, self.denoiser.path.t_max
         t = t_min + (t_max - t_min) * self._times(len(batch.target), batch.target.device, generator)
         noise = _normal(batch.target, generator)
@@ -106,19 +106,19 @@ class DenoisingObjective(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """Phase 2."""
+    """Settings of phase 2."""
 
     gradient_steps: int = 2
-    """At most so many of the sampler's last steps are differentiated; how many is drawn per step."""
+    """Largest number of the sampler's last steps that are differentiated; each training step draws the number."""
     pixel_weight: float = 1.0
     structure_weight: float = 0.2
-    """Weight of the difference of gradients, which keeps edges and flat areas."""
+    """Weight of structure_loss(), which preserves edges and flat areas."""
     contrast_weight: float = 0.0
-    """Weight of the difference of local contrast, which squared error alone averages away."""
+    """Weight of contrast_loss(), which preserves the local contrast that squared error alone averages out."""
     denoising_weight: float = 0.2
-    """Share of the phase 1 loss, which keeps the model usable with other steps than the sampler's."""
+    """Weight of the phase 1 loss, which keeps the model usable with other step counts than the sampler's."""
     denoising_rows: float = 1.0
-    """Share of a batch's rows that the phase 1 loss sees: fewer make a step cheaper, by up to one pass."""
+    """Share of a batch's rows in the phase 1 loss; a smaller share makes a step cheaper, by up to one network pass."""
 
     def __post_init__(self) -> None:
         if self.gradient_steps < 1:
@@ -128,11 +128,11 @@ class ReconstructionConfig:
 
 
 class ReconstructionObjective(nn.Module):
-    """Phase 2: sample as in deployment, from pure noise, and compare with the target.
+    """Phase 2: sample from pure noise as in deployment, and compare the image with the target.
 
-    The last K steps are differentiated (DRaFT-K, Clark et al. 2024), with checkpointing. Unlike the
-    authors' code the start never sees the ground truth, and gradients pass through this forward, so
-    DDP averages them. At no time is more than one pass through the network kept for its gradient.
+    The last K steps are differentiated (DRaFT-K, Clark et al. 2024) with gradient checkpointing. Unlike in the authors'
+    code, the start of sampling does not contain the ground truth, and all gradients come from this module's forward, so
+    DDP averages them. The activations of at most one network pass are in memory at a time.
     """
 
     def __init__(
@@ -151,13 +151,13 @@ class ReconstructionObjective(nn.Module):
         self.denoising = DenoisingObjective(denoiser, denoising)
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:
-        """Loss of one batch; K follows from (seed, step), equal on all ranks."""
+        """Return the loss of one batch; K depends only on (seed, step) and is equal on all ranks."""
         image = self._sample(batch, generator, self.num_gradient_steps(step))
         pixel = F.mse_loss(image, batch.target, reduction="none").mean((1, 2, 3))
         structure = structure_loss(image, batch.target)
         own = self.config.pixel_weight * pixel + self.config.structure_weight * structure
         own = own + self.config.contrast_weight * contrast_loss(image, batch.target)
-        # Without its graph, which would be as large as that of phase 1's share, and be there at the same time.
+        # Free this graph now; otherwise it would be in memory together with the equally large graph of phase 1.
         sampled = _differentiated(own.mean(), list(self.denoiser.parameters()))
         del image, pixel, structure, own
         seen = max(1, round(self.config.denoising_rows * len(batch.target)))
@@ -166,7 +166,7 @@ class ReconstructionObjective(nn.Module):
         return phase1._replace(total=total)
 
     def num_gradient_steps(self, step: int) -> int:
-        """K of a training step, in 1..gradient_steps."""
+        """Return K of a training step, in 1..gradient_steps and at most the number of sampler steps."""
         most = min(self.config.gradient_steps, self.settings.steps)
         return 1 + int(torch.randint(most, (), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step)))
 
@@ -191,7 +191,7 @@ class ReconstructionObjective(nn.Module):
 
 
 class _Differentiated(torch.autograd.Function):
-    """A number whose gradients are known: backward hands them on, once."""
+    """A scalar with precomputed gradients, which backward scales and returns; backward works once."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *_parameters: nn.Parameter) -> Tensor:
@@ -206,9 +206,9 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _differentiated(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """`loss`, its gradients taken now and its graph freed; in place of its memory stands that of the gradients.
+    """Compute the gradients of `loss` now, which frees its graph, and return an equal scalar that carries them.
 
-    They still arrive by the backward of what is made from it, so DDP sees them as any others.
+    The gradients still reach the parameters through backward, so DDP handles them like any others.
     """
     if not loss.requires_grad:
         return loss
@@ -219,10 +219,10 @@ def _differentiated(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
 
 
 class StrictObjective(nn.Module):
-    """Either phase as the authors' released code has it, bugs included (models/authors/strict.py).
+    """Either phase as in the authors' released code, bugs included (models/authors/strict.py).
 
-    Phase 1 is a sum over rows and pixels, without dropped references; phase 2 starts from the ground truth and
-    differentiates 10 steps.
+    The phase 1 loss is a sum over rows and pixels, without dropped references. Phase 2 starts from the noised ground
+    truth and differentiates 10 steps.
     """
 
     def __init__(self, denoiser: Denoiser, *, reconstruction: bool) -> None:
@@ -232,7 +232,7 @@ class StrictObjective(nn.Module):
         self.gammas = authors.gammas(authors.require_fit(denoiser))
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
-        """Loss of one batch; `step` is not used here."""
+        """Return the loss of one batch; `step` is unused."""
         condition = self.denoiser.encode(batch.sketch, batch.reference)
         predict = authors.noise_predictor(self.denoiser, condition)
         noise = _normal(batch.target, generator)
@@ -242,35 +242,35 @@ class StrictObjective(nn.Module):
             return _loss(per_row.mean(), per_row, torch.ones_like(per_row))
         n = torch.randint(len(self.gammas), (len(noise),), device=noise.device, generator=generator)
         per_row = authors.strict_loss(predict, self.gammas, batch.target, noise, n)
-        # They have no matcher; where there is one, its parameters are in the graph all the same, as DDP expects.
+        # The authors have no matcher; the term 0 * guess_loss keeps its parameters in the graph, as DDP expects.
         return _loss(per_row.sum() + 0 * guess_loss(condition, batch.target), per_row, n / len(self.gammas))
 
 
 def guess_loss(condition: Condition, target: Tensor) -> Tensor:
-    """Squared error of the matcher's own guess, a scalar; 0 without a matcher."""
+    """Return the squared error of the matcher's own estimate of the image, a scalar; 0 without a matcher."""
     if not condition.guess.numel():
         return condition.guess.sum()
     return F.mse_loss(condition.guess.float(), target)
 
 
 def structure_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring-pixel differences, per row [B]."""
+    """Return the mean absolute difference of neighboring-pixel differences, per row [B]."""
     across = ((image.diff(dim=-1) - target.diff(dim=-1)).abs()).mean((1, 2, 3))
     down = ((image.diff(dim=-2) - target.diff(dim=-2)).abs()).mean((1, 2, 3))
     return across + down
 
 
 def contrast_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of local contrast, per row [B].
+    """Return the mean absolute difference of local contrast, per row [B].
 
-    It compares how much fine detail there is near a place, not where exactly. The average of all likely pictures, which
-    the squared error asks for, has too little.
+    It compares the amount of fine detail near a position, not the exact place of the detail. Squared error alone favors
+    the average of all likely images, which has too little detail.
     """
     return (_local_contrast(image) - _local_contrast(target)).abs().mean((1, 2, 3))
 
 
 def _local_contrast(images: Tensor) -> Tensor:
-    """Root mean square, over 5 x 5 pixels, of what a mean over 3 x 3 takes away."""
+    """Return the root mean square, over 5 x 5 pixels, of the detail that a 3 x 3 mean removes."""
     fine = images - F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     return (F.avg_pool2d(fine.square(), 5, 1, 2, count_include_pad=False) + 1e-4).sqrt()
 
@@ -288,12 +288,12 @@ def _loss(total: Tensor, per_row: Tensor, level: Tensor) -> Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Which phase, and the constants of both (phase 2 keeps a share of phase 1)."""
+    """The phase, and the settings of both phases (phase 2 includes the phase 1 loss)."""
 
     name: str = "denoising"
     """denoising (phase 1) or reconstruction (phase 2)."""
     strict: bool = False
-    """The phase as the authors' released code has it, bugs included; it has no other settings."""
+    """Use the phase as in the authors' released code, bugs included; it has no other settings."""
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
 
@@ -304,7 +304,7 @@ class ObjectiveConfig:
             raise ValueError("a strict objective has no settings, but denoising or reconstruction has some")
 
     def build(self, denoiser: Denoiser, sampler: SamplerDefaults, seed: int) -> nn.Module:
-        """The objective module."""
+        """Build the objective module."""
         if self.strict:
             return StrictObjective(denoiser, reconstruction=self.name == "reconstruction")
         if self.name == "denoising":
