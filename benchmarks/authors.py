@@ -1,10 +1,11 @@
-"""Our strict mode beside the authors' code: the same numbers, from weights that went through `models import`.
+"""Check that our strict mode computes the same numbers as the authors' code, from the same imported weights.
 
     git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
     python benchmarks/authors.py --authors PATH_OF_CLONE
 
-Their classes run as they are; only torch.randn_like is replaced while they do, by a queue of noise that our side gets
-as an argument. Exits with 1 if a difference is above the limit.
+The weights are converted as by `models import`. The authors' classes run unmodified; while they run, torch.randn_like
+is replaced by a queue of the noise that our side gets as an argument. The exit code is 1 if a difference exceeds the
+limit.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ TIMES = (0, 1, 101, 500, 901, 999)
 
 
 class Check(NamedTuple):
-    """One comparison: the largest difference, as a share of the largest value of theirs."""
+    """One comparison: the largest difference, relative to the largest absolute value of the authors' result."""
 
     what: str
     error: float
 
     @property
     def passed(self) -> bool:
-        """Whether it is within the limit; a NaN is not."""
+        """Whether the error is within the limit; NaN is not."""
         return self.error <= LIMIT
 
 
 def their_model(clone: str, *, seed: int = 0) -> Any:
-    """Their GaussianDiffusion as config/anime.json has it, with weights none of which is zero."""
+    """Build the authors' GaussianDiffusion as configured in config/anime.json, with noise added to all weights.
+
+    The noise ensures that no weight is zero.
+    """
     sys.path.insert(0, clone)
     from models.diffusion import GaussianDiffusion  # type: ignore[import-not-found]
 
@@ -55,7 +59,7 @@ def their_model(clone: str, *, seed: int = 0) -> Any:
 
 
 def our_model(state: dict[str, Tensor]) -> Denoiser:
-    """Our network with weights that came as their state_dict."""
+    """Build our network with weights converted from the authors' state_dict."""
     config, weights = from_authors(state)
     denoiser = config.build()
     denoiser.load_state_dict(weights)
@@ -64,14 +68,14 @@ def our_model(state: dict[str, Tensor]) -> Denoiser:
 
 @contextmanager
 def given_noise(noises: list[Tensor]) -> Iterator[None]:
-    """torch.randn_like returns these, one after the other."""
+    """Make torch.randn_like return these tensors, one after the other."""
     queue = iter(noises)
     with patch("torch.randn_like", lambda _like: next(queue)):
         yield
 
 
 def compare(clone: str, size: int, rows: int) -> list[Check]:
-    """All comparisons."""
+    """Run all comparisons."""
     theirs = their_model(clone)
     ours = our_model(theirs.state_dict())
     generator = torch.Generator().manual_seed(1)
@@ -122,7 +126,7 @@ def _split(noises: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _gradients(what: str, theirs: Any, their_loss: Tensor, ours: Denoiser, our_loss: Tensor) -> Check:
-    """All gradients as one vector: theirs go through the same import."""
+    """Compare all gradients as one vector; the authors' gradients are converted like their weights."""
     for model, loss in ((theirs, their_loss), (ours, our_loss)):
         model.zero_grad()
         loss.backward()
@@ -138,7 +142,7 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def main() -> None:
-    """Print the table; exit with 1 if anything differs."""
+    """Print the table; exit with 1 if any difference exceeds the limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--authors", required=True, help="clone of the authors' repository")
     parser.add_argument("--size", type=int, default=32, help="side in pixels, a multiple of 8")

@@ -1,11 +1,13 @@
-"""Kill a training run at random moments, again and again, and compare its weights with those of a run left in peace.
+"""Kill a training run repeatedly at random moments, and compare its weights with those of an undisturbed run.
 
     python benchmarks/chaos.py --data URI [--kills 20] [--phases 1 2] [--interval 10] [--seed 0] [--out DIR]
 
-Half of the kills hit a worker (Ray starts the group anew), half the driver and all of its Ray (the same command is
-given again); the moment is random in steps and within a step. Each phase has its share of the kills and a run of its
-own. Prints a table: kills, recoveries, most steps repeated after one, weights equal bit by bit. Exit 1 if anything is
-not as promised. The network is small: what is measured is recovery, not arithmetic. CPU, two workers.
+Half of the kills hit a worker (Ray restarts the worker group), half hit the driver and its entire Ray (the same command
+is run again). The moment of a kill is random, both in steps and within a step. Each phase gets its share of the kills
+and its own run. The table shows kills, recoveries, the largest number of steps repeated after a kill, and whether the
+weights are bit-identical. The exit code is 1 if a kill or a recovery is missing, if the weights differ, or if more than
+one checkpoint interval was repeated. The network is small, because the benchmark tests recovery, not arithmetic. It
+runs two workers on the CPU.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ data: {data}
 """
 PHASE_2 = "objective: {name: reconstruction}\n"
 STUCK_S = 300.0
-"""Without a new step for so long, a run counts as lost."""
+"""A run counts as lost if it does not reach the awaited step within this time."""
 
 
 class Run:
-    """A training process, and the newest step it told."""
+    """A training process and the last step that it reported."""
 
     def __init__(self, workspace: Path, recipe: Path, overrides: list[str]) -> None:
         self.place = str(workspace / "runs" / overrides[0].removeprefix("name=") / "checkpoints")
@@ -68,7 +70,7 @@ class Run:
             self.result = told.get("result", self.result)
 
     def wait(self, step: int) -> bool:
-        """Until the run tells this step; False if it ended, or was stuck."""
+        """Wait until the run reports this step; return False if it ended or did not get there in time."""
         end = time.monotonic() + STUCK_S
         while self.step < step:
             if self.result is not None or time.monotonic() > end or self.process.poll() not in (None, -9):
@@ -77,7 +79,7 @@ class Run:
         return True
 
     def workers(self) -> list[psutil.Process]:
-        """Ray Train's workers below this driver."""
+        """Return Ray Train's worker processes among the descendants of this driver."""
         found = []
         with suppress(psutil.Error):
             for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -87,7 +89,7 @@ class Run:
         return found
 
     def _hold(self, workers: list[psutil.Process]) -> None:
-        """Stop the workers where they are until what they told has arrived: this is the moment of the kill."""
+        """Pause the workers until all steps they reported have arrived, so that the step of the kill is known."""
         for process in workers:
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGSTOP)
@@ -97,7 +99,11 @@ class Run:
             time.sleep(0.5)
 
     def kill(self, whom: str, rng: random.Random) -> tuple[int, int]:
-        """SIGKILL; returns the newest step before it and the step that the run will go on from."""
+        """Send SIGKILL; return the last step before it and the step that the run will resume from.
+
+        Raises:
+            RuntimeError: if no worker is running.
+        """
         workers = self.workers()
         if not workers:
             raise RuntimeError("no worker to kill")
@@ -126,7 +132,7 @@ class Run:
 
 
 def storm(run: Run, kills: int, interval: int, rng: random.Random) -> dict[str, int]:
-    """Kill `kills` times; what came of it."""
+    """Kill a run `kills` times; return the numbers of kills and recoveries, and the most steps repeated."""
     recovered, most_repeated, at = 0, 0, 0
     for number in range(kills):
         whom = ("worker", "driver")[number % 2]
@@ -142,7 +148,7 @@ def storm(run: Run, kills: int, interval: int, rng: random.Random) -> dict[str, 
 
 
 def one_phase(phase: int, args: argparse.Namespace, parent: str | None, kills: int) -> tuple[dict[str, Any], str]:
-    """A calm run, a stormy one, and the comparison; and the calm run's bundle."""
+    """Train an undisturbed and a disturbed run; return the table's row and the undisturbed run's bundle."""
     workspace = args.out.resolve()
     workspace.mkdir(parents=True, exist_ok=True)
     recipe = workspace / f"phase{phase}.yaml"
@@ -165,7 +171,7 @@ def one_phase(phase: int, args: argparse.Namespace, parent: str | None, kills: i
 
 
 def drive(workspace: str, recipe: str, *overrides: str) -> None:
-    """The training process: one JSON line for each report."""
+    """Train in this process, and print one JSON line for each progress report."""
     from animediffusion.pipelines.training import driver as training
     from animediffusion.pipelines.training.recipe import load_recipe
     from animediffusion.platform.cluster import connect as cluster
@@ -185,7 +191,7 @@ def drive(workspace: str, recipe: str, *overrides: str) -> None:
 
 
 def main() -> None:
-    """See the top of this file."""
+    """Run the benchmark described at the top of this file."""
     if sys.argv[1:2] == ["--drive"]:
         drive(*sys.argv[2:])
         return

@@ -1,6 +1,6 @@
-"""What several benchmarks need: the clock, the machine, training for a given time.
+"""Helpers for several benchmarks: clocks, hardware, training for a given time.
 
-Not a benchmark: it prints nothing.
+This module is not a benchmark itself.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ RECIPES: dict[str, list[tuple[str, float]]] = {
     "ours": [("phase1", 1.0)],
     "ours-2": [("phase1", 0.75), ("phase2", 0.25)],
 }
-"""Name -> recipes that follow each other, with their shares of the time. Any other name is a recipe of its own."""
+"""Maps a name to recipes that are trained one after the other, with their shares of the time. Any other name is itself
+a recipe."""
 NUM_TIMED = 12
-"""Steps that are timed to know how many there is time for."""
+"""Number of steps that are timed to estimate how many fit into the given time."""
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process's threads, together, on a CPU; of the wall on a GPU."""
+    """Return seconds: CPU time of all threads of this process on a CPU, wall-clock time on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -47,14 +48,14 @@ def clock(device: torch.device) -> float:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Most memory so far: of the process on a CPU, in tensors on a GPU."""
+    """Return the peak memory so far in MB: of the process on a CPU, of tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def matmul_flops(device: torch.device, repeats: int = 10) -> float:
-    """Operations per second of a large product of bf16 matrices; the best of some."""
+    """Return the floating-point operations per second of a large bf16 matrix product, the best of `repeats` runs."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     taken = []
@@ -66,7 +67,7 @@ def matmul_flops(device: torch.device, repeats: int = 10) -> float:
 
 
 def hardware(device: torch.device) -> str:
-    """The device by name."""
+    """Return the name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -75,7 +76,7 @@ def hardware(device: torch.device) -> str:
 
 
 def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole batches of a split that is in memory, in a new order every epoch."""
+    """Yield full batches of rows in memory without end, in a new order every epoch."""
     tensors = {key: torch.from_numpy(value).to(device) for key, value in rows.items() if key != "id"}
     generator = torch.Generator().manual_seed(config.seed)
     size = min(config.batch_size, len(rows["target"]))
@@ -89,7 +90,7 @@ def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> 
 def train(
     config: TrainConfig, start: Denoiser | None, rows: dict[str, Any], seconds: float, device: torch.device
 ) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged model after `seconds`, and what the training took."""
+    """Train for `seconds`; return the averaged model, and steps, images, seconds and parameters of the training."""
     torch.manual_seed(config.seed)
     denoiser = start or config.bundle_config(rows["target"].shape[1]).build().to(device)
     denoiser.train().requires_grad_(True)
@@ -119,7 +120,7 @@ def train(
 
 
 def drawn(count: int, size: int, first: int = 0) -> dict[str, Any]:
-    """Faces drawn by the platform, with all pictures of a row."""
+    """Draw faces, with all images of a row."""
     faces = [make_row(0, first + index, size) for index in range(count)]
     arrays = {name: np.stack([getattr(row, name) for row in faces]) for name in faces[0]._fields}
     return arrays | {flag: np.ones(count, bool) for flag in ("has_sketch", "has_reference", "has_cross")}

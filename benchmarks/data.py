@@ -1,21 +1,22 @@
-"""From stored pictures to training: ingest, the stream, ready batches beside the authors' loader, and what a run loses.
+"""Measure the data path: ingest, training stream, batches compared with the authors' loader, overhead in training.
 
-    pip install opencv-python-headless torchvision                      # which the authors' loader needs
+    pip install opencv-python-headless torchvision                      # requirements of the authors' loader
     git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
     python benchmarks/data.py [--authors PATH_OF_CLONE] [--source FOLDER] [--parts stream batches training ray]
 
-Without --source, pictures of 256 px are drawn. Everything is done from a local folder and through S3 (moto, a Python
-process on loopback and on the same cores, so S3 is a lower bound).
+Without --source, images of 256 px are drawn. Data is read from a local folder and through S3 (moto, a Python process on
+loopback and on the same cores, so the S3 rates are lower bounds). The parts are:
 
-- stream: files/s of ingest; rows/s of the training stream with two consumers that decode, after their first batch,
-  which waits for Ray. By the wall's clock, both cores.
-- batches: rows/s of one core (processor time, one thread) until a batch can be trained on. Ours reads Parquet, decodes,
-  and makes batches as `phase1` does: line art, warps, colors. Theirs is their Dataset in a DataLoader: it decodes a
-  picture and its line art of 256 px, both JPEG, warps at 256 px, and resizes. The sides take turns.
-- training: steps of `phase1` on rows that are read, beside steps on one batch that is kept; one core, no Ray, in turn.
-- ray: images/s that `animediffusion train phase1` reports with one and with two workers, and the share of the time it
-  waits for rows; beside as many bare processes on a kept batch (two under DDP, as in the run), before and after. By the
-  wall's clock: needs an idle machine.
+- stream: files/s of ingest, and rows/s of the training stream with two decoding consumers. The rate excludes the first
+  batch, which waits for Ray. This part uses wall-clock time and both cores.
+- batches: rows/s of one core (CPU time, one thread) for batches that are ready to train on. Our side reads Parquet,
+  decodes, and augments as `phase1` does: line art, warps, colors. The authors' side is their Dataset in a DataLoader,
+  which decodes an image and its line art of 256 px, both JPEG, warps at 256 px, and resizes. The sides run alternately.
+- training: steps of `phase1` on rows that are read, compared with steps on one batch kept in memory. They run
+  alternately on one core, without Ray.
+- ray: images/s that `animediffusion train phase1` reports with one and with two workers, and the fraction of time that
+  it waits for rows. They are compared with as many plain processes on a batch kept in memory (two of them under DDP, as
+  in the run), measured before and after. This part uses wall-clock time and needs an idle machine.
 """
 
 from __future__ import annotations
@@ -64,18 +65,18 @@ from animediffusion.platform.network import why_unreachable
 WORLD_SIZE = 2
 BATCH_ROWS = 16
 VISIT_ROWS = 256
-"""Rows of a read without Ray; a training run reads more at a time."""
+"""Rows per read block without Ray; a training run reads larger blocks."""
 THEIR_SIZE = 256
-"""Side of the pictures that the authors' loader reads (config/anime.json)."""
+"""Side in pixels of the images that the authors' loader reads (config/anime.json)."""
 PARTS = ("stream", "batches", "training", "ray")
 
 
 @ray.remote(num_cpus=0)
 class Rank:
-    """A consumer that decodes what it gets and does nothing with it."""
+    """A consumer that decodes its batches and discards them."""
 
     def take(self, shard: Any, num_rows: int) -> tuple[float, float]:
-        """Seconds until the first batch, and rows per second from there on."""
+        """Return the seconds until the first batch, and the rows per second after it."""
         begun, started, taken = time.perf_counter(), 0.0, 0
         for batch in shard.iter_batches(batch_size=BATCH_ROWS, drop_last=True, prefetch_batches=4):
             decode_rows(batch)
@@ -89,14 +90,14 @@ class Rank:
 
 
 def time_ingest(source: str, destination: str, size: int) -> tuple[Manifest, float]:
-    """The dataset, and files per second."""
+    """Ingest a source; return the dataset's manifest and the files per second."""
     started = time.perf_counter()
     manifest = ingest(source, destination, size)
     return manifest, manifest.num_files / (time.perf_counter() - started)
 
 
 def time_stream(uri: str, num_rows: int) -> tuple[float, float]:
-    """Seconds until the first batch, and rows per second of all ranks together."""
+    """Return the seconds until the first batch, and the rows per second of all ranks together."""
     rows = training_dataset(uri, seed=0, world_size=WORLD_SIZE, num_rows=num_rows)
     ranks = [Rank.remote() for _ in range(WORLD_SIZE)]
     shards = rows.streaming_split(WORLD_SIZE, equal=True)
@@ -105,7 +106,7 @@ def time_stream(uri: str, num_rows: int) -> tuple[float, float]:
 
 
 def decoded(uri: str, batch_rows: int) -> Iterator[Rows]:
-    """Batches of a dataset in the order of training, without Ray: read as a read task does, then decoded."""
+    """Yield decoded batches of a dataset in the order of training, read like a Ray read task but without Ray."""
     shards = Manifest.load(uri).split("train").shards
     stream = Stream(tuple(shard.rows for shard in shards), 0, VISIT_ROWS)
     for number in itertools.count():
@@ -117,14 +118,14 @@ def decoded(uri: str, batch_rows: int) -> Iterator[Rows]:
 
 
 def our_batches(uri: str) -> Iterator[object]:
-    """What a step of `phase1` trains on."""
+    """Yield the batches that steps of `phase1` train on."""
     augment = load_recipe("phase1").augment
     for step, rows in enumerate(decoded(uri, BATCH_ROWS)):
         yield make_batch(rows, augment, step_generator(0, step, 0))
 
 
 def their_batches(clone: str, folder: Path, size: int) -> Iterator[object]:
-    """What their DataLoader gives, in this process."""
+    """Yield the batches of the authors' DataLoader, which runs in this process."""
     sys.path.insert(0, clone)
     import cv2
     from data import Anime  # type: ignore[import-not-found]
@@ -137,12 +138,12 @@ def their_batches(clone: str, folder: Path, size: int) -> Iterator[object]:
 
 
 def write_their_files(source: str, folder: Path, limit: int) -> None:
-    """reference/N.jpg and condition/N.jpg of 256 px: pictures of a folder, and line art as the authors make it."""
+    """Write reference/N.jpg and condition/N.jpg of 256 px: images of a folder, and line art as the authors make it."""
     for name in ("reference", "condition"):
         (folder / name).mkdir(parents=True)
     kinds = (".jpg", ".jpeg", ".png", ".webp")
     found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in kinds]
-    # A drawn dataset has four pictures a row.
+    # A drawn dataset has four images per row, of which only the targets are used.
     targets = [path for path in found if path.parent.name == "target"] or found
     for number, path in enumerate(targets[:limit]):
         picture = fit_square(decode_rgb(path.read_bytes()), THEIR_SIZE)
@@ -152,7 +153,7 @@ def write_their_files(source: str, folder: Path, limit: int) -> None:
 
 
 def in_turn(sides: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
-    """Rows per second of processor time of each side; a first turn is not counted."""
+    """Run the sides alternately; return each side's rows per second of CPU time, without its first turn."""
     seconds, rows = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
     for turn, (name, work) in itertools.product(range(turns + 1), sides.items()):
         begun = time.process_time()
@@ -173,7 +174,7 @@ def _taker(batches: Iterator[object]) -> Callable[[], int]:
 
 
 def time_batches(places: dict[str, str], clone: str | None, their_files: Path, size: int, turns: int) -> list[str]:
-    """Table rows: rows per second of one core, ready to train on."""
+    """Return table lines: rows per second of one core, in batches that are ready to train on."""
     sides = {f"ours, {name}": _taker(our_batches(uri)) for name, uri in places.items()}
     if clone:
         sides["theirs, local"] = _taker(their_batches(clone, their_files, size))
@@ -186,7 +187,7 @@ def time_batches(places: dict[str, str], clone: str | None, their_files: Path, s
 
 
 class Trainer:
-    """Steps of `phase1` on the batches of some source."""
+    """Trains `phase1` on batches from any source."""
 
     def __init__(self, size: int, batch_rows: int | None = None) -> None:
         self.config = load_recipe("phase1", ["max_steps=1000000"])
@@ -197,7 +198,7 @@ class Trainer:
         self.objective = self.config.objective.build(self.state.denoiser, sampler, 0)
 
     def steps(self, batches: Iterator[Rows], count: int) -> int:
-        """Make them; the number of rows."""
+        """Run `count` steps and return the number of rows trained on."""
         until = self.state.step + count
         augment = self.config.augment
         fit(self.state, self.objective, batches, until, lambda _: None, augment=augment, seed=0)
@@ -205,7 +206,7 @@ class Trainer:
 
 
 def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
-    """Table rows: images per second of one core, from each place and from one kept batch."""
+    """Return table lines: images per second of one core, from each store and from one batch kept in memory."""
     trainer = Trainer(size)
     kept = itertools.repeat(next(decoded(next(iter(places.values())), trainer.batch_rows)))
     sources: dict[str, Iterator[Rows]] = {"one kept batch": kept}
@@ -220,7 +221,10 @@ def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
 
 
 def bare_rate(uri: str, size: int, steps: int, workers: int, common_gradients: bool = False) -> float:
-    """Images per second by the wall's clock on one kept batch, of as many processes as the verb has workers."""
+    """Return images per second (wall clock) of plain processes, one per worker, on one batch kept in memory.
+
+    With common_gradients the processes train under DDP.
+    """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(workers) as pool:
         meeting = f"file://{folder}/meeting" if common_gradients else None
@@ -241,7 +245,7 @@ def _bare_process(uri: str, size: int, steps: int, workers: int, rank: int, meet
 
 
 def verb_rate(uri: str, steps: int, workers: int, workspace: str) -> tuple[float, float]:
-    """Images per second in the second half of a run of `train`, and the share of the time that it waits for rows."""
+    """Run `train`; return images per second in its second half, and the fraction of time that it waits for rows."""
     command = [sys.executable, "-m", "animediffusion", "--json", "--workspace", workspace, "train", "phase1"]
     settings = [f"data={uri}", f"max_steps={2 * steps}", f"log_every={steps}", "num_samples=0"]
     done = subprocess.run(
@@ -252,7 +256,7 @@ def verb_rate(uri: str, steps: int, workers: int, workspace: str) -> tuple[float
 
 
 def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
-    """Table rows: the verb beside bare processes with the same gradients, which take turns; then each alone."""
+    """Return table lines: the `train` command compared with plain processes that share gradients or do not."""
     lines = []
     for workers in (1, WORLD_SIZE):
         common = workers > 1
@@ -268,7 +272,7 @@ def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """An S3 server in a process of its own, with one bucket that the AWS variables lead to."""
+    """Run an S3 server with one bucket in its own process, and point the AWS environment variables to it."""
     port = 5000 + os.getpid() % 20_000
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -289,7 +293,7 @@ def s3_server() -> Iterator[str]:
 
 
 def make_datasets(source: str, folder: str, size: int) -> tuple[dict[str, str], dict[str, tuple[Manifest, float]]]:
-    """Where the dataset of that size is in each store, and how fast it came there."""
+    """Ingest a dataset of this size into each store; return its URIs, and manifests with files per second."""
     places = {"local": f"{folder}/dataset-{size}", "S3": f"s3://bench/dataset-{size}"}
     return places, {name: time_ingest(source, place, size) for name, place in places.items()}
 
@@ -301,7 +305,7 @@ def show(title: str, header: str, lines: list[str]) -> None:
 
 
 def measure(args: argparse.Namespace, folder: str) -> None:
-    """The parts, one after the other."""
+    """Run the selected parts one after the other."""
     source = args.source or f"{folder}/drawn"
     if not args.source:
         synthesize(source, args.pictures, THEIR_SIZE)

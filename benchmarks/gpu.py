@@ -1,23 +1,23 @@
-"""A GPU in one command: first whether everything is right on it, then how fast, then a training run on pictures.
+"""Test a GPU with one command: correctness of the computations, then speed, then training on images.
 
     PYTHONPATH=src python benchmarks/gpu.py [--pictures FOLDER] [--authors PATH_OF_CLONE] [--seconds 100] [--parts ...]
         [--device cuda|cpu] [--out DIR]
 
-Without PYTHONPATH where the package is installed. Needs torch 2.10 or later, numpy, safetensors, kornia, pydantic,
-PyYAML and pillow; xformers is measured where it works. It needs neither Ray nor MLflow.
+If the package is installed, PYTHONPATH is not needed. The requirements are torch 2.10 or later, numpy, safetensors,
+kornia, pydantic, PyYAML and pillow, but neither Ray nor MLflow. xformers is measured if it works. The parts are:
 
-    trains     a training step of each recipe here and on the CPU: every parameter moves, and alike
-    right      attention backends, bf16 and the engine against float32 and the same request alone
-    attention  forward and backward of each backend at the networks' shapes
-    training   images/s of our networks, and of the authors' as we train it: float32, bf16, xformers, compiled; with
-               --authors also beside their code (training.py)
-    sampling   latency of one picture by steps
-    engine     pictures/s of the serving engine by places in its batch
-    faces      recipes trained for --seconds each on FOLDER/train, measured on FOLDER/val; a picture and a bf16 bundle
+    trains     compare training steps of each recipe with a CPU: the same parameters change, by about the same amount
+    right      compare attention backends, bf16 and the engine with float32 and with requests sampled alone
+    attention  time forward and backward of each backend at the networks' shapes
+    training   images/s of our networks and of the authors' network in our code: float32, bf16, xformers, compiled; with
+               --authors also a comparison with their code (training.py)
+    sampling   latency of one image by number of steps
+    engine     images/s of the serving engine by number of slots in its batch
+    faces      train recipes for --seconds each on FOLDER/train, measure on FOLDER/val, write an image and a bf16 bundle
 
-If something is not right, the first two parts end the run with exit status 1. FOLDER holds square pictures of one
-size, in subfolders train and val; without it faces are drawn. OUT gets report.md, the picture and the bundle. On a CPU
-everything is smaller, so that the command can be tried before a GPU is paid for.
+If a part finds an error, the run ends after it with exit code 1. FOLDER contains square images of one size in the
+subfolders train and val; without it, faces are drawn. The output folder gets report.md, the image and the bundle. On a
+CPU all sizes are smaller, so that the command can be tried before paying for a GPU.
 """
 
 from __future__ import annotations
@@ -61,32 +61,35 @@ except ImportError as error:
 HERE = Path(__file__).parent
 PARTS = ("trains", "right", "attention", "training", "sampling", "engine", "faces")
 FACES = ("flow-v", "flow-x0", "ours", "ours-2")
-"""Rows of common.RECIPES."""
+"""Keys of common.RECIPES that the part faces trains."""
 BUNDLE = "ours-2"
 STEPS = (1, 4, 10, 25)
 PLACES = (1, 2, 4, 8, 16, 32)
 CHUNK, PICTURES = 50, 6
 TRAINED_STEPS = 3
-"""The first step moves the last layers alone: the others have no gradient while those are zero."""
+"""Several steps are needed: the first one changes only the last layers, because all other gradients are zero as long as
+the last layers' weights are."""
 MOST_GRADIENT_ERROR, MOST_UPDATE_ERROR = 0.05, 0.2
-"""Of TF32 against float32, relative; AdamW's first updates are signs, which rounding may turn where a gradient is 0."""
+"""Largest relative errors of TF32 compared with float32. AdamW's first updates depend on the gradient's sign, which
+rounding can flip where the gradient is near 0."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Amount of work to measure."""
 
     trained: tuple[str, ...]
-    """Recipes whose steps are compared with a CPU's."""
+    """Recipes whose steps are compared with those on a CPU."""
     networks: tuple[tuple[str, int, int], ...]
-    """(recipe, px, rows) of training."""
+    """(recipe, px, rows) of each network in the part training."""
     served: tuple[str, int]
-    """(recipe, px) of sampling and the engine."""
+    """(recipe, px) of the parts sampling and engine."""
     places: tuple[int, ...]
+    """Numbers of slots in the engine's batch."""
     repeats: int
     rows: int
-    """Drawn faces, where no pictures are given."""
+    """Number of faces to draw if no folder of images is given."""
 
 
 ON_GPU = Scale(
@@ -111,7 +114,7 @@ ON_CPU = Scale(
 
 
 class Bench:
-    """The device, and what is printed about it."""
+    """The device under test, the settings and the report."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -122,11 +125,11 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether there is one."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def backends(self, dtype: torch.dtype) -> tuple[Backend, ...]:
-        """Of attention, that can train in this dtype here."""
+        """Return the attention backends that can train in this dtype on this device."""
         small = torch.zeros(1, 64, 1, 64, dtype=dtype, device=self.device, requires_grad=True)
         try:
             use_attention("xformers")
@@ -138,19 +141,19 @@ class Bench:
         return ("sdpa", "xformers")
 
     def show(self, text: str) -> None:
-        """Print it, and keep it in OUT/report.md, so that a run that is cut off leaves what it had."""
+        """Print text and write it to report.md at once, so that an interrupted run keeps its results."""
         print(f"{text}\n", flush=True)
         self.report.append(f"{text}\n")
         (self.args.out / "report.md").write_text("\n".join(self.report))
 
     def check(self, what: str, found: float, most: float) -> None:
-        """One line on something that must be small."""
+        """Report a value that must not exceed a limit, and record a failure if it does."""
         good = found <= most
         self.failed += [] if good else [what]
         self.show(f"- {what}: {found:.2g}, at most {most:g}: {'yes' if good else 'NO'}")
 
     def seconds(self, work: Callable[[], object], warm: int = 3) -> float:
-        """The median time of a call."""
+        """Return the median time of a call, after some untimed calls."""
         taken = []
         for call in range(warm + self.scale.repeats):
             begun = clock(self.device)
@@ -160,14 +163,14 @@ class Bench:
 
 
 def trains(bench: Bench) -> None:
-    """Whether some steps here are those of a CPU: the same weights, rows and random numbers, in float32."""
+    """Check that training steps agree with those on a CPU: same weights, rows and random numbers, in float32."""
     bench.show(f"**Does it train**: {TRAINED_STEPS} steps of each recipe here and on a CPU")
     for recipe in bench.scale.trained:
         start, there = _trained(bench, recipe, torch.device("cpu"))
         _, here = _trained(bench, recipe, bench.device)
         moved = [{name for name in start if not torch.equal(start[name], end[name])} for end in (there, here)]
         gradients = [name for name in there if name.startswith(("optimizer.exp_avg.", "optimizer.momentum_buffer."))]
-        # The memory of a first-order optimizer is a sum of gradients; one of rounding errors alone counts for little.
+        # An optimizer's moments are sums of gradients. The floor keeps moments of mere rounding errors from counting.
         usual = torch.stack([there[name].float().square().mean() for name in gradients]).mean().sqrt()
         errors = [_relative(here[name], there[name], 1e-2 * float(usual)) for name in gradients]
         updates = [torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in (here, there)]
@@ -179,7 +182,7 @@ def trains(bench: Bench) -> None:
 def _trained(
     bench: Bench, recipe: str, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights before, and weights and optimizer after, on the host."""
+    """Train some steps; return the weights before, and the weights and optimizer state after, on the host."""
     size, rows = (64, 8) if bench.on_gpu else (32, 4)
     config = load_recipe(recipe, ["optimizer.precision=fp32", "max_steps=1000"])
     torch.manual_seed(0)
@@ -191,7 +194,7 @@ def _trained(
     made: dict[int, torch.Generator] = {}
 
     def draw(seed: int, step: int, rank: int, *_: Any) -> torch.Generator:
-        # One for a step, as on a CPU; on a GPU fit() asks for a second one, of the device.
+        # Use one generator per step, as on a CPU; on a GPU fit() requests a second one for the device.
         return made.setdefault(step, step_generator(seed, step, rank))
 
     on_host = mock.patch.object(training, "step_generator", draw)
@@ -201,10 +204,10 @@ def _trained(
 
 
 class DrawnOnTheHost(TorchFunctionMode):
-    """Random numbers come from the generator's device, wherever they are asked for: a GPU's own are others."""
+    """Draws random numbers on the generator's device and then moves them; a GPU's own numbers would differ."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Draw, then move."""
+        """Draw on the generator's device, then move the result to the requested device."""
         kwargs = dict(kwargs or {})
         if kwargs.get("generator") is None or "device" not in kwargs:
             return func(*args, **kwargs)
@@ -213,19 +216,19 @@ class DrawnOnTheHost(TorchFunctionMode):
 
 
 def _relative(found: torch.Tensor, truth: torch.Tensor, floor: float = 0.0) -> float:
-    """The root mean square of the error, over that of the truth."""
+    """Return the root mean square of the error, divided by that of the truth plus `floor`."""
     error, size = (x.float().square().mean().sqrt() for x in (found - truth, truth))
     return float(error / (size + floor))
 
 
 def right(bench: Bench) -> None:
-    """Whether fast ways give what slow ones give."""
+    """Check that fast computations agree with slow, exact ones."""
     bench.show("**Is it right**")
     for shape in _attention_shapes(bench):
         query, key, value = (x.double() for x in _qkv(bench, shape, torch.float32))
         weights = torch.softmax(torch.einsum("bmhk,bnhk->bhmn", query * query.shape[-1] ** -0.5, key), -1)
         truth = torch.einsum("bhmn,bnhk->bmhk", weights, value)
-        # On a GPU float32 products are TF32's.
+        # On a GPU, float32 products are computed in TF32.
         for dtype, most in ((torch.float32, 5e-3 if bench.on_gpu else 1e-4), (torch.bfloat16, 3e-2)):
             for backend in bench.backends(dtype):
                 use_attention(backend)
@@ -254,7 +257,7 @@ def right(bench: Bench) -> None:
 
 
 def attention_table(bench: Bench) -> None:
-    """Forward and backward by backend and shape."""
+    """Time attention forward and backward by shape and backend."""
     lines = ["| attention, [rows, queries, keys, heads, channels] | bf16, ms | times sdpa |", "|---|---|---|"]
     for shape in _attention_shapes(bench):
         taken = {}
@@ -268,7 +271,7 @@ def attention_table(bench: Bench) -> None:
 
 
 def training_table(bench: Bench) -> None:
-    """Images/s of each network, in each way it can be trained."""
+    """Measure images/s of each network in each training mode."""
     peak = matmul_flops(bench.device)
     bench.show(f"bf16 matrix products: {peak / 1e12:,.2f} TFLOP/s. The share is of that.")
     lines = [
@@ -281,10 +284,10 @@ def training_table(bench: Bench) -> None:
             name = ", ".join([recipe, precision, backend] + ["compiled"] * compiled)
             try:
                 seconds, counted, memory = _training_step(bench, recipe, size, rows, precision, backend, compiled)
-            except ValueError as error:  # no compiler, for example
+            except ValueError as error:  # For example, no compiler is installed.
                 bench.show(f"{name}, {size} px: {error}")
                 continue
-            # Of the first, with torch's own attention, which the counter sees all of.
+            # Use the count of the first mode: with torch's own attention the counter sees all operations.
             slow, flops = slow or seconds, flops or counted
             share = f"{flops / seconds / peak:.2f}" if precision == "bf16" else ""
             line = (
@@ -311,7 +314,7 @@ def _ways(bench: Bench) -> Iterator[tuple[str, Backend, bool]]:
 def _training_step(
     bench: Bench, recipe: str, size: int, rows: int, precision: str, backend: Backend, compiled: bool
 ) -> tuple[float, float, float]:
-    """Seconds, floating-point operations and peak memory of a step."""
+    """Return the seconds, floating-point operations and peak memory (MB) of a training step."""
     use_attention(backend)
     config = load_recipe(recipe, [f"optimizer.precision={precision}", "max_steps=1000000"])
     denoiser = config.bundle_config(size).build().to(bench.device)
@@ -338,7 +341,7 @@ def _training_step(
 
 
 def sampling_table(bench: Bench) -> None:
-    """Latency of one picture."""
+    """Measure the latency of one image by number of steps."""
     recipe, size = bench.scale.served
     denoiser = _bundle(bench, recipe, size).denoiser.to(bench.device)
     batch = build(drawn(2, size), "same", range(1))
@@ -354,7 +357,7 @@ def sampling_table(bench: Bench) -> None:
 
 
 def engine_table(bench: Bench) -> None:
-    """Pictures a second of requests that are all there at once, by places; bf16 weights."""
+    """Measure images/s of requests that all arrive together, by number of batch slots, with bf16 weights."""
     recipe, size = bench.scale.served
     lines = [
         f"| engine, {recipe}, {size} px, bf16, 4 steps, places | pictures/s | times one place | turn, ms |",
@@ -386,7 +389,7 @@ def engine_table(bench: Bench) -> None:
 
 
 def faces_table(bench: Bench) -> None:
-    """Recipes, each trained for the same time."""
+    """Train each recipe for the same time and measure its results."""
     rows, val = _faces(bench)
     size = rows["target"].shape[1]
     lines = [
@@ -426,7 +429,10 @@ def faces_table(bench: Bench) -> None:
 
 
 def _attention_shapes(bench: Bench) -> list[tuple[int, int, int, int, int]]:
-    """[rows, queries, keys, heads, channels]: phase1's at 64 px, small's at 128, the authors' bottleneck at 256."""
+    """Return shapes [rows, queries, keys, heads, channels] to measure.
+
+    On a GPU they are those of phase1 at 64 px, of small at 128 px and of the authors' bottleneck at 256 px.
+    """
     if not bench.on_gpu:
         return [(4, 64, 128, 2, 64)]
     return [(64, 64, 320, 2, 64), (64, 256, 1280, 4, 64), (16, 1024, 1024, 4, 128)]
@@ -440,7 +446,7 @@ def _qkv(bench: Bench, shape: tuple[int, int, int, int, int], dtype: torch.dtype
 
 
 def _bundle(bench: Bench, recipe: str, size: int, dtype: torch.dtype = torch.float32) -> Bundle:
-    """A network with the random weights of a fixed seed, as a server loads it."""
+    """Load a network with random weights of a fixed seed as a server would."""
     torch.manual_seed(0)
     config: BundleConfig = load_recipe(recipe).bundle_config(size)
     folder = bench.args.out / "untrained"
@@ -452,7 +458,7 @@ def _bundle(bench: Bench, recipe: str, size: int, dtype: torch.dtype = torch.flo
 def _sample(
     denoiser: Denoiser, batch: Any, noise: torch.Tensor, device: torch.device | str, precision: str, steps: int
 ) -> torch.Tensor:
-    """uint8 [B, S, S, 3] on the CPU."""
+    """Sample images, returned as uint8 [B, S, S, 3] on the CPU."""
     parts = []
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     for start in range(0, len(noise), CHUNK):
@@ -465,13 +471,13 @@ def _sample(
 
 
 def _psnr(images: torch.Tensor, truths: torch.Tensor) -> float:
-    """The mean over pictures, dB."""
+    """Return the PSNR in dB, averaged over images."""
     error = ((images.float() - truths.float()) / 255).square().mean((1, 2, 3))
     return float((-10 * error.clamp(min=1e-10).log10()).mean())
 
 
 def _faces(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rows to train on and to measure on."""
+    """Return the rows for training and for measuring."""
     if bench.args.pictures is None:
         size = 128 if bench.on_gpu else 32
         return drawn(bench.scale.rows, size), drawn(CHUNK if bench.on_gpu else PICTURES, size, bench.scale.rows)
@@ -480,7 +486,7 @@ def _faces(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _pictures(folder: Path) -> dict[str, Any]:
-    """A folder as rows that have a target only."""
+    """Read a folder of images as rows that have only a target."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(f"error: {folder}: no pictures; give a folder with train and val")
@@ -499,7 +505,7 @@ TABLES = dict(
 
 
 def main() -> None:
-    """Run the parts; exit with 1 if something is not right."""
+    """Run the parts; exit with 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--pictures", type=Path, help="folder with train and val; drawn faces if left out")
@@ -513,7 +519,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     args.seconds = args.seconds or (100 if bench.on_gpu else 5)
-    numerics = choose_numerics(bench.device)  # those of production
+    numerics = choose_numerics(bench.device)  # The same setting as in training and serving.
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, float32 products in {numerics}"
     if bench.on_gpu:
         versions += f", CUDA {torch.version.cuda}, attention {explain_attention()}"

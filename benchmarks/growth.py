@@ -1,10 +1,11 @@
-"""How the cost of a step grows with image size, rows, and workers.
+"""Measure how the cost of a training step grows with image size, rows and workers.
 
     python benchmarks/growth.py [--recipe phase1] [--sizes 32 64 128] [--rows 1 4 16 32] [--repeats 8]
 
-Drawn faces, one thread, processor time, so that other work on the machine counts little. Sizes have 8 rows, rows have
-64 px. With two workers each has 16 rows, as a step of 32 gives them, under DDP with gloo on one machine; a worker's
-time then includes its share of the all-reduce, but no waiting.
+The benchmark trains on drawn faces with one thread and measures CPU time, which other work on the machine hardly
+affects. The table of sizes uses 8 rows, and the table of rows uses 64 px. In the table of workers each worker has 16
+rows, so two workers share a step of 32 rows, under DDP with gloo on one machine; a worker's time includes its share of
+the all-reduce, but no waiting.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ SIZE, ROWS, WORKER_ROWS = 64, 8, 16
 
 
 def drawn_rows(count: int, size: int) -> Rows:
-    """Decoded rows of drawn faces."""
+    """Return decoded rows of drawn faces."""
     drawn = [make_row(0, index, size) for index in range(count)]
     rows = {name: torch.from_numpy(np.stack([getattr(row, name) for row in drawn])) for name in drawn[0]._fields}
     return rows | {flag: torch.ones(count, dtype=torch.bool) for flag in ("has_sketch", "has_reference", "has_cross")}
 
 
 def step_seconds(recipe: str, size: int, rows: int, repeats: int, rank: int = 0, world_size: int = 1) -> float:
-    """Median processor time of a step of this process."""
+    """Return the median CPU time of a training step in this process."""
     torch.set_num_threads(1)
     config = load_recipe(recipe, ["max_steps=1000000"])
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def _worker(rank: int, world_size: int, port: int, recipe: str, repeats: int, fo
 
 
 def worker_seconds(recipe: str, world_size: int, repeats: int) -> float:
-    """Of a step, the mean of the workers."""
+    """Return the CPU time of a step, averaged over the workers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

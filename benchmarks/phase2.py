@@ -1,14 +1,14 @@
-"""A step of phase 2, ours beside the authors', on the authors' network: CPU time, activations, memory of the process.
+"""Compare a step of phase 2 with the authors' on the authors' network: CPU time, activations, process memory.
 
     git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
     python benchmarks/phase2.py --authors PATH_OF_CLONE
 
-Theirs: their classes, fix_forward and ten differentiated steps. Ours: the objective of the recipe
-animediffusion-phase2, through its sampler; how many steps are differentiated is drawn per step, so both cases are
-measured and half of each counts. A step is forward and backward, in float32. Memory is measured in processes of their
-own. Activations are what autograd has saved at the worst moment, weights not counted; what a checkpointed pass saves
-while it is repeated (K = 2) the hooks do not see, the process's peak does: it includes everything. Exits with 1 if a
-target is missed.
+The authors' side uses their classes: fix_forward and ten differentiated steps. Our side is the objective of the recipe
+animediffusion-phase2 with its sampler. It draws the number K of differentiated steps (1 or 2) per training step, so
+both cases are measured: their times are averaged, and of their memory the larger counts. A step is forward and backward
+in float32. Memory is measured in a separate process for each side. Activations are the most that autograd holds at a
+time, without weights. The hooks do not see activations that a checkpointed pass saves while it is recomputed (K = 2);
+the peak of the process includes everything. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIDES = ("theirs", "ours, K = 1", "ours, K = 2")
 
 
 def make_step(side: str, clone: str, size: int, rows: int) -> Callable[[], None]:
-    """A function that makes one step: forward and backward, gradients dropped."""
+    """Return a function that runs one step: forward and backward, then clear the gradients."""
     generator = torch.Generator().manual_seed(0)
     target, sketch, reference = (torch.rand(rows, c, size, size, generator=generator) * 2 - 1 for c in (3, 1, 3))
     if side == "theirs":
@@ -76,20 +76,20 @@ def _our_step(differentiated: int, batch: Batch) -> Callable[[], None]:
 
 
 class Meter:
-    """Counts the bytes that autograd holds, each storage once; used around a step."""
+    """Counts the bytes that autograd holds during a step, each storage once."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
         self.holders: dict[int, int] = {}
 
     def measure(self, step: Callable[[], None]) -> float:
-        """The most that was held at a time, MB."""
+        """Run a step and return the most that autograd held at a time, in MB."""
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(self, tensor), lambda held: held.tensor):
             step()
         return self.peak / 1e6
 
     def add(self, storage: torch.UntypedStorage, change: int) -> None:
-        """A tensor of this storage is saved (1) or let go (-1)."""
+        """Record that a tensor of this storage was saved (1) or released (-1)."""
         key = storage.data_ptr()
         before = self.holders.get(key, 0)
         self.holders[key] = before + change
@@ -103,7 +103,7 @@ class Meter:
 class _Held:
     def __init__(self, meter: Meter, tensor: Tensor) -> None:
         self.tensor = tensor
-        # Weights, their reshaped views included, are there anyway.
+        # Weights and their reshaped views need no additional memory.
         self.counts = not (tensor.is_leaf and tensor.requires_grad) and not _is_weight(tensor)
         self.meter = meter
         if self.counts:
@@ -120,7 +120,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def memory(side: str, clone: str, size: int, rows: int) -> dict[str, float]:
-    """Of one side in this process, which made nothing else: MB."""
+    """Return the memory in MB of one side; this process must not have run anything else."""
     step = make_step(side, clone, size, rows)
     step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -137,7 +137,10 @@ def _memory_apart(side: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def seconds(clone: str, size: int, rows: int, repeats: int) -> dict[str, float]:
-    """Median CPU time of a step of each side, the sides in turn; other processes on the machine do not count."""
+    """Run the sides alternately; return the median CPU time of a step of each side.
+
+    CPU time does not include other processes on the machine.
+    """
     steps = {side: make_step(side, clone, size, rows) for side in SIDES}
     taken: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(repeats):
@@ -149,12 +152,12 @@ def seconds(clone: str, size: int, rows: int, repeats: int) -> dict[str, float]:
 
 
 def table(found: dict[str, dict[str, float]]) -> tuple[str, bool]:
-    """Markdown, and whether all targets are met."""
+    """Return the table as Markdown, and whether all targets are met."""
     lines = ["| | theirs | ours, K = 1 | ours, K = 2 | ours / theirs | target | ok |", "|---|---|---|---|---|---|---|"]
     passed = True
     for what, target in TARGETS.items():
         theirs, one, two = (found[side][what] for side in SIDES)
-        # K is drawn evenly, so times average; memory has to hold for the worse.
+        # Both values of K are equally likely, so times are averaged; memory must suffice for the larger K.
         ours = (one + two) / 2 if what.startswith("CPU") else max(one, two)
         passed &= ours / theirs <= target
         ok = "yes" if ours / theirs <= target else "NO"
@@ -165,7 +168,7 @@ def table(found: dict[str, dict[str, float]]) -> tuple[str, bool]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--authors", required=True, help="clone of the authors' repository")
     parser.add_argument("--size", type=int, default=64)

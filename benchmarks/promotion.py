@@ -1,14 +1,14 @@
-"""Promotion under load: requests never pause while a version is promoted, a broken one forced in, and rolled back.
+"""Test promotion under load: requests continue while a version is promoted, a broken one is forced in, and rolled back.
 
     python benchmarks/promotion.py [--requests 1000] [--clients 6] [--out FILE]
 
-One replica in this process, with its engines and the thread that follows a real embedded registry, as on Ray Serve; no
-HTTP. The model is the network of the recipe phase1 with random weights, at 64 px; steps are drawn from 4, 8 and 16.
-There are fewer clients than places in the batch, so nobody waits for one: what a request takes beyond its steps times
-the turn that was typical then is a stall, counted in such turns. A request belongs to an event if it ran between the
-move of the alias and two seconds after the replica had settled. The clock is the wall's: other work on the machine
-shows.
-Exits with 1 if a request failed.
+One replica runs in this process with its engines and the thread that follows a real embedded registry, as on Ray Serve,
+but without HTTP. The model is the network of the recipe phase1 with random weights, at 64 px; the steps of a request
+are drawn from 4, 8 and 16. There are fewer clients than slots in the batch, so no request waits for a slot. A turn is
+one network evaluation of the batch. A stall is the time of a request beyond its number of steps times the typical
+turn at that time, counted in such turns. A request belongs to an event if it ran between the move of the alias and two
+seconds after the replica had settled. Times are wall-clock times, so other work on the machine affects them.
+The exit code is 1 if a request failed.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ NEAR_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One request."""
+    """The times and the result of one request."""
 
     began: float
     ended: float
     steps: int
     version: str
-    """Empty if it failed."""
+    """Model version that answered; empty if the request failed."""
 
     @property
     def seconds(self) -> float:
-        """From sending to the answer."""
+        """Time from sending the request to its answer."""
         return self.ended - self.began
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A move of the champion."""
+    """A move of the alias champion."""
 
     name: str
     began: float
     seen_s: float
-    """Until the replica had followed, or had refused."""
+    """Seconds until the replica had loaded or refused the version."""
 
     def holds(self, sample: Sample) -> bool:
-        """True if the request ran meanwhile, or shortly after."""
+        """Return whether the request ran during the event or within SETTLED_S after it."""
         return sample.ended > self.began and sample.began < self.began + self.seen_s + SETTLED_S
 
 
 class Load:
-    """Clients that send one request after another."""
+    """Clients that each send one request after another."""
 
     def __init__(self, replica: Replica, num_requests: int, num_clients: int) -> None:
         row = make_row(0, 1, SIZE)
@@ -90,7 +90,7 @@ class Load:
         self._num_sent = 0
 
     async def run(self) -> None:
-        """Until enough were sent."""
+        """Run the clients until `num_requests` requests were sent and answered."""
         await asyncio.gather(*(self._client() for _ in range(self.num_clients)))
 
     async def _client(self) -> None:
@@ -108,7 +108,7 @@ class Load:
 
 
 def make_registry(folder: Path) -> Registry:
-    """Versions 1 and 2, which work, and 3, whose weights are no numbers; 1 is champion."""
+    """Create a registry with working versions 1 and 2 and version 3 with NaN weights; version 1 is the champion."""
     registry = Registry(Settings(workspace=folder / "workspace"))
     network = load_recipe("phase1", ["max_steps=1"]).network
     config = BundleConfig(network=network, image_size=SIZE, sampler=SamplerDefaults(steps=8))
@@ -125,13 +125,13 @@ def make_registry(folder: Path) -> Registry:
 
 
 def move(registry: Registry, version: int) -> None:
-    """Point the champion at a version, whatever a gate would say."""
+    """Point the alias champion at a version without checking its metrics."""
     with audit_log.recorded(registry, "promote", "champion", registry.alias("champion"), version, forced=True):
         registry.set_alias("champion", version)
 
 
 async def measure(registry: Registry, num_requests: int, num_clients: int) -> tuple[list[Sample], list[Event]]:
-    """All requests, and the three events, each at a quarter of them."""
+    """Send all requests and move the alias after each quarter of them; return the requests and the three events."""
     replica = Replica(max_batch=2 * num_clients, max_queue=0)
     follower = Follower(replica, ModelSource(registry.settings), POLL_S)
     await asyncio.to_thread(follower.start)
@@ -157,7 +157,7 @@ async def measure(registry: Registry, num_requests: int, num_clients: int) -> tu
 
 
 def report(samples: list[Sample], events: list[Event]) -> list[str]:
-    """The table's lines."""
+    """Return the lines of the table."""
     quiet = [sample for sample in samples if not any(event.holds(sample) for event in events)]
     turn = statistics.median(sample.seconds / sample.steps for sample in samples)
     lines = [
@@ -182,7 +182,7 @@ def report(samples: list[Sample], events: list[Event]) -> list[str]:
 
 
 def turn_at(sample: Sample, samples: list[Sample]) -> float:
-    """Seconds that a turn took in the neighborhood of a request: the median over what ran within ten seconds of it."""
+    """Return the typical seconds of a turn near a request: the median over requests within ten seconds of it."""
     near = [one for one in samples if one.ended > sample.began - NEAR_S and one.began < sample.ended + NEAR_S]
     return statistics.median(one.seconds / one.steps for one in near)
 

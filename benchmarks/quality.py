@@ -1,13 +1,15 @@
-"""What recipes reach in the same time: each trained from scratch, measured on fixed tracks, in one table.
+"""Compare the quality of recipes after equal training time: each is trained from scratch and measured on fixed tracks.
 
     python benchmarks/quality.py --data URI [--size 64] [--minutes 20] [--recipes ours ...] [--seeds 0 1] [--out DIR]
 
-The data is what `animediffusion data ingest` made. A minute is one of the whole machine: on a CPU each run has a share
-of the cores and is timed by its processor time, so that what else runs there costs it nothing; on a GPU runs follow
-each other. A run that OUT already has is not repeated. Prints markdown; OUT also gets results.json and pictures.
+The data is a dataset made by `animediffusion data ingest`. A minute is one minute of the whole machine: on a CPU each
+run gets a share of the cores and is timed by its CPU time, so other processes do not count; on a GPU the runs follow
+each other. A run whose result is already in OUT is not repeated. The table is printed as Markdown; OUT also gets
+results.json and images.
 
-Tracks (animediffusion.pipelines.evaluation.tracks): A same, B cross (data with second pictures), C recolored, D
-lines/STYLE, E damage/KIND. Network evaluations: 1, 2, 4, 10, 25 on A; 4 elsewhere, 10 for the authors' sampler.
+The tracks (animediffusion.pipelines.evaluation.tracks) are A same, B cross (for data with second images), C recolored,
+D lines/STYLE and E damage/KIND. Track A uses 1, 2, 4, 10 and 25 network evaluations and the other tracks use 4; the
+authors' sampler always uses 10, and the recipe regression uses 1.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """Where it says what it reached, once it is finished."""
+        """Path of the result file, which exists once the run is finished."""
         return self.folder / f"{Path(self.recipe).stem}-{self.seed}.json"
 
 
 def parts_of(recipe: str) -> list[tuple[str, float]]:
-    """The recipes, by name or YAML file, that a row of the table is made of."""
+    """Return the recipes (names or YAML files) of a row of the table, with their shares of the time."""
     return RECIPES.get(recipe, [(recipe, 1.0)])
 
 
@@ -73,7 +75,7 @@ def parts_of(recipe: str) -> list[tuple[str, float]]:
 def color(
     denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Results [B, S, S, 3] with noise that follows from the row."""
+    """Color a batch; return images [B, S, S, 3] sampled from noise that depends only on the row number."""
     size = batch.target.shape[-1]
     parts = []
     for start in range(0, len(batch.target), CHUNK):
@@ -89,7 +91,7 @@ def color(
 
 
 def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
-    """The authors' 10 stochastic steps."""
+    """Sample with the authors' 10 stochastic steps."""
     predict = authors.noise_predictor(denoiser, denoiser.encode(batch.sketch, batch.reference))
     generator = torch.Generator().manual_seed(0)
     injected = [torch.randn(noise.shape, generator=generator).to(noise) for _ in range(authors.NUM_STEPS)]
@@ -97,14 +99,14 @@ def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torc
 
 
 def measure(result: Any, batch: Batch, weights: Path | None) -> dict[str, Any]:
-    """Every metric of results [B, S, S, 3]; LPIPS and FID with weights."""
+    """Return all metrics of result images [B, S, S, 3]; LPIPS and FID only if their weights are given."""
     truth, sketch = (to_uint8(x.cpu()).numpy() for x in (batch.target, batch.sketch.expand(-1, 3, -1, -1)))
     scores: dict[str, Any] = {**score(result, truth), **detail(result, truth, sketch)}
     return scores if weights is None else {**scores, **perceptual(result, truth, weights)}
 
 
 def evaluations(recipe: str, track: str) -> tuple[int, ...]:
-    """How many network evaluations are measured there."""
+    """Return the numbers of network evaluations that a recipe is measured with on a track."""
     if recipe == "authors":
         return (authors.NUM_STEPS,)
     if recipe == "regression":
@@ -113,12 +115,12 @@ def evaluations(recipe: str, track: str) -> tuple[int, ...]:
 
 
 def tracks_of(rows: dict[str, Any]) -> list[str]:
-    """The tracks that the data can have."""
+    """Return the tracks that the data allows."""
     return [name for name in TRACKS if name != "cross" or rows["has_cross"].all()]
 
 
 def run(job: Run, data: str, seconds: float, limit: int, weights: Path | None) -> None:
-    """Train and measure one recipe; write what it reached."""
+    """Train and measure one recipe, and write its result file, images and bundle."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_split(data, "train")
     size = rows["target"].shape[1]
@@ -144,7 +146,7 @@ def run(job: Run, data: str, seconds: float, limit: int, weights: Path | None) -
 
 
 def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
-    """Every job that is not done, in a process of its own, as many at a time as --jobs says."""
+    """Run every unfinished job in its own process, with at most --jobs at a time."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // args.jobs))}
     waiting = [job for job in jobs if not job.result.exists()]
     running: list[tuple[Run, subprocess.Popen[bytes]]] = []
@@ -165,7 +167,7 @@ def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
 
 
 def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], minutes: float) -> str:
-    """The report in markdown: what each recipe did in its time, then a section a track, means over seeds."""
+    """Return the report in Markdown: a summary of all trainings, then a section per track with means over seeds."""
     lines = [f"{minutes:g} minutes a recipe.", ""]
     lines += ["| recipe | parameters | seeds | steps | images | PSNR spread, dB |", "|---|---|---|---|---|---|"]
     for name, runs in results.items():
@@ -191,7 +193,7 @@ def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], m
 
 
 def _known(column: str, baselines: dict[str, Any]) -> bool:
-    """MS-SSIM is for large pictures only, LPIPS and FID for those who have weights."""
+    """Return whether a metric is available: MS-SSIM needs large images, LPIPS and FID need weights."""
     return all(scores.get(column) is not None for tracks in baselines.values() for scores in tracks.values())
 
 
@@ -202,7 +204,7 @@ def _row(name: str, evaluations: str, scores: list[dict[str, Any]], columns: lis
 
 
 def spread(runs: list[dict[str, Any]]) -> str:
-    """Largest difference in PSNR between seeds, averaged over tracks, dB; nothing for one seed."""
+    """Return the range of PSNR over seeds in dB, averaged over all measurements; `-` for a single seed."""
     if len(runs) == 1:
         return "-"
     values = [[run["scores"][key]["psnr"] for run in runs] for key in runs[0]["scores"]]
@@ -210,7 +212,7 @@ def spread(runs: list[dict[str, Any]]) -> str:
 
 
 def trivial(val: dict[str, Any], weights: Path | None) -> dict[str, Any]:
-    """What no model at all reaches on each track."""
+    """Return the scores of trivial baselines without a model on each track."""
     scores: dict[str, Any] = {name: {} for name in TRIVIAL}
     for track in tracks_of(val):
         batch = build(val, track)
@@ -221,7 +223,7 @@ def trivial(val: dict[str, Any], weights: Path | None) -> dict[str, Any]:
 
 
 def picture(results: dict[str, Path], val: dict[str, Any], track: str) -> bytes:
-    """The first faces of a track, every recipe side by side."""
+    """Return a PNG of a track's first faces with all recipes side by side."""
     batch = build(val, track, range(PICTURES))
     columns = [to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference)]
     columns += [np.load(path)[track.replace("/", "-")] for path in results.values()]
@@ -231,7 +233,7 @@ def picture(results: dict[str, Path], val: dict[str, Any], track: str) -> bytes:
 
 
 def report(jobs: list[Run], args: argparse.Namespace) -> str:
-    """The table of all that is finished; writes results.json and the pictures."""
+    """Return the table of all finished jobs, and write results.json and the images."""
     done = [job for job in jobs if job.result.exists()]
     if not done:
         raise SystemExit("error: no recipe finished; the logs are in " + str(args.out))
@@ -282,7 +284,12 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """All that can be wrong, before anything is trained."""
+    """Check the arguments before any training starts.
+
+    Raises:
+        ConfigError: if the size differs from the dataset's, a recipe does not load, or files or packages for LPIPS and
+            FID are missing.
+    """
     size = Manifest.load(args.data).image_size
     if args.size and args.size != size:
         raise ConfigError("--size", f"is {args.size}, the dataset has {size} px", "ingest the source at that size")

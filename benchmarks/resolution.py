@@ -1,12 +1,13 @@
-"""What bringing colors to the drawing's own size costs and gains, beside plain enlargement.
+"""Measure cost and quality of upsampling colors to the drawing's resolution, compared with plain enlargement.
 
     python benchmarks/resolution.py [--sizes 320 640 1280] [--rows 4] [--network 64] [--model BUNDLE]
 
-Drawn faces, of which the true colors are known at every size. Their target, made small, is what a perfect network would
-paint; with --model a real one paints. Both are brought back to the drawing's size and compared with the target where no
-line is: CIEDE2000, near lines (within one pixel of the network's picture) and away from them. "open" are the same
-drawings with 25 gaps in their lines. Time is CPU time of this process, which runs on one core, so that other work on
-the machine disturbs it little; decoding, encoding and the network are not in it.
+The benchmark uses drawn faces, whose true colors are known at every size. The downscaled target is the output of a
+perfect network; with --model, a real network colors the drawing too. Both are upsampled to the drawing's size and
+compared with the target outside of lines by CIEDE2000, separately near lines (within one pixel of the network's image)
+and farther from them. The "open" drawings are the same drawings with 25 gaps in their lines. Time is CPU time of this
+process, which runs on one core, so other work on the machine affects it little; it excludes decoding, encoding and the
+network.
 """
 
 from __future__ import annotations
@@ -40,21 +41,22 @@ from animediffusion.serve.rendering.upsample import layer_of, to_picture
 Array = NDArray[np.uint8]
 
 SEED = 5
-"""Of faces that no demo trains on."""
+"""Seed of faces that no demo trains on."""
 NUM_GAPS = 25
 SAMPLE = 2
-"""Every second pixel each way is compared."""
+"""Every second pixel in each direction is compared."""
 
 
 class Case(NamedTuple):
-    """One drawing and what is known of it."""
+    """One drawing, its colors at the network's size, and the truth."""
 
     drawing: Drawing
     painted: Array
+    """Output of the network, or the downscaled target."""
     truth: NDArray[np.float64]
-    """CIELAB, sampled."""
+    """Target in CIELAB at the compared pixels."""
     distance: NDArray[np.float64]
-    """To the nearest line of the closed drawing, in pixels of the network's picture, sampled."""
+    """Distance of the compared pixels to the nearest line of the closed drawing, in pixels of the network's image."""
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def make_case(index: int, size: int, network: int, lines: str, bundle: Bundle | None) -> Case:
-    """Drawing `index` at that size, painted by the bundle, or by a network that knows the truth."""
+    """Make drawing `index` at this size, colored by the bundle, or by a perfect network if there is no bundle."""
     row = make_row(SEED, index, min(size, 1024))
     target, closed = (np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC))
                       for one in (row.target, row.sketch))  # fmt: skip
@@ -96,7 +98,7 @@ def make_case(index: int, size: int, network: int, lines: str, bundle: Bundle | 
 
 
 def with_gaps(sketch: Array, seed: int) -> Array:
-    """The sketch with some of its lines broken: gaps of up to a network's pixel and a half."""
+    """Return the sketch with NUM_GAPS gaps in its lines, each up to 1.5 pixels of a 64 px network image wide."""
     rng, broken = np.random.default_rng(seed), sketch.copy()
     rows, columns = np.nonzero(sketch[..., 0] < 100)
     for place in rng.integers(0, len(rows), NUM_GAPS):
@@ -106,7 +108,7 @@ def with_gaps(sketch: Array, seed: int) -> Array:
 
 
 def paint(bundle: Bundle, drawing: Drawing, reference: Array) -> Array:
-    """The model's picture of a drawing."""
+    """Return the model's image of a drawing, at the network's size."""
     size = bundle.config.image_size
     sketch, colors = (to_tensor(torch.from_numpy(np.ascontiguousarray(one))[None])
                       for one in (for_network(as_gray(drawing), size), letterbox(reference, size)[0]))  # fmt: skip
@@ -114,18 +116,18 @@ def paint(bundle: Bundle, drawing: Drawing, reference: Array) -> Array:
 
 
 def finish(painted: Array, drawing: Drawing) -> Array:
-    """What serving answers with."""
+    """Upsample the network's image as serving does."""
     return to_picture(layer_of(painted, drawing), drawing)
 
 
 def enlarge(painted: Array, drawing: Drawing) -> Array:
-    """The network's picture made large."""
+    """Enlarge the network's image without using the drawing's lines."""
     height, width = drawing.darkness.shape
     return unletterbox(painted, letterbox(np.zeros((height, width), np.uint8), len(painted))[1])
 
 
 def errors(cases: list[Case], method: Callable[[Array, Drawing], Array]) -> tuple[float, float]:
-    """Mean CIEDE2000 near lines and away from them; lines themselves are not compared."""
+    """Return the mean CIEDE2000 near lines and far from lines; pixels on lines are not compared."""
     near, away = [], []
     for case in cases:
         picture = method(case.painted, case.drawing)
@@ -138,7 +140,7 @@ def errors(cases: list[Case], method: Callable[[Array, Drawing], Array]) -> tupl
 
 
 def seconds(cases: list[Case]) -> float:
-    """CPU seconds a megapixel: the color layer, and the layer times the drawing."""
+    """Return CPU seconds per megapixel for computing the color layer and multiplying it with the drawing."""
     started, pixels = time.process_time(), 0
     for case in cases:
         layer = layer_of(case.painted, case.drawing)

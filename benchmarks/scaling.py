@@ -1,11 +1,11 @@
-"""Engines come and go with the work: 0, 1, 2, 1, 0 replicas under a minute of load, and no request fails.
+"""Test autoscaling: a minute of load scales the engines from 0 to 1, 2, 1 and 0 replicas, and no request fails.
 
     python benchmarks/scaling.py [--seconds 60] [--clients 16] [--out FILE]
 
-The application on a Ray of its own with two logical GPUs, one for each engine; what /v1/models says is noted each half
-second. Clients send long pictures without a pause; one that is told 429 waits as long as Retry-After says. The network
-is small and has random weights: this measures the coming and going, not the pictures. Delays are shorter than
-ServeConfig's. Exits with 1 if a request failed, or if there were never two engines, or one stayed.
+The application runs on its own Ray with two logical GPUs, one for each engine; /v1/models is polled every half second.
+Clients send requests with many steps without a pause; after a 429 response a client waits for the time in Retry-After.
+The network is small and has random weights, because only the scaling is measured. The scaling delays are shorter than
+ServeConfig's. The exit code is 1 if a request failed, if there were never two engines, or if an engine remained.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PATIENCE_S = 120.0
 
 
 class Load:
-    """Clients of the application, and what they were answered."""
+    """Clients of the application, and counts of their responses by status."""
 
     def __init__(self, url: str) -> None:
         row = make_row(0, 1, 64)
@@ -49,7 +49,7 @@ class Load:
         self.stop = threading.Event()
 
     def client(self) -> None:
-        """One of them."""
+        """Send requests as one client until `stop` is set."""
         data = {"num_inference_steps": "60", "size": "model"}
         with httpx.Client(base_url=self.url, timeout=120, trust_env=False) as client:
             while not self.stop.is_set():
@@ -60,12 +60,12 @@ class Load:
 
 
 def engines(client: httpx.Client) -> int:
-    """Replicas that have a model."""
+    """Return the number of replicas with a loaded model."""
     return sum(one["state"] == "ready" for one in client.get("/v1/models").json()["replicas"])
 
 
 def watch(client: httpx.Client, seen: list[tuple[float, int]], began: float, until: float, last: int | None) -> None:
-    """Note each change of the number of engines, until a time or until it is `last`."""
+    """Record each change of the number of engines, until a given time or until the number is `last`."""
     while time.monotonic() < until:
         number = engines(client)
         if not seen or seen[-1][1] != number:
@@ -77,7 +77,7 @@ def watch(client: httpx.Client, seen: list[tuple[float, int]], began: float, unt
 
 
 def measure(url: str, seconds: float, num_clients: int) -> tuple[list[tuple[float, int]], Counter[int]]:
-    """When there were how many engines, and the answers by status."""
+    """Run the load; return the number of engines over time and the counts of responses by status."""
     load, seen = Load(url), list[tuple[float, int]]()
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         began = time.monotonic()
@@ -95,20 +95,20 @@ def measure(url: str, seconds: float, num_clients: int) -> tuple[list[tuple[floa
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def main() -> None:
-    """Print the table; exit with 1 if something was not as it should be."""
+    """Print the table; exit with 1 if a request failed or the engines did not scale as expected."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--out", type=Path, help="also write the table there")
     options = parser.parse_args()
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to the home
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Without it, Ray writes one to the home directory.
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         config = BundleConfig(network=NETWORK, image_size=64)

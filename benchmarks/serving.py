@@ -1,14 +1,15 @@
-"""Continuous batching beside one request at a time and beside @serve.batch, over HTTP and alone.
+"""Compare continuous batching with one request at a time and with @serve.batch, over HTTP and without HTTP.
 
     python benchmarks/serving.py [--model BUNDLE] [--threads 1] [--max-batch 16] [--precision float32]
 
-One run, one model (recipe phase1 at 64 px, untrained unless --model is given: the arithmetic is the same), one thread
-count, the same HTTP code on every side (benchmarks/serving_sides.py). Steps are drawn from {4, 8, 16, 25}.
+All sides use the same model, thread count and HTTP code (benchmarks/serving_sides.py). The model is the recipe phase1
+at 64 px, untrained unless --model is given, because the arithmetic is the same. Steps are drawn from {4, 8, 16, 25}.
 
-Saturated: a fixed number of requests is always under way, the sides take turns in short rounds, so that other work on
-the machine hits all of them. Paced: Poisson arrivals at the same rate on every side, a share of what @serve.batch can
-do. Overload: Poisson arrivals at ten times of what ours can do. Seconds are the clock's; CPU is what the server's
-process used, which other work on the machine changes least. Exits with 1 if a target is missed.
+In the phase saturated, a fixed number of requests is always in progress; the sides alternate in short rounds, so other
+work on the machine affects all of them. In the phase paced, requests are Poisson arrivals at the same rate on every
+side, a fraction of the throughput of @serve.batch. In the phase overload, they are Poisson arrivals at ten times our
+throughput. Seconds are wall-clock time; CPU is the CPU time of the server's processes, which other work on the machine
+affects least. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ STEPS = (4, 8, 16, 25)
 SIZE, NUM_PAIRS = 64, 8
 SIDES = ("one", "batch", "ours")
 PACE = 0.7
-"""Share of the throughput of @serve.batch at which paced requests come."""
+"""Rate of paced requests, as a fraction of the throughput of @serve.batch."""
 OVERLOAD = 10
 START_S = 240
 
 
 @dataclass
 class Sample:
-    """What one request met."""
+    """The result of one request."""
 
     status: int
     seconds: float
@@ -61,7 +62,7 @@ class Sample:
 
 @dataclass
 class Load:
-    """All requests of one phase on one side."""
+    """Results of all requests of one phase on one side."""
 
     samples: list[Sample] = field(default_factory=list)
     seconds: float = 0.0
@@ -73,12 +74,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return len(self.done) / self.seconds if self.seconds else float("nan")
 
     @property
     def cpu_ms(self) -> float:
-        """Of the server, per picture."""
+        """CPU time of the server per image, in ms."""
         return 1000 * self.cpu / max(1, len(self.done))
 
     def percentile(self, share: int, status: int = 200) -> float:
@@ -86,7 +87,7 @@ class Load:
         return float(np.percentile(seconds, share)) if seconds else float("nan")
 
     def first_preview(self) -> float:
-        """Median, s; the whole picture where there are no previews."""
+        """Return the median seconds until the first preview, or until the image if there were no previews."""
         found = [sample.first_preview for sample in self.done if sample.first_preview is not None]
         return float(np.median(found)) if found else self.percentile(50)
 
@@ -97,7 +98,7 @@ class Load:
 
 
 class Client:
-    """Requests to one server; pictures, seeds and steps follow from a number."""
+    """Sends requests to one server; the number of a request determines its images, seed and steps."""
 
     def __init__(self, port: int, process: psutil.Process) -> None:
         self.url, self.process = f"http://127.0.0.1:{port}", process
@@ -105,7 +106,7 @@ class Client:
         self.pairs = [(encode_png(row.sketch), encode_png(row.reference)) for row in rows]
 
     async def ask(self, http: httpx.AsyncClient, number: int, stream: bool = False) -> Sample:
-        """One picture."""
+        """Request one image."""
         sketch, reference = self.pairs[number % NUM_PAIRS]
         files = {"sketch": ("s.png", sketch), "reference": ("r.png", reference)}
         data = {"num_inference_steps": str(steps_of(number)), "seed": str(number), "size": "model"}
@@ -118,7 +119,7 @@ class Client:
         return Sample(answer.status_code, time.perf_counter() - begun, first)
 
     def saturated(self, count: int, at_once: int, first: int) -> Load:
-        """So many requests, so many of them under way at a time."""
+        """Send `count` requests, with `at_once` of them in progress at a time."""
         numbers = iter(range(first, first + count))
 
         async def worker(http: httpx.AsyncClient) -> list[Sample]:
@@ -130,7 +131,7 @@ class Client:
         return self._measure(run)
 
     def paced(self, rate: float, seconds: float, stream_each: int = 0) -> Load:
-        """Poisson arrivals for a while, then until all are answered; every n-th asks for previews."""
+        """Send Poisson arrivals for `seconds` and wait for all responses; every `stream_each`-th requests previews."""
         gaps = np.random.default_rng(0).exponential(1 / rate, round(rate * seconds))
 
         async def run(http: httpx.AsyncClient) -> list[Sample]:
@@ -160,7 +161,7 @@ class Client:
 
 
 def steps_of(number: int) -> int:
-    """Of a request: each count equally often, in an order drawn once."""
+    """Return the steps of a request; all counts are equally frequent, in a fixed random order."""
     return int(np.random.default_rng(number // len(STEPS)).permutation(STEPS)[number % len(STEPS)])
 
 
@@ -175,7 +176,7 @@ class EngineAlone:
         self.pairs = [tuple(to_tensor(torch.from_numpy(p)[None])[0] for p in (r.sketch, r.reference)) for r in rows]
 
     def saturated(self, count: int, first: int) -> Load:
-        """All requests at once."""
+        """Submit all requests together and wait for them."""
         begun, cpu = time.perf_counter(), time.process_time()
         futures = [self.engine.submit(self._request(number)) for number in range(first, first + count)]
         for future in futures:
@@ -190,7 +191,7 @@ class EngineAlone:
 
 @contextmanager
 def serving(side: Side) -> Iterator[Client]:
-    """A server in a process of its own, ready."""
+    """Run a server in its own process, and yield a client once it is ready."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(side.threads)}
     command = [sys.executable, __file__, "--side", json.dumps(asdict(side))]
     process = subprocess.Popen(command, env=environment)
@@ -211,7 +212,7 @@ def serving(side: Side) -> Iterator[Client]:
 
 
 def untrained(folder: Path) -> str:
-    """A bundle of the recipe phase1 with weights of seed 0."""
+    """Write an untrained bundle of the recipe phase1 with the weights of seed 0; return its path."""
     config = load_recipe("phase1").bundle_config(SIZE)
     torch.manual_seed(0)
     save_bundle(folder / "bundle", config.build(), config)
@@ -219,7 +220,7 @@ def untrained(folder: Path) -> str:
 
 
 def measure(args: argparse.Namespace, model: str) -> dict[str, dict[str, Load]]:
-    """{side: {phase: load}}."""
+    """Run all phases; return {side: {phase: load}}."""
     names = [name for name in SIDES if name not in args.without]
     rivals = args.rivals_precision or args.precision
     sides = {
@@ -255,7 +256,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, dict[str, Load]]:
 
 
 def table(found: dict[str, dict[str, Load]], deadline: float) -> tuple[str, bool]:
-    """Markdown, and whether all targets are met."""
+    """Return the table as Markdown, and whether all targets are met."""
     lines = [
         "| | pictures/s | times `one` | CPU ms a picture | times `one` | p50, s | p95, s | p99, s | first preview, s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -293,7 +294,7 @@ def table(found: dict[str, dict[str, Load]], deadline: float) -> tuple[str, bool
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="bundle folder for 64 px")
     parser.add_argument("--threads", type=int, default=1, help="of arithmetic, on every side")

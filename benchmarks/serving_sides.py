@@ -1,9 +1,9 @@
-"""The servers that benchmarks/serving.py compares: the same HTTP code and model, three ways to make pictures.
+"""The servers that benchmarks/serving.py compares: three ways to run requests, with the same HTTP code and model.
 
-one      one request at a time behind FastAPI and uvicorn
-batch    @serve.batch on Ray Serve: what came within 10 ms runs together, each row at its own times, to the end of the
-         longest
-ours     serve/engine/engine.py in a Replica, behind FastAPI and uvicorn
+one      runs one request at a time behind FastAPI and uvicorn
+batch    uses @serve.batch on Ray Serve: requests that arrive within 10 ms run together, each row at its own times,
+         until the longest one is done
+ours     uses serve/engine/engine.py in a Replica, behind FastAPI and uvicorn
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCH_WAIT_S = 0.01
 
 @dataclass(frozen=True)
 class Side:
-    """How a server is to run."""
+    """Settings of one server."""
 
     name: str
     model: str
@@ -49,7 +49,7 @@ class Side:
 
 
 class Rival:
-    """An api.Backend without an engine."""
+    """A backend for the HTTP API without an engine."""
 
     def __init__(self, side: Side) -> None:
         torch.set_num_threads(side.threads)
@@ -57,27 +57,27 @@ class Rival:
         self.turn = asyncio.Lock()
 
     async def colorize(self, job: ColorizeJob) -> Answer:
-        """One at a time."""
+        """Color one job at a time."""
         async with self.turn:
             [picture] = await asyncio.to_thread(color_together, self.bundle, [job])
         return Answer(picture=picture, model_version="1")
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
-        """The answer, without previews."""
+        """Yield the answer without previews."""
         yield await self.colorize(job)
 
     async def models(self) -> dict[str, Any]:
-        """Nothing to say."""
+        """Return no information on models."""
         return {}
 
     async def is_ready(self) -> bool:
-        """Always."""
+        """Return true, because the model is loaded on construction."""
         return True
 
 
 @torch.inference_mode()
 def color_together(bundle: Bundle, jobs: list[ColorizeJob]) -> list[Pixels]:
-    """A fixed batch: one encoding, then as many evaluations of all rows as the longest needs."""
+    """Color a fixed batch: encode once, then evaluate all rows as often as the longest job needs."""
     denoiser, size = bundle.denoiser, bundle.config.image_size
     sketch = torch.cat([_tensor(for_network(job.lines, size)) for job in jobs])
     reference = torch.cat([_tensor(letterbox(job.reference, size)[0]) for job in jobs])
@@ -101,7 +101,7 @@ def _tensor(pixels: Pixels) -> torch.Tensor:
 
 
 def run_side(side: Side) -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process is terminated."""
     if side.name == "batch":
         asyncio.run(_serve_batch(side))
     elif side.name == "one":

@@ -1,14 +1,16 @@
-"""Thousands of malformed or hostile requests against the real server; it must refuse them all and stay as it was.
+"""Send thousands of malformed or hostile requests to the real server, which must withstand all of them unchanged.
 
     python benchmarks/soak.py [--count 10000] [--threads 16] [--seed 0] [--ray]
 
-Truncated and damaged images, decompression bombs, wrong types, broken multipart bodies, huge headers, clients that are
-slow, half-close, reset or leave, bytes that are no HTTP. Without --ray the application runs behind uvicorn in a process
-of its own; with it, on Ray Serve, proxy included. Prints which statuses each kind got, and the memory of the server
-after a twentieth of the requests, after half and after all. Exit 1 for a 5xx, for a request that deserved an answer and
-got none, for a place in the engine that is still taken, for a process that ended, for more than 64 MiB of growth, or if
-the server does not color afterwards as it did before. The network is small and random; what is tested is everything
-before it.
+The requests contain truncated and damaged images, decompression bombs, wrong types, broken multipart bodies, huge
+headers and bytes that are not HTTP; some clients are slow, half-close the connection, reset it or leave. Without --ray
+the application runs behind uvicorn in its own process; with --ray it runs on Ray Serve, proxy included. The output
+shows the statuses of each kind of request, and the server's memory after a twentieth of the requests, after half and
+after all.
+
+The exit code is 1 for any 5xx, for a request that should have been answered and was not, for a slot in the engine that
+is still occupied, for a process that ended, for memory growth above 64 MiB, or if the server afterwards colors a sketch
+differently than before. The network is small and random, because only the code in front of it is tested.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ URL = "http://127.0.0.1:9/latest/meta-data"
 
 
 def image(kind: str = "PNG", side: int = 24) -> bytes:
-    """A small drawing as a file."""
+    """Return a small drawing as the bytes of an image file."""
     picture = Image.new("RGB", (side, side), "white")
     picture.paste((0, 0, 0), (4, 4, side - 4, 6))
     buffer = io.BytesIO()
@@ -64,7 +66,7 @@ FILES = tuple(GOOD.values())
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of side x side white pixels in a few kilobytes, whole and correct."""
+    """Return a valid PNG of side x side white pixels in a few kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -79,7 +81,7 @@ BOMB = bomb(20_000)
 
 
 def part(name: bytes, data: bytes, filename: bytes | None = b"a.png") -> bytes:
-    """One part of a multipart body."""
+    """Build one part of a multipart body."""
     file = b"" if filename is None else b'; filename="%s"' % filename
     head = b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n' % (BOUNDARY, name, file)
     return head + data + b"\r\n"
@@ -88,14 +90,14 @@ def part(name: bytes, data: bytes, filename: bytes | None = b"a.png") -> bytes:
 def form(
     sketch: bytes, reference: bytes | None = None, rest: bytes = b"", *, name: bytes = b"a.png", steps: int = 1
 ) -> bytes:
-    """A multipart body; small and quick to answer if it is good."""
+    """Build a multipart body; a valid one is small and quick to answer."""
     quick = part(b"size", b"model", None) + part(b"num_inference_steps", b"%d" % steps, None)
     files = part(b"sketch", sketch, name) + part(b"reference", GOOD["PNG"] if reference is None else reference)
     return files + quick + rest + b"--%s--\r\n" % BOUNDARY
 
 
 def post(body: bytes, key: str, headers: bytes = b"", length: int | None = None) -> bytes:
-    """A whole request."""
+    """Build a POST request with headers and body."""
     size = b"Content-Length: %d\r\n" % (len(body) if length is None else length)
     kind = b"Content-Type: multipart/form-data; boundary=%s\r\n" % BOUNDARY
     who = b"Authorization: Bearer %s\r\n" % key.encode()
@@ -104,12 +106,12 @@ def post(body: bytes, key: str, headers: bytes = b"", length: int | None = None)
 
 
 def get(path: bytes) -> bytes:
-    """A request without a body, without a key."""
+    """Build a GET request without a body or an API key."""
     return b"GET %s HTTP/1.1\r\nHost: soak\r\n\r\n" % path
 
 
 def chunked(body: bytes, key: str) -> bytes:
-    """The same in chunks, without a length."""
+    """Build a POST request with a chunked body and no Content-Length."""
     whole = post(b"", key).replace(b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n")
     pieces = [body[start : start + 4000] for start in range(0, len(body), 4000)]
     return whole + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
@@ -172,7 +174,7 @@ HEADERS = (
     b"Cookie: " + b"a=b; " * 1000,
 )
 NO_HTTP = (
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(60),  # a TLS client says hello
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(60),  # A TLS client hello.
     b"GET /\r\n\r\n",
     b"GET / HTTP/9.9\r\n\r\n",
     b"\r\n" * 50,
@@ -183,7 +185,7 @@ NO_HTTP = (
 Build = Callable[[random.Random, str], bytes]
 
 CASES: dict[str, tuple[int, str, Build]] = {
-    # name: (weight, how it is sent, the bytes for some dice and a key that is good)
+    # name: (weight, how it is sent, function of a random generator and a valid key that builds the bytes)
     "truncated image": (10, "send", lambda dice, key: post(form(_cut(dice.choice(FILES), dice)), key)),
     "damaged image": (10, "send", lambda dice, key: post(form(_damaged(dice.choice(FILES), dice)), key)),
     "decompression bomb": (4, "send", lambda _, key: post(form(BOMB), key)),
@@ -208,9 +210,9 @@ CASES: dict[str, tuple[int, str, Build]] = {
 
 
 def exchange(host: str, port: int, how: str, data: bytes) -> int:
-    """Send bytes in a bad manner; the status of the answer, NO_ANSWER where there is none."""
+    """Send bytes in the manner `how`; return the status of the response, or NO_ANSWER if there is none."""
     with socket.create_connection((host, port), timeout=ANSWER_S) as connection:
-        with suppress(ConnectionError):  # an answer may come, and the connection be closed, before all is sent
+        with suppress(ConnectionError):  # The server may answer and close the connection before all bytes are sent.
             connection.sendall(data)
         if how == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -230,7 +232,7 @@ def exchange(host: str, port: int, how: str, data: bytes) -> int:
 
 @dataclass
 class Report:
-    """What the server did."""
+    """Observed behavior of the server."""
 
     statuses: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     memory_mib: list[dict[str, float]] = field(default_factory=list)
@@ -240,29 +242,29 @@ class Report:
 
     @property
     def failures(self) -> int:
-        """5xx answers."""
+        """Number of 5xx responses."""
         return sum(count for found in self.statuses.values() for status, count in found.items() if status >= 500)
 
     @property
     def unanswered(self) -> int:
-        """Requests that deserved an answer and got none."""
+        """Number of requests that should have been answered and were not."""
         return sum(found[NO_ANSWER] for name, found in self.statuses.items() if CASES[name][1] in ("send", "slow"))
 
     @property
     def growth_mib(self) -> float:
-        """Memory of all processes of the server, last minus first; infinite if one has ended."""
+        """Memory growth of all server processes from the first to the last sample; infinite if one has ended."""
         first, *_, last = self.memory_mib
         return sum(last.get(process, math.inf) - first[process] for process in first)
 
     @property
     def ok(self) -> bool:
-        """Whether all is as promised."""
+        """Whether the server met all requirements."""
         still = self.taken == 0 and self.same_picture and self.growth_mib <= MAX_GROWTH_MIB
         return still and self.failures == self.unanswered == 0
 
 
 def attack(url: str, key: str, count: int, seed: int, threads: int, memory: Callable[[], dict[str, float]]) -> Report:
-    """Send `count` requests, each case once, the others drawn by weight."""
+    """Send `count` requests: each case once, and the rest drawn by weight."""
     host, _, port = url.removeprefix("http://").partition(":")
     report, before = Report(), color(url, key)
     draw = random.Random(seed)
@@ -286,7 +288,7 @@ def attack(url: str, key: str, count: int, seed: int, threads: int, memory: Call
 
 
 def color(url: str, key: str) -> bytes:
-    """The picture of a good request."""
+    """Return the image that a valid request gets."""
     files = {"sketch": GOOD["PNG"], "reference": GOOD["PNG"]}
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
@@ -294,7 +296,7 @@ def color(url: str, key: str) -> bytes:
 
 
 def _taken(url: str, key: str) -> int:
-    """Requests that the engine holds once those that left have had ten seconds to be noticed."""
+    """Return the number of requests that the engine still holds, after up to ten seconds for abandoned ones to end."""
     end = time.monotonic() + 10
     while True:
         answer = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60)
@@ -305,7 +307,7 @@ def _taken(url: str, key: str) -> int:
 
 
 def random_model(folder: Path) -> Path:
-    """A bundle of a small network with random weights, 32 px."""
+    """Write a bundle of a small network with random weights, 32 px, and return its folder."""
     torch.manual_seed(0)
     network = UNetConfig(base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, patch_size=2, head_channels=32)
     config = BundleConfig(network=network, image_size=32, sampler=SamplerDefaults(name="euler", steps=3))
@@ -314,7 +316,7 @@ def random_model(folder: Path) -> Path:
 
 
 def _serve_alone(model: Path, keys: str, port: int) -> None:
-    """The application behind uvicorn, in this process, until it is ended."""
+    """Run the application behind uvicorn in this process until it is terminated."""
     import uvicorn
 
     from animediffusion.platform.api_keys import Keyring
@@ -332,7 +334,7 @@ def _serve_alone(model: Path, keys: str, port: int) -> None:
 
 @contextmanager
 def alone(model: Path, keys: str) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """URL and memory of a server without Ray, in a process of its own."""
+    """Run a server without Ray in its own process; yield its URL and a function that measures its memory."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -353,7 +355,7 @@ def alone(model: Path, keys: str) -> Iterator[tuple[str, Callable[[], dict[str, 
 
 @contextmanager
 def on_ray(model: Path, keys: str) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """URL and memory of the application on Ray Serve: proxy, ingress and engine."""
+    """Run the application on Ray Serve; yield its URL and a function that measures proxy, ingress and engine memory."""
     from animediffusion.platform.config import Settings
     from animediffusion.serve.deployments import ServeConfig
     from animediffusion.serve.server import running
@@ -371,7 +373,7 @@ def on_ray(model: Path, keys: str) -> Iterator[tuple[str, Callable[[], dict[str,
             with suppress(psutil.Error):
                 name = " ".join(process.cmdline())
                 if any(sign in name for sign in ("ServeReplica", "ProxyActor")):
-                    # Behind a dot Ray puts the method that just runs.
+                    # Ray appends a dot and the method that is currently running.
                     found[name.split("::")[-1].split(".")[0].strip(": ")] = _mib(process)
         return found
 
@@ -384,7 +386,7 @@ def _mib(process: psutil.Process) -> float:
 
 
 def table(report: Report, count: int, seconds: float) -> str:
-    """What happened, for people."""
+    """Return the report as Markdown."""
     lines = ["| request | sent | statuses |", "|---|---|---|"]
     for name in CASES:
         found = report.statuses[name]
@@ -406,7 +408,7 @@ def table(report: Report, count: int, seconds: float) -> str:
 
 
 def main() -> int:
-    """Run it, print the table; the exit code."""
+    """Run the requests and print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=16)

@@ -1,9 +1,9 @@
-"""How fast drawn faces are made: rows per second of one core, drawing and PNG encoding apart.
+"""Measure the speed of drawing faces: rows per second of one core, with drawing and PNG encoding timed separately.
 
     python benchmarks/synthesize.py [--rows 100] [--sizes 64 128 256]
 
-A row is two drawings, line art, a warped view and four PNG files' bytes. Time is the process's CPU time, so other
-work on the machine disturbs it little; nothing is written to disk.
+A row consists of two drawings, line art and a warped view, encoded as four PNG files in memory. Time is CPU time of the
+process, so other work on the machine affects it little; nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
 
 
 def measure(size: int, count: int) -> tuple[float, float]:
-    """CPU seconds per row for drawing and for encoding."""
-    make_row(1, 0, size)  # tables of curve weights are made once
+    """Return the CPU seconds per row for drawing and for encoding."""
+    make_row(1, 0, size)  # The first call also builds tables of curve weights, which must not be timed.
     rows: list[DrawnRow] = []
     draw = _cpu_seconds(lambda: rows.extend(make_row(0, index, size) for index in range(count)))
     encode = _cpu_seconds(lambda: [encode_png(array) for row in rows for array in row])

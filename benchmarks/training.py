@@ -1,20 +1,22 @@
-"""Training steps beside the authors' code: same network, start and batches; images/s, peak memory, loss.
+"""Compare training steps with the authors' code on the same network, start and batches: images/s, peak memory, loss.
 
     git clone https://github.com/xq-meng/AnimeDiffusion PATH_OF_CLONE
     python benchmarks/training.py --authors PATH_OF_CLONE [--data URI] [--steps 20] [--out FILE]
 
-Their network of 52.3 M parameters on both sides. Each side has a process, and so a peak memory, of its own; the sides
-take turns, a block of two steps each. Theirs is what a step of base/trainer.py does with their classes: loss, NaN
-check, backward, AdamW, as shipped (float32) and under bf16 autocast; it gets its batches for nothing. Ours is fit() in
-a process with the variables of a run's workers, and makes its batches within the step. Phase 1 is the recipe
-`animediffusion-strict`: both sides compute the same loss of the same batches, noise and times, at a constant learning
-rate, and only rounding differs. Phase 2 is `animediffusion-phase2` beside their ten differentiated steps; the losses
-are not the same thing.
+Both sides train the authors' network of 52.3 M parameters. Each side runs in its own process, so each has its own peak
+memory; the sides alternate in blocks of two steps. The authors' side repeats a step of their base/trainer.py with their
+classes: loss, NaN check, backward, AdamW, both as shipped (float32) and under bf16 autocast. Making its batches is not
+timed. Our side is fit() in a process with the environment variables of a training worker; its time includes making the
+batches.
 
-On a CPU the clock counts processor time of all threads (one by default), so images/s are those of one core and other
-work on the machine does not count; on a GPU it is the wall's, and ours runs with torch's attention, with xformers, and
-compiled. The share is of the rate at which the same device multiplies large bf16 matrices in the same run. Exits with
-1 if a target of the CPU is missed.
+Phase 1 uses the recipe `animediffusion-strict`: both sides compute the same loss of the same batches, noise and times
+at a constant learning rate, so only rounding differs. Phase 2 compares `animediffusion-phase2` with the authors' ten
+differentiated steps; the two losses are not comparable.
+
+On a CPU the clock counts CPU time of all threads (one by default), so images/s are those of one core, and other work on
+the machine does not count. On a GPU it counts wall-clock time, and our side runs with torch's attention, with xformers,
+and compiled. The share column is the fraction of the rate at which the same device multiplies large bf16 matrices in
+the same run. The exit code is 1 if a target, which exists only for CPUs, is missed.
 """
 
 from __future__ import annotations
@@ -50,16 +52,17 @@ from animediffusion.models.training.objective import ReconstructionObjective
 from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe
 
 BLOCK = 2
-"""Steps of a turn; the first turn of a side is not counted."""
+"""Steps per turn of a side; the time of a side's first turn is ignored."""
 NUM_BATCHES = 8
 CONSTANT_RATE = (
     *("optimizer.warmup_steps=0", "optimizer.cosine_after_warmup=false", "optimizer.final_learning_rate=1.0"),
     *("optimizer.learning_rate=1e-4", "max_steps=1000000"),
 )
 TARGETS = {1: {"theirs": 2.0, "theirs, bf16": 0.97}, 2: {"theirs": 3.0}}
-"""Of a phase: at least so many times the images/s of a side, on a CPU. 3 % is what such a run can tell apart."""
+"""By phase and side: the least ratio of our images/s to that side's, on a CPU. A run can resolve differences of about
+3 %."""
 LOSS_TOLERANCE = 0.02
-"""Largest difference of phase 1's loss, as a share of theirs."""
+"""Largest difference between the phase 1 losses, relative to the authors' loss."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ GPU_SIDES = (
 
 @dataclass(frozen=True)
 class Job:
-    """What all sides of a table have in common."""
+    """Settings that all sides of a table share."""
 
     clone: str
     data: str | None
@@ -97,33 +100,33 @@ class Job:
 
     @property
     def turns(self) -> int:
-        """Turns of each side, the first one included."""
+        """Number of turns of each side, the first one included."""
         return 1 + -(-self.steps // BLOCK)
 
 
 @dataclass
 class Found:
-    """What a side has shown."""
+    """Measurements of one side."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of a step, the mean of each turn."""
+    """Mean seconds of a step, for each turn."""
     losses: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
     flops: float = 0.0
 
     @property
     def step_seconds(self) -> float:
-        """The median turn's."""
+        """Seconds of a step: the median over all turns but the first."""
         return statistics.median(self.seconds[1:])
 
     @property
     def late_loss(self) -> float:
-        """The mean of the later half."""
+        """Mean loss of the second half of the steps."""
         return statistics.fmean(self.losses[len(self.losses) // 2 :])
 
 
 def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
-    """All sides, turn by turn."""
+    """Run all sides turn by turn and return their measurements."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for side in sides:
@@ -145,7 +148,7 @@ def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """What a process that is started inside finds set, as glibc reads it at its start."""
+    """Set environment variables for processes started in this context; glibc reads them when a process starts."""
     os.environ.update(variables)
     yield
     for name in variables:
@@ -153,7 +156,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def serve(pipe: Connection, side: Side, job: Job) -> None:
-    """A side's process: makes as many steps as it is told, until that is 0."""
+    """Run one side in this process: receive numbers of steps and run them, until the number is 0."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     if side.ours:
@@ -168,7 +171,7 @@ def serve(pipe: Connection, side: Side, job: Job) -> None:
 
 
 def _count(step: Callable[[int], object]) -> float:
-    """Floating-point operations of a step's products and convolutions, forward and backward."""
+    """Return the floating-point operations of a step's products and convolutions, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step(1)
     return float(counter.get_total_flops())
@@ -243,7 +246,11 @@ def _our_steps(side: Side, job: Job, device: torch.device) -> Callable[[int], tu
 
 
 def _objective(config: TrainConfig, state: TrainState, job: Job) -> torch.nn.Module:
-    """Phase 2 draws from the seed how many steps are differentiated: one that draws each number once a turn."""
+    """Build the objective.
+
+    In phase 2 the seed determines the numbers of differentiated steps; choose a seed with which each turn gets both
+    numbers, 1 and 2, once.
+    """
     for seed in itertools.count():
         objective = config.objective.build(state.denoiser, config.sampler or SamplerDefaults(), seed)
         if not isinstance(objective, ReconstructionObjective):
@@ -255,7 +262,7 @@ def _objective(config: TrainConfig, state: TrainState, job: Job) -> torch.nn.Mod
 
 
 def _their_model(clone: str) -> Any:
-    """Their GaussianDiffusion as config/anime.json has it, with the weights of a fixed seed."""
+    """Build the authors' GaussianDiffusion as configured in config/anime.json, with the weights of a fixed seed."""
     sys.path.insert(0, clone)
     from models.diffusion import GaussianDiffusion  # type: ignore[import-not-found]
 
@@ -265,12 +272,12 @@ def _their_model(clone: str) -> Any:
 
 
 def _rows(job: Job, device: torch.device) -> list[Rows]:
-    """Decoded batches; of drawn faces if there is no data."""
+    """Return decoded batches of the dataset, or of drawn faces if there is no dataset."""
     count = NUM_BATCHES * job.batch
     if job.data is None:
         arrays = drawn(count, job.size)
     else:
-        # Imported where it is needed: the rest runs where there is neither Ray nor pyarrow (gpu.py).
+        # Import only here: everything else runs without Ray and pyarrow (needed by gpu.py).
         from animediffusion.pipelines.data.stream import read_split
 
         arrays = read_split(job.data, "train", limit=count)
@@ -283,7 +290,7 @@ def _rows(job: Job, device: torch.device) -> list[Rows]:
 
 
 def _batches(job: Job, device: torch.device) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """What fit() and StrictObjective make in each step: the batch, the noise, the times."""
+    """Yield the same batches, noise and times as fit() and StrictObjective draw in each step."""
     augment = load_recipe("animediffusion-strict").augment
     for step, rows in enumerate(itertools.cycle(_rows(job, device))):
         generator = step_generator(0, step, 0, device)
@@ -293,14 +300,15 @@ def _batches(job: Job, device: torch.device) -> Iterator[tuple[Batch, Tensor, Te
 
 
 def table(job: Job, found: dict[str, Found], peak_flops: float) -> str:
-    """Markdown of one phase and size."""
+    """Return the Markdown table of one phase and size."""
     theirs = found["theirs"]
     lines = [
         f"| phase {job.phase}, {job.size} px, batch {job.batch} | images/s | times theirs | peak, MB | loss | share |",
         "|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
-        # The same network with the same losses: what theirs multiplies, ours does, whatever the counter can see of it.
+        # In phase 1 network and loss are equal, so all sides need the operations counted for the authors' side; the
+        # counter may not see all operations of the other sides.
         flops = theirs.flops if job.phase == 1 else one.flops
         share = f"{flops / one.step_seconds / peak_flops:.2f}" if job.phase == 1 else ""
         loss = f"{one.late_loss:.4f}" if job.phase == 1 else ""
@@ -311,7 +319,7 @@ def table(job: Job, found: dict[str, Found], peak_flops: float) -> str:
 
 
 def verdicts(job: Job, found: dict[str, Found]) -> list[tuple[str, bool]]:
-    """What was to be reached on a CPU, and whether it was."""
+    """Return the targets on a CPU as texts, and whether each was met."""
     ours, checks = found["ours"], []
     for name, least in TARGETS[job.phase].items():
         ratio = found[name].step_seconds / ours.step_seconds

@@ -1,16 +1,18 @@
-"""What the searches of `tune` find, and what they cost.
+"""Measure the results and the cost of the searches of `tune`.
 
     python benchmarks/tune.py [--model BUNDLE --data URI] [--images 32] [--searches 3] [--out DIR]
     python benchmarks/tune.py --schedule MINUTES [--data URI] [--recipe FILE.yaml] [--steps 270] [--out DIR]
 
-Without data, faces are drawn (64 px, for --schedule 32 px); without a model, the recipe `demo` is trained on them for
-three minutes.
+Without --data, faces are drawn (at 64 px, or at 32 px for --schedule); without --model, the recipe `demo` is trained on
+the data for three minutes.
 
-The first measures a grid of some 200 sampler settings, each with every average that the model's run kept, lets `tune
-sampler` search the same rows with a quarter of 200 evaluations and an empty journal, some times from different seeds,
-and compares the fronts: at every cost of the grid's front, the best that each knows at that cost or below. The second
-begins `tune schedule` with a deliberately bad recipe, gives it so many minutes, then trains the bad recipe and the
-found one with `train`, equally long, and evaluates both. Both print markdown.
+The first command measures a grid of about 200 sampler settings, each with every average that the model's run kept. Then
+the search of `tune sampler` runs on the same rows with a quarter as many trials as the grid has sampler settings,
+several times with different seeds and an empty trial log. At every cost on the grid's Pareto front, the best setting of
+the grid and of each search at this cost or below are compared.
+
+The second command starts `tune schedule` from a deliberately bad recipe with a limit of MINUTES. Then it trains the bad
+and the found recipe with `train` for equally many steps, and evaluates both. Both commands print Markdown.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 
 Setting = tuple[SamplerDefaults, float | None]
-"""How to sample, and the length of the weights' average; None is the trained one."""
+"""Sampler settings, and the length of the weights' average; None is the trained average."""
 STEPS = (1, 2, 3, 4, 6, 8)
 SHIFTS = (0.5, 1.0, 2.0, 4.0)
 GUIDANCE = ((1.0, EVERYWHERE), (1.5, EVERYWHERE), (2.5, EVERYWHERE), (2.5, (0.0, 0.5)))
@@ -70,7 +72,7 @@ TRAIN_MINUTES = 3
 
 
 def grid(space: SamplerSpace) -> list[SamplerDefaults]:
-    """All combinations, what is the same only once."""
+    """Return all combinations of the grid, without duplicates that sample identically."""
     found: dict[SamplerDefaults, None] = {}
     for name, steps, shift, (scale, interval) in itertools.product(SAMPLERS, STEPS, SHIFTS, GUIDANCE):
         settings = SamplerDefaults(
@@ -83,7 +85,7 @@ def grid(space: SamplerSpace) -> list[SamplerDefaults]:
 def measure_all(
     bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], journal: TrialLog
 ) -> list[Point]:
-    """Each of the settings on Ray; what the journal has is not measured again."""
+    """Measure all settings on Ray, except those that the trial log already contains."""
     found = [Point.of(entry["measured"]) for entry in journal.read()]
     known = {(point.settings, point.ema_length): point for point in found}
     shared = ray.put((bundle, averages, rows.searched))
@@ -105,12 +107,12 @@ def measure_all(
 
 
 def best_at(points: list[Point], cost: int) -> Point:
-    """The best of the points that cost no more."""
+    """Return the best of the points with at most this cost."""
     return max((point for point in points if point.evaluations <= cost), key=lambda point: point.psnr)
 
 
 def sampler_table(model: str, data: str, images: int, searches: int, out: Path) -> bool:
-    """Print grid and searches side by side; True if no search is ever more than WITHIN_DB below."""
+    """Compare grid and searches in a table; return whether no search is more than WITHIN_DB below the grid."""
     bundle, rows = load_bundle(model), load_rows(data, "val", images)
     averages = read_averages(bundle)
     sampled = grid(SamplerSpace(bundle.denoiser.path, bundle.config.sampler))
@@ -146,12 +148,12 @@ def sampler_table(model: str, data: str, images: int, searches: int, out: Path) 
 
 
 def told(line: str) -> None:
-    """Progress, beside the table."""
+    """Print a line of progress to stderr, separate from the table."""
     print(line, file=sys.stderr, flush=True)
 
 
 def schedule_table(settings: Settings, data: str, minutes: float, steps: int, recipe: Path) -> bool:
-    """Print what the search found, and both recipes trained; True if the found one is GAIN_DB better."""
+    """Search and train both recipes, and print the results; return whether the found recipe is GAIN_DB better."""
     found = settings.workspace / "found.yaml"
     begun = time.monotonic()
     result = tune_schedule(
@@ -174,7 +176,7 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
         f"\n{result['trials']} trials in {seconds:.0f} s: {result['finished']} to the end, {result['stopped_early']} "
         f"stopped early, {result['failed']} failed, {result['cut']} cut by the clock.\n"
     )
-    # Of trials that the clock has cut, Ray keeps the CPUs reserved for minutes.
+    # Restart Ray, because it keeps the CPUs of trials that ran out of time reserved for minutes.
     cluster.shutdown()
     cluster.connect(settings)
     scores = {}
@@ -192,7 +194,7 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
 
 
 def drawn_faces(out: Path, size: int) -> str:
-    """A dataset of faces, drawn if it is not there yet."""
+    """Return the URI of a dataset of drawn faces, which is made if it does not exist yet."""
     faces, data = str(out / f"faces-{size}"), str(out / f"data-{size}")
     synthesize(faces, 2000, size, 0)
     prepare(faces, data, size).run(lambda *_: None)
@@ -200,13 +202,13 @@ def drawn_faces(out: Path, size: int) -> str:
 
 
 def trained(settings: Settings, data: str) -> str:
-    """A bundle of the recipe `demo` after some minutes."""
+    """Train the recipe `demo` for TRAIN_MINUTES and return its bundle."""
     overrides = [f"data={data}", f"max_minutes={TRAIN_MINUTES}", "name=model"]
     return str(train(settings, load_recipe("demo", overrides))["bundle"])
 
 
 def main() -> int:
-    """Run one of the two; 0 if it found what it should."""
+    """Run one of the two benchmarks; return exit code 0 if the search reached its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a dataset")
     parser.add_argument("--model", help="a bundle that was trained at the size of the data")
