@@ -1,9 +1,10 @@
-"""The picture of the running batch in docs/serving.md, drawn from a trace of a real engine.
+"""Draw the diagram of the running batch in docs/serving.md from a trace of a real engine.
 
     python docs/batching.py [--model BUNDLE] [--out docs/images]
 
-Without --model a small untrained network colors noise: what joins, waits and leaves when does not depend on it. Turns
-are made by hand and requests come at given turns, so the picture is the same on every machine.
+Without --model a small untrained network is used, because the schedule of the requests does not depend on the network.
+The script itself runs each turn (one evaluation of the batch), and requests arrive at fixed turns, so the diagram is
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ SEED = 3
 MAX_BATCH = 8
 STEPS = (4, 8, 16, 25)
 KEYS = {"studio": (58, 116, 168), "page": (206, 110, 52), "batch job": (96, 140, 84)}
-"""Who asks, and their colors."""
+"""Clients and their colors in the diagram."""
 LEAVES = 6
-"""A request whose client leaves, and after how many turns in the batch."""
+"""Index of the request whose client leaves, LEAVES_AFTER turns after the request started."""
 LEAVES_AFTER = 5
 
 TURN, BAR, GAP = 15, 11, 4
-"""Pixels: of a turn across, of a bar down, between bars."""
+"""Pixels: width of a turn, height of a bar, gap between bars."""
 LEFT, STRIP = 128, 84
-"""Pixels: of the names at the left, of the curve below."""
+"""Pixels: width of the names at the left, height of the chart at the bottom."""
 
 
 @dataclass
 class Asked:
-    """A request, in turns."""
+    """A request, with its times in turns."""
 
     key: str
     steps: int
@@ -53,7 +54,7 @@ class Asked:
 
 
 def pattern() -> list[Asked]:
-    """A batch job that sends everything at once, an artist now and then, a studio in between."""
+    """Return requests of a batch job, which arrive all at the start, and of two clients that send one now and then."""
     draw = np.random.default_rng(SEED)
     asked = [Asked("batch job", int(draw.choice(STEPS)), False, 0) for _ in range(12)]
     asked += [
@@ -64,7 +65,7 @@ def pattern() -> list[Asked]:
 
 
 def trace(bundle: Bundle, asked: Sequence[Asked]) -> list[Turn]:
-    """Run the requests; notes in each when it started and ended."""
+    """Run the requests, record when each started and ended, and return the engine's turns."""
     turns: list[Turn] = []
     engine = Engine(bundle, max_batch=MAX_BATCH, own_thread=False, on_turn=turns.append)
     coming, futures = list(asked), list[Future[Any]]()
@@ -99,7 +100,7 @@ def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
 
 
 def draw(asked: Sequence[Asked], turns: Sequence[Turn]) -> Array:
-    """Requests as bars over turns, and the rows of each turn below."""
+    """Draw the requests as bars over turns, and below them the number of network rows in each turn."""
     width = LEFT + TURN * len(turns) + 2 * EDGE
     bars = len(asked) * (BAR + GAP)
     top = EDGE + 56
@@ -134,7 +135,7 @@ def _bar(board: Board, asked: Asked, y: int) -> None:
 
 
 def _rows(board: Board, turns: Sequence[Turn], top: int) -> None:
-    """Rows of the network in each turn, between nothing and full."""
+    """Draw the number of network rows in each turn, from 0 to MAX_BATCH."""
     bottom = top + STRIP
     for turn in turns:
         height = round(STRIP * turn.num_evaluated / MAX_BATCH)
@@ -165,7 +166,7 @@ def _light(color: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def small_bundle() -> Bundle:
-    """An untrained network that takes a millisecond."""
+    """Build a bundle with a small, untrained network that evaluates in about a millisecond."""
     torch.manual_seed(SEED)
     network = UNetConfig(base_channels=32, channel_multipliers=(1,), num_res_blocks=1, patch_size=4, head_channels=32)
     config = BundleConfig(network=network, image_size=16)
@@ -173,7 +174,7 @@ def small_bundle() -> Bundle:
 
 
 def main() -> None:
-    """Draw it."""
+    """Draw and save the diagram."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="bundle folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")

@@ -1,10 +1,11 @@
-"""The pictures of docs/method.md, drawn with a model.
+"""Draw the figures of docs/method.md with a model.
 
     python docs/pictures.py --model BUNDLE [--data DATASET_URI] [--ladder OUT] [--out docs/images]
 
-Everything in them is a tensor that the model met or made; the faces are drawn ones that no demo trains on. With --data
-the rows of its `val` come in place of them, except where one face is needed in several colors. OUT is what
-benchmarks/quality.py left of the recipes in LADDER, seed 0: what each ingredient gives.
+All images in the figures are inputs or outputs of the model; the faces are drawn faces that no demo trains on. With
+--data, rows of the dataset's `val` split replace them, except in the figure that needs one face in several colors.
+--ladder takes the output folder of benchmarks/quality.py with the recipes in LADDER at seed 0, and adds a figure that
+shows the effect of each ingredient.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from animediffusion.platform.images.codec import contact_sheet
 Array = NDArray[np.uint8]
 
 SEED = 11
-"""Of the faces and the noise. The demo trains on seed 0 and shows seed 1."""
+"""Seed of the faces and the noise. The demo trains on seed 0 and shows seed 1."""
 FACES = 3
 LIMIT = 300_000
-"""Bytes of a picture; what would be larger gets 256 colors."""
+"""Largest file size of a figure in bytes; a larger figure is reduced to 256 colors."""
 GUIDANCE = (0.0, 0.5, 1.0, 2.0, 3.0)
 STEPS = (1, 2, 4, 10, 25)
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Times of the forward process, in units of t_max."""
 PATHS = {"linear": PathConfig(name="linear"), "cosine": PathConfig(name="cosine"), "flow": PathConfig()}
 NOISY = (0.5, 0.9)
-"""Times at which phase 1 is shown, in units of t_max."""
+"""Times at which the figure shows phase 1, in units of t_max."""
 GRADIENT_STEPS = 2
 LADDER = {
     "flow-v": "flow, v",
@@ -62,25 +63,25 @@ LADDER = {
     "ours": "+ matcher",
     "ours-2": "+ phase 2",
 }
-"""Recipes of benchmarks/quality.py, each with one ingredient more than the one before, and what it is."""
+"""Maps recipes of benchmarks/quality.py to labels; each recipe adds the labeled ingredient to the recipe before it."""
 LADDER_SAMPLER, SCORED = SamplerDefaults(steps=4), 60
-"""How they color, and how many other faces their PSNR is measured on."""
+"""Sampler settings of these recipes, and the number of additional faces that their PSNR is measured on."""
 
 CELL, GAP, EDGE = 118, 58, 28
 PAPER, INK, FAINT = (246, 244, 240), (92, 86, 82), (186, 180, 172)
 SIGNAL, NOISE = (58, 116, 168), (206, 110, 52)
 ZOOM = 4
-"""Lines are drawn so many times too large and averaged down."""
+"""Lines are drawn enlarged by this factor and averaged down, for antialiasing."""
 
 
 class Board:
-    """A sheet for pictures, arrows and words at any place; x and y in pixels."""
+    """A sheet for images, arrows and text at any position; x and y are in pixels."""
 
     def __init__(self, width: int, height: int) -> None:
         self.sheet = Image.new("RGB", (width, height), PAPER)
 
     def picture(self, array: Array, x: int, y: int, below: str = "") -> None:
-        """A picture of CELL pixels a side, and a word below it."""
+        """Draw an image of CELL pixels per side, with a label below it."""
         mask = Image.new("L", (ZOOM * CELL, ZOOM * CELL))
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, ZOOM * CELL - 1, ZOOM * CELL - 1), CELL // 5, fill=255)
         image = Image.fromarray(array).convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
@@ -88,12 +89,12 @@ class Board:
         self.text(below, x + CELL // 2, y + CELL + 12)
 
     def text(self, words: str, x: float, y: float, size: int = 14, anchor: str = "mm", color: Any = INK) -> None:
-        """Words at their anchor: two letters as Pillow has them."""
+        """Draw text; the anchor is Pillow's code of two letters."""
         font = ImageFont.load_default(size)
         ImageDraw.Draw(self.sheet).text((x, y), words, fill=color, font=font, anchor=anchor)
 
     def lines(self, points: Sequence[tuple[float, float]], color: Any, width: float = 2.0) -> None:
-        """A line through the points, antialiased."""
+        """Draw an antialiased line through the points."""
         xs, ys = zip(*points, strict=True)
         left, top = int(min(xs)) - 4, int(min(ys)) - 4
         size = int(max(xs)) + 5 - left, int(max(ys)) + 5 - top
@@ -103,7 +104,7 @@ class Board:
         self.sheet.paste(Image.new("RGB", size, color), (left, top), mask.resize(size, Image.Resampling.BOX))
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], color: Any, both: bool = False) -> None:
-        """A horizontal or vertical arrow, or one with two heads."""
+        """Draw a horizontal or vertical arrow, with two heads if `both` is set."""
         self.lines([start, end], color)
         for tail, tip in ((start, end), (end, start))[: 2 if both else 1]:
             along = np.sign(np.subtract(tip, tail))
@@ -111,12 +112,12 @@ class Board:
             self.lines([tuple(back + across), tip, tuple(back - across)], color)
 
     def array(self) -> Array:
-        """What is drawn so far."""
+        """Return the sheet as an array."""
         return np.array(self.sheet)
 
 
 def forward_process(batch: Batch, size: int) -> Array:
-    """One face on its way to noise on three paths, and what each path mixes it by."""
+    """Draw one face turning into noise on three paths, and each path's alpha and sigma over time."""
     noise, face = noise_for(SEED, size)[None], batch.target[:1]
     rows: list[list[Array]] = []
     for config in PATHS.values():
@@ -133,7 +134,7 @@ def forward_process(batch: Batch, size: int) -> Array:
 
 
 def _curves(board: Board, name: str, path: NoisePath, x: int, y: int, width: int) -> None:
-    """alpha and sigma over time, with their last values."""
+    """Draw alpha and sigma over time, with their last values."""
     height = 120
     board.text(name, x, y - 14, anchor="lm")
     for level in (0.0, 0.5, 1.0):
@@ -148,7 +149,7 @@ def _curves(board: Board, name: str, path: NoisePath, x: int, y: int, width: int
 
 
 class Trace(NamedTuple):
-    """What phase 2 passes through: images [N, 3, S, S] and their times."""
+    """The states and estimates of phase 2's sampling, images [N, 3, S, S], and the times of the states."""
 
     states: Tensor
     estimates: Tensor
@@ -170,7 +171,7 @@ def _trace(bundle: Bundle, batch: Batch, steps: int) -> Trace:
 
 
 def two_phases(bundle: Bundle, batch: Batch) -> Array:
-    """What each phase sees, makes and compares, and where gradients pass."""
+    """Draw the inputs, outputs and losses of both phases, and the path of the gradients."""
     row = CELL + 34
     board = Board(2 * EDGE + 6 * CELL + 5 * GAP, 4 * row + 4 * EDGE + 92)
     one = Batch(*(x[:1] for x in batch))
@@ -235,20 +236,20 @@ def _column(number: int) -> int:
 
 
 def _across(board: Board, column: int, y: int, color: Any, both: bool = False) -> None:
-    """An arrow from a column to the next."""
+    """Draw an arrow from a column to the next."""
     middle = y + CELL // 2
     board.arrow((_column(column) + CELL + 8, middle), (_column(column + 1) - 8, middle), color, both)
 
 
 def guidance(bundle: Bundle, batch: Batch) -> Array:
-    """The same noise at several guidance scales; 0 never sees the reference, 1 is no guidance."""
+    """Draw results from the same noise at several guidance scales; 0 ignores the reference, 1 is no guidance."""
     own = bundle.config.sampler
     results = [(f"scale {scale:g}", replace(own, guidance_scale=scale)) for scale in GUIDANCE]
     return _sweep(bundle, batch, results)
 
 
 def steps(bundle: Bundle, batch: Batch) -> Array:
-    """The same noise in more and more steps."""
+    """Draw results from the same noise with rising numbers of steps."""
     own = replace(bundle.config.sampler, name="euler", guidance_scale=1.0)
     results = [(f"{n} step" + "s" * (n > 1), replace(own, steps=n)) for n in STEPS]
     return _sweep(bundle, batch, results)
@@ -262,9 +263,9 @@ def _sweep(bundle: Bundle, batch: Batch, results: Sequence[tuple[str, SamplerDef
 
 
 def references(bundle: Bundle) -> Array:
-    """One sketch with references that are right, of other colors, damaged, and of nothing."""
+    """Draw results of one sketch with matching, differently colored, shuffled, unrelated and gray references."""
     size = bundle.config.image_size
-    rng = np.random.default_rng([SEED, FACES])  # another face than those of faces()
+    rng = np.random.default_rng([SEED, FACES])  # This seed gives a face that faces() does not use.
     character, geometry, other = random_character(rng), random_geometry(rng), random_geometry(rng)
     people = [character, *(replace(character, palette=random_palette(rng)) for _ in range(3))]
     given = [draw(person, other, size)[0] for person in people]
@@ -281,7 +282,7 @@ def references(bundle: Bundle) -> Array:
 
 
 def ingredients(ladder: Path, batch: Batch) -> Array:
-    """The same faces by models that were trained for the same time, each with one ingredient more."""
+    """Draw the same faces colored by models that were trained equally long, each with one more ingredient."""
     columns, labels = [_arrays(batch.sketch), _arrays(batch.reference)], ["sketch", "reference"]
     others = _drawn(range(FACES, FACES + SCORED), batch.target.shape[-1])
     for recipe, name in LADDER.items():
@@ -293,7 +294,7 @@ def ingredients(ladder: Path, batch: Batch) -> Array:
 
 
 def _unrelated(rng: np.random.Generator, size: int) -> Array:
-    """A picture of nobody: colored noise, large."""
+    """Return an image without a face: coarse colored noise."""
     return np.array(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size)))
 
 
@@ -303,7 +304,7 @@ def _shuffled(images: Tensor) -> Tensor:
 
 
 def _color(bundle: Bundle, sketch: Tensor, reference: Tensor, sampler: SamplerDefaults) -> Array:
-    """uint8 [B, S, S, 3], all rows from the same noise."""
+    """Color all rows from the same noise; return uint8 [B, S, S, 3]."""
     return _arrays(colorize(bundle, sketch, reference, seeds=[SEED] * len(sketch), sampler=sampler))
 
 
@@ -317,7 +318,10 @@ def _tensor(arrays: Sequence[Array]) -> Tensor:
 
 
 def faces(size: int, data: str | None) -> Batch:
-    """Drawn faces with their line art, and another drawing of each in the same colors; or rows of a dataset."""
+    """Return drawn faces with their line art and, as reference, another drawing of each in the same colors.
+
+    With data, return rows of the dataset's `val` split instead.
+    """
     if data is not None:
         rows = read_split(data, "val", FACES)
         return build(rows, "cross" if rows["has_cross"].all() else "recolored")
@@ -331,10 +335,10 @@ def _drawn(numbers: Sequence[int], size: int) -> Batch:
 
 
 def save(array: Array, path: Path) -> None:
-    """A PNG of at most LIMIT bytes.
+    """Write a PNG of at most LIMIT bytes.
 
     Raises:
-        ValueError: 256 colors are too large still.
+        ValueError: if the file is too large even with 256 colors.
     """
     image = Image.fromarray(array)
     data = _png(image)
@@ -352,7 +356,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def main() -> None:
-    """Draw all of them."""
+    """Draw and save all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, help="a bundle folder")
     parser.add_argument("--data", help="URI of a dataset whose val is shown in place of drawn faces")

@@ -1,8 +1,9 @@
-"""The pictures of the page: a real server, a real browser, and the drawings that ship with the page.
+"""Take the screenshots of the web page with a real server, a real browser and the page's example drawings.
 
     python docs/screenshots.py --model BUNDLE [--out docs/images]
 
-Needs Chromium. page.png is a desktop in the middle of comparing, page-phone.png a phone in the dark.
+The script needs Chromium. page.png shows a desktop window with the comparison slider in use; page-phone.png shows a
+phone in dark mode.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from animediffusion.serve.api.app import create_app
 from animediffusion.serve.replica.replica import Replica
 
 LIMIT = 200_000
-"""Bytes of a picture; what would be larger gets 256 colors."""
+"""Largest file size of a screenshot in bytes; a larger screenshot is reduced to 256, 128 or 64 colors."""
 TIMEOUT_MS = 120_000
 
 
 class Shot(NamedTuple):
-    """One picture: the window, and what is done in it."""
+    """One screenshot: the window, and the inputs to use on the page."""
 
     name: str
     width: int
@@ -51,7 +52,7 @@ SHOTS = (
 
 @contextmanager
 def server(model: Path) -> Iterator[str]:
-    """URL of the page with this bundle as version 1, without Ray."""
+    """Serve the page with this bundle as version 1, without Ray, and yield its URL."""
     replica = Replica()
     if not replica.load("1", model):
         raise SystemExit(f"error: {model}: {replica.error}; give a bundle as training wrote it")
@@ -69,7 +70,7 @@ def server(model: Path) -> Iterator[str]:
 
 
 def take(browser: Browser, url: str, shot: Shot) -> bytes:
-    """The PNG of one window."""
+    """Take one screenshot and return it as PNG."""
     context = browser.new_context(
         viewport={"width": shot.width, "height": shot.height},
         device_scale_factor=shot.scale,
@@ -92,7 +93,7 @@ def take(browser: Browser, url: str, shot: Shot) -> bytes:
 
 
 def color(page: Page, shot: Shot) -> None:
-    """Color the examples of a shot, once for every seed."""
+    """Color the examples of a shot once per seed, and set the comparison slider."""
     page.locator("#sketch-examples button").nth(shot.sketch).click()
     page.locator("#reference-examples button").nth(shot.reference).click()
     page.click("summary")
@@ -107,7 +108,11 @@ def color(page: Page, shot: Shot) -> None:
 
 
 def small(png: bytes) -> bytes:
-    """The picture in at most LIMIT bytes."""
+    """Return the screenshot in at most LIMIT bytes.
+
+    Raises:
+        ValueError: if it is too large even with 64 colors.
+    """
     image = Image.open(io.BytesIO(png)).convert("RGB")
     for candidate in (image, *(image.quantize(colors, kmeans=3) for colors in (256, 128, 64))):
         buffer = io.BytesIO()
@@ -118,7 +123,7 @@ def small(png: bytes) -> bytes:
 
 
 def main() -> None:
-    """Take all of them."""
+    """Take and save all screenshots."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     arguments.add_argument("--model", type=Path, required=True, help="a bundle folder")
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
