@@ -6,6 +6,7 @@ with running(settings, ServeConfig(), port=8000) as url:
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import queue
@@ -175,7 +176,17 @@ def check_address(host: str, port: int, *, is_open: bool = True) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"port {port}", "already in use", "choose another with --port") from error
+            raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"port {port}", "already in use", "choose another with --port")
+    if error.errno == errno.EACCES:
+        return ConfigError(f"port {port}", "this user may not open it", "choose one from 1024 on with --port")
+    return ConfigError(
+        "--host", f"{host!r} ({error.strerror or error})", "an address of this machine, for example 0.0.0.0"
+    )
 
 
 def check_model(settings: Settings, model: str | None) -> None:

@@ -60,7 +60,10 @@ async function refusal(response) {
 function problem({status, detail, errors = []}, wait) {
   if (status === 401) return new Problem("This server asks for a key. Please enter it at the top of the page.", {status});
   if (status === 429) return new Problem("The server is busy.", {status, wait});
-  if (status === 503) return new Problem("The server has no model ready yet.", {status, wait});
+  if (status === 503) {
+    const why = /no model/.test(detail) ? "The server has no model ready yet." : "The server cannot color now.";
+    return new Problem(why, {status, wait});
+  }
   if (status === 413) return new Problem("The two pictures are too large together. Please make them smaller.", {status});
   if (status === 504) return new Problem("The server did not finish in time. Please try again, or with fewer steps.", {status});
   if (errors.length) return new Problem(errors.map(in_words).join(" "), {status, fields: errors.map(error => error.field)});
