@@ -34,6 +34,11 @@ def test_a_port_in_use_is_named():
             check_address("127.0.0.1", port)
 
 
+def test_an_address_of_another_machine_is_not_called_in_use() -> None:
+    with pytest.raises(ConfigError, match=r"^--host: '192\.0\.2\.1' \(.*\); an address of this machine"):
+        check_address("192.0.2.1", free_port(), is_open=False)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_only_loopback_is_served(host: str):
     with pytest.raises(ConfigError, match="--host"):
