@@ -74,18 +74,6 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
 
 
 @contextmanager
-def ray_node(head: Head, *options: str, **environment: str) -> Iterator[None]:
-    """Start another node on loopback that joins the head; arguments as for `ray_head`."""
-    command = [f"--address={head.gcs}", "--node-ip-address=127.0.0.1", f"--metrics-export-port={free_port()}"]
-    log = head.folder / "log-of-node"
-    with _started([*command, "--object-store-memory=100000000", *options], log, head.token, environment) as process:
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-        yield
-
-
-@contextmanager
 def _started(
     options: list[str], log: Path, token: str, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:

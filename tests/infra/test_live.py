@@ -22,7 +22,7 @@ import pytest
 import ray
 import torch
 import yaml
-from head import Head, ray_head, ray_node
+from head import Head, ray_head
 from manifests import KUBERNETES, ROOT
 from PIL import Image
 from ports import free_port
@@ -223,23 +223,6 @@ def test_nobody_colors_without_a_key(head: Head, client: httpx.Client, pictures:
     check_colors(client, pictures)
     url = f"http://127.0.0.1:{PORT}/v1/colorize"
     assert httpx.post(url, files=pictures, timeout=60, trust_env=False).status_code == 401
-
-
-def test_the_application_of_the_gpu_nodes_has_an_engine_and_an_ingress_on_each(
-    head: Head, client: httpx.Client, pictures: dict[str, bytes]
-) -> None:
-    [service] = [one for one in manifests.build(KUBERNETES / "gpu") if one["kind"] == "RayService"]
-    [group] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    limits = manifests.containers(group)[0]["resources"]["limits"]
-    config = serve_configs()["gpu"]
-    # An engine refuses a GPU that is only a number: here it takes a node's CPUs for itself instead.
-    config["applications"][0]["args"] |= {"engine_gpus": 0, "engine_cpus": 3.7}
-    with ray_node(head, f"--num-cpus={limits['cpu']}", f"--num-gpus={limits['nvidia.com/gpu']}"):
-        deploy(head, config)
-        check_colors(client, pictures)
-        deployments = applications(head).json()["applications"]["animediffusion"]["deployments"]
-        for name in ("engine", "ingress"):
-            assert len({replica["node_id"] for replica in deployments[name]["replicas"]}) == 2
 
 
 def expressions() -> list[str]:
