@@ -30,11 +30,12 @@ class Muon:
     Args:
         weights: the matrices and kernels to train, contiguous and on one device.
         weight_decay: decoupled weight decay, as in AdamW.
-        dtype: type of the orthogonalization; bfloat16 is precise enough.
+        dtype: type of the orthogonalization; bfloat16 is precise enough. If one rank asks for float32, all use it.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], weight_decay: float, dtype: torch.dtype) -> None:
         self.weight_decay, self.dtype = weight_decay, dtype
+        self._agreed = False
         ordered = sorted(weights, key=lambda weight: weight.flatten(1).shape)
         self.groups = [
             _ShapeGroup(list(group)) for _, group in groupby(ordered, lambda weight: weight.flatten(1).shape)
@@ -55,6 +56,8 @@ class Muon:
     def step(self, learning_rate: float) -> None:
         """Update the weights from their gradients; equal gradients on all ranks give equal weights on all ranks."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+        if ranks > 1 and not self._agreed:
+            self._agree()
         owners = self._owners(ranks)
         sizes = [group.momentum[0].numel() for group in self.groups for _ in group.matrices]
         device = self.groups[0].momentum.device
@@ -69,6 +72,12 @@ class Muon:
             _exchange(updates, sizes, owners)
         for group, part in zip(self.groups, parts, strict=True):
             group.apply(part, learning_rate, self.weight_decay)
+
+    def _agree(self) -> None:
+        """One dtype for all ranks, which exchange what they made in it: their devices may differ, an A10G and a T4."""
+        wide = torch.tensor(int(self.dtype == torch.float32), device=self.groups[0].momentum.device)
+        dist.all_reduce(wide, dist.ReduceOp.MAX)
+        self.dtype, self._agreed = (torch.float32 if wide else self.dtype), True
 
     def _parts(self, updates: Tensor) -> Iterator[Tensor]:
         """Yield each group's part of a flat tensor, as [matrices, rows, columns]."""

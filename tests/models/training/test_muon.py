@@ -80,11 +80,13 @@ def test_the_ranks_share_the_products(new_denoiser, ranks):
 
 def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save({dtype: train(dtype) for dtype in (torch.float32, torch.bfloat16)}, Path(folder) / f"{rank}.pt")
+    found = {dtype: train(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found["mixed"] = train(torch.bfloat16 if rank else torch.float32)
+    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_do_what_one_does(tmp_path):
+def test_two_ranks_do_what_one_does_and_agree_where_one_has_no_bfloat16(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
@@ -96,6 +98,9 @@ def test_two_ranks_do_what_one_does(tmp_path):
             for alone, here, there in zip(one, first, second, strict=True):
                 assert torch.equal(here, there)
                 torch.testing.assert_close(here, alone, rtol=1e-2, atol=1e-3)
+    wide, _ = found[0][torch.float32]
+    for mixed, _ in (found[0]["mixed"], found[1]["mixed"]):
+        assert all(torch.equal(one, other) for one, other in zip(mixed, wide, strict=True))
 
 
 @pytest.mark.parametrize("there", [True, False])
