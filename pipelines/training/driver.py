@@ -46,6 +46,15 @@ from animediffusion.platform.tracking.run import TRAINING, Run, send_left
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
 POLL_S = 0.5
+TORCHS_ADVICE = (
+    "Search for `",
+    "CUDA kernel errors might be",
+    "For debugging consider passing",
+    "Compile with `TORCH_USE_CUDA_DSA`",
+    "Device-side assertion",
+    "Set TORCHDYNAMO_VERBOSE=1",
+)
+"""How lines begin that torch puts behind the reason of an error: equal for all of them, so they say nothing."""
 
 UNSENT = "unsent"
 """Subfolder of a run with the records that MLflow has not received yet."""
@@ -343,7 +352,9 @@ def reason(error: BaseException) -> str:
     """Return in one line why fit() failed: the last line of the first worker's error."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
-    return next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__).strip()
+    lines = [line.strip() for line in str(cause).splitlines()]
+    said = [line for line in lines if line and not line.startswith(TORCHS_ADVICE)]
+    return said[-1] if said else type(cause).__name__
 
 
 def _explain(error: BaseException, work: RunPlan) -> BaseException:

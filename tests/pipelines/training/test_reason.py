@@ -1,0 +1,39 @@
+"""What of an error of a worker becomes the line that a run ends with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from animediffusion.pipelines.training.driver import reason
+
+CUDA = """CUDA error: no kernel image is available for execution on the device
+Search for `cudaErrorNoKernelImageForDevice' in https://docs.nvidia.com/cuda/cuda-runtime-api/group.html for more.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+COMPILER = """backend='inductor' raised:
+RuntimeError: Triton Error [CUDA]: device kernel image is invalid
+
+Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this especially if you're reporting a bug).
+"""
+NCCL = """NCCL error in: NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for more), version 2.27.5
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+socketStartConnect: Connect to 10.0.0.7<41235> failed : Connection refused
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.AcceleratorError(CUDA), CUDA.splitlines()[0]),
+        (RuntimeError(COMPILER), COMPILER.splitlines()[1]),
+        (RuntimeError(NCCL), NCCL.splitlines()[-1]),
+        (RuntimeError("Traceback (most recent call last):\n  File ...\nOSError: no space\n"), "OSError: no space"),
+        (RuntimeError(""), "RuntimeError"),
+    ],
+)
+def test_it_is_what_went_wrong_and_not_torchs_advice(error, line):
+    assert reason(SimpleNamespace(worker_failures={1: error})) == line
