@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from animediffusion.models.network.attention import use_attention
 from animediffusion.models.numerics import choose_numerics
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.training.loop import TrainState, fit
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.shards import PICTURES, read_rows
@@ -53,10 +54,11 @@ def main(folder: Path, rank: int) -> None:
     threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
     try:
         answer = _Probe(order, rank, folder).run()
-    except torch.OutOfMemoryError:
-        answer = {"error": "out of GPU memory with one row; lower image_size or take a smaller network"}
     except Exception as error:
-        answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if order["cuda"] and is_out_of_memory(error) and not isinstance(error, MemoryError):
+            line = "out of GPU memory with one row; lower image_size or take a smaller network"
+        answer = {"error": line}
     written = folder / f"{rank}.partial"
     written.write_text(json.dumps(answer))
     written.rename(folder / f"{rank}.json")

@@ -7,6 +7,7 @@ pipelines/training/validation.py scores them.
 
 from __future__ import annotations
 
+import platform
 import resource
 import tempfile
 import time
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from animediffusion.models.compile import compiled
 from animediffusion.models.network.attention import attention_used, use_attention
 from animediffusion.models.numerics import choose_numerics
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.training.loop import Snapshot, Step, TrainState, fit, write
 from animediffusion.models.training.objective import NUM_BINS
 from animediffusion.pipelines.data.decoding import Decode
@@ -109,15 +111,16 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         rank = _Rank(config)
         rank.run()
-    except torch.OutOfMemoryError:
-        if config.get("rungs"):
-            raise  # a search counts the trial as failed and continues with other settings
+    except ray.exceptions.RayError:
+        raise  # the error of another process
+    except Exception as error:
+        # A search counts the trial as failed and continues with other settings.
+        if not is_out_of_memory(error) or config.get("rungs"):
+            raise
         if rank is not None and rank.log is not None:
             rank.log.writer.wait()
         # This rank must raise, not return: the other ranks wait for its gradients, and Ray ends them when one raises.
-        _give_up_for_good(
-            config, f"out of GPU memory on {_card()}", "lower batch_size or use more workers (num_workers)"
-        )
+        _give_up_for_good(config, f"out of {_memory()}", "lower batch_size or use more workers (num_workers)")
         raise
 
 
@@ -126,12 +129,12 @@ def _give_up_for_good(config: dict[str, Any], failed: str, advice: str) -> None:
     ray.get(config["progress"].tell.remote(failed=failed, advice=advice))
 
 
-def _card() -> str:
-    """Return the name and memory of this process's GPU, for messages."""
+def _memory() -> str:
+    """Return where this process trains and how much memory is there, for messages."""
     if not torch.cuda.is_available():
-        return "this device"
+        return f"memory on {platform.node()}"
     found = torch.cuda.get_device_properties(ray.train.torch.get_device())
-    return f"{found.name} ({found.total_memory / 2**30:.0f} GiB)"
+    return f"GPU memory on {found.name} ({found.total_memory / 2**30:.0f} GiB)"
 
 
 class _Rank:

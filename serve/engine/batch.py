@@ -30,9 +30,10 @@ from animediffusion.models.diffusion.sampler import (
     select_states,
 )
 from animediffusion.models.network.condition import Condition
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
 from animediffusion.serve.engine.condition_cache import ConditionCache, Pair
-from animediffusion.serve.engine.faults import for_log, for_request, is_lost, is_out_of_memory, summary
+from animediffusion.serve.engine.faults import for_log, for_request, is_lost, summary
 from animediffusion.serve.engine.memory_limit import Room
 from animediffusion.serve.engine.network_runner import Evaluator
 

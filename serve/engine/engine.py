@@ -34,11 +34,12 @@ import torch
 from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.serve.engine.admission import Claim, TurnTimes, turns_until_done
 from animediffusion.serve.engine.batch import NotFiniteError, Row, RunningBatch, new_row
 from animediffusion.serve.engine.condition_cache import ConditionCache, Pair, pair_of
 from animediffusion.serve.engine.fair_queue import FairQueue
-from animediffusion.serve.engine.faults import EngineError, for_log, for_request, is_lost, is_out_of_memory
+from animediffusion.serve.engine.faults import EngineError, for_log, for_request, is_lost
 from animediffusion.serve.engine.network_runner import build_evaluator
 from animediffusion.serve.engine.requests import (
     Counts,

@@ -10,21 +10,14 @@ import traceback
 
 import torch
 
+from animediffusion.models.out_of_memory import is_out_of_memory
+
 ADVICE = "lower max_batch, or serve a model of smaller images"
 """Advice in messages about a lack of memory."""
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-"""Texts in the errors of the allocators, of libraries with their own workspaces, and of torch's CPU allocator."""
 
 
 class EngineError(RuntimeError):
     """This engine could not make a picture. A retry on another engine, or on this one later, can work."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a call failed for lack of memory, so that a smaller call may work."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.network.condition import Condition, cat_conditions, select
-from animediffusion.serve.engine.faults import for_log, is_out_of_memory
+from animediffusion.models.out_of_memory import is_out_of_memory
+from animediffusion.serve.engine.faults import for_log
 
 log = logging.getLogger(__name__)
 

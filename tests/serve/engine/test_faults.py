@@ -13,9 +13,10 @@ import torch
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
 from animediffusion.serve.engine.engine import Engine, EngineError, Request, settings_for
-from animediffusion.serve.engine.faults import for_log, for_request, is_lost, is_out_of_memory
+from animediffusion.serve.engine.faults import for_log, for_request, is_lost
 from animediffusion.serve.engine.memory_limit import TURNS_UNTIL_RETRY, Room
 
 SIZE = 32
