@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
+from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
 from animediffusion.models.training.loop import TrainState, averaged_weights
 from animediffusion.pipelines.evaluation.evaluate import Track, TrackChunk, as_tracks, fixed_chunks, grid, run_tracks
@@ -59,15 +60,29 @@ class SharedPainter:
     def __init__(self, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> None:
         self._config, self._chunks = run.bundle_config(image_size), fixed_chunks(rows)
 
-    def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track]:
-        """Color the rows with the averaged weights; all ranks must call this, and each gets all rows."""
-        bundle = Bundle(self._config, state.averaged(), {}, "", Path())
-        own = [self._share(bundle, chunk, slice(rank, None, world_size)) for chunk in self._chunks]
+    def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track] | None:
+        """Color the rows with the averaged weights; all ranks must call this, and each gets all rows.
+
+        Returns None on all ranks if one of them has no memory for it, so that a missing score does not end the run.
+        """
+        own = self._own(state, slice(rank, None, world_size))
         shares: list[Any] = [own]
         if world_size > 1:
             shares = [None] * world_size
             dist.all_gather_object(shares, own)
+        if any(share is None for share in shares):
+            return None
         return as_tracks(self._chunks, [_interleave(parts) for parts in zip(*shares, strict=True)])
+
+    def _own(self, state: TrainState, own: slice) -> list[torch.Tensor] | None:
+        """This rank's share; None where memory is short. An error would leave the other ranks waiting."""
+        try:
+            bundle = Bundle(self._config, state.averaged(), {}, "", Path())
+            return [self._share(bundle, chunk, own) for chunk in self._chunks]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def _share(self, bundle: Bundle, chunk: TrackChunk, own: slice) -> torch.Tensor:
         sketch, reference, seeds = chunk.batch.sketch[own], chunk.batch.reference[own], chunk.seeds[own]

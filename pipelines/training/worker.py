@@ -235,7 +235,15 @@ class _Rank:
             self.log.finish(tracks)
 
     def _paint(self) -> dict[str, Track] | None:
-        return None if self.painter is None else self.painter.paint(self.state, self.rank, self.world_size)
+        if self.painter is None:
+            return None
+        tracks = self.painter.paint(self.state, self.rank, self.world_size)
+        if tracks is None:
+            self.painter = None  # on all ranks
+            if self.rank == 0:
+                few = f"set num_samples below {self.run_config.num_samples}"
+                self._warn(f"no more scores: out of {_memory()} beside what trains; {few}")
+        return tracks
 
     def _give_up(self, reason: str) -> None:
         """Report which rows made the loss infinite or NaN, an error that would recur; all ranks must call this."""

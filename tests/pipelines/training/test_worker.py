@@ -1,7 +1,8 @@
-"""A worker of a run without Ray: what it tells the driver when it fails."""
+"""A worker of a run without Ray: what it does when memory is short, or fails otherwise."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -9,6 +10,7 @@ from tiny import NETWORK
 
 from animediffusion.pipelines.training import worker
 from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.training.validation import SharedPainter
 
 
 @pytest.fixture
@@ -63,3 +65,37 @@ def test_what_may_pass_is_tried_again(told, error):
     heard, fail = told
     fail(error)
     assert not heard
+
+
+def test_rows_of_a_score_for_which_there_is_no_memory_cost_the_score_and_not_the_run(
+    monkeypatch,
+):
+    lines, config = [], load_recipe("demo", ["num_samples=3"])
+    pictures = np.zeros((3, 16, 16, 3), np.uint8)
+    rows = {"target": pictures, "reference": pictures, "cross_reference": pictures, "sketch": pictures[..., 0]}
+    rows |= {flag: np.zeros(3, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+    rank = worker._Rank.__new__(worker._Rank)
+    rank.painter, rank.run_config, rank.rank, rank.world_size = SharedPainter(config, 16, rows), config, 0, 1
+    rank.state, rank._warn = SimpleNamespace(averaged=lambda: None), lines.append
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("animediffusion.pipelines.training.validation.colorize", full)
+    assert [rank._paint(), rank._paint()] == [None, None]
+    assert [line.partition(" on ")[0] for line in lines] == ["no more scores: out of memory"]
+    assert lines[0].endswith("beside what trains; set num_samples below 3")
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_any_other_error_of_a_score_is_not_hidden(monkeypatch):
+    painter = SharedPainter.__new__(SharedPainter)
+    painter._config, painter._chunks = None, []
+    with pytest.raises(RuntimeError, match="illegal"):
+        painter.paint(SimpleNamespace(averaged=raising(torch.AcceleratorError("CUDA error: illegal access"))), 0, 1)
