@@ -186,6 +186,8 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
             if report is not None and now and now != latest:
                 report(now)
             latest = now
+            if heard and "began" not in now:
+                break  # the workers wait for room, so none of them hears it
     if latest.get("failed"):
         raise _hopeless(work, latest["failed"], latest["advice"])
     if heard:

@@ -17,11 +17,13 @@ from animediffusion.pipelines.training.validation import SharedPainter
 def told(monkeypatch, tmp_path):
     """(what the driver hears, a function that fails a worker with an error)."""
     path, heard = tmp_path / "tiny.yaml", []
+
+    def tell(**values):
+        heard.extend([values] if "failed" in values else [])
+
     path.write_text(f"data: here\n{NETWORK}max_steps: 4\n")
     monkeypatch.setattr(ray, "get", lambda answer: answer)
-    progress = SimpleNamespace(
-        look=SimpleNamespace(remote=dict), tell=SimpleNamespace(remote=lambda **values: heard.append(values))
-    )
+    progress = SimpleNamespace(look=SimpleNamespace(remote=dict), tell=SimpleNamespace(remote=tell))
     config = {"run": load_recipe(str(path)).model_dump(mode="json"), "progress": progress}
 
     def fail(error, **more):
