@@ -43,6 +43,11 @@ def use_attention(backend: Backend) -> None:
     _choice = backend
 
 
+def chosen_attention() -> Backend:
+    """What this process was told: for those that work for it, which know nothing of it."""
+    return _choice
+
+
 def attention_used() -> str:
     """Return the backends used so far in this process: `xformers`, `sdpa` or `sdpa+xformers`.
 

@@ -15,7 +15,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +26,7 @@ from ray import tune
 
 from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
+from animediffusion.models.network.attention import Backend, chosen_attention, use_attention
 from animediffusion.models.training.ema import Averages, read_averages
 from animediffusion.pipelines.evaluation.measure import Rows, load_rows, measure
 from animediffusion.pipelines.evaluation.point import Point
@@ -57,6 +58,7 @@ class _SamplerTask:
     bundle: Bundle
     averages: Averages
     batch: Batch
+    attention: Backend = field(default_factory=chosen_attention)
 
 
 def tune_sampler(
@@ -212,9 +214,16 @@ def _conclude(
     if _device()[0] == "CPU":
         return _conclude_here(bundle, averages, rows, points, prefer)
     with cluster.waits(tell or (lambda _: None)):
-        task = ray.remote(num_gpus=1)(_conclude_here).remote(bundle, averages, rows, points, prefer)
+        task = ray.remote(num_gpus=1)(_conclude_there).remote(
+            chosen_attention(), bundle, averages, rows, points, prefer
+        )
         conclusion: Conclusion = ray.get(task)
     return conclusion
+
+
+def _conclude_there(attention: Backend, *conclusion: Any) -> Conclusion:
+    use_attention(attention)
+    return _conclude_here(*conclusion)
 
 
 def _conclude_here(bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer) -> Conclusion:
@@ -246,6 +255,7 @@ def confirm(
 
 def _trial(config: dict[str, Any], *, task: _SamplerTask) -> None:
     """Measure one trial, in a worker process that later trials reuse."""
+    use_attention(task.attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
     sampler = SamplerDefaults(**{key: value for key, value in config.items() if key != "ema_length"})

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import (
     AVERAGES,
     BundleConfig,
@@ -19,6 +21,7 @@ from animediffusion.models.bundle import (
     save_bundle,
     with_metrics,
 )
+from animediffusion.models.network.attention import use_attention
 from animediffusion.models.network.unet import UNetConfig
 from animediffusion.models.training.ema import pack, read_averages
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
@@ -261,3 +264,20 @@ def test_wrong_arguments_are_named(settings: Settings, bundle: Path, tmp_path: P
         tune.tune_sampler(settings, bundle, "x", trials=0)
     with pytest.raises(DataError, match="no dataset"):
         tune.tune_sampler(settings, bundle, str(tmp_path))
+
+
+def test_a_trial_in_another_process_uses_the_attention_that_the_driver_was_told(monkeypatch, bundle: Path) -> None:
+    use_attention("sdpa")
+    try:
+        loaded = load_bundle(bundle)
+        task = pickle.loads(
+            pickle.dumps(tune._SamplerTask(loaded, read_averages(loaded), Batch(*[torch.zeros(1)] * 3)))
+        )
+    finally:
+        use_attention("auto")
+    told: list[str] = []
+    monkeypatch.setattr(tune, "use_attention", told.append)
+    monkeypatch.setattr(tune, "_measure", lambda *_: point(1, 20.0))
+    monkeypatch.setattr(tune.tune, "report", lambda _: None)
+    tune._trial({"steps": 1}, task=task)
+    assert told == ["sdpa"]
