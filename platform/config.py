@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.network import is_uri
+from animediffusion.platform.storage.local_files import expanded
 
 ENV_PREFIX = "ANIMEDIFFUSION_"
 _OTHER_VARIABLES = ("API_KEY", "MAX_BODY_BYTES", "STORAGE_PATIENCE_S")
@@ -221,7 +222,7 @@ class Settings(Config):
         }
         values.update({key: value for key, value in overrides.items() if value is not None})
         settings = cls.check(values)
-        return settings.model_copy(update={"workspace": settings.workspace.expanduser().absolute()})
+        return settings.model_copy(update={"workspace": expanded(settings.workspace).absolute()})
 
     @property
     def tracking_uri(self) -> str:
@@ -237,7 +238,7 @@ class Settings(Config):
     def keys_uri(self) -> str:
         """Absolute path or URI of the file of API keys."""
         given = self.keys or str(self.workspace / "keys.json")
-        return given if is_uri(given) else str(Path(given).expanduser().absolute())
+        return given if is_uri(given) else str(expanded(given).absolute())
 
     @property
     def artifact_root(self) -> Path:

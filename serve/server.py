@@ -29,6 +29,7 @@ from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
+from animediffusion.platform.storage.local_files import expanded
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.proxy import max_body_bytes
 from animediffusion.serve.replica.model_source import ModelSource
@@ -242,7 +243,7 @@ def _check_proxy(host: str) -> None:
 def _absolute(model: str | None) -> str | None:
     """Return a bundle folder as an absolute path, because replicas have another working directory."""
     is_folder = model is not None and not model.startswith("models:") and not is_uri(model)
-    return str(Path(str(model)).expanduser().absolute()) if is_folder else model
+    return str(expanded(str(model)).absolute()) if is_folder else model
 
 
 def _is_loopback(host: str) -> bool:

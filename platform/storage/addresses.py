@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, quote, unquote
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.network import SCHEME
 from animediffusion.platform.storage import s3
+from animediffusion.platform.storage.local_files import expanded
 from animediffusion.platform.storage.s3 import FileError
 
 OPTIONS = ("endpoint_override", "region", "scheme")
@@ -64,7 +65,7 @@ def parse(uri: str) -> Location:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(expanded(path).absolute())
 
 
 def _file_path(uri: str) -> str:

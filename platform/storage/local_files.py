@@ -44,6 +44,14 @@ def list_folder(root: str) -> Listing:
     return Listing(dict(sorted(walk.listing.sizes.items())), walk.listing.faults)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced by home folders; a name that only begins like one is taken as it is."""
+    try:
+        return Path(path).expanduser() if str(path).startswith("~") else Path(path)
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
 def escaped(path: str) -> str:
     """Return the path with escapes for bytes that are not UTF-8."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -181,3 +181,16 @@ def test_another_store_for_mlflow_is_shown(moto_server: str, monkeypatch) -> Non
     assert "MLFLOW_S3_ENDPOINT_URL=http://127.0.0.1:9 does not answer" in doctor._storage().detail
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", moto_server)
     assert doctor._storage().ok
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name", "~nobody-has-this-name/a", "./~a", "~$draft.png"])
+def test_a_tilde_that_names_no_home_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(name).path == str(tmp_path / name)
+    settings = Settings.from_environment(workspace=name, keys=name)
+    assert (str(settings.workspace), settings.keys_uri) == (str(tmp_path / name), str(tmp_path / name))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("~/faces").path == str(tmp_path / "faces")
