@@ -170,7 +170,8 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
                 raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
             inside = _pictures(path, SENT) if path.is_dir() else [path]
         if not inside:
-            raise DataError(str(path), "has no images", f"give a folder of {', '.join(sorted(SENT))} files")
+            found = "has no images but those that colorize has made" if list_colored([path]) else "has no images"
+            raise DataError(str(path), found, f"give a folder of {', '.join(sorted(SENT))} files")
         for file in inside:
             files.setdefault(file.parent.resolve() / file.name, file)
     return list(files.values())
@@ -181,15 +182,20 @@ def list_left_out(sketches: Sequence[Path]) -> list[Path]:
     return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - SENT)]
 
 
-def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files with these suffixes, including broken links, without the color layers of an earlier run."""
+def list_colored(sketches: Sequence[Path]) -> list[Path]:
+    """Return the pictures in the given folders that `colorize` itself has made, color layers included."""
+    return [file for path in sketches if path.is_dir() for file in _pictures(path, SENT, made=True)]
+
+
+def _pictures(folder: Path, suffixes: Collection[str], *, made: bool = False) -> list[Path]:
+    """Return the files with these suffixes, including broken links: those that `colorize` has made, or the others."""
     return sorted(
         file
         for file in folder.iterdir()
         if file.suffix.lower() in suffixes
-        and not file.name.endswith(LAYER_SUFFIX)
         and not is_junk(file.name)
         and (file.is_file() or not file.exists())
+        and (read_stamp(file) is not None) == made
     )
 
 

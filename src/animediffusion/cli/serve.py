@@ -33,7 +33,13 @@ def colorize(
     Writes STEM.png, and the color layer without lines as STEM.color.png.
     """
     from animediffusion.platform.errors import ConfigError
-    from animediffusion.serve.client.colorize_files import Options, colorize_files, list_left_out, list_sketches
+    from animediffusion.serve.client.colorize_files import (
+        Options,
+        colorize_files,
+        list_colored,
+        list_left_out,
+        list_sketches,
+    )
 
     if size not in ("native", "model"):
         raise ConfigError("--size", repr(size), "native or model")
@@ -43,9 +49,9 @@ def colorize(
     options = Options(seed=seed, steps=steps, guidance_scale=guidance_scale, size=size)  # type: ignore[arg-type]
     files, left_out, done, failed = list_sketches(sketches), list_left_out(sketches), [], 0
     if left_out:
-        names = ", ".join(file.name for file in left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        count = f"{len(left_out)} {'file' if len(left_out) == 1 else 'files'}"
-        console.note(f"left out {count}: {names}; save them as PNG, JPEG or WebP")
+        console.note(f"left out {_named(left_out)}; save them as PNG, JPEG or WebP")
+    if colored := list_colored(sketches):
+        console.note(f"left out {_named(colored)}, made by colorize; give them by name to color them again")
     with console.progress("colored", "drawings") as progress:
         for one in colorize_files(_painter(settings, model, url), files, reference, out, options):
             done.append(one)
@@ -61,6 +67,11 @@ def colorize(
     text += f"; {skipped} done before with the same settings" if skipped else ""
     console.result([one.summary() for one in done], text + (f"; {failed} failed" if failed else ""))
     return 1 if failed else 0
+
+
+def _named(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'}: {names}"
 
 
 def _painter(settings: Settings, model: str | None, url: str | None) -> Any:

@@ -155,6 +155,31 @@ def test_a_folder_gives_its_drawings_and_tells_which_pictures_are_left_out(drawi
     assert "left out 3 files: b.tif, c.bmp, e.GIF; " in captured.err
 
 
+def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
+    drawings, painter, bundle_folder, tmp_path, capsys
+):
+    Image.open(drawings / "a.png").save(drawings / "c.jpg", quality=95)
+    Image.open(drawings / "a.png").save(drawings / "ink.color.webp", lossless=True)
+    for name in ("a.png", "b.png"):
+        (drawings / name).unlink()
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", drawings]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+    for done in ("colored 2 of 2\n", "colored 0 of 2; 2 done before with the same settings\n"):
+        assert cli.run([str(word) for word in words]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == done
+    assert "left out 4 files: c.color.png, c.png, ink.color.color.png, ink.color.png, made by colorize" in captured.err
+    for name in ("c.jpg", "ink.color.webp"):
+        (drawings / name).unlink()
+    with pytest.raises(DataError, match="no images but those that colorize has made"):
+        color(painter, [drawings], tmp_path)
+
+
+def test_a_drawing_may_be_named_as_a_color_layer(drawings, painter, tmp_path):
+    (drawings / "b.png").rename(drawings / "ink.color.png")
+    assert [one.sketch.name for one in color(painter, [drawings], tmp_path)] == ["a.png", "ink.color.png"]
+
+
 def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_colored(painter, drawings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/out: not a directory"):
