@@ -8,6 +8,7 @@ The folder holds the bundle and unchanged copies of the modules that coloring ne
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.registry import code_archive
 from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.storage.files import explained
 
 SCRIPT = '''"""Color a drawing like a reference image: python colorize.py SKETCH REFERENCE OUT.png
 
@@ -52,13 +54,19 @@ def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
         ConfigError: the folder exists and is not empty.
         BundleError, RegistryError, StorageError: the model is missing, unreachable or damaged.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(str(folder), "exists and is not empty", "give a new folder")
+    with explained(str(folder)):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(str(folder), "exists and is not empty", "give a new folder")
+    place = folder.resolve()  # an empty folder is replaced, not a link to it
+    if place == Path.cwd():
+        raise ConfigError(str(folder), "is the folder in which the command runs", "give a new folder")
     registry = Registry(settings)
     source = registry.fetch(registry.reference(model))
     bundle = check_bundle(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+    with explained(str(folder)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".export.", dir=place.parent)
+    with temporary as name:
         whole = Path(name) / "whole"
         whole.mkdir()
         for file in (*FILES, "checksums.json"):
@@ -66,7 +74,8 @@ def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
         code_archive.copy_modules(whole)
         (whole / "colorize.py").write_text(SCRIPT)
         (whole / "requirements.txt").write_text(code_archive.requirements())
-        whole.replace(folder)
+        with explained(str(folder)):
+            whole.replace(place)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         "model": model,
@@ -74,5 +83,5 @@ def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
         "sha256": bundle.sha256,
         "num_files": len(files),
         "bytes": sum(path.stat().st_size for path in files),
-        "command": f"python {folder / 'colorize.py'} SKETCH REFERENCE OUT.png",
+        "command": f"python {shlex.quote(str(folder / 'colorize.py'))} SKETCH REFERENCE OUT.png",
     }

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ from animediffusion.cli import app as cli
 from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.export import export
 from animediffusion.pipelines.synthetic.dataset import make_row
-from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.registry import code_archive
 
@@ -60,6 +61,11 @@ def settings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield new_model(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return str(write_bundle(tmp_path / "bundle"))
 
 
 def run(python, *arguments, cwd):
@@ -117,6 +123,28 @@ def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
     with pytest.raises(BundleError, match="no such folder"):
         export(settings, str(tmp_path / "nothing"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_that_is_shown_can_be_pasted_into_a_shell(settings, bundle, tmp_path):
+    folder = tmp_path / "it's my model"
+    assert shlex.split(export(settings, bundle, folder)["command"])[1] == str(folder / "colorize.py")
+
+
+def test_an_empty_folder_is_filled_also_through_a_link(settings, bundle, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(settings, bundle, tmp_path / "link")
+    assert (tmp_path / "real" / "colorize.py").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(settings, bundle, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"^.*/file/model: "):
+        export(settings, bundle, tmp_path / "file" / "model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="is the folder in which the command runs"):
+        export(settings, bundle, Path())
 
 
 def test_the_modules_that_travel_need_nothing_else():
