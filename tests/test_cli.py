@@ -72,6 +72,10 @@ WRONG_USAGE = [
         ["colorize", "a.png", "--reference", "b.png", "--out", "o", "--model", "m", "--url", "http://127.0.0.1:1"],
         "--model and --url: both given",
     ),
+    (["colorize", "", "--reference", "b.png", "--out", "o"], "argument after colorize: is empty"),
+    (["colorize", "a.png", "--reference", "b.png", "--out", ""], "argument after --out: is empty"),
+    (["colorize", "a.png", "--reference=", "--out", "o"], "--reference: is empty"),
+    (["models", "export", "1", ""], "argument after 1: is empty"),
 ]
 
 
@@ -242,6 +246,22 @@ def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, f
     monkeypatch.setattr("animediffusion.pipelines.training.plan.plan", broken)
     code, _, err = command("train", "demo", f"data={faces_dataset}")
     assert (code, err) == (1, ["error: RuntimeError: first line; run again with --debug"])
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_reason(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "animediffusion.pipelines.release.promote.show", lambda *arguments: arguments[-1].write_bytes(b"PNG")
+    )
+    assert command("models", "show", "1", "--out", tmp_path) == (
+        2,
+        [],
+        [f"error: {tmp_path}: is a directory; check the path and its permissions"],
+    )
+
+
+def test_a_reason_may_be_empty(command):
+    for words in (("--why", ""), ("--why=",)):
+        assert "argument" not in command("models", "rollback", *words)[2][0]
 
 
 def test_a_run_stopped_by_a_signal_ends_with_its_number(capsys, monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> int:
     try:
         arguments, options = _split_common(arguments)
         common.current.set(options)
+        _refuse_empty(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)
         return int(code or 0)
     except Interrupted as stopped:
@@ -75,6 +77,8 @@ def run(arguments: list[str]) -> int:
         usage = getattr(error, "format_message", None)
         if usage is not None:
             return _fail(f"error: {_usage(error)}", error, 2, options.debug)
+        if isinstance(error, OSError) and error.errno and error.filename is not None:
+            return _fail(f"error: {_file_error(error)}", error, 2, options.debug)
         if options.debug:
             raise
         return _fail(
@@ -105,8 +109,29 @@ def _usage(error: Any) -> str:
     return f"{command}: {message[:1].lower() + message[1:]}; see {command} --help"
 
 
+def _file_error(error: OSError) -> Exception:
+    """The error about a file that cannot be read or written, most often the one of an --out."""
+    from animediffusion.platform.errors import StorageError
+    from animediffusion.platform.storage.local_files import reason
+
+    return StorageError(os.fsdecode(str(error.filename)), reason(error), "check the path and its permissions")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """An empty argument is an unset variable of a shell: as a path, it would mean the working directory."""
+    from animediffusion.platform.errors import ConfigError
+
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for before, argument in pairwise(["animediffusion", *arguments[:end]]):
+        name, mark, value = argument.partition("=")
+        if not argument and before != "--why":
+            raise ConfigError(f"argument after {before}", "is empty", "give a value, or leave it out")
+        if name.startswith("--") and mark and not value and name != "--why":
+            raise ConfigError(name, "is empty", "give a value, or leave it out")
 
 
 def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
