@@ -14,9 +14,11 @@ from typing import Any, Self
 import httpx
 
 from animediffusion.platform.errors import AnimeDiffusionError, ClusterError, ConfigError, DataError
+from animediffusion.platform.network import without_password
 from animediffusion.serve.client.colorize_files import Options, Painting
 
 API_KEY = "ANIMEDIFFUSION_API_KEY"
+_KEY_HINT = "set it to a key that `animediffusion keys create` has shown"
 NAMES = {"steps": "num_inference_steps"}
 BUSY = (429, 503)
 """HTTP statuses of temporary errors, after which the request is retried."""
@@ -32,12 +34,14 @@ class RemotePainter:
     """
 
     def __init__(self, url: str, timeout_s: float = 120, transport: httpx.BaseTransport | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError("--url", repr(url), "for example http://127.0.0.1:8000")
-        key = os.environ.get(API_KEY)
+        _check_url(url)
+        key = os.environ.get(API_KEY, "").strip()  # files of secrets often end with a line end
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(API_KEY, "holds characters that no key has", _KEY_HINT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.num_at_once = 4  # The server batches concurrent requests.
         self.url = url.rstrip("/")
+        self.shown = without_password(self.url)
         self.timeout_s = timeout_s
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, headers=headers, transport=transport)
 
@@ -57,6 +61,8 @@ class RemotePainter:
                 result = self._ask(files, {**asked, "output": "both"})
                 image, layer = (base64.b64decode(result[name]) for name in ("image", "color_layer"))
                 return Painting(image, layer, result["model_version"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._another_server() from error
             except _RefusedError as refused:
                 if refused.status not in BUSY or time.monotonic() > end:
                     raise self._explain(refused, thing) from refused
@@ -71,7 +77,10 @@ class RemotePainter:
         if not response.is_success:
             refused = _RefusedError(response.status_code, _detail(response))
             raise self._explain(refused, "/v1/models") from refused
-        return tuple(response.json()["traffic"])
+        try:
+            return tuple(response.json()["traffic"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._another_server() from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -96,21 +105,40 @@ class RemotePainter:
                         return data
                     if name == "error":
                         raise _RefusedError(data["status"], data["detail"])
+                if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                    raise self._another_server()
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        raise ClusterError(self.url, "ended the connection before the picture was finished", "try again")
+        raise ClusterError(self.shown, "ended the connection before the picture was finished", "try again")
 
     def _unreachable(self, error: httpx.HTTPError) -> ClusterError:
-        return ClusterError(self.url, f"does not answer ({error})", "start `animediffusion serve`")
+        return ClusterError(self.shown, f"does not answer ({error})", "start `animediffusion serve`")
+
+    def _another_server(self) -> ClusterError:
+        return ClusterError(self.shown, "does not answer as this API does", "give the address that `serve` prints")
 
     def _explain(self, refused: _RefusedError, thing: str) -> AnimeDiffusionError:
         if refused.status == 401:
             sent = "Authorization" in self._client.headers
-            found = f"{self.url} does not know this key" if sent else "is not set"
-            return ConfigError(API_KEY, found, "set it to a key that `animediffusion keys create` has shown")
+            found = f"{self.shown} does not know this key" if sent else "is not set"
+            return ConfigError(API_KEY, found, _KEY_HINT)
         if refused.status in (413, 415, 422):
             return DataError(thing, f"the server refuses it ({refused.detail})", "see its /docs")
-        return ClusterError(self.url, f"answers {refused.status} ({refused.detail})", "try again, or look at its log")
+        found = f"answers {refused.status} ({refused.detail})"
+        hint = "give the address that it names" if 300 <= refused.status < 400 else "try again, or look at its log"
+        return ClusterError(self.shown, found, hint)
+
+
+def _check_url(text: str) -> None:
+    allowed = "for example http://127.0.0.1:8000"
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise ConfigError("--url", f"{without_password(text)!r} ({error})", allowed) from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError("--url", repr(without_password(text)), allowed)
+    if url.query or url.fragment:
+        raise ConfigError("--url", f"{without_password(text)!r} has more than a path", "leave out what follows ? or #")
 
 
 class _RefusedError(Exception):
@@ -139,6 +167,8 @@ def _seconds(header: str | None) -> float:
 
 
 def _detail(response: httpx.Response) -> str:
+    if response.has_redirect_location:
+        return f"{response.reason_phrase}: {response.headers['Location']}"
     try:
         return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):

@@ -252,6 +252,54 @@ def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path,
     assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(painting.picture)).max() <= 2
 
 
+ANOTHER_SERVER = {
+    "a web page": httpx.Response(200, html="<p>Welcome</p>"),
+    "no JSON": httpx.Response(200, text="event: result\ndata: {x\n\n", headers={"Content-Type": "text/event-stream"}),
+    "a list": httpx.Response(200, text="event: result\ndata: [1]\n\n", headers={"Content-Type": "text/event-stream"}),
+    "no image": httpx.Response(200, text="event: result\ndata: {}\n\n", headers={"Content-Type": "text/event-stream"}),
+}
+
+
+@pytest.mark.parametrize("kind", ANOTHER_SERVER)
+def test_a_server_of_something_else_is_one_line_without_its_password(kind):
+    transport = httpx.MockTransport(lambda _: ANOTHER_SERVER[kind])
+    remote = RemotePainter("HTTP://me:secret@x/", transport=transport)
+    with pytest.raises(ClusterError, match="does not answer as this API does") as caught:
+        remote.paint(b"", b"", Options(), thing="a")
+    assert "secret" not in str(caught.value)
+    if kind == "a web page":
+        with pytest.raises(ClusterError, match="does not answer as this API does"):
+            remote.versions()
+
+
+def test_where_a_server_has_moved_to_is_told():
+    moved = httpx.Response(301, headers={"Location": "https://x/v1/colorize/stream"})
+    remote = RemotePainter("http://x", transport=httpx.MockTransport(lambda _: moved))
+    with pytest.raises(ClusterError, match=r"301 \(Moved Permanently: https://x/v1/colorize/stream\); give"):
+        remote.paint(b"", b"", Options(), thing="a")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "http://", "127.0.0.1:8000", "http://[::1", "http://h:x", "http://h/?a", "http://h/#a"]
+)
+def test_an_address_that_cannot_be_asked_is_refused(url):
+    with pytest.raises(ConfigError, match=r"^--url: '"):
+        RemotePainter(url)
+
+
+def test_a_key_with_a_line_end_is_sent_without_it_and_one_with_other_characters_is_not_shown(monkeypatch):
+    asked = []
+    monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", "ad_secret\n")
+    transport = httpx.MockTransport(lambda request: asked.append(request) or httpx.Response(200, json={"traffic": {}}))
+    RemotePainter("http://x", transport=transport).versions()
+    assert asked[0].headers["Authorization"] == "Bearer ad_secret"
+    for key in ("ad_\nsecret", "\N{HIRAGANA LETTER KA}secret"):
+        monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", key)
+        with pytest.raises(ConfigError, match="ANIMEDIFFUSION_API_KEY: holds characters that no key has") as caught:
+            RemotePainter("http://x")
+        assert "secret" not in str(caught.value)
+
+
 def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
     result = {"image": "aW1n", "color_layer": "bGF5", "model_version": "4"}
     answers = [
