@@ -27,6 +27,9 @@ MAX_STEPS = 100
 MAX_GUIDANCE = 20
 MAX_TEXT_BYTES = 4096
 """Maximum size of a text field."""
+_CODINGS = (b"content-encoding", b"content-transfer-encoding")
+_AS_IT_IS = (b"", b"identity", b"binary", b"8bit", b"7bit")
+"""Values of these headers of a part that change none of its bytes."""
 
 
 class Parameters(BaseModel):
@@ -88,7 +91,7 @@ def _check_head(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
-    coding = request.headers.get("content-encoding", "identity")
+    coding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
     if coding.strip().lower() not in ("identity", ""):
         detail = f"Content-Encoding {coding[:80]!r} is not supported; send the body as it is"
         raise ProblemError(415, detail, headers={"Accept-Encoding": "identity"})
@@ -112,6 +115,15 @@ class _Parser(MultiPartParser):
         """Record the closing boundary. The parser does not call this if the body ends without that boundary."""
         self.is_complete = True
 
+    def on_headers_finished(self) -> None:
+        """Refuse a part that is encoded: its bytes would be taken for another value."""
+        super().on_headers_finished()
+        for name, value in self._current_part.item_headers:
+            if name in _CODINGS and value.strip().lower() not in _AS_IT_IS:
+                header, coding = name.decode().title(), value[:80].decode("latin-1")
+                part = self._current_part.field_name[:80]
+                raise ProblemError(415, f"{header} {coding!r} of {part} is not supported; send its bytes as they are")
+
     async def _counted(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         async for chunk in stream:
             yield chunk
@@ -124,6 +136,8 @@ async def _parse(request: Request) -> FormData:
         form = await parser.parse()
     except MultiPartException as error:
         raise ProblemError(400, f"the multipart body cannot be read: {_reason(parser, error)}") from error
+    except UnicodeError as error:
+        raise ProblemError(400, "the charset in Content-Type cannot be read; leave it out, names are UTF-8") from error
     if not parser.is_complete:
         await form.close()
         raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")

@@ -127,3 +127,29 @@ def test_an_empty_field_is_one_that_was_left_out(client, files):
     response = client.post("/v1/colorize", files=files, data={"seed": "", "num_inference_steps": "", "size": ""})
     assert response.status_code == 200
     assert response.headers["x-seed"].isdigit()
+
+
+@pytest.mark.parametrize("coding", ["Content-Transfer-Encoding: base64", "content-encoding: gzip"])
+def test_a_part_that_is_encoded_is_refused(client, files, coding):
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="seed"\r\n{coding}\r\n\r\n'.encode()
+    pictures = part("sketch", files["sketch"][1], "s") + part("reference", files["reference"][1], "r")
+    detail = refused(post(client, pictures + head + b"12\r\n" + END), 415)["detail"]
+    assert detail.endswith("of seed is not supported; send its bytes as they are")
+    plain = head.replace(coding.encode(), b"Content-Transfer-Encoding: Binary")
+    assert post(client, pictures + plain + b"12\r\n" + END).headers["x-seed"] == "12"
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+def test_a_charset_that_cannot_be_read_is_the_clients_mistake(client, parts, charset):
+    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}; charset={charset}"}
+    response = client.post("/v1/colorize", content=parts + END, headers=headers)
+    assert "charset" in refused(response, 400)["detail"]
+
+
+def test_a_second_content_encoding_counts_as_well(client, parts):
+    headers = [
+        ("Content-Type", HEADERS["Content-Type"]),
+        ("Content-Encoding", "identity"),
+        ("Content-Encoding", "gzip"),
+    ]
+    assert "gzip" in refused(client.post("/v1/colorize", content=parts + END, headers=headers), 415)["detail"]
