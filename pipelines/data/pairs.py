@@ -72,9 +72,13 @@ def _named(rows: Iterable[Sample], val_fraction: float) -> Iterator[Sample]:
     split_of = hash_split({row.id for row in rows}, val_fraction) if splits == {""} else None
     names = {"": "train", "test": "test" if "val" in splits else "val"}
     count: Counter[str] = Counter()
+    taken = {row.id for row in rows}
     for row in rows:
         count[row.id] += 1
         unique = row.id if count[row.id] == 1 else f"{row.id}#{count[row.id]}"
+        while count[row.id] > 1 and unique in taken:  # by a file whose name ends with #2
+            unique += "#"
+        taken.add(unique)
         yield replace(row, id=unique, split=split_of(row.id) if split_of else names.get(row.split, row.split))
 
 

@@ -77,9 +77,9 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Inges
     others = sorted(set(seen).difference(pictures)) if len(pictures) < len(seen) else []
     rejects = [Reject(path, "not_an_image", "no picture by its name") for path in others]
     name = _naming(pictures)
-    copies = [path for path in pictures if _is_shuffled_copy(path)]
+    copies = _shuffled_copies(pictures)
     rejects += [Reject(path, "duplicate", "a shuffled copy of the test pictures") for path in copies]
-    rows, aside = _pair([path for path in pictures if not _is_shuffled_copy(path)] if copies else pictures, name)
+    rows, aside = _pair([path for path in pictures if path not in copies] if copies else pictures, name)
     if not rows:
         found = f"none of its {len(seen)} files can be a target" if seen else "holds no files"
         raise DataError(source, found, f"expected {LAYOUTS}")
@@ -112,8 +112,13 @@ def _is_picture(path: str) -> bool:
     return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED, "")
 
 
-def _is_shuffled_copy(path: str) -> bool:
-    return "_shuffled/" in path.lower()
+def _shuffled_copies(pictures: Sequence[str]) -> dict[str, None]:
+    """The pictures in folders NAME_shuffled next to a folder NAME that has pictures, too."""
+    originals = {
+        path: path[: path.lower().index("_shuffled/")] + "/" for path in pictures if "_shuffled/" in path.lower()
+    }
+    there = {folder for folder in set(originals.values()) if any(path.startswith(folder) for path in pictures)}
+    return {path: None for path, folder in originals.items() if folder in there}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -115,3 +115,10 @@ def test_what_is_not_understood_is_refused_with_its_line(text: str, found: str) 
     with pytest.raises(DataError, match=found) as caught:
         planned(text)
     assert "\n" not in str(caught.value)
+
+
+def test_no_two_rows_have_the_same_id() -> None:
+    files = ["a.png", "a.jpg", "a#2.png"]
+    for order in (files, files[::-1]):
+        plan = plan_pairs("src", "target\n" + "\n".join(order), files, 0.5)
+        assert {sample.id for sample in plan.samples} == {"a", "a#2", "a#2#"}

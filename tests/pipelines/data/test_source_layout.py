@@ -76,6 +76,13 @@ def test_ssimbads_shuffled_copies_are_set_aside() -> None:
     assert len(plan.rejects) == 2
 
 
+def test_a_folder_called_shuffled_without_the_other_is_read() -> None:
+    plan = planned("my_shuffled/a.png", "b.png")
+
+    assert [sample.id for sample in samples(plan)] == ["b", "my_shuffled/a"]
+    assert not plan.rejects
+
+
 def test_roles_may_be_in_the_names() -> None:
     plan = planned(*[f"data/{split}/0001_{role}.png" for split in ("train", "val") for role in ("gt", "sketch", "ref")])
 
