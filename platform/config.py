@@ -15,13 +15,15 @@ from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.network import is_uri
 from animediffusion.platform.storage.local_files import expanded
 
 ENV_PREFIX = "ANIMEDIFFUSION_"
+_MODEL_NAME = re.compile(r"""[^/:@.%"'\0-\x1f]{1,80}""")
+"""What MLflow allows, without the @ of a reference, and short enough for the name of a folder."""
 _OTHER_VARIABLES = ("API_KEY", "MAX_BODY_BYTES", "STORAGE_PATIENCE_S")
 """Variables, named without the prefix, that other modules read; `Settings` reads all the rest."""
 
@@ -72,7 +74,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = _load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read", "give an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for bytes that are not UTF-8, and for !!int x
         raise ConfigError(str(path), f"is not YAML ({str(error).splitlines()[0]})", "write key: value lines") from error
     if not isinstance(value, dict):
         raise ConfigError(str(path), f"holds a {type(value).__name__}", "write key: value lines")
@@ -117,7 +119,7 @@ def _parse(kind: Any, key: str, value: str) -> Any:
         if re.search(r"(^|\s)#", value):
             raise yaml.YAMLError("it has a comment")
         return _load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for !!int x
         raise ConfigError(key, f"{value!r} is not YAML", "write a number, a word or a [list]") from error
 
 
@@ -211,6 +213,13 @@ class Settings(Config):
     """Implementation of attention."""
     keys: str | None = None
     """File with the hashes of the API keys, a path or s3:// URI; keys.json in the workspace if None."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _check_model_name(cls, name: str) -> str:
+        if not _MODEL_NAME.fullmatch(name) or name.strip() != name:
+            raise ValueError("1 to 80 characters, none of / : @ . % and quotes, no space at an end")
+        return name
 
     @classmethod
     def from_environment(cls, **overrides: Any) -> Settings:

@@ -50,6 +50,7 @@ MODELS = "animediffusion-models"
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
 _READY_SECONDS = 60
+_MAX_VERSION_DIGITS = 9
 
 
 class Registry:
@@ -121,6 +122,8 @@ class Registry:
         with self._reported(str(reference)):
             aliases = self._aliases() or {}
             number = wanted if wanted.isdecimal() else aliases.get(wanted)
+            if number is not None and len(number) > _MAX_VERSION_DIGITS:
+                number = None  # no database has such a number
             found = self._find_number(number) if number is not None else None
         if found is None:
             raise self._unknown(str(reference), wanted)

@@ -252,3 +252,21 @@ def test_an_unknown_attention_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("ANIMEDIFFUSION_ATTENTION", "flash")
     with pytest.raises(ConfigError, match="attention: 'flash'; input should be 'auto', 'xformers' or 'sdpa'"):
         Settings.from_environment()
+
+
+@pytest.mark.parametrize("name", ["a/b", "a@b", "a:b", "it's", "..", "v1.0", " ", "a ", "x" * 81, "a\nb", "50%"])
+def test_a_model_name_that_cannot_be_referred_to_is_refused(name):
+    with pytest.raises(ConfigError, match=r"model_name: .*; 1 to 80 characters, none of"):
+        Settings.from_environment(model_name=name)
+
+
+@pytest.mark.parametrize("name", ["animediffusion", "line art_2-b", "\N{HIRAGANA LETTER KA}" * 80])
+def test_other_model_names_are_taken(name):
+    assert Settings.from_environment(model_name=name).model_name == name
+
+
+def test_a_number_that_yaml_cannot_read_is_one_line(yaml_file):
+    for tag in ("int", "float"):
+        assert f"kilometers: '!!{tag} x' is not YAML" in failure(f"kilometers=!!{tag} x")
+        with pytest.raises(ConfigError, match="is not YAML"):
+            read_yaml(yaml_file(f"kilometers: !!{tag} x"))

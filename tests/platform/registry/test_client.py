@@ -110,3 +110,8 @@ def test_a_folder_may_be_given_as_a_uri(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such folder"):
         fetch_folder((tmp_path / "a bA?").as_uri(), tmp_path)
     assert cache_folder(Settings(workspace=tmp_path / "new")) == tmp_path / "new" / "cache"
+
+
+def test_a_number_that_no_database_holds_is_an_unknown_version(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="version 99999999999999999999: no such version; versions: 1"):
+        registry.get("99999999999999999999")
