@@ -29,7 +29,6 @@ _SIGNATURES = {
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
     b"\0\0\1\0": "ICO",
-    b"\0\0\2\0": "CUR",
     b"CSFCHUNK": "CLIP STUDIO PAINT",
     b"gimp xcf": "GIMP (XCF)",
     b"v/1\x01": "OpenEXR",
@@ -38,6 +37,8 @@ _SIGNATURES = {
     b"#?RADIANCE": "Radiance HDR",
     b"%!PS": "PostScript",
 }
+_TGA_BITS = (b"\x08", b"\x0f", b"\x10", b"\x18", b"\x20")
+"""Bits of a pixel, at byte 16; a TGA has no signature."""
 _BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 """Sizes of the second header of a BMP file, after 14 bytes; they are checked because texts may also begin with "BM"."""
 _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "QuickTime"} | dict.fromkeys(
@@ -47,6 +48,12 @@ _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "CR3", b"qt  ": "Quic
 _NOT_PICTURES = {
     b"version https://git-lfs": ("is a Git LFS pointer, not the picture", "fetch it with `git lfs pull`"),
     b"%PDF": ("is a PDF document", "export the page as PNG"),
+    b"\x1f\x8b": ("is compressed with gzip", "unpack it"),
+    b"Rar!": ("is a RAR archive", "unpack it"),
+    b"7z\xbc\xaf\x27\x1c": ("is a 7z archive", "unpack it"),
+    b"data:image/": ("is a data URL, not the picture", "decode what follows its comma from base64"),
+    b"iVBORw0KGgo": ("is base64 text", "decode it"),
+    b"/9j/": ("is base64 text", "decode it"),
     b"PK\3\4": ("is a ZIP archive", "unpack it, or export the picture in it"),
     b"\0\5\x16\7": ("holds macOS metadata (AppleDouble), not a picture", "give the file without `._` in its name"),
 }
@@ -65,6 +72,10 @@ def format_of(data: bytes) -> str | None:
         return "WEBP"
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BITMAP_HEADERS:
         return "BMP"
+    if data.startswith(b"\0\0\2\0") and any(data[4:6]):  # the number of cursors; a TGA has zeros there
+        return "CUR"
+    if data[:3] in (b"\0\0\2", b"\0\0\3", b"\0\0\n", b"\0\0\v") and data[3:8] == bytes(5) and data[16:17] in _TGA_BITS:
+        return "TGA"
     if data[4:8] == b"ftyp":
         brands = [data[start : start + 4] for start in range(8, min(64, len(data)), 4)]
         return next((name for brand, name in _HEIF_BRANDS.items() if brand in brands), "MP4")
@@ -81,6 +92,8 @@ def not_an_image(thing: str, data: bytes, formats: Sequence[str]) -> ImageError:
         return ImageError(thing, found, allowed, reason="not_an_image")
     if (known := _not_a_picture(data)) is not None:
         return ImageError(thing, *known, reason="not_an_image")
+    if not any(data):
+        return ImageError(thing, "holds nothing but zero bytes", "copy or download it again", reason="not_an_image")
     start = repr(data[:12])[1:]
     return ImageError(thing, f"is not an image (starts with {start})", f"give {choice}", reason="not_an_image")
 

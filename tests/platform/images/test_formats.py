@@ -1,5 +1,7 @@
 """What is not read is called by its name."""
 
+import gzip
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +18,13 @@ NAMED = {
     "a JPEG XL picture": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(200),
     "a JPEG 2000 picture": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(200),
     "a PSD picture": b"8BPS\0\1" + bytes(200),
+    "a CUR picture": b"\0\0\2\0\1\0" + bytes(200),
+    "a TGA picture": saved(IMAGE, "TGA"),
+    "compressed with gzip": gzip.compress(b"PNG"),
+    "a data URL": b"data:image/png;base64,iVBORw0KGgo=",
+    "base64 text": b"iVBORw0KGgoAAAANSUhEUgAA",
+    "a RAR archive": b"Rar!\x1a\7\1\0",
+    "nothing but zero bytes": bytes(500),
     "an ICO picture": b"\0\0\1\0\1\0" + bytes(200),
     "a TIFF picture": saved(IMAGE, "TIFF"),
     "a GIF picture": saved(IMAGE, "GIF"),
