@@ -21,7 +21,7 @@ import torch
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import from_pixels, to_uint8
-from animediffusion.platform.errors import AnimeDiffusionError
+from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.render import Size, read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import as_gray, for_network
@@ -71,9 +71,13 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0, or 2 after an error message of one line on stderr.
+
+    Raises:
+        SystemExit: argparse refuses an argument.
     """
     options = _parser().parse_args(arguments)
     try:
+        _check_files(options)
         bundle = load_bundle(folder, "cuda" if torch.cuda.is_available() else "cpu")
         own = bundle.config.sampler
         steps = own.steps if options.steps is None else options.steps
@@ -87,9 +91,9 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
             size=options.size,
             thing=str(options.sketch),
         )
-        options.out.write_bytes(picture)
+        _write(options.out, picture)
         if options.layer is not None:
-            options.layer.write_bytes(layer)
+            _write(options.layer, layer)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give files that can be read or written", file=sys.stderr)
         return 2
@@ -99,13 +103,44 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse to overwrite a file that is read, and to write one file twice."""
+    named = {"SKETCH": options.sketch, "REFERENCE": options.reference}
+    for name, file in (("OUT.png", options.out), ("--layer", options.layer)):
+        if file is None:
+            continue
+        for other, used in named.items():
+            if file.resolve() == used.resolve():
+                raise ConfigError(name, f"{file} is {other}, too", "give another file")
+        named[name] = file
+
+
+def _write(file: Path, data: bytes) -> None:
+    try:
+        file.write_bytes(data)
+    except OSError as error:  # a full disk is not named by the system
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
+    return Path(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="colorize.py", description="Color a line drawing like a reference image.")
-    parser.add_argument("sketch", metavar="SKETCH", type=Path, help="PNG, JPEG or WebP: dark lines on light paper")
-    parser.add_argument("reference", metavar="REFERENCE", type=Path, help="image with the colors")
-    parser.add_argument("out", metavar="OUT.png", type=Path)
-    parser.add_argument("--layer", metavar="FILE.png", type=Path, help="also write the color without the lines")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("sketch", metavar="SKETCH", type=_path, help="PNG, JPEG or WebP: dark lines on light paper")
+    parser.add_argument("reference", metavar="REFERENCE", type=_path, help="image with the colors")
+    parser.add_argument("out", metavar="OUT.png", type=_path)
+    parser.add_argument("--layer", metavar="FILE.png", type=_path, help="also write the color without the lines")
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--steps", type=int, help="the model's own default if left out")
     parser.add_argument("--guidance-scale", type=float, help="the model's own default if left out")
     parser.add_argument("--size", choices=["native", "model"], default="native", help="the sketch's, or the model's")

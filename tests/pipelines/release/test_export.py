@@ -23,6 +23,7 @@ from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.registry import code_archive
+from animediffusion.serve.standalone import main
 
 
 def needed(names):
@@ -111,6 +112,46 @@ def test_what_the_exported_script_cannot_use_is_one_line(settings, tmp_path):
     assert (done.returncode, done.stderr) == (
         2, f"error: {tmp_path / 'no.png'}: No such file or directory; give files that can be read or written\n"
     )  # fmt: skip
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """A working directory with a sketch and a reference."""
+    monkeypatch.chdir(tmp_path)
+    row = make_row(3, 0, 64)
+    Path("s.png").write_bytes(encode_png(row.sketch))
+    Path("r.png").write_bytes(encode_png(row.reference))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["s.png", "r.png", "s.png"], "OUT.png: s.png is SKETCH, too; give another file"),
+        (["s.png", "r.png", "./r.png"], "OUT.png: r.png is REFERENCE, too; give another file"),
+        (["s.png", "r.png", "o.png", "--layer", "o.png"], "--layer: o.png is OUT.png, too; give another file"),
+        (["s.png", "r.png", "/dev/full"], "/dev/full: No space left on device; give files that can be read or written"),
+    ],
+)
+def test_the_exported_script_overwrites_nothing_that_it_reads(bundle, drawing, capsys, words, line):
+    before = Path("s.png").read_bytes(), Path("r.png").read_bytes()
+    assert main(Path(bundle), words) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+    assert (Path("s.png").read_bytes(), Path("r.png").read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["", "r.png", "o.png"], "'' is not a file name"),
+        (["s.png", "r.png", ""], "'' is not a file name"),
+        (["s.png", "r.png", "o.png", "--seed", "9" * 30], "is not a whole number from 0 to 4294967295"),
+        (["s.png", "r.png", "o.png", "--seed", "-1"], "'-1' is not a whole number"),
+    ],
+)
+def test_the_exported_script_refuses_odd_arguments(bundle, capsys, words, found):
+    with pytest.raises(SystemExit, match="2"):
+        main(Path(bundle), words)
+    assert found in capsys.readouterr().err
 
 
 def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
