@@ -26,7 +26,11 @@ FAINT_LINE = 0.08
 NEARLY_BLACK = 64
 """A picture whose median is below this value is refused, whatever its lines are."""
 DARK_GROUND = 128
-"""If the median is below this value, the lines may be lighter than the ground."""
+"""On ground darker than this, lines may be lighter than the ground."""
+LIGHT_GROUND = 208
+"""On ground as light as this, lines that are lighter are too faint to be lines."""
+FEW_DARK_LINES = 8
+"""Toned paper between the two often has highlights: it is refused where light lines outweigh dark ones this much."""
 SMALL_PX = 256
 """Longer side of the reduced picture in which inverted drawings are detected."""
 
@@ -60,13 +64,15 @@ def looks_inverted(pixels: Pixels) -> bool:
     if np.median(np.asarray(small).max(axis=2)) < NEARLY_BLACK:
         return True
     gray = small.convert("L")
-    if np.median(np.asarray(gray)) >= DARK_GROUND:
+    ground = np.median(np.asarray(gray))
+    if ground >= LIGHT_GROUND:
         return False
     # Lines cover less area than the ground, so line pixels differ more from the local mean than ground pixels do. The
     # sign of the summed cubes is therefore the sign of the lines: positive if they are lighter than the ground.
     around = gray.filter(ImageFilter.GaussianBlur(SMALL_PX / 16))
-    difference = np.asarray(gray, np.float64) - np.asarray(around)
-    return bool((difference**3).sum() > 0)
+    cubes = (np.asarray(gray, np.float64) - np.asarray(around)) ** 3
+    lighter, darker = cubes[cubes > 0].sum(), -cubes[cubes < 0].sum()
+    return bool(lighter > darker * (1 if ground < DARK_GROUND else FEW_DARK_LINES))
 
 
 def has_lines(drawing: Drawing) -> bool:

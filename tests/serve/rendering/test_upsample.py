@@ -269,6 +269,20 @@ def test_lines_lighter_than_a_dark_ground_are_refused(ground, lighter, width):
         read_sketch(encoded(on_ground((ground,) * 3, (ground + lighter,) * 3, width)))
 
 
+@pytest.mark.parametrize("ground", [(128,) * 3, (160,) * 3, (190,) * 3, (130, 170, 230), (196, 164, 120)])
+@pytest.mark.parametrize("width", [1, 12])
+def test_white_lines_on_toned_paper_are_refused(ground, width):
+    with pytest.raises(ImageError, match="light lines on a dark ground; invert it"):
+        read_sketch(encoded(on_ground(ground, (255, 255, 255), width)))
+
+
+@pytest.mark.parametrize("ground", [(140,) * 3, (190,) * 3, (196, 164, 120)])
+def test_dark_lines_on_toned_paper_may_have_highlights(ground):
+    image = on_ground(ground, (20, 20, 20))
+    ImageDraw.Draw(image).ellipse((80, 120, 100, 135), fill=(255, 255, 255))
+    assert has_lines(read_sketch(encoded(image)))
+
+
 @pytest.mark.parametrize("paper", [(255, 255, 255), (250, 240, 180), (170, 170, 170), (100, 100, 100), (0, 60, 150)])
 @pytest.mark.parametrize("width", [1, 12])
 def test_dark_lines_are_read_on_paper_of_any_color(paper, width):
