@@ -29,6 +29,11 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{byte:02x}" if byte >= 0x80 else found[0].encode("unicode_escape").decode()
 
 
+def one_line(text: str) -> str:
+    """The text with escapes for what would end a line, move a terminal's cursor or cannot be printed."""
+    return _BREAKS.sub(_escape, text)
+
+
 class AnimeDiffusionError(Exception):
     """Base class of all errors that are shown to users, worded for the user who can fix the cause.
 
@@ -47,7 +52,7 @@ class AnimeDiffusionError(Exception):
         self.allowed = allowed
 
     def __str__(self) -> str:
-        return _BREAKS.sub(_escape, f"{self.thing}: {self.found}; {self.allowed}")
+        return one_line(f"{self.thing}: {self.found}; {self.allowed}")
 
 
 class ConfigError(AnimeDiffusionError):

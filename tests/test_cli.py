@@ -259,6 +259,13 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason(command, monkeyp
     )
 
 
+def test_a_reason_with_line_ends_stays_in_its_row_of_the_history(command, monkeypatch):
+    monkeypatch.setattr(
+        "animediffusion.pipelines.release.promote.history", lambda _: [{"action": "promote", "reason": "a\x1b[2Jb\nc"}]
+    )
+    assert command("models", "history")[1] == ["action   reason", r"promote  a\x1b[2Jb\nc"]
+
+
 def test_a_reason_may_be_empty(command):
     for words in (("--why", ""), ("--why=",)):
         assert "argument" not in command("models", "rollback", *words)[2][0]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from animediffusion.platform.errors import one_line
+
 PLAIN_EVERY_S = 5.0
 """Seconds between two plain progress lines."""
 
@@ -97,7 +99,7 @@ class Console:
         if not rows:
             return empty
         names = list(rows[0])
-        cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+        cells = [names, *([one_line(_cell(row.get(name))) for name in names] for row in rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
         return "\n".join(
             "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
