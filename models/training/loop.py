@@ -329,7 +329,7 @@ def fit(
     Args:
         state: the state to train, updated in place.
         objective: a module whose forward returns a Loss; DDP may wrap it.
-        batches: decoded rows on the state's device, beginning with those of step `state.step`.
+        batches: decoded rows, their pictures on the state's device, beginning with those of step `state.step`.
         until_step: the number of finished steps at which to stop.
         on_step: function that is called after each step.
         augment: settings for making a batch from rows.

@@ -26,6 +26,7 @@ class Decoded:
 
     ids: list[str]
     tensors: dict[str, Tensor]
+    """The flags, which say what a row has, stay on the host, where a step asks for them."""
 
 
 class Decode(NumpyBatchCollateFn):
@@ -43,7 +44,8 @@ class Decode(NumpyBatchCollateFn):
         """Return the ids and pictures of the rows."""
         arrays = decode_rows(batch)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Decoded([str(name) for name in batch["id"]], self._on_device(tensors))
+        flags = {name: tensors.pop(name) for name in list(tensors) if name.startswith("has_")}
+        return Decoded([str(name) for name in batch["id"]], {**self._on_device(tensors), **flags})
 
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._copies is None:

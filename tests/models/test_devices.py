@@ -13,8 +13,8 @@ import pytest
 import torch
 
 RECIPES = ("phase1", "phase2", "animediffusion", "animediffusion-phase2", "animediffusion-strict", "ssimbad")
-MOST_WAITS = 3
-"""Times a step's host waits for the device: one read of the rows' flags, one of the loss and the norm."""
+MOST_WAITS = 1
+"""Times a step's host waits for the device: one read of the loss and the norm."""
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -103,9 +103,8 @@ def main(recipe):
             name: torch.zeros(shape, dtype=torch.uint8, device="gpu")
             for name in ("target", "reference", "cross_reference")
         }
-        flags = {
-            f"has_{name}": torch.zeros(4, dtype=torch.bool, device="gpu") for name in ("sketch", "reference", "cross")
-        }
+        # On the host, as pipelines/data/decoding.py gives them.
+        flags = {f"has_{name}": torch.zeros(4, dtype=torch.bool) for name in ("sketch", "reference", "cross")}
         rows = {**pictures, **flags, "sketch": pictures["target"][..., 0]}
         before = len(waits)
         training.fit(state, phase, [rows], 1, lambda _: None, augment=config.augment, seed=0)

@@ -2,12 +2,14 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from animediffusion.pipelines.data import decoding
 from animediffusion.pipelines.data.decoding import Decode
 from animediffusion.pipelines.data.stream import decode_rows, training_dataset
+from animediffusion.platform.images.codec import encode_lossless
 
 pytestmark = pytest.mark.ray
 CPU = torch.device("cpu")
@@ -31,6 +33,17 @@ def test_batches_are_those_of_a_plain_loop_in_its_order(rows):
     for batch, encoded in zip(found, plain, strict=True):
         for name, array in decode_rows(encoded).items():
             assert torch.equal(batch.tensors[name], torch.from_numpy(array)), name
+
+
+def test_the_pictures_go_to_the_device_and_the_flags_stay_where_a_step_asks_for_them(monkeypatch):
+    moved, decode = {}, Decode(CPU)
+    monkeypatch.setattr(decode, "_on_device", lambda tensors: moved.update(tensors) or dict.fromkeys(tensors))
+    picture = encode_lossless(np.zeros((8, 8, 3), np.uint8))
+    nothing = {name: [None] for name in ("sketch", "reference", "cross_reference")}
+    found = decode({"id": ["train/0"], "target": [picture], **nothing}).tensors
+    assert moved.keys() == {"target", "sketch", "reference", "cross_reference"}
+    flags = {name: tensor.tolist() for name, tensor in found.items() if tensor is not None}
+    assert flags == {"has_sketch": [False], "has_reference": [False], "has_cross": [False]}
 
 
 def test_the_next_batch_is_decoded_before_it_is_asked_for(rows, monkeypatch):
