@@ -52,18 +52,26 @@ def main(folder: Path, rank: int) -> None:
     """Execute the order and write the answer, or a one-line `error`, to FOLDER/RANK.json."""
     order = json.loads((folder / "order.json").read_text())
     threading.Thread(target=_end_with_parent, args=(order["parent"],), daemon=True).start()
+    probe = None
     try:
-        answer = _Probe(order, rank, folder).run()
+        probe = _Probe(order, rank, folder)
+        answer = probe.run()
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if order["cuda"] and is_out_of_memory(error) and not isinstance(error, MemoryError):
-            line = "out of GPU memory with one row; lower image_size or take a smaller network"
+            line = _too_much(1 if probe is None else probe.tried)
         answer = {"error": line}
     written = folder / f"{rank}.partial"
     written.write_text(json.dumps(answer))
     written.rename(folder / f"{rank}.json")
     # os._exit() does not wait for the other ranks, which may have failed.
     os._exit("error" in answer)
+
+
+def _too_much(rows: int) -> str:
+    if rows > 1:
+        return f"out of GPU memory with {rows} rows of a worker; lower batch_size or use more workers (num_workers)"
+    return "out of GPU memory with one row; lower image_size or take a smaller network"
 
 
 class _Probe:
@@ -82,6 +90,8 @@ class _Probe:
     def __init__(self, order: dict[str, Any], rank: int, folder: Path) -> None:
         self.config = TrainConfig.check(order["run"])
         self.rows, self.timed_s = int(order["rows"]), float(order["timed_s"])
+        self.tried = 1
+        """Rows of the last step that was begun."""
         self.rank, self.world_size, self.folder = rank, int(order["world_size"]), folder
         self.device = torch.device("cuda", rank) if order["cuda"] else torch.device("cpu")
         use_attention(self.config.attention)
@@ -164,7 +174,7 @@ class _Probe:
 
     def _step(self, rows: int) -> float:
         """Execute one step as a worker does, and return its duration in seconds."""
-        begun = time.monotonic()
+        begun, self.tried = time.monotonic(), rows
         chosen = np.resize(np.arange(len(self.encoded["target"])), rows)
         arrays = decode_rows({name: [column[i] for i in chosen] for name, column in self.encoded.items()})
         batch = {name: torch.from_numpy(value).to(self.device) for name, value in arrays.items()}
