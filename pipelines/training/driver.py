@@ -56,6 +56,9 @@ TORCHS_ADVICE = (
 )
 """How lines begin that torch puts behind the reason of an error: equal for all of them, so they say nothing."""
 
+OTHERS = ("/gloo/", "NCCL error", "Connection closed by peer", "Connection reset by peer")
+"""In the error of a worker that was exchanging gradients with one that failed."""
+
 UNSENT = "unsent"
 """Subfolder of a run with the records that MLflow has not received yet."""
 
@@ -351,9 +354,10 @@ def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: flo
 
 
 def reason(error: BaseException) -> str:
-    """Return in one line why fit() failed: the last line of the first worker's error."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause = next(iter(failures.values()), error)
+    """Return in one line why fit() failed: the last line of the error of the worker that failed first."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    # Prefer a worker that did not merely lose the connection to another one.
+    cause = min(failures.values(), key=lambda failure: any(sign in str(failure) for sign in OTHERS), default=error)
     lines = [line.strip() for line in str(cause).splitlines()]
     said = [line for line in lines if line and not line.startswith(TORCHS_ADVICE)]
     return said[-1] if said else type(cause).__name__

@@ -37,3 +37,9 @@ socketStartConnect: Connect to 10.0.0.7<41235> failed : Connection refused
 )
 def test_it_is_what_went_wrong_and_not_torchs_advice(error, line):
     assert reason(SimpleNamespace(worker_failures={1: error})) == line
+
+
+def test_it_is_that_of_the_worker_that_failed_and_not_of_those_that_lost_it():
+    lost = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert reason(SimpleNamespace(worker_failures={0: lost, 1: OSError("no space left"), 2: lost})) == "no space left"
+    assert reason(SimpleNamespace(worker_failures={0: lost})) == str(lost)
