@@ -106,6 +106,7 @@ def main(recipe):
         # On the host, as pipelines/data/decoding.py gives them.
         flags = {f"has_{name}": torch.zeros(4, dtype=torch.bool) for name in ("sketch", "reference", "cross")}
         rows = {**pictures, **flags, "sketch": pictures["target"][..., 0]}
+        denoiser.path.alpha(torch.zeros(1, device="gpu"))  # a path's table is copied once
         before = len(waits)
         training.fit(state, phase, [rows], 1, lambda _: None, augment=config.augment, seed=0)
     print(len(waits) - before)
