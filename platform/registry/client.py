@@ -122,7 +122,7 @@ class Registry:
         with self._reported(str(reference)):
             aliases = self._aliases() or {}
             number = wanted if wanted.isdecimal() else aliases.get(wanted)
-            if number is not None and len(number) > _MAX_VERSION_DIGITS:
+            if number is not None and len(str(number)) > _MAX_VERSION_DIGITS:
                 number = None  # no database has such a number
             found = self._find_number(number) if number is not None else None
         if found is None:
