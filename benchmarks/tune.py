@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("--schedule", type=float, metavar="MINUTES", help="search a recipe for so long")
     parser.add_argument("--steps", type=int, default=270, help="of the longest trials")
     parser.add_argument("--recipe", type=Path, help="the bad start; one of ours if left out")
-    parser.add_argument("--out", type=Path, help="folder to keep; a new search of the same goes on there")
+    parser.add_argument("--out", type=Path, help="folder to keep; a search with the same settings resumes there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = (args.out or Path(tempfile.mkdtemp(prefix="tune-"))).absolute()

@@ -165,10 +165,10 @@ def verify(folder: Path) -> str:
         ValueError: if a file is missing or was changed; the message names the file.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a directory")
     missing = [name for name in (*FILES, "checksums.json") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is no bundle, it lacks {', '.join(missing)}")
+        raise ValueError(f"{folder} is not a bundle: missing {', '.join(missing)}")
     try:
         expected = json.loads((folder / "checksums.json").read_text())
     except ValueError as error:

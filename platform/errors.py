@@ -115,6 +115,6 @@ class Interrupted(AnimeDiffusionError):  # noqa: N818 - a stop request is not an
     """
 
     def __init__(self, signum: int, run: str, step: int, unit: str = "step") -> None:
-        super().__init__(f"run {run}", f"stopped at {unit} {step}", "the same command goes on there")
+        super().__init__(f"run {run}", f"stopped at {unit} {step}", "run the same command again to resume")
         self.signum, self.run, self.step = signum, run, step
         self.exit_code = 128 + signum

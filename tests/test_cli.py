@@ -277,4 +277,4 @@ def test_a_run_stopped_by_a_signal_ends_with_its_number(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "app", stop)
     assert cli.run(["train", "demo"]) == 143
-    assert capsys.readouterr().err == "run demo-1: stopped at step 40; the same command goes on there\n"
+    assert capsys.readouterr().err == "run demo-1: stopped at step 40; run the same command again to resume\n"

@@ -91,7 +91,7 @@ def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
     levels = [level[-1] if level else 0 for level in widths]
     # With fewer than 64 channels, our normalization would have fewer groups than theirs.
     if base % (2 * GROUPS) or any(width % base for width in levels) or len({len(level) for level in widths}) > 1:
-        raise ValueError(f"has levels {widths} on {base} channels, which is no network of this kind")
+        raise ValueError(f"has levels {widths} on {base} channels, which is not a network of this kind")
     return UNetConfig(
         base_channels=base,
         channel_multipliers=tuple(width // base for width in levels),

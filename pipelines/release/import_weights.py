@@ -50,9 +50,7 @@ def _read(file: Path) -> Any:
     except OSError as error:
         raise StorageError(str(file), error.strerror or "cannot be read", "give an existing .pth file") from error
     except Exception as error:  # the exception class depends on the bytes of the file
-        raise BundleError(
-            str(file), "is no file of tensors as torch.save writes it", "give a model checkpoint (.pth)"
-        ) from error
+        raise BundleError(str(file), "is not a PyTorch checkpoint", "give a model checkpoint (.pth)") from error
 
 
 def _require_room(folder: Path) -> None:

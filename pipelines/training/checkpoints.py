@@ -269,7 +269,7 @@ class CheckpointWriter:
 
     def _failed(self, step: int, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        self.warn(f"the checkpoint of step {step} could not be saved ({reason}); training goes on")
+        self.warn(f"the checkpoint of step {step} could not be saved ({reason}); training continues")
 
     def _clear(self) -> None:
         """Delete the partial checkpoints of a killed process."""

@@ -366,7 +366,7 @@ def reason(error: BaseException) -> str:
 def _explain(error: BaseException, work: RunPlan) -> BaseException:
     step = latest_step(work.checkpoints)
     return TrainingError(
-        f"run {work.run}", reason(error), f"the last checkpoint is step {step}; the same command goes on there"
+        f"run {work.run}", reason(error), f"the last checkpoint is step {step}; run the same command again to resume"
     )
 
 

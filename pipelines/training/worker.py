@@ -205,7 +205,7 @@ class _Rank:
             compiled(self.state.denoiser)
         except ValueError as error:
             if self.rank == 0:
-                self._warn(f"{error}; training goes on without")
+                self._warn(f"{error}; training continues without compiling")
 
     def run(self) -> None:
         if self.run_config.compile:

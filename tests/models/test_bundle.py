@@ -76,7 +76,7 @@ def test_a_changed_byte_is_found_and_named(folder, name):
 @pytest.mark.parametrize("name", [*FILES, "checksums.json"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"lacks {name}"):
+    with pytest.raises(ValueError, match=f"missing {name}"):
         load_bundle(folder)
 
 
@@ -84,7 +84,7 @@ def test_damaged_checksums_and_a_missing_folder_are_named(folder, tmp_path):
     (folder / "checksums.json").write_text("{")
     with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
         load_bundle(folder)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a directory"):
         load_bundle(tmp_path / "nowhere")
 
 

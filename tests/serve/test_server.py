@@ -126,7 +126,7 @@ def test_a_missing_or_damaged_model_is_found_before_anything_starts(tmp_path, bu
     with pytest.raises(BundleError, match="no such folder"):
         check_model(settings, str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         check_model(settings, str(tmp_path / "empty"))
     check_model(settings, str(bundle_folder))
 

@@ -65,10 +65,10 @@ def save_payload(path):
 BAD_FILES = [
     (lambda _: None, "No such file or directory; give an existing .pth file"),
     (lambda path: path.mkdir(), "Is a directory; give"),
-    (lambda path: path.write_bytes(b""), "is no file of tensors as torch.save writes it; give a model checkpoint"),
-    (lambda path: path.write_bytes(b"\x89PNG\r\n" * 50), "is no file of tensors"),
-    (lambda path: path.write_text("hello"), "is no file of tensors"),
-    (save_payload, "is no file of tensors"),
+    (lambda path: path.write_bytes(b""), "is not a PyTorch checkpoint; give a model checkpoint"),
+    (lambda path: path.write_bytes(b"\x89PNG\r\n" * 50), "is not a PyTorch checkpoint"),
+    (lambda path: path.write_text("hello"), "is not a PyTorch checkpoint"),
+    (save_payload, "is not a PyTorch checkpoint"),
     (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not a state_dict of tensors; give a model"),
     (lambda path: torch.save({"optim_dict": {}}, path), "holds an optimizer's state"),
     (lambda path: torch.save({"fc.weight": torch.zeros(3)}, path), "has no weights named denoise_fn.*"),
@@ -89,7 +89,7 @@ def test_a_truncated_checkpoint_is_refused(run, file):
     file.write_bytes(file.read_bytes()[:-5000])
     code, _, err = run(file)
     assert (code, len(err)) == (2, 1)
-    assert "is no file of tensors" in err[0]
+    assert "is not a PyTorch checkpoint" in err[0]
 
 
 def test_a_folder_with_something_else_is_not_written_over(run, file, tmp_path):

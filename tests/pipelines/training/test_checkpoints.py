@@ -222,7 +222,7 @@ def test_whatever_goes_wrong_while_a_state_is_written_is_a_warning_and_no_endles
     writer = CheckpointWriter(place, 2, warnings.append)
     writer.save(1, lambda: broken)
     writer.wait()
-    assert warnings == ["the checkpoint of step 1 could not be saved ('weights'); training goes on"]
+    assert warnings == ["the checkpoint of step 1 could not be saved ('weights'); training continues"]
     save(writer, 2)
     assert list_steps(place) == [2]
 
