@@ -122,7 +122,7 @@ class Registry:
         with self._reported(str(reference)):
             aliases = self._aliases() or {}
             number = wanted if wanted.isdecimal() else aliases.get(wanted)
-            if number is not None and len(str(number)) > _MAX_VERSION_DIGITS:
+            if number is not None and len(number) > _MAX_VERSION_DIGITS:
                 number = None  # no database has such a number
             found = self._find_number(number) if number is not None else None
         if found is None:
@@ -252,7 +252,10 @@ class Registry:
     def _aliases(self) -> dict[str, str] | None:
         """Return the version of each alias; None if the registered model does not exist."""
         try:
-            return dict(self.client.get_registered_model(self.name).aliases)
+            # MLflow gives the versions as numbers or as text, depending on where it keeps them.
+            return {
+                alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()
+            }
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

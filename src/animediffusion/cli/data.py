@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from animediffusion.cli import common
-
-if TYPE_CHECKING:
-    pass
 
 data = typer.Typer(**common.HELP, help="Make and inspect datasets.")
 

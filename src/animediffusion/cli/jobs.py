@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from animediffusion.cli import common
-
-if TYPE_CHECKING:
-    pass
 
 jobs = typer.Typer(**common.HELP, help="Run commands as jobs on a Ray cluster.")
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from animediffusion.cli import common
-
-if TYPE_CHECKING:
-    pass
 
 models = typer.Typer(**common.HELP, help="Register, compare, promote, roll back and export models.")
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from animediffusion.cli import common
-
-if TYPE_CHECKING:
-    pass
 
 tune = typer.Typer(**common.HELP, help="Search for better settings with Ray Tune.")
 
