@@ -57,6 +57,8 @@ def test_a_temporary_folder_that_is_too_long_for_ray_is_found(settings: Settings
     long.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(long))
+    # A process that is connected to Ray already, as other tests connect this one, starts no second Ray.
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     detail = found(settings)["ray"].detail
     assert "TMPDIR is too long by" in detail
     with pytest.raises(ClusterError, match=r"TMPDIR is too long by .* bytes for Ray's sockets; set RAY_TMPDIR=/tmp"):
