@@ -55,7 +55,7 @@ def server(model: Path) -> Iterator[str]:
     """Serve the page with this bundle as version 1, without Ray, and yield its URL."""
     replica = Replica()
     if not replica.load("1", model):
-        raise SystemExit(f"error: {model}: {replica.error}; give a bundle as training wrote it")
+        raise SystemExit(f"error: {replica.error}")
     running = uvicorn.Server(uvicorn.Config(create_app(replica), port=0, log_level="error"))
     thread = threading.Thread(target=running.run)
     thread.start()

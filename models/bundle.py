@@ -23,6 +23,7 @@ from animediffusion.models.diffusion.denoiser import Denoiser, Prediction
 from animediffusion.models.diffusion.path import PathConfig
 from animediffusion.models.diffusion.sampler import SAMPLERS, build_sampler, sample, sample_times
 from animediffusion.models.network.unet import UNetConfig
+from animediffusion.platform.errors import BundleError
 
 FORMAT = 1
 IDENTITY_FILES = ("config.json", "model.safetensors")
@@ -123,7 +124,7 @@ def with_sampler(
     source: Path, destination: Path, sampler: SamplerDefaults, metrics: dict[str, Any] | None = None
 ) -> str:
     """Write a copy of a bundle with other sampler defaults and return its identity (sha256)."""
-    config = _read_config(source)
+    config = _read_config(source, str(source))
     temporary = destination.with_name(destination.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
@@ -139,44 +140,71 @@ def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     _write_checksums(folder)
 
 
-def load_bundle(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+def load_bundle(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+) -> Bundle:
     """Verify every hash, then build the model in eval mode with its weights in `dtype`.
 
+    Args:
+        folder: the bundle.
+        device: device of the model.
+        dtype: type of the weights.
+        name: how errors call the bundle; the folder if None.
+        sha256: the identity that the bundle must have, if known.
+
     Raises:
-        ValueError: if a file is missing or was changed, the format is unknown, or the weights do not fit the config.
+        BundleError: if a file is missing or was changed, the format is unknown, the weights do not fit the config, or
+            the bundle has another identity.
     """
-    folder = Path(folder)
-    sha256 = verify(folder)
-    config = _read_config(folder)
+    folder, name = Path(folder), name or str(folder)
+    found = verify(folder, name)
+    if sha256 is not None and found != sha256:
+        raise unusable(name, f"sha256 is {found[:12]}, not the registered {sha256[:12]}")
+    config = _read_config(folder, name)
     denoiser = config.build()
     try:
         denoiser.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{folder}/model.safetensors does not fit config.json: {reason}") from error
+        raise unusable(name, f"model.safetensors does not fit config.json ({reason})") from error
     metrics = json.loads((folder / "metrics.json").read_text())
-    return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, sha256, folder)
+    return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, found, folder)
 
 
-def verify(folder: Path) -> str:
+def verify(folder: Path, name: str | None = None) -> str:
     """Check that all files of a bundle are as they were written, and return its identity (sha256).
 
+    Args:
+        folder: the bundle.
+        name: how errors call the bundle; the folder if None.
+
     Raises:
-        ValueError: if a file is missing or was changed; the message names the file.
+        BundleError: if a file is missing or was changed; the message names the file.
     """
+    name = name or str(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a directory")
-    missing = [name for name in (*FILES, "checksums.json") if not (folder / name).is_file()]
+        raise unusable(name, "is not a directory")
+    missing = [file for file in (*FILES, "checksums.json") if not (folder / file).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not a bundle: missing {', '.join(missing)}")
+        raise unusable(name, f"is not a bundle: missing {', '.join(missing)}")
     try:
         expected = json.loads((folder / "checksums.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{folder}/checksums.json is damaged: {error}") from error
-    for name in _present(folder):
-        if not isinstance(expected, dict) or expected.get(name) != file_sha256(folder / name):
-            raise ValueError(f"{folder}/{name} was changed after it was written (sha256 differs)")
+        raise unusable(name, f"checksums.json is damaged ({error})") from error
+    for file in _present(folder):
+        if not isinstance(expected, dict) or expected.get(file) != file_sha256(folder / file):
+            raise unusable(name, f"{file} was changed after it was written (sha256 differs)")
     return identity(folder)
+
+
+def unusable(name: str, found: str) -> BundleError:
+    """Return the error for a bundle that cannot be used: `found` says what is wrong with the bundle `name`."""
+    return BundleError(name, found, "give a bundle as training wrote it")
 
 
 def identity(folder: Path) -> str:
@@ -192,7 +220,7 @@ def smoke_sample(bundle: Bundle) -> None:
     """Sample once with the bundle's own sampler in at most two steps, with and without a reference.
 
     Raises:
-        ValueError: if the result has the wrong shape or is not finite.
+        BundleError: if the result has the wrong shape or is not finite.
     """
     device = next(bundle.denoiser.parameters()).device
     size, defaults = bundle.config.image_size, bundle.config.sampler
@@ -204,10 +232,10 @@ def smoke_sample(bundle: Bundle) -> None:
     sampler = build_sampler(defaults.name, bundle.denoiser.path)
     image = sample(sampler, lambda x, t: bundle.denoiser(x, t, condition), noise, times)
     if image.shape != noise.shape or not bool(torch.isfinite(image).all()):
-        raise ValueError(f"{bundle.folder}: the smoke sample is not a finite {size}x{size} image")
+        raise unusable(str(bundle.folder), f"the smoke sample is not a finite {size}x{size} image")
 
 
-def _read_config(folder: Path) -> BundleConfig:
+def _read_config(folder: Path, name: str) -> BundleConfig:
     try:
         values = json.loads((folder / "config.json").read_text())
         if values.pop("format", None) != FORMAT:
@@ -223,7 +251,7 @@ def _read_config(folder: Path) -> BundleConfig:
             **values,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder}/config.json is not a bundle's: {error}") from error
+        raise unusable(name, f"config.json is not the one of a bundle ({error})") from error
 
 
 def _seal(temporary: Path, folder: Path) -> str:

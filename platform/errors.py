@@ -1,21 +1,27 @@
 """Errors that are shown to users, each as one line: THING: FOUND; ALLOWED VALUES OR WHAT TO DO.
 
-AnimeDiffusionError
-    ConfigError     a setting or an argument is wrong
-    StorageError    an object cannot be read or written
-    DataError       a dataset or a source folder cannot be used
-    ImageError      bytes are not a usable image
-    BundleError     a model bundle is damaged or does not fit
-    RegistryError   a model version or alias does not exist, or a promotion is refused
-    ClusterError    Ray or a service on it cannot be reached or started
-    TrainingError   a training run failed; its last checkpoint is kept
-    Interrupted     a signal stopped a run; its checkpoint is saved
+AnimeDiffusionError           exit code 2 unless another one is given
+    ConfigError               a setting or an argument is wrong
+    StorageError              a file or an object cannot be read or written
+        FileError             one file is missing or forbidden; others may be usable
+        UnreachableError      the store does not answer or is too busy
+            StoreFailedError  the store answered before but fails now; exit code 1
+    DataError                 a dataset or a source folder cannot be used
+    ImageError                bytes are not a usable image
+    BundleError               a model bundle is missing, damaged or does not fit
+    RegistryError             a model version or alias does not exist, or MLflow or a check refuses a request
+    ClusterError              Ray or a service on it cannot be reached or started
+    TrainingError             a training run failed; its last checkpoint is kept; exit code 1
+    Interrupted               a signal stopped a run; its checkpoint is saved; exit code 128 + signal
 
     try:
         ...
     except AnimeDiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+This module needs only the standard library, and all folders may import it. Not here: the errors between the parts of a
+server, which become HTTP answers, see serve/protocol.py.
 """
 
 import re
@@ -60,7 +66,21 @@ class ConfigError(AnimeDiffusionError):
 
 
 class StorageError(AnimeDiffusionError):
-    """An object cannot be read or written; the message names the URI."""
+    """A file or an object cannot be read or written; the message names the path or URI."""
+
+
+class FileError(StorageError):
+    """A single file is missing or cannot be accessed; other files of the same store may be usable."""
+
+
+class UnreachableError(StorageError):
+    """The store does not answer or is too busy, whatever the file."""
+
+
+class StoreFailedError(UnreachableError):
+    """A store that answered before has failed for longer than the retry time; the same command resumes later."""
+
+    exit_code = 1
 
 
 class DataError(AnimeDiffusionError):
@@ -87,11 +107,11 @@ def _image_error(thing: str, found: str, allowed: str, reason: str) -> ImageErro
 
 
 class BundleError(AnimeDiffusionError):
-    """A model bundle is damaged, incomplete or of another format."""
+    """A model bundle is missing, damaged, incomplete or of another format."""
 
 
 class RegistryError(AnimeDiffusionError):
-    """The registry has no such model, version or alias, or refuses a promotion."""
+    """The registry has no such model, version or alias, or MLflow or a check refuses a request."""
 
 
 class ClusterError(AnimeDiffusionError):

@@ -193,11 +193,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 def check_model(settings: Settings, model: str | None) -> None:
     """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica is started."""
     source = ModelSource(settings, model)
-    folder = source.fetch(source.wanted())
-    try:
-        verify(folder)
-    except ValueError as error:
-        raise BundleError(source.model, str(error), "give a folder as training wrote it") from error
+    verify(source.fetch(source.wanted()), source.model)
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:

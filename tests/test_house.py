@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "models": {"models"},
     "platform": {"platform"},
 }
+ERRORS = "animediffusion.platform.errors"
+"""The one vocabulary of errors, which needs only the standard library."""
 LAYERS = {
     "platform": {
         "storage": {"errors", "network"},
@@ -93,9 +95,9 @@ def imports_of(path):
 
 
 def own_folder(module, name):
-    """The folder that an import reaches into, "animediffusion" for cli and console, None for nobody's code."""
+    """The folder that an import reaches into, "animediffusion" for cli and console, None for what all may import."""
     parts = [*module.split("."), *([name] if name else [])]
-    if parts[0] != "animediffusion" or parts[1:] in ([], ["__version__"]):
+    if parts[0] != "animediffusion" or parts[1:] in ([], ["__version__"]) or module == ERRORS:
         return None
     return parts[1] if parts[1] in FOLDERS else "animediffusion"
 
@@ -184,6 +186,11 @@ def test_models_need_only_torch_numpy_and_safetensors():
 def test_platform_does_not_need_torch():
     tops = {module.partition(".")[0] for path in (ROOT / "platform").rglob("*.py") for module, _ in imports_of(path)}
     assert "torch" not in tops
+
+
+def test_the_errors_need_only_the_standard_library():
+    tops = {module.partition(".")[0] for module, _ in imports_of(ROOT / "platform" / "errors.py")}
+    assert tops <= set(sys.stdlib_module_names)
 
 
 def test_no_folder_is_a_regular_package():

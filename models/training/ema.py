@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from animediffusion.models.bundle import AVERAGES, Bundle, SamplerDefaults, save_bundle
+from animediffusion.models.bundle import AVERAGES, Bundle, SamplerDefaults, save_bundle, unusable
 
 Weights = Mapping[str, Tensor]
 """Weights by their names in the denoiser."""
@@ -157,7 +157,7 @@ def read_averages(bundle: Bundle) -> Averages:
     """Read the averages in a bundle's folder.
 
     Raises:
-        ValueError: if the file does not fit the model.
+        BundleError: if the file does not fit the model.
     """
     own = load_file(bundle.folder / "model.safetensors")  # `use` may have changed the weights of bundle.denoiser.
     path = bundle.folder / AVERAGES
@@ -174,5 +174,5 @@ def read_averages(bundle: Bundle) -> Averages:
             if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in own.items()}:
                 raise ValueError("other tensors")
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} does not fit the model ({error})") from error
+        raise unusable(str(bundle.folder), f"{AVERAGES} does not fit the model ({error})") from error
     return Averages(trained, kept, None if trained is own else bundle.config.provenance.get("ema_length"))

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from animediffusion.pipelines.data.ingest_plan import Reject, Sample
 from animediffusion.pipelines.data.manifest import Shard, write_shard
 from animediffusion.pipelines.data.shards import PICTURES, read_shard
-from animediffusion.platform.errors import ImageError, StorageError
+from animediffusion.platform.errors import FileError, ImageError, StorageError, StoreFailedError, UnreachableError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb, encode_lossless, fit_square
 from animediffusion.platform.storage import files as storage
 
@@ -132,7 +132,7 @@ def raise_failed(row: dict[str, Any]) -> None:
     """
     if row["error"]:
         kind, *parts = json.loads(row["error"])
-        kinds = (storage.StoreFailedError, storage.UnreachableError, storage.FileError)
+        kinds = (StoreFailedError, UnreachableError, FileError)
         raise {cls.__name__: cls for cls in kinds}.get(kind, StorageError)(*parts)
 
 
@@ -209,7 +209,7 @@ def _read(source: str, path: str) -> bytes:
     """Read one file; a missing or forbidden file is an ImageError, a failing store remains a StorageError."""
     try:
         return storage.read_bytes(storage.join(source, path))
-    except storage.FileError as error:
+    except FileError as error:
         raise ImageError(path, error.found, "a readable picture", reason="unreadable") from error
 
 

@@ -24,7 +24,7 @@ from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.pipelines.evaluation.metrics import Images, score, trivial_results
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, ConfigError
+from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images.codec import contact_sheet, encode_png
 from animediffusion.platform.registry.client import Registry
 
@@ -60,7 +60,8 @@ def evaluate(
         ConfigError: if the image sizes of data and model differ.
         BundleError, DataError, RegistryError: if model or data cannot be used.
     """
-    bundle = _load(Registry(settings).fetch(model))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle = load_bundle(Registry(settings).fetch(model), device)
     manifest = Manifest.load(data)
     if manifest.image_size != bundle.config.image_size:
         found = f"{manifest.image_size} px, the model is for {bundle.config.image_size} px"
@@ -158,11 +159,3 @@ def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, Any]]:
 def _sampler(bundle: Bundle) -> dict[str, Any]:
     sampler = asdict(bundle.config.sampler)
     return {**sampler, "guidance_interval": list(sampler["guidance_interval"])}
-
-
-def _load(folder: Path) -> Bundle:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return load_bundle(folder, device)
-    except ValueError as error:
-        raise BundleError(str(folder), str(error), "give a bundle as training wrote it") from error

@@ -59,5 +59,5 @@ def _require_room(folder: Path) -> None:
         return
     try:
         verify(folder)
-    except ValueError as error:
+    except BundleError as error:
         raise ConfigError(str(folder), "exists and holds no bundle", "give a new folder") from error

@@ -66,7 +66,7 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     parent = parent_folder = None
     if config.init_from is not None:
         parent_folder = Registry(settings).fetch(config.init_from)
-        parent = _load(parent_folder).config
+        parent = load_bundle(parent_folder).config
         config = config.started_from(parent)
     multiple = config.network.size_multiple
     if size % multiple:
@@ -140,13 +140,6 @@ def _is_moved(old: str, new: str, workspace: Path) -> bool:
 def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
     """Return whether a finished run is done: it continues only if max_steps was raised."""
     return config.max_steps is None or int(record["result"]["steps"]) >= config.max_steps
-
-
-def _load(folder: Path) -> Any:
-    try:
-        return load_bundle(folder)
-    except ValueError as error:
-        raise ConfigError("init_from", str(error), "give a bundle as training wrote it") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

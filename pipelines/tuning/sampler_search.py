@@ -38,7 +38,7 @@ from animediffusion.pipelines.tuning.plots import draw_front, draw_strip
 from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, ClusterError, ConfigError, Interrupted
+from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.tracking.run import TUNING, Run
 
@@ -109,7 +109,7 @@ def tune_sampler(
     rows = load_rows(data, split, num_images)
     registry = Registry(settings)
     bundle = check_bundle(registry.fetch(model, averages=True))
-    averages = _averages(bundle)
+    averages = read_averages(bundle)
     name = f"sampler-{_search_key(bundle, averages, rows)}"
     folder = settings.workspace / "tune" / name
     cluster.connect(settings)
@@ -301,13 +301,6 @@ def _show(points: list[Point], chosen: Point, strip: bytes, folder: Path) -> dic
     pictures["picture"].write_bytes(draw_front(points, chosen))
     pictures["strip"].write_bytes(strip)
     return {"folder": str(folder), **{name: str(path) for name, path in pictures.items()}}
-
-
-def _averages(bundle: Bundle) -> Averages:
-    try:
-        return read_averages(bundle)
-    except ValueError as error:
-        raise BundleError(str(bundle.folder), str(error), "give a folder as training wrote it") from error
 
 
 def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
-from animediffusion.platform.errors import StorageError
+from animediffusion.platform.errors import FileError, StorageError
 from animediffusion.platform.network import SCHEME
 from animediffusion.platform.storage import s3
 from animediffusion.platform.storage.local_files import expanded
-from animediffusion.platform.storage.s3 import FileError
 
 OPTIONS = ("endpoint_override", "region", "scheme")
 _SECRETS = ("access_key", "secret_key", "session_token", "password")

@@ -25,13 +25,12 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from animediffusion.platform.errors import ConfigError, StorageError
+from animediffusion.platform.errors import ConfigError, FileError, StorageError, StoreFailedError, UnreachableError
 from animediffusion.platform.storage import s3
 from animediffusion.platform.storage.addresses import is_remote, join, parse
 from animediffusion.platform.storage.local_files import Listing, list_folder, reason
-from animediffusion.platform.storage.s3 import FileError, StoreFailedError, UnreachableError
 
-__all__ = ["FileError", "StoreFailedError", "UnreachableError", "is_remote", "join"]
+__all__ = ["is_remote", "join"]
 
 T = TypeVar("T")
 

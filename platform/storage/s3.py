@@ -17,7 +17,7 @@ from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError
 from pyarrow import fs
 
-from animediffusion.platform.errors import StorageError
+from animediffusion.platform.errors import FileError, StorageError, UnreachableError
 
 Settings = tuple[tuple[str, str], ...]
 
@@ -39,20 +39,6 @@ _DENIED = r"ACCESS_DENIED|HTTP (status )?403|INVALID_OBJECT_STATE|InvalidObjectS
 _CHECK_ADDRESS = "check AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL, the AWS profile) and the network"
 
 _answered: set[tuple[str | None, str]] = set()
-
-
-class UnreachableError(StorageError):
-    """The store does not answer or is too busy, whatever the file."""
-
-
-class StoreFailedError(UnreachableError):
-    """A store that answered before has failed for longer than the retry time; the same command resumes later."""
-
-    exit_code = 1
-
-
-class FileError(StorageError):
-    """A single file is missing or cannot be accessed; other files of the same store may be usable."""
 
 
 def expect(endpoint: str | None, bucket: str) -> None:

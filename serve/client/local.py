@@ -10,7 +10,7 @@ import torch
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, ConfigError
+from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.client.colorize_files import Options, Painting
 from animediffusion.serve.engine.engine import settings_for
 from animediffusion.serve.replica.model_source import ModelSource
@@ -35,10 +35,8 @@ class LocalPainter:
         source = ModelSource(settings, model)
         self.version = source.wanted()
         folder = source.fetch(self.version)
-        try:
-            self.bundle: Bundle = load_bundle(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except ValueError as error:
-            raise BundleError(str(model or folder), str(error), "give a folder as training wrote it") from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.bundle: Bundle = load_bundle(folder, device, name=model)
 
     def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
         """See colorize_files.Painter. Only one thread at a time runs the network; other threads decode and render."""

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from animediffusion.platform.errors import AnimeDiffusionError, BundleError, RegistryError, StorageError
@@ -148,19 +149,24 @@ class Follower:
         if before is not None and time.monotonic() < before.again_at:
             return False
         try:
-            self.replica.host(version, self.source.fetch(version), self.source.sha256(version))
+            self.replica.host(version, self._fetch(version), self.source.sha256(version))
         except Exception as error:  # The loaded versions must continue to answer, whatever the error is.
             self._warn(f"version {version} does not work here: {error}")
-            if isinstance(error, BundleError):  # fetch() failed, so the replica has not counted this failure.
-                self.replica.measures.count(SWAPS, version, "failed")
             away = isinstance(error, RegistryError | StorageError)
             pause_s = 0.0 if away else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
             self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)
-            if isinstance(error, ValueError):
+            if isinstance(error, BundleError):
                 self._forget(version)
             return False
         self._failures.pop(version, None)
         return True
+
+    def _fetch(self, version: str) -> Path:
+        try:
+            return self.source.fetch(version)
+        except BundleError:  # The replica counts the failures of host() only.
+            self.replica.measures.count(SWAPS, version, "failed")
+            raise
 
     def _forget(self, version: str) -> None:
         try:

@@ -41,7 +41,7 @@ class Hosted:
         on_turn: see Engine.
 
     Raises:
-        ValueError: the bundle is damaged or is not the registered one, or a test picture is not finite.
+        BundleError: the bundle is damaged or is not the registered one, or a test picture is not finite.
     """
 
     def __init__(
@@ -57,9 +57,7 @@ class Hosted:
         sha256: str | None = None,
         on_turn: Callable[[Turn], None] | None = None,
     ) -> None:
-        bundle = load_bundle(folder, device, dtype)
-        if sha256 and bundle.sha256 != sha256:
-            raise ValueError(f"sha256 is {bundle.sha256[:12]}, not the registered {sha256[:12]}")
+        bundle = load_bundle(folder, device, dtype, sha256=sha256 or None)
         smoke_sample(bundle)
         is_compiled = compile and _compile(bundle)
         self.version = version

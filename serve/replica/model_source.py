@@ -8,7 +8,6 @@ from pathlib import Path
 
 from animediffusion.models.bundle import verify
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError
 from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.client import CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
@@ -91,10 +90,7 @@ class ModelSource:
     @cached_property
     def _given(self) -> tuple[str, Path]:
         folder = fetch_folder(self.model, cache_folder(self.settings))
-        try:
-            return f"sha256:{verify(folder)[:12]}", folder
-        except ValueError as error:
-            raise BundleError(self.model, str(error), "give a folder as training wrote it") from error
+        return f"sha256:{verify(folder, self.model)[:12]}", folder
 
     def _uri(self, version: str) -> str:
         return f"models:/{self.settings.model_name}/{version}"

@@ -101,7 +101,7 @@ class Replica:
             sha256: expected hash of the bundle, if known.
 
         Raises:
-            ValueError: the bundle is damaged or is not the registered one, or a test picture is not finite.
+            BundleError: the bundle is damaged or is not the registered one, or a test picture is not finite.
         """
         try:
             hosted = Hosted(

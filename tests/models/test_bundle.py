@@ -16,6 +16,7 @@ from animediffusion.models.bundle import (
 )
 from animediffusion.models.colorize import colorize
 from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.platform.errors import BundleError
 
 
 @pytest.fixture
@@ -69,22 +70,22 @@ def test_a_changed_byte_is_found_and_named(folder, name):
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name} was changed"):
+    with pytest.raises(BundleError, match=f"{name} was changed"):
         load_bundle(folder)
 
 
 @pytest.mark.parametrize("name", [*FILES, "checksums.json"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"missing {name}"):
+    with pytest.raises(BundleError, match=f"missing {name}"):
         load_bundle(folder)
 
 
 def test_damaged_checksums_and_a_missing_folder_are_named(folder, tmp_path):
     (folder / "checksums.json").write_text("{")
-    with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
+    with pytest.raises(BundleError, match=r"checksums\.json is damaged"):
         load_bundle(folder)
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(BundleError, match="is not a directory"):
         load_bundle(tmp_path / "nowhere")
 
 
@@ -101,7 +102,7 @@ def test_a_config_that_cannot_be_used_is_named(folder, change, message):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **change}))
     with_metrics(folder, {})  # seals the folder as it is now
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BundleError, match=message):
         load_bundle(folder)
 
 
@@ -130,7 +131,7 @@ def test_the_smoke_sample_passes_a_sound_model_and_rejects_weights_that_are_no_n
         with torch.no_grad():
             denoiser.get_parameter(name).fill_(float("nan"))
         save_bundle(folder, denoiser, config)
-        with pytest.raises(ValueError, match="not a finite 16x16 image"):
+        with pytest.raises(BundleError, match="not a finite 16x16 image"):
             smoke_sample(load_bundle(folder))
 
 

@@ -16,6 +16,7 @@ from animediffusion.models.bundle import (
 )
 from animediffusion.models.training.ema import LONGEST, exponent, mix, pack, read_averages
 from animediffusion.models.training.loop import OptimizerConfig, TrainState, averaged_weights, kept_averages
+from animediffusion.platform.errors import BundleError
 
 TIMES = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 OWN = SamplerDefaults(steps=2)
@@ -177,7 +178,7 @@ def test_averages_are_sealed_like_the_rest_and_go_along_with_a_copy(folder, tmp_
     data = bytearray((folder / AVERAGES).read_bytes())
     data[-1] ^= 1
     (folder / AVERAGES).write_bytes(data)
-    with pytest.raises(ValueError, match=r"averages\.safetensors was changed"):
+    with pytest.raises(BundleError, match=r"averages\.safetensors was changed"):
         verify(folder)
 
 
@@ -185,5 +186,5 @@ def test_averages_are_sealed_like_the_rest_and_go_along_with_a_copy(folder, tmp_
 def test_averages_of_another_model_are_refused(folder, tensors):
     save_file(tensors, folder / AVERAGES)
     with_metrics(folder, {})  # seals the folder as it is now
-    with pytest.raises(ValueError, match=r"averages\.safetensors does not fit the model"):
+    with pytest.raises(BundleError, match=r"averages\.safetensors does not fit the model"):
         read_averages(load_bundle(folder))

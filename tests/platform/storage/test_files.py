@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from faults import Fault, FaultyStore
 
-from animediffusion.platform.errors import ConfigError, StorageError
+from animediffusion.platform.errors import ConfigError, FileError, StorageError, StoreFailedError, UnreachableError
 from animediffusion.platform.storage import s3
 from animediffusion.platform.storage.files import (
     PATIENCE_VARIABLE,
-    FileError,
-    StoreFailedError,
-    UnreachableError,
     delete,
     download_folder,
     exists,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from animediffusion.models import compile
+from animediffusion.platform.errors import BundleError
 from animediffusion.serve.protocol import (
     Answer,
     BusyError,
@@ -154,7 +155,7 @@ def test_traffic_goes_to_loaded_versions_only(replica, bundle_folder):
 
 
 def test_another_bundle_than_the_registered_one_is_refused(replica, bundle_folder):
-    with pytest.raises(ValueError, match="not the registered 000000000000"):
+    with pytest.raises(BundleError, match="not the registered 000000000000"):
         replica.host("1", bundle_folder, sha256="0" * 64)
     assert replica.versions == []
 
