@@ -11,7 +11,6 @@ pipelines/data/read_order.py defines the order of the rows.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,33 +20,22 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from animediffusion.pipelines.data.manifest import Manifest, Shard
 from animediffusion.pipelines.data.read_order import Stream, Visit, choose_visit_rows, visits
 from animediffusion.pipelines.data.shards import PICTURES, STREAMED, read_rows
+from animediffusion.platform.cluster.ray_compat import pause_scheduling
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb
 from animediffusion.platform.storage import files as storage
 
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
+"""Pause in seconds after each step of Ray Data's scheduling loop, see pause_scheduling()."""
 MOST_VISITS = 16384
 """Most reads of one Ray Data execution, because its driver holds an object for each read."""
 
 Arrays = dict[str, NDArray[Any]]
-
-
-class _Breath(ExecutionCallback):
-    """Callback that adds a pause to every step of Ray Data's scheduling loop.
-
-    While the trainer's buffers are full, the loop finds its read tasks ready but cannot take their blocks, and polls
-    without a pause. It wastes half a core that the workers need. Each step of the loop handles all ready blocks, so the
-    pause does not reduce throughput.
-    """
-
-    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002
-        time.sleep(SCHEDULING_PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ def training_dataset(
         _read_visit, batch_size=1, fn_kwargs={"source": source}
     )
     rows.context.execution_options.preserve_order = True
-    rows.context.custom_execution_callback_classes = [_Breath]
+    pause_scheduling(rows.context, SCHEDULING_PAUSE_S)
     return rows
 
 

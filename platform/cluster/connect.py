@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.state import state
 from ray.autoscaler.v2.schema import ResourceDemandSummary
 from ray.autoscaler.v2.sdk import get_cluster_status
 
+from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 from animediffusion.platform.network import temporary_folder_problem, why_unreachable
@@ -38,9 +36,6 @@ WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
 _COUNTED = ("CPU", "GPU")
 
 _WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
-
-# Ray's variable for "this node will never be part of a cluster", the only way to bind all of Ray's servers to loopback.
-_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # These turn off what a private cluster does not need: usage reports, metric exporters, advice on Ray's own logs.
 _QUIET = {
@@ -94,15 +89,14 @@ def connect(
             raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
         # Inside a job that was submitted with its own variables, Ray would refuse ours.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        # With a given address, Ray itself uses a token only if RAY_AUTH_MODE is set as well.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ray_compat.use_token_if_available()
         _init(f"Ray at {address}", address=address, **common)
         return
     problem = temporary_folder_problem()
     if problem is not None:
         raise ClusterError("Ray on this machine", problem, "set RAY_TMPDIR=/tmp")
     _private_token()
-    _loopback_only(True)
+    ray_compat.bind_to_loopback(True)
     _init(
         "Ray on this machine",
         address="local",
@@ -117,7 +111,7 @@ def shutdown() -> None:
     """Disconnect from Ray, which also ends an embedded cluster."""
     if ray.is_initialized():
         ray.shutdown()
-        _loopback_only(False)
+        ray_compat.bind_to_loopback(False)
 
 
 def cluster_address() -> str | None:
@@ -132,7 +126,7 @@ def cluster_address() -> str | None:
 def resources() -> tuple[dict[str, float], dict[str, float]]:
     """Return the cluster's current resources and the maximum that an autoscaler can reach by adding nodes."""
     has: dict[str, float] = ray.cluster_resources()
-    limits: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    limits = ray_compat.resource_limits()
     return has, {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in has | limits}
 
 
@@ -218,18 +212,6 @@ def _runtime_env(settings: Settings) -> dict[str, Any]:
     passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     workspace = {} if own_workspaces() else {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}
     return {"env_vars": {**workspace, **_PROXY, **passed_on}}
-
-
-def _loopback_only(on: bool) -> None:
-    """Bind Ray's servers to loopback or undo this, for this process and the Ray processes that it starts.
-
-    Both the constant and the variable are set because ray reads the variable only when it is imported.
-    """
-    ray_constants.ENABLE_RAY_CLUSTER = not on
-    if on:
-        os.environ[_LOOPBACK_ONLY] = "0"
-    else:
-        os.environ.pop(_LOOPBACK_ONLY, None)
 
 
 def _private_token() -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import httpx
 import psutil
 import ray
-from ray._private.worker import get_dashboard_url
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import animediffusion
+from animediffusion.platform.cluster.ray_compat import dashboard_address
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import why_unreachable, without_password
@@ -208,7 +208,7 @@ def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
 
 def _doors(reports: list[NodeReport]) -> list[Finding]:
     """Check whether Ray requires a token, and list the open ports."""
-    asks, said = _asks_for_a_token(get_dashboard_url())
+    asks, said = _asks_for_a_token(dashboard_address())
     opened = {one.node: ", ".join(f"{at.process} {at.host}:{at.port}" for at in one.listeners) for one in reports}
     total = sum(len(one.listeners) for one in reports)
     known = {node: listed for node, listed in opened.items() if listed}

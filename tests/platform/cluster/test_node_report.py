@@ -105,7 +105,7 @@ def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) ->
 
 def test_an_open_port_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200) as address:
-        monkeypatch.setattr(node_report, "get_dashboard_url", lambda: address)
+        monkeypatch.setattr(node_report, "dashboard_address", lambda: address)
         auth, ports = node_report._doors([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
     assert auth[1] is False
     assert ports == ("ray ports", False, "1 ports can be reached from outside: gcs 0.0.0.0:6379 (a)")

@@ -1,0 +1,66 @@
+"""Everything that this package uses of Ray's private modules, with the reason for each; no other file imports them.
+
+A new version of Ray may move or remove these names without notice: tests/platform/cluster/test_ray_compat.py checks
+that the pinned version has them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.state import state
+from ray._private.worker import get_dashboard_url
+
+if TYPE_CHECKING:
+    from ray.data import DataContext
+
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+def bind_to_loopback(on: bool) -> None:
+    """Bind all servers of a Ray that this process starts to loopback, or undo this.
+
+    Ray has no public setting for it. Its servers do so if Ray takes the machine for one that cannot be part of a
+    cluster. Ray reads the variable only when it is imported, so this process needs the constant, and the processes that
+    it starts need the variable.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = not on
+    if on:
+        os.environ[_LOOPBACK_VARIABLE] = "0"
+    else:
+        os.environ.pop(_LOOPBACK_VARIABLE, None)
+
+
+def use_token_if_available() -> None:
+    """Use the cluster's token if there is one; ray.init(address) by itself does so only if RAY_AUTH_MODE is set."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def resource_limits() -> dict[str, float]:
+    """Return the most of each resource that an autoscaler can reach; Ray's public calls count present nodes only."""
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def dashboard_address() -> str | None:
+    """Return `host:port` of the dashboard of the cluster that this process joined; only ray.init() returns it."""
+    return get_dashboard_url() or None
+
+
+def pause_scheduling(context: DataContext, pause_s: float) -> None:
+    """Add a pause to every step of the scheduling loop of a Ray Data execution.
+
+    While the consumer's buffers are full, the loop finds its read tasks ready but cannot take their blocks, and polls
+    without a pause, which wastes half a core. Each step handles all ready blocks, so a pause does not reduce
+    throughput. Ray has no setting for it; its callbacks are public, but not their base class.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback  # not at the top: slow to import
+
+    class Pause(ExecutionCallback):
+        def on_execution_step(self, executor: object) -> None:  # noqa: ARG002
+            time.sleep(pause_s)
+
+    context.custom_execution_callback_classes = [Pause]
