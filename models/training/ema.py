@@ -21,6 +21,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -40,19 +41,16 @@ _TRAINED = "trained"
 def exponent(length: float) -> float:
     """Return the exponent g of the profile t^g on [0, 1] whose standard deviation is `length`.
 
-    The variance of the density (g + 1) t^g is (g + 1) / ((g + 2)^2 (g + 3)), which falls as g rises.
+    The variance of the density (g + 1) t^g is (g + 1) / ((g + 2)^2 (g + 3)), which falls as g rises. Set equal to
+    length^2, it is a cubic equation with one root above -1 (std_to_exp in NVlabs/edm2, training/phema.py).
 
     Raises:
         ValueError: if the length is not in (0, LONGEST].
     """
     if not 0 < length <= LONGEST:
         raise ValueError(f"the length of an average must be above 0 and at most {LONGEST}, got {length}")
-    low, high = 0.0, 1 / length
-    for _ in range(60):
-        middle = (low + high) / 2
-        variance = (middle + 1) / ((middle + 2) ** 2 * (middle + 3))
-        low, high = (middle, high) if variance > length**2 else (low, middle)
-    return low
+    precision = length**-2
+    return float(np.roots([1, 7, 16 - precision, 12 - precision]).real.max())
 
 
 def mix(kept: Sequence[float], length: float) -> list[float]:
