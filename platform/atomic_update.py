@@ -10,7 +10,6 @@ faster. AWS, MinIO and moto support conditional writes. Not here: the meaning of
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import boto3
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError, ClientError
+from filelock import FileLock
 
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
@@ -51,12 +51,8 @@ def update(uri: str, change: Change) -> None:
 
 def _update_file(path: Path, change: Change) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, OWNER_ONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=OWNER_ONLY):
         _replace(path, change(path.read_bytes() if path.exists() else None))
-    finally:
-        os.close(lock)  # also releases the lock
 
 
 def _replace(path: Path, data: bytes) -> None:

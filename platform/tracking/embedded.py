@@ -8,8 +8,6 @@ Not here: the recorded data, see run.py; the address of the database, see `confi
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -50,24 +49,20 @@ def one_creator(tracking_uri: str) -> Iterator[None]:
     An existing database in a read-only folder is opened without the lock.
     """
     file = database(tracking_uri)
-    lock = None if file is None else _lock(file)
+    if file is None:
+        yield
+        return
+    lock = FileLock(file.with_name(file.name + ".lock"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _READ_ONLY or not file.exists():
+            raise
     try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)  # also releases the lock
-
-
-def _lock(file: Path) -> int | None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno in _READ_ONLY and file.exists():
-            return None
-        raise
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+        lock.release()
 
 
 def relocated(uri: str, artifacts: Path) -> str:

@@ -10,7 +10,6 @@ folder sends the entries that are left there. Not here: the kinds of entries, se
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
 import time
@@ -19,6 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from filelock import lock_descriptor
 
 Entry = dict[str, Any]
 Send = Callable[[list[Entry]], int]
@@ -134,16 +135,16 @@ class Outbox:
         own = self._own is not None and path == self._own[0]
         try:
             with path.open() as file:
-                if not own:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not own and not lock_descriptor(file.fileno(), blocking=False):
+                    return True  # another process uses the file
                 entries = _read(path)[self._sent.get(path, 0) :]
                 sent = self._send(entries) if entries else 0
                 self._sent[path] = self._sent.get(path, 0) + sent
                 if sent < len(entries):
                     return False
                 path.unlink(missing_ok=True)
-        except (BlockingIOError, FileNotFoundError):
-            return True  # another process uses the file or has sent it
+        except FileNotFoundError:
+            return True  # another process has sent the file
         self._sent.pop(path, None)
         if own and self._own is not None:
             self._own[1].close()
@@ -159,7 +160,7 @@ class Outbox:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
                 self._own = (path, path.open("a"))
-                fcntl.flock(self._own[1], fcntl.LOCK_EX)
+                lock_descriptor(self._own[1].fileno())
             file = self._own[1]
             file.writelines(json.dumps(entry) + "\n" for entry in self._queue)
             file.flush()
