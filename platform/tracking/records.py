@@ -17,6 +17,7 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from animediffusion.platform.errors import FileError
 from animediffusion.platform.tracking.spool import Entry
 
 BATCH = 1000
@@ -40,7 +41,11 @@ def groups(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
-    """Send one group of groups(); errors of MLflow propagate."""
+    """Send one group of groups(); errors of MLflow propagate.
+
+    Raises:
+        FileError: if the file of an artifact was deleted before it was sent.
+    """
     first = group[0]
     if "metric" in first:
         client.log_batch(run_id, metrics=[Metric(*entry["metric"]) for entry in group])
@@ -48,9 +53,10 @@ def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in first["tags"].items()])
     elif "artifact" in first:
         path = Path(first["artifact"])
-        if path.exists():
-            send = client.log_artifacts if path.is_dir() else client.log_artifact
-            send(run_id, str(path), first["folder"])
+        if not path.exists():
+            raise FileError(str(path), "was deleted before it was sent to MLflow", "the run has no copy of it")
+        send = client.log_artifacts if path.is_dir() else client.log_artifact
+        send(run_id, str(path), first["folder"])
     elif "image" in first:
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["image"]))))
         if first["step"] is None:
@@ -62,5 +68,5 @@ def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
 
 
 def is_hopeless(error: Exception) -> bool:
-    """Whether MLflow refused the record itself, so that a retry would fail again."""
-    return isinstance(error, MlflowException) and error.error_code in _HOPELESS
+    """Whether the record itself is the cause, so that a retry would fail again."""
+    return isinstance(error, FileError) or (isinstance(error, MlflowException) and error.error_code in _HOPELESS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import RegistryError
+from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.network import why_unreachable, without_password
 from animediffusion.platform.tracking import embedded
@@ -42,6 +43,9 @@ _PATIENCE_S = 20.0
 """Seconds that the end of a run waits for an unreachable store."""
 _MAX_PARAM_LENGTH = 6000
 
+_STORE = re.compile(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?:|databricks|uc\b")
+"""The beginning of every tracking URI that MLflow supports without MLFLOW_ALLOW_FILE_STORE."""
+
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # By default, MLflow retries 7 times with growing pauses, which hides an unreachable server for minutes.
@@ -57,6 +61,7 @@ def setup(settings: Settings) -> MlflowClient:
     """Return a client of the tracking store and registry; without a server, create the store in the workspace.
 
     Raises:
+        ConfigError: if MLFLOW_TRACKING_URI is not the address of a server or a database.
         RegistryError: if the MLflow server does not answer or the database cannot be opened.
     """
     client = connect(settings.tracking_uri)
@@ -75,9 +80,13 @@ def connect(tracking_uri: str) -> MlflowClient:
     """Return a client for a tracking URI, for workers, whose environment may name another store.
 
     Raises:
+        ConfigError: if the URI is not the address of a server or a database.
         RegistryError: if the MLflow server does not answer or the database cannot be opened.
     """
     _be_quiet()
+    if not _STORE.match(tracking_uri) and not os.environ.get("MLFLOW_ALLOW_FILE_STORE"):
+        found = f"{without_password(tracking_uri)!r} is not the address of an MLflow server or a database"
+        raise ConfigError("MLFLOW_TRACKING_URI", found, "write http://HOST:PORT, or unset it to use the workspace")
     with _opening(tracking_uri):
         if tracking_uri.startswith(("http://", "https://")):
             reason = why_unreachable(tracking_uri)
@@ -101,7 +110,7 @@ def _opening(tracking_uri: str) -> Iterator[None]:
             found, allowed = "asks who you are", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             raise RegistryError(place(tracking_uri), found, allowed) from error
         found = f"cannot be opened ({first_line(error)})"
-        raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI, workspace") from error
+        raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_root: Path | None) -> str:
@@ -286,7 +295,7 @@ class Run:
             except Exception as error:  # of any kind: tracking errors must never stop training
                 if not is_hopeless(error):
                     return self._away(sent, error)
-                self._warn(f"{place(self.tracking_uri)}: a record is refused ({first_line(error)})")
+                self._warn(f"{place(self.tracking_uri)}: a record is dropped ({first_line(error)})")
             sent += len(group)
             self._warned = False
         return sent

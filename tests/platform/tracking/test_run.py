@@ -9,7 +9,7 @@ import pytest
 from servers import MlflowServer
 
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import RegistryError
+from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.tracking import run as tracking
 from animediffusion.platform.tracking.run import TRAINING, Run
 
@@ -170,7 +170,28 @@ def test_a_record_that_no_store_would_take_does_not_hold_up_the_others(settings:
     run.log({"loss": 1.0}, 1)
     assert run.finish() == 0
     assert tracking.setup(settings).get_run(run.run_id).data.metrics == {"loss": 1.0}
-    assert "a record is refused" in warnings[0]
+    assert "a record is dropped" in warnings[0]
+
+
+def test_an_artifact_that_was_deleted_before_it_was_sent_is_named(settings: Settings, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    run = Run.start(settings, TRAINING, "r")
+    run._warn = warnings.append
+    run.log_artifact(tmp_path / "gone.txt")
+    run.log({"loss": 1.0}, 1)
+    assert run.finish() == 0
+    assert tracking.setup(settings).get_run(run.run_id).data.metrics == {"loss": 1.0}
+    (warning,) = warnings
+    assert "gone.txt: was deleted before it was sent to MLflow" in warning
+
+
+@pytest.mark.parametrize("address", ["foo", "./mlruns", "file:///tmp/mlruns", "http:/host", "ftp://host"])
+def test_an_address_that_mlflow_does_not_support_is_one_clear_line(
+    address: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ConfigError, match=f"MLFLOW_TRACKING_URI: '{address}' is not the address of .*; write http://"):
+        tracking.setup(settings)
 
 
 def test_a_database_that_is_none_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
