@@ -11,7 +11,7 @@ from typing import Any
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.registry import audit_log, traffic
-from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.alias_lock import alias_lock
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.traffic import CHALLENGER, Traffic
 
@@ -29,7 +29,7 @@ def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
     if not 0 <= percent <= 100:
         raise ConfigError("PERCENT", str(percent), "0 to 100; 0 ends the canary")
     registry = Registry(settings)
-    with turn(registry):
+    with alias_lock(registry):
         now = traffic.read(registry)
         if percent:
             _check(registry, now)

@@ -18,7 +18,7 @@ from animediffusion.pipelines.release.lineage import described, dossier, kept_fi
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.registry import audit_log, traffic
-from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.alias_lock import alias_lock
 from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
 from animediffusion.platform.registry.model_version import Version, headline
@@ -83,7 +83,7 @@ def promote(
     if registry.alias(alias) == candidate.version:
         return {**report, "from": candidate.version, "changed": False}
     check_stored(registry, candidate)
-    with turn(registry):
+    with alias_lock(registry):
         previous = registry.alias(alias)
         if previous == candidate.version:
             return {**report, "from": previous, "changed": False}
@@ -105,7 +105,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
         RegistryError: there is no previous version.
     """
     registry = Registry(settings)
-    with turn(registry):
+    with alias_lock(registry):
         present = registry.alias(alias)
         target = _before(registry, alias, present)
         metrics = headline(target.metrics)

@@ -1,7 +1,8 @@
 """A cross-machine lock that serializes alias changes.
 
 MLflow has no locks, but the names of registered models are unique in every store. The process that creates the
-registered model `NAME-turn` holds the lock and deletes the model afterwards.
+registered model `NAME-turn` holds the lock and deletes the model afterwards. The name is as in version 0.1, so that
+both versions exclude each other.
 """
 
 from __future__ import annotations
@@ -18,39 +19,39 @@ from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.tracking import run as tracking
 
 STALE_S = 30.0
-"""A lock is held for a second or two. A lock that is held this long belongs to a killed process and is taken over."""
+"""Seconds after which a lock counts as left by a killed process and is removed; a lock is held for a second or two."""
 _POLL_S = (0.1, 0.3)
 
 
 @contextmanager
-def turn(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
+def alias_lock(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
     """Hold the lock while the block runs.
 
     Args:
         registry: the registry whose aliases are to be changed.
-        stale_s: seconds after which a lock with the same holder is taken over.
+        stale_s: seconds after which a lock that one process holds is removed.
 
     Raises:
         RegistryError: if the store does not answer or refuses the lock.
     """
     name = f"{registry.name}-turn"
     try:
-        _take(registry, name, stale_s)
+        _acquire(registry, name, stale_s)
     except MlflowException as error:
         found = f"{tracking.place(registry.tracking_uri)} refused ({tracking.first_line(error)})"
-        raise RegistryError(f"turn to move aliases of {registry.name}", found, "nothing was changed") from error
+        raise RegistryError(f"lock for the aliases of {registry.name}", found, "nothing was changed") from error
     try:
         yield
     finally:
-        with suppress(MlflowException):  # the block's work is done; the next process takes over a stale lock
+        with suppress(MlflowException):  # the block is done; the next process removes a stale lock
             registry.client.delete_registered_model(name)
 
 
-def _take(registry: Registry, name: str, stale_s: float) -> None:
+def _acquire(registry: Registry, name: str, stale_s: float) -> None:
     holder, since = None, time.monotonic()
     while True:
         try:
-            registry.client.create_registered_model(name, description="somebody is moving an alias; gone in a second")
+            registry.client.create_registered_model(name, description="lock for a change of aliases; it lasts a few seconds")
             return
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -59,13 +60,13 @@ def _take(registry: Registry, name: str, stale_s: float) -> None:
         if present != holder:
             holder, since = present, time.monotonic()
         elif present is not None and time.monotonic() - since > stale_s:
-            _end(registry, name)
+            _remove(registry, name)
             holder = None
         time.sleep(random.uniform(*_POLL_S))
 
 
-def _end(registry: Registry, name: str) -> None:
-    """Delete the lock of a process that has ended; raises if the store refuses, as it does for another user's model."""
+def _remove(registry: Registry, name: str) -> None:
+    """Remove the lock of a process that has ended; raises if the store refuses, as it does for another user's model."""
     try:
         registry.client.delete_registered_model(name)
     except MlflowException as error:

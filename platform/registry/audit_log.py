@@ -99,7 +99,7 @@ def recorded(
         client.log_batch(run_id, metrics=numbers, tags=[RunTag(key, value) for key, value in tags.items()])
     except MlflowException as error:
         found = f"cannot be written ({tracking.first_line(error)})"
-        raise RegistryError("promotion ledger", found, "nothing was changed") from error
+        raise RegistryError("audit log", found, "nothing was changed") from error
     try:
         yield run_id
     except BaseException:
@@ -117,11 +117,11 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
         if experiment.lifecycle_stage == "deleted":
             found = f"the experiment {EXPERIMENT} was deleted in MLflow"
             command = f"run `mlflow experiments restore -x {experiment.experiment_id}`, or promote again"
-            raise RegistryError("promotion ledger", found, command)
+            raise RegistryError("audit log", found, command)
         runs = _search(registry, experiment.experiment_id)
     except MlflowException as error:
         found = f"cannot be read ({tracking.first_line(error)})"
-        raise RegistryError("promotion ledger", found, "see `animediffusion doctor`") from error
+        raise RegistryError("audit log", found, "see `animediffusion doctor`") from error
     return [event for event in map(_event, runs) if alias is None or event.alias == alias]
 
 

@@ -22,7 +22,8 @@ from animediffusion.platform.tracking.spool import Entry
 
 BATCH = 1000
 """Maximum number of metrics in one request to MLflow."""
-_HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
+_PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
+"""MLflow's error codes for a record that it will never accept."""
 
 
 def groups(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -67,6 +68,6 @@ def send_records(client: MlflowClient, run_id: str, group: list[Entry]) -> None:
         client.set_terminated(run_id, first["status"], first["time"])
 
 
-def is_hopeless(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether the record itself is the cause, so that a retry would fail again."""
-    return isinstance(error, FileError) or (isinstance(error, MlflowException) and error.error_code in _HOPELESS)
+    return isinstance(error, FileError) or (isinstance(error, MlflowException) and error.error_code in _PERMANENT)

@@ -29,8 +29,8 @@ from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.network import why_unreachable, without_password
 from animediffusion.platform.tracking import embedded
 from animediffusion.platform.tracking.embedded import one_creator
-from animediffusion.platform.tracking.records import groups, is_hopeless, send_records
-from animediffusion.platform.tracking.spool import Entry, Outbox
+from animediffusion.platform.tracking.records import groups, is_permanent, send_records
+from animediffusion.platform.tracking.spool import Entry, Spool
 from animediffusion.platform.tracking.system_metrics import SystemMetrics
 
 TRAINING = "animediffusion-training"
@@ -107,7 +107,7 @@ def _opening(tracking_uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # includes the errors of database drivers
         if "error code 401" in str(error):
-            found, allowed = "asks who you are", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            found, allowed = "requires a user and a password", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             raise RegistryError(place(tracking_uri), found, allowed) from error
         found = f"cannot be opened ({first_line(error)})"
         raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
@@ -174,7 +174,7 @@ class Run:
         self._warn = warn or log.warning
         self._warned = False
         self._client: MlflowClient | None = None
-        self._outbox = Outbox(self._send, unsent)
+        self._spool = Spool(self._send, unsent)
         self._monitor = SystemMetrics(run_id, tracking_uri, self.log) if system_metrics else None
 
     @classmethod
@@ -211,7 +211,7 @@ class Run:
             started = cls(settings.tracking_uri, run.info.run_id, unsent=unsent)
         else:
             started = cls(settings.tracking_uri, run.info.run_id, unsent=unsent)
-            started._outbox.deliver()
+            started._spool.deliver()
             client.update_run(run.info.run_id, status="RUNNING")
         new = {key: value for key, value in flatten(params or {}).items() if key not in run.data.params}
         client.log_batch(
@@ -242,23 +242,23 @@ class Run:
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Record metrics; they are sent in batches, at the latest by flush() or finish()."""
         now = _now()
-        self._outbox.put(*({"metric": [key, float(value), now, step]} for key, value in metrics.items()))
+        self._spool.put(*({"metric": [key, float(value), now, step]} for key, value in metrics.items()))
 
     def log_image(self, image: np.ndarray[Any, Any], name: str, step: int | None = None) -> None:
         """Store a uint8 picture [H, W, 3] or [H, W] as NAME.png, or as a frame of the series NAME if `step` is set."""
-        self._outbox.put({"image": base64.b64encode(encode_png(image)).decode(), "name": name, "step": step})
+        self._spool.put({"image": base64.b64encode(encode_png(image)).decode(), "name": name, "step": step})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Store a file or the content of a folder, which must not be moved or deleted before it is sent."""
-        self._outbox.put({"artifact": str(Path(path).absolute()), "folder": folder})
+        self._spool.put({"artifact": str(Path(path).absolute()), "folder": folder})
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run."""
-        self._outbox.put({"tags": tags})
+        self._spool.put({"tags": tags})
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Send the waiting records; return False if the store did not accept all of them."""
-        return self._outbox.flush(timeout_s)
+        return self._spool.flush(timeout_s)
 
     def finish(self, status: str = "FINISHED", patience_s: float = _PATIENCE_S) -> int:
         """Send the waiting records and end the run.
@@ -274,33 +274,33 @@ class Run:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        self._outbox.put({"status": status, "time": _now()})
+        self._spool.put({"status": status, "time": _now()})
         return self.leave(patience_s)
 
     def leave(self, patience_s: float = _PATIENCE_S) -> int:
         """Send the waiting records but do not end the run; arguments and result are those of finish()."""
-        left = self._outbox.close(patience_s)
+        left = self._spool.close(patience_s)
         if left:
             where = f"wait in {self._unsent}; the same command sends them" if self._unsent is not None else "are lost"
-            self._warn(f"{place(self.tracking_uri)} is still away: {left} records {where}")
+            self._warn(f"{place(self.tracking_uri)} still does not answer: {left} records {where}")
         return left
 
     def _send(self, entries: list[Entry]) -> int:
-        """Send entries for the outbox (see spool.Send); records that MLflow refuses are dropped with a warning."""
+        """Send entries for the spool (see spool.Send); records that MLflow refuses are dropped with a warning."""
         sent = 0
         for group in groups(entries):
             try:
                 self._client = self._client or _client(self.tracking_uri)
                 send_records(self._client, self.run_id, group)
             except Exception as error:  # of any kind: tracking errors must never stop training
-                if not is_hopeless(error):
-                    return self._away(sent, error)
+                if not is_permanent(error):
+                    return self._unreachable(sent, error)
                 self._warn(f"{place(self.tracking_uri)}: a record is dropped ({first_line(error)})")
             sent += len(group)
             self._warned = False
         return sent
 
-    def _away(self, sent: int, error: Exception) -> int:
+    def _unreachable(self, sent: int, error: Exception) -> int:
         if not self._warned:
             self._warned = True
             self._warn(f"{place(self.tracking_uri)} does not answer ({first_line(error)}); records are sent later")
@@ -325,7 +325,7 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def place(tracking_uri: str) -> str:
-    """Return the name of a store for messages."""
+    """Return the name of a store for messages, without its password."""
     return f"MLflow at {without_password(tracking_uri)}"
 
 

@@ -1,10 +1,10 @@
 """Disk-backed queue for MLflow: a thread sends the entries and keeps them in a file while the store is unreachable.
 
-    outbox = Outbox(send, folder=Path("workspace/runs/first/unsent"))
-    outbox.put({"metric": ["loss", 0.1, 1700000000000, 20]})
-    outbox.close(patience_s=20)
+    spool = Spool(send, folder=Path("workspace/runs/first/unsent"))
+    spool.put({"metric": ["loss", 0.1, 1700000000000, 20]})
+    spool.close(patience_s=20)
 
-put() never waits for the store. If a process is killed or the store stays unreachable, the next outbox with the same
+put() never waits for the store. If a process is killed or the store stays unreachable, the next spool with the same
 folder sends the entries that are left there. Not here: the kinds of entries, see records.py.
 """
 
@@ -32,7 +32,7 @@ RETRY_S = (1.0, 30.0)
 """Pause in seconds after the first failed attempt, which doubles after each failure, and its maximum."""
 
 
-class Outbox:
+class Spool:
     """A queue whose entries a thread sends.
 
     Args:
@@ -48,7 +48,7 @@ class Outbox:
         self._queue: deque[Entry] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._attempts, self._away = 0, False
+        self._attempts, self._unreachable = 0, False
         self._hurry = False
         self._pause, self._retry_at = RETRY_S[0], 0.0
         self._delivering = threading.Lock()
@@ -59,7 +59,7 @@ class Outbox:
         with self._wake:
             self._queue.extend(entries)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
                 self._thread.start()
             if len(self._queue) >= SEND_AT:
                 self._wake.notify_all()
@@ -71,8 +71,8 @@ class Outbox:
         with self._wake:
             before, self._hurry = self._attempts, True
             self._wake.notify_all()
-            self._wake.wait_for(lambda: self._attempts > before and (self._away or not self._queue), timeout_s)
-            return self._attempts > before and not self._away and not self._queue
+            self._wake.wait_for(lambda: self._attempts > before and (self._unreachable or not self._queue), timeout_s)
+            return self._attempts > before and not self._unreachable and not self._queue
 
     def close(self, patience_s: float) -> int:
         """Try to send the rest for `patience_s` seconds, keep unsent entries in the folder, and return their number."""
@@ -98,7 +98,7 @@ class Outbox:
             done = all(self._deliver_file(path) for path in self._files()) and self._deliver_queue()
         with self._wake:
             self._attempts += 1
-            self._away = not done
+            self._unreachable = not done
             self._wake.notify_all()
         return done
 

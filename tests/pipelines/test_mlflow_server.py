@@ -11,7 +11,7 @@ from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
-from animediffusion.platform.registry.alias_lock import turn
+from animediffusion.platform.registry.alias_lock import alias_lock
 from animediffusion.platform.registry.client import Registry
 
 PROMOTE = """
@@ -80,7 +80,7 @@ def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registry = Registry(new_model(tmp_path))
     registry.client.create_registered_model(f"{registry.name}-turn")
-    with turn(registry, stale_s=0.5):
+    with alias_lock(registry, stale_s=0.5):
         pass
     assert registry.client.search_registered_models() == []
 
@@ -88,7 +88,7 @@ def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
 def test_a_team_has_postgresql_s3_and_passwords(team, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team)
     settings = Settings.from_environment(workspace=tmp_path, model_name="team")
-    with pytest.raises(RegistryError, match="asks who you are; set MLFLOW_TRACKING_USERNAME"):
+    with pytest.raises(RegistryError, match="requires a user and a password; set MLFLOW_TRACKING_USERNAME"):
         release.versions(settings)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse battery")
