@@ -15,10 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -95,9 +94,18 @@ def _store(folder: str) -> Check:
     return Check("store", wrong is None, f"{folder} {wrong or 'is written and read'}")
 
 
-def report(found: Sequence[Check]) -> dict[str, Any]:
-    """Return the output of `doctor --json`: `{ok, checks: [{name, ok, detail}]}`."""
-    return {"ok": all(check.ok for check in found), "checks": [asdict(check) for check in found]}
+@dataclass(frozen=True)
+class DoctorReport:
+    """All checks, as `doctor --json` prints them."""
+
+    ok: bool
+    """Whether all checks passed."""
+    checks: list[Check]
+
+
+def report(found: Sequence[Check]) -> DoctorReport:
+    """Return the checks and whether all of them passed."""
+    return DoctorReport(all(check.ok for check in found), list(found))
 
 
 def _guarded(name: str, probe: Probe) -> Check:

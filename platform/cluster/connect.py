@@ -207,7 +207,7 @@ def own_workspaces() -> bool:
     return server and cluster_address() is not None
 
 
-def _runtime_env(settings: Settings) -> dict[str, Any]:
+def _runtime_env(settings: Settings) -> dict[str, dict[str, str]]:
     """Return the workers' environment: settings only, never a secret, because the dashboard shows it."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     workspace = {} if own_workspaces() else {"ANIMEDIFFUSION_WORKSPACE": str(settings.workspace)}

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -35,6 +35,25 @@ STOPPED = 130
 _POLL_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class JobRecord:
+    """One job of the cluster, as `jobs list --json` prints it."""
+
+    id: str
+    status: str
+    """pending, running, succeeded, failed or stopped."""
+    entrypoint: str
+    """The command that the job runs."""
+    started: str | None
+    """Time of the start, ISO 8601, UTC; None if the job has not started."""
+    ended: str | None
+    """Time of the end, ISO 8601, UTC; None if the job has not ended."""
+    exit_code: int | None
+    """Exit code of the command; None if it has not ended or could not start."""
+    message: str
+    """First line of Ray's message about the status."""
+
+
 def api_address() -> str:
     """Return the http address of the cluster's jobs API."""
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
@@ -44,46 +63,44 @@ def api_address() -> str:
     return DEFAULT_ADDRESS
 
 
-def submit(verb: Sequence[str], *, with_code: bool = False, name: str | None = None) -> str:
+def submit(command: Sequence[str], *, with_code: bool = False, name: str | None = None) -> str:
     """Start `animediffusion COMMAND ...` on the cluster and return the job's id.
 
     Args:
-        verb: the command and its arguments.
+        command: the command of `animediffusion` and its arguments.
         with_code: send this package along and use it instead of the package in the cluster's image.
         name: id of the job; Ray generates an id if None.
 
     Raises:
-        ConfigError: if `verb` is empty.
+        ConfigError: if `command` is empty.
         ClusterError: if nothing answers, the token is wrong, or the cluster refuses the job.
     """
-    if not verb:
-        raise ConfigError("jobs submit", "no verb", "write it after --, for example: jobs submit -- train demo")
-    runtime_env: dict[str, Any] = {}
-    if with_code:
-        # Send the directory, never a wheel: Ray would pip-install a wheel and its dependencies over the node's own ray.
-        runtime_env["py_modules"] = [str(_package())]
+    if not command:
+        raise ConfigError("jobs submit", "no command", "write it after --, for example: jobs submit -- train demo")
+    # Send the directory, never a wheel: Ray would pip-install a wheel and its dependencies over the node's own ray.
+    runtime_env = {"py_modules": [str(_package())]} if with_code else {}
     with _client() as client:
         return str(
             client.submit_job(
-                entrypoint=f"{_python()} -m animediffusion {shlex.join(verb)}",
+                entrypoint=f"{_python()} -m animediffusion {shlex.join(command)}",
                 runtime_env=runtime_env,
                 submission_id=name,
-                metadata={"job_name": name or f"animediffusion {verb[0]}"},
+                metadata={"job_name": name or f"animediffusion {command[0]}"},
             )
         )
 
 
-def jobs() -> list[dict[str, Any]]:
+def jobs() -> list[JobRecord]:
     """Return all jobs that the cluster knows, newest first."""
     with _client() as client:
         found = [job for job in client.list_jobs() if job.submission_id]
-    return [_summary(job) for job in sorted(found, key=lambda job: -(job.start_time or 0))]
+    return [_record(job) for job in sorted(found, key=lambda job: -(job.start_time or 0))]
 
 
-def status(job_id: str) -> dict[str, Any]:
-    """Return `{id, status, entrypoint, started, ended, exit_code, message}` of a job."""
+def status(job_id: str) -> JobRecord:
+    """Return the record of a job."""
     with _client(job_id) as client:
-        return _summary(client.get_job_info(job_id))
+        return _record(client.get_job_info(job_id))
 
 
 def logs(job_id: str) -> str:
@@ -92,7 +109,7 @@ def logs(job_id: str) -> str:
         return str(client.get_job_logs(job_id))
 
 
-def follow(job_id: str, write: Callable[[str], Any]) -> int:
+def follow(job_id: str, write: Callable[[str], object]) -> int:
     """Pass a job's output to `write` until the job ends; return the exit code of its command.
 
     The exit code is 1 if the job could not start and 130 if it was stopped.
@@ -119,7 +136,7 @@ def stop(job_id: str) -> bool:
 
 
 async def _tail(
-    client: JobSubmissionClient, job_id: str, write: Callable[[str], Any], written: int
+    client: JobSubmissionClient, job_id: str, write: Callable[[str], object], written: int
 ) -> tuple[int, bool]:
     """Write the log from character `written` on; return the length written so far and whether the log has ended."""
     position = 0
@@ -134,7 +151,7 @@ async def _tail(
     return written, True
 
 
-def _exit_code(info: JobDetails, write: Callable[[str], Any]) -> int:
+def _exit_code(info: JobDetails, write: Callable[[str], object]) -> int:
     if info.status == JobStatus.SUCCEEDED:
         return 0
     if info.status == JobStatus.STOPPED:
@@ -147,16 +164,16 @@ def _exit_code(info: JobDetails, write: Callable[[str], Any]) -> int:
     return 128 - code if code < 0 else code or FAILED
 
 
-def _summary(job: JobDetails) -> dict[str, Any]:
-    return {
-        "id": job.submission_id,
-        "status": str(job.status.value).lower(),
-        "entrypoint": job.entrypoint,
-        "started": _time(job.start_time),
-        "ended": _time(job.end_time),
-        "exit_code": job.driver_exit_code,
-        "message": (job.message or "").strip().split("\n")[0],
-    }
+def _record(job: JobDetails) -> JobRecord:
+    return JobRecord(
+        id=job.submission_id,
+        status=str(job.status.value).lower(),
+        entrypoint=job.entrypoint,
+        started=_time(job.start_time),
+        ended=_time(job.end_time),
+        exit_code=job.driver_exit_code,
+        message=(job.message or "").strip().split("\n")[0],
+    )
 
 
 def _time(milliseconds: int | None) -> str | None:

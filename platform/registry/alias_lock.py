@@ -51,7 +51,7 @@ def _acquire(registry: Registry, name: str, stale_s: float) -> None:
     holder, since = None, time.monotonic()
     while True:
         try:
-            registry.client.create_registered_model(name, description="lock for a change of aliases; it lasts a few seconds")
+            registry.client.create_registered_model(name, description="lock for a change of aliases")
             return
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

@@ -10,7 +10,6 @@ import functools
 import os
 import re
 import time
-from typing import Any
 
 import boto3
 from botocore.config import Config as ClientConfig
@@ -93,18 +92,19 @@ def connect(endpoint: str | None, region: str | None, bucket: str, environment: 
     if region is None:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
     # With delayed open, a file below 10 MB takes one request instead of three.
-    options: dict[str, Any] = {
-        "region": region,
-        "endpoint_override": endpoint,
-        "connect_timeout": CONNECT_S,
-        "allow_delayed_open": True,
-    }
+    bucket_filesystem = functools.partial(
+        fs.S3FileSystem,
+        region=region,
+        endpoint_override=endpoint,
+        connect_timeout=CONNECT_S,
+        allow_delayed_open=True,
+    )
     if (endpoint, bucket) not in _answered:
         once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
-        _probe(fs.S3FileSystem(**options, request_timeout=PROBE_S, retry_strategy=once), bucket)
+        _probe(bucket_filesystem(request_timeout=PROBE_S, retry_strategy=once), bucket)
         _answered.add((endpoint, bucket))
     retry = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
-    return fs.S3FileSystem(**options, request_timeout=STALLED_S, retry_strategy=retry)
+    return bucket_filesystem(request_timeout=STALLED_S, retry_strategy=retry)
 
 
 def _probe(files: fs.FileSystem, bucket: str) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,10 @@ def _opening(tracking_uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # includes the errors of database drivers
         if "error code 401" in str(error):
-            found, allowed = "requires a user and a password", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            found, allowed = (
+                "requires a user and password",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            )
             raise RegistryError(place(tracking_uri), found, allowed) from error
         found = f"cannot be opened ({first_line(error)})"
         raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
@@ -183,7 +186,7 @@ class Run:
         settings: Settings,
         experiment: str,
         name: str,
-        params: dict[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
         *,
         run_id: str | None = None,
         tags: dict[str, str] | None = None,
@@ -313,11 +316,11 @@ def send_left(settings: Settings, run_id: str, unsent: Path) -> None:
         Run.attach(settings.tracking_uri, run_id, unsent=unsent).flush()
 
 
-def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Flatten nested parameters to names of the form `group.key` with text values."""
     flat: dict[str, str] = {}
     for key, value in params.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = str(value)

@@ -88,7 +88,7 @@ def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
 def test_a_team_has_postgresql_s3_and_passwords(team, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team)
     settings = Settings.from_environment(workspace=tmp_path, model_name="team")
-    with pytest.raises(RegistryError, match="requires a user and a password; set MLFLOW_TRACKING_USERNAME"):
+    with pytest.raises(RegistryError, match="requires a user and password; set MLFLOW_TRACKING_USERNAME"):
         release.versions(settings)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse battery")

@@ -18,15 +18,14 @@ from typing import Annotated, Any
 import typer
 
 from animediffusion.cli import common, data, doctor, jobs, models, serve, train, tune
-from animediffusion.cli.common import HELP, Common
+from animediffusion.cli.common import Common
 
-app = typer.Typer(
-    **HELP,
+app = common.group(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Color anime line art from a reference image: train, tune, promote and serve a diffusion model.",
-    epilog="Every verb also takes: --workspace DIR (ANIMEDIFFUSION_WORKSPACE, default ./workspace), --json, --debug.",
+    epilog="All commands also take: --workspace DIR (ANIMEDIFFUSION_WORKSPACE, default ./workspace), --json, --debug.",
 )
 
 for _name, _group in (
@@ -138,23 +137,29 @@ def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
     """Remove --workspace, --json and --debug from any position before a `--` and return them as Common."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest: list[str] = []
-    values: dict[str, Any] = {"workspace": None, "json": False, "debug": False}
+    options = Common()
     head = iter(arguments[:end])
     for argument in head:
-        name, separator, value = argument.removeprefix("--").partition("=")
-        if argument in ("--json", "--debug"):
-            values[name] = True
-        elif argument.startswith("--") and name == "workspace":
-            from animediffusion.platform.errors import ConfigError
-
-            if values["workspace"]:
-                raise ConfigError("--workspace", "given twice", "give it once")
-            values["workspace"] = value if separator else next(head, None)
-            if not values["workspace"]:
-                raise ConfigError("--workspace", "no folder given", "write --workspace DIR")
+        name, separator, value = argument.partition("=")
+        if argument == "--json":
+            options = options._replace(json=True)
+        elif argument == "--debug":
+            options = options._replace(debug=True)
+        elif name == "--workspace":
+            options = options._replace(workspace=_folder(options, value if separator else next(head, None)))
         else:
             rest.append(argument)
-    return rest + arguments[end:], Common(**values)
+    return rest + arguments[end:], options
+
+
+def _folder(options: Common, value: str | None) -> str:
+    from animediffusion.platform.errors import ConfigError
+
+    if options.workspace:
+        raise ConfigError("--workspace", "given twice", "give it once")
+    if not value:
+        raise ConfigError("--workspace", "no folder given", "write --workspace DIR")
+    return value
 
 
 @app.command()

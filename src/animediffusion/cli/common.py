@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
 
 from animediffusion.console import Console
 
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
-HELP: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
-"""Arguments of typer.Typer for every group of commands."""
+group = partial(typer.Typer, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+"""Make a group of commands."""
 
 
 class Common(NamedTuple):

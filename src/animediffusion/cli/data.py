@@ -9,7 +9,7 @@ import typer
 
 from animediffusion.cli import common
 
-data = typer.Typer(**common.HELP, help="Make and inspect datasets.")
+data = common.group(help="Make and inspect datasets.")
 
 
 @data.command("synthesize")

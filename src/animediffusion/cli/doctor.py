@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    from animediffusion.platform.doctor import Check
 
 
 def doctor(
@@ -26,11 +30,11 @@ def doctor(
     found = checkup.checks(settings, [_torch_probe], _device, storage)
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
     report = checkup.report(found)
-    console.result(report, "\n".join(lines))
-    return 0 if report["ok"] else 1
+    console.result(asdict(report), "\n".join(lines))
+    return 0 if report.ok else 1
 
 
-def _torch_probe() -> Any:
+def _torch_probe() -> Check:
     from animediffusion.platform.doctor import Check
 
     return Check("torch", _unused_gpu() is None, _device())

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 from animediffusion.cli import common
 
-jobs = typer.Typer(**common.HELP, help="Run commands as jobs on a Ray cluster.")
+jobs = common.group(help="Run commands as jobs on a Ray cluster.")
 
 
 @jobs.command("submit", context_settings={"ignore_unknown_options": True})
 def jobs_submit(
-    verb: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="Command to run on the cluster.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND ...", help="Command to run on the cluster.")],
     with_code: Annotated[bool, typer.Option("--with-code", help="Send this package along and use it there.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job's log and exit with its code.")] = False,
 ) -> int:
@@ -23,12 +24,12 @@ def jobs_submit(
     from animediffusion.platform.cluster import jobs as ray_jobs
     from animediffusion.platform.errors import ConfigError
 
-    if verb[0].startswith("-"):
+    if command[0].startswith("-"):
         raise ConfigError(
-            verb[0], "unknown option of jobs submit", "write jobs submit [--with-code] [--wait] -- VERB ..."
+            command[0], "unknown option of jobs submit", "write jobs submit [--with-code] [--wait] -- COMMAND ..."
         )
     console = common.console()
-    job = ray_jobs.submit(verb, with_code=with_code)
+    job = ray_jobs.submit(command, with_code=with_code)
     console.note(f"job {job}")
     code = _follow(ray_jobs.follow, job) if wait else 0
     console.result({"id": job, "exit_code": code if wait else None}, job)
@@ -41,7 +42,7 @@ def jobs_list() -> None:
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()
-    found = ray_jobs.jobs()
+    found = [asdict(job) for job in ray_jobs.jobs()]
     console.result(found, console.table(found, "no jobs"))
 
 
@@ -51,7 +52,7 @@ def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     from animediffusion.platform.cluster import jobs as ray_jobs
 
     console = common.console()
-    found = ray_jobs.status(job)
+    found = asdict(ray_jobs.status(job))
     console.result(found, console.facts(found))
 
 
@@ -84,7 +85,7 @@ def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     console.result({"id": job, "stopped": stopped}, f"{job} {'is stopping' if stopped else 'had ended already'}")
 
 
-def _follow(follow: Callable[[str, Callable[[str], Any]], int], job: str) -> int:
+def _follow(follow: Callable[[str, Callable[[str], object]], int], job: str) -> int:
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()

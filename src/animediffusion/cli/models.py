@@ -9,7 +9,7 @@ import typer
 
 from animediffusion.cli import common
 
-models = typer.Typer(**common.HELP, help="Register, compare, promote, roll back and export models.")
+models = common.group(help="Register, compare, promote, roll back and export models.")
 
 
 @models.command("list")

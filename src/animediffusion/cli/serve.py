@@ -12,7 +12,7 @@ from animediffusion.cli import common
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
-keys = typer.Typer(**common.HELP, help="Create, list and revoke API keys.")
+keys = common.group(help="Create, list and revoke API keys.")
 
 
 def colorize(

@@ -9,7 +9,7 @@ import typer
 
 from animediffusion.cli import common
 
-tune = typer.Typer(**common.HELP, help="Search for better settings with Ray Tune.")
+tune = common.group(help="Search for better settings with Ray Tune.")
 
 
 @tune.command("sampler")

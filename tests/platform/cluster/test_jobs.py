@@ -42,10 +42,10 @@ def test_a_job_hands_over_its_log_and_its_exit_code(job: str) -> None:
     assert "python" in "".join(log)
     assert jobs.logs(job) == "".join(log)
     found = jobs.status(job)
-    assert (found["status"], found["exit_code"], found["entrypoint"].endswith("-m animediffusion doctor")) == (
+    assert (found.status, found.exit_code, found.entrypoint.endswith("-m animediffusion doctor")) == (
         "succeeded", 0, True
     )  # fmt: skip
-    assert job in [item["id"] for item in jobs.jobs()]
+    assert job in [item.id for item in jobs.jobs()]
     assert not jobs.stop(job)
 
 
@@ -84,7 +84,7 @@ def test_no_secret_travels_with_a_job(cluster: None, head: Head, monkeypatch: py
         monkeypatch.setenv(name, value)
     job = jobs.submit(["doctor"], with_code=True)
     jobs.follow(job, lambda _: None)
-    told = head.get("/api/jobs/") + jobs.logs(job) + json.dumps(jobs.status(job))
+    told = head.get("/api/jobs/") + jobs.logs(job) + str(jobs.status(job))
     assert job in told
     assert [secret for secret in (*planted.values(), head.token) if secret in told] == []
 
@@ -94,7 +94,7 @@ def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_da
     verb = ["train", "demo", f"data={faces_dataset}", *settings, "--workspace", str(tmp_path), "--json"]
     job = jobs.submit(verb)
     while len(list_steps(str(tmp_path / "runs/twice/checkpoints"))) < 1:
-        assert jobs.status(job)["status"] in ("pending", "running")
+        assert jobs.status(job).status in ("pending", "running")
         time.sleep(0.2)
     [driver] = [one for one in psutil.process_iter() if is_driver(one, str(tmp_path))]
     driver.kill()
@@ -117,7 +117,7 @@ def is_driver(process: psutil.Process, workspace: str) -> bool:
 def test_a_stopped_job_counts_as_interrupted(cluster: None, tmp_path: Path) -> None:
     log: list[str] = []
     job = jobs.submit(["data", "synthesize", str(tmp_path / "faces"), "--count", "1000000"])
-    while jobs.status(job)["status"] == "pending":
+    while jobs.status(job).status == "pending":
         time.sleep(0.2)
     assert jobs.stop(job)
     assert jobs.follow(job, log.append) == 130
@@ -158,8 +158,8 @@ def test_behind_a_tunnel_the_clusters_own_python_runs(monkeypatch: pytest.Monkey
     assert told.stdout == "python\n"
 
 
-def test_a_job_needs_a_verb() -> None:
-    with pytest.raises(ConfigError, match="no verb"):
+def test_a_job_needs_a_command() -> None:
+    with pytest.raises(ConfigError, match="no command"):
         jobs.submit([])
 
 
