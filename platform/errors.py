@@ -13,6 +13,11 @@ AnimeDiffusionError           exit code 2 unless another one is given
     ClusterError              Ray or a service on it cannot be reached or started
     TrainingError             a training run failed; its last checkpoint is kept; exit code 1
     Interrupted               a signal stopped a run; its checkpoint is saved; exit code 128 + signal
+ServeError                    a request was not answered; serve/api/problems.py gives the HTTP status
+    BusyError                 too many requests are waiting; try again later
+    DeadlineError             a picture was not, or cannot be, finished by its deadline
+    UnavailableError          an engine cannot make a picture now; another engine can, or this one later
+        NoModelError          no version is loaded
 
     try:
         ...
@@ -138,3 +143,31 @@ class Interrupted(AnimeDiffusionError):  # noqa: N818 - a stop request is not an
         super().__init__(f"run {run}", f"stopped at {unit} {step}", "run the same command again to resume")
         self.signum, self.run, self.step = signum, run, step
         self.exit_code = 128 + signum
+
+
+class ServeError(Exception):
+    """Base class of the errors of serving. The arguments are plain values, so that processes can exchange errors."""
+
+
+class BusyError(ServeError):
+    """Too many requests are waiting. Arguments: the reason, and the seconds after which to retry, if known."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which to retry; None if unknown."""
+        return float(self.args[1]) if len(self.args) > 1 else None
+
+
+class DeadlineError(ServeError):
+    """The picture was not, or cannot be, finished by its deadline."""
+
+
+class UnavailableError(ServeError):
+    """An engine cannot make a picture now. Argument: the reason. A retry on another engine, or later, can work."""
+
+
+class NoModelError(UnavailableError):
+    """No version is loaded. Argument: the reason."""

@@ -1,12 +1,4 @@
-"""Messages and errors between the HTTP side and the engines: plain data that can be pickled between processes.
-
-ServeError
-    BusyError           the queue is full; try again later
-    UnavailableError    this engine cannot make the picture now; another engine can, or this one later
-        NoModelError    no version is loaded
-    LateError           the picture was not finished by the deadline
-    UnusableError       a parameter is not usable, and only the model could check it
-"""
+"""Messages between the HTTP side and the engines: plain data that can be pickled between processes."""
 
 from __future__ import annotations
 
@@ -55,35 +47,6 @@ class Answer:
     """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
-
-
-class ServeError(Exception):
-    """Base class. The arguments are plain values, so that an error can be pickled between processes."""
-
-
-class BusyError(ServeError):
-    """The queue is full. Arguments: (reason, seconds after which to retry); the seconds may be left out."""
-
-    @property
-    def retry_after_s(self) -> int | None:
-        """Whole seconds after which to retry; None if unknown."""
-        return int(self.args[1]) if len(self.args) > 1 else None
-
-
-class UnavailableError(ServeError):
-    """An engine cannot make the picture now. Argument: the reason. A retry on another engine, or later, can work."""
-
-
-class NoModelError(UnavailableError):
-    """No version is loaded. Argument: the reason."""
-
-
-class LateError(ServeError):
-    """The picture was not finished by the deadline."""
-
-
-class UnusableError(ServeError):
-    """A parameter is not usable. Arguments: (field, found, allowed)."""
 
 
 class Backend(Protocol):

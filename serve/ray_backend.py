@@ -13,18 +13,16 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from animediffusion.platform.errors import AnimeDiffusionError
-from animediffusion.platform.registry.client import ALIASES
-from animediffusion.serve.protocol import (
-    Answer,
+from animediffusion.platform.errors import (
+    AnimeDiffusionError,
     BusyError,
-    ColorizeJob,
-    LateError,
+    DeadlineError,
     NoModelError,
-    Preview,
     ServeError,
     UnavailableError,
 )
+from animediffusion.platform.registry.client import ALIASES
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.replica.prometheus import requests_counter
 from animediffusion.serve.retry_after import CompletionRate
@@ -137,7 +135,7 @@ class RayBackend:
             self._pace.ended(finished=finished)
 
     def _translated(self, error: Exception) -> Exception:
-        """Convert an error of Ray, or one that Ray wraps, to an error of serve/protocol.py."""
+        """Convert an error of Ray, or one that Ray wraps, to a ServeError if there is one that fits."""
         if isinstance(error, RayTaskError):
             cause = error.cause
             return cause if isinstance(cause, ServeError) else error
@@ -146,7 +144,7 @@ class RayBackend:
         if isinstance(error, DeploymentUnavailableError | RayActorError):
             return NoModelError("no engine is running")
         if isinstance(error, TimeoutError):
-            return LateError("no answer in time")
+            return DeadlineError("no answer in time")
         return error
 
 

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from animediffusion.platform.api_keys import Keyring
+from animediffusion.platform.errors import DeadlineError, NoModelError
 from animediffusion.serve.api.access_log import CLIENT_LEFT, AccessLog
 from animediffusion.serve.api.auth import KeyGate
 from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
@@ -25,7 +26,7 @@ from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, He
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.api.sse import events
-from animediffusion.serve.protocol import Backend, ColorizeJob, LateError, NoModelError
+from animediffusion.serve.protocol import Backend, ColorizeJob
 from animediffusion.serve.rendering.render import read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import Drawing, as_gray
 
@@ -165,7 +166,7 @@ async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], 
             return working.result()
         if leaving in done:
             raise ProblemError(CLIENT_LEFT, "the client closed the connection")
-        raise LateError("no answer in time")
+        raise DeadlineError("no answer in time")
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -17,19 +17,28 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from animediffusion.platform.errors import ImageError
-from animediffusion.serve.api.access_log import CLIENT_LEFT
-from animediffusion.serve.protocol import (
+from animediffusion.platform.errors import (
     BusyError,
-    LateError,
+    DeadlineError,
+    ImageError,
     NoModelError,
     ServeError,
     UnavailableError,
-    UnusableError,
 )
+from animediffusion.serve.api.access_log import CLIENT_LEFT
+from animediffusion.serve.retry_after import retry_after_s
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
+RETRIED = (429, 503)
+"""HTTP statuses that come with Retry-After."""
+ANSWERS: dict[type[ServeError], tuple[int, str]] = {
+    BusyError: (429, "too many requests are waiting; try again in {wait} s"),
+    NoModelError: (503, "no model is loaded: {error}"),
+    UnavailableError: (503, "the picture cannot be made now: {error}"),
+    DeadlineError: (504, "the picture was not finished in time; try fewer steps, or later"),
+}
+"""HTTP status and detail for the errors of the engines; the first class that fits counts."""
 TITLES = {CLIENT_LEFT: "Client Closed Request"}
 
 log = logging.getLogger(__name__)
@@ -83,17 +92,12 @@ def from_error(error: Exception, request_id: str = "") -> ProblemError:
         if error.reason in ("not_an_image", "empty"):
             return ProblemError(415, f"{error.thing} {error.found}; send a PNG, JPEG or WebP image")
         return unusable(error.thing, error.found, error.allowed)
-    if isinstance(error, UnusableError):
-        return unusable(*error.args)
-    if isinstance(error, BusyError):
-        wait = error.retry_after_s or RETRY_AFTER_S
-        detail = f"too many requests are waiting; try again in {wait} s"
-        return ProblemError(429, detail, headers={"Retry-After": str(wait)})
-    if isinstance(error, UnavailableError):
-        what = "no model to answer with" if isinstance(error, NoModelError) else "the picture cannot be made now"
-        return ProblemError(503, f"{what}: {error}", headers={"Retry-After": str(RETRY_AFTER_S)})
-    if isinstance(error, LateError):
-        return ProblemError(504, "the picture was not finished in time; try fewer steps, or later")
+    for kind, (status, detail) in ANSWERS.items():
+        if isinstance(error, kind):
+            known = error.retry_after_s if isinstance(error, BusyError) else None
+            wait = str(RETRY_AFTER_S if known is None else retry_after_s(known))
+            headers = {"Retry-After": wait} if status in RETRIED else None
+            return ProblemError(status, detail.format(error=error, wait=wait), headers=headers)
     if isinstance(error, ClientDisconnect):
         return ProblemError(CLIENT_LEFT, "the client closed the connection")
     log.error("request %s failed", request_id, exc_info=error)

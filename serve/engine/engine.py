@@ -17,7 +17,7 @@ Guarantees:
 - Keys share the slots evenly, and no key starves: fair_queue.py states the bound.
 - A request that cannot meet its deadline at the fastest recent duration of a turn gets no slot, or frees its slots.
 - If an evaluation fails, the engine retries it in halves, so that only the requests that cause the error fail.
-- If the device fails permanently, every request fails with EngineError, and `is_alive` becomes false.
+- If the device fails permanently, every request fails with UnavailableError, and `is_alive` becomes false.
 """
 
 from __future__ import annotations
@@ -35,41 +35,30 @@ from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.out_of_memory import is_out_of_memory
+from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine.admission import Claim, TurnTimes, turns_until_done
 from animediffusion.serve.engine.batch import NotFiniteError, Row, RunningBatch, new_row
 from animediffusion.serve.engine.condition_cache import ConditionCache, Pair, pair_of
 from animediffusion.serve.engine.fair_queue import FairQueue
-from animediffusion.serve.engine.faults import EngineError, for_log, for_request, is_lost
+from animediffusion.serve.engine.faults import for_log, for_request, is_lost
 from animediffusion.serve.engine.network_runner import build_evaluator
 from animediffusion.serve.engine.requests import (
     Counts,
-    DeadlineError,
     Progress,
-    QueueFullError,
     Request,
     Ticket,
     Turn,
     settings_for,
 )
 
-__all__ = [
-    "Counts",
-    "DeadlineError",
-    "Engine",
-    "EngineError",
-    "Progress",
-    "QueueFullError",
-    "Request",
-    "Turn",
-    "settings_for",
-]
+__all__ = ["Counts", "Engine", "Progress", "Request", "Turn", "settings_for"]
 
 MAX_FAILED_TURNS = 3
 """The engine counts as broken after this many consecutive turns in which every request failed."""
 WARM_UP_ROWS = (2, 1, 3)
 """torch.compile compiles one network for a single row, one for the first other batch size, and one for all sizes after
 that."""
-EXCUSED = (NotFiniteError, EngineError)
+EXCUSED = (NotFiniteError, UnavailableError)
 """Errors of a request after which the engine does not count as broken: a picture is not finite, or memory ran out."""
 
 log = logging.getLogger(__name__)
@@ -131,14 +120,14 @@ class Engine:
     def submit(self, request: Request) -> Future[NDArray[np.uint8]]:
         """Queue a request and return the future of its picture: uint8 [S, S, 3].
 
-        The future may raise DeadlineError, NotFiniteError (a ValueError), EngineError if the device has failed or has
-        too little memory, or QueueFullError if the engine is closed without draining.
+        The future may raise DeadlineError, NotFiniteError (a ValueError), UnavailableError if the device has failed or
+        has too little memory, or BusyError if the engine is closed without draining.
 
         Raises:
             ValueError: the settings or shapes are not usable.
-            QueueFullError: the engine has max_batch + max_queue unfinished requests already, or so much work that this
+            BusyError: the engine has max_batch + max_queue unfinished requests already, or so much work that this
                 request would miss its deadline, or is closing.
-            EngineError: the device has failed.
+            UnavailableError: the device has failed.
         """
         with self._changed:
             self._refuse_if_unable()  # Check before the request is prepared, to save that work.
@@ -205,7 +194,7 @@ class Engine:
             self._closing = True
             if not drain:
                 for ticket in [*self._waiting, *self._running.values()]:
-                    ticket.fail(QueueFullError("this engine was closed"))
+                    ticket.fail(BusyError("this engine was closed"))
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -239,7 +228,7 @@ class Engine:
 
     def _refuse_if_unable(self) -> None:
         if self._lost is not None:
-            raise EngineError(self._lost)
+            raise UnavailableError(self._lost)
         if self._closing:
             self._refuse("this engine is closing")
         if self._num_open >= self.max_batch + self.max_queue:
@@ -259,7 +248,7 @@ class Engine:
 
     def _refuse(self, why: str, retry_after_s: float = 1.0) -> None:
         self.counts.refused += 1
-        raise QueueFullError(why, retry_after_s)
+        raise BusyError(why, retry_after_s)
 
     def _turns_until_done(self, before: list[Ticket], own: Claim) -> int:
         running = [ticket.claim for ticket in self._running.values()]

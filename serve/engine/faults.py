@@ -11,13 +11,10 @@ import traceback
 import torch
 
 from animediffusion.models.out_of_memory import is_out_of_memory
+from animediffusion.platform.errors import UnavailableError
 
 ADVICE = "lower max_batch, or serve a model of smaller images"
 """Advice in messages about a lack of memory."""
-
-
-class EngineError(RuntimeError):
-    """This engine could not make a picture. A retry on another engine, or on this one later, can work."""
 
 
 def is_lost(error: BaseException) -> bool:
@@ -36,16 +33,16 @@ def for_log(error: Exception) -> str:
 
 
 def for_request(error: Exception) -> Exception:
-    """Return the error for a request: an EngineError, after which a retry can work, for a device error, else `error`.
+    """Return the error for a request: an UnavailableError for a device error, else `error` itself.
 
     The function removes the traceback of `error`. The frames of the traceback hold the tensors of the failed call,
     whose memory would stay allocated on the device as long as the error exists.
     """
     error.__traceback__ = error.__cause__ = error.__context__ = None
     if is_lost(error):
-        return EngineError(f"the device of this engine failed: {summary(error)}")
+        return UnavailableError(f"the device of this engine failed: {summary(error)}")
     if is_out_of_memory(error):
-        return EngineError(f"the device of this engine is out of memory: {summary(error)}")
+        return UnavailableError(f"the device of this engine is out of memory: {summary(error)}")
     return error
 
 

@@ -1,8 +1,4 @@
-"""Requests to an engine, their errors, and the counters of an engine.
-
-QueueFullError   too many requests wait already, or too much work to finish this request by its deadline
-DeadlineError    the request was not, or cannot be, finished by its deadline
-"""
+"""Requests to an engine, and the counters of an engine."""
 
 from __future__ import annotations
 
@@ -21,19 +17,6 @@ from animediffusion.serve.engine.batch import Row
 
 Progress = Callable[[int, int, NDArray[np.uint8]], None]
 """Callback(finished steps, total steps, estimate of the picture); it runs on the engine's thread and must not block."""
-
-
-class QueueFullError(Exception):
-    """Too many requests wait already, or too much work to finish this request by its deadline."""
-
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-        """Seconds after which to retry."""
-
-
-class DeadlineError(Exception):
-    """The request was not, or cannot be, finished by its deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +57,7 @@ class Counts:
 
     submitted: int = 0
     refused: int = 0
-    """Requests that raised QueueFullError in submit(); they do not count as submitted."""
+    """Requests that raised BusyError in submit(); they do not count as submitted."""
     finished: int = 0
     cancelled: int = 0
     late: int = 0

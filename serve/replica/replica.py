@@ -18,24 +18,15 @@ from typing import Any
 import torch
 
 from animediffusion.models.network.attention import attention_used
-from animediffusion.serve.engine.engine import DeadlineError, EngineError, Progress, QueueFullError
+from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError
+from animediffusion.serve.engine.engine import Progress
 from animediffusion.serve.engine.faults import is_lost, summary
-from animediffusion.serve.protocol import (
-    Answer,
-    BusyError,
-    ColorizeJob,
-    LateError,
-    NoModelError,
-    Preview,
-    UnavailableError,
-    UnusableError,
-)
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.device import Precision, precision_on
 from animediffusion.serve.replica.loaded_model import Hosted
 from animediffusion.serve.replica.stats import REQUESTS, SWAPS, Measures, ReplicaStats
 from animediffusion.serve.replica.traffic_split import draw, point
-from animediffusion.serve.retry_after import retry_after_s
 
 
 class Replica:
@@ -157,7 +148,7 @@ class Replica:
     async def colorize(self, job: ColorizeJob) -> Answer:
         """Return the network's picture for a job; see protocol.Backend."""
         version, future = await asyncio.to_thread(self._submit, job, None)
-        return Answer(picture=await self._result(future), model_version=version)
+        return Answer(picture=await asyncio.wrap_future(future), model_version=version)
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """Yield previews while the picture is made, then the answer."""
@@ -171,7 +162,7 @@ class Replica:
         try:
             while (preview := await previews.get()) is not None:
                 yield preview
-            yield Answer(picture=await self._result(future), model_version=version)
+            yield Answer(picture=await asyncio.wrap_future(future), model_version=version)
         finally:
             future.cancel()  # If the client has disconnected, this frees the slot.
 
@@ -255,30 +246,16 @@ class Replica:
         chosen = hosted[version]
         try:
             future = chosen.submit(job, on_progress)
-        except QueueFullError as error:
+        except BusyError:
             if self._hosted.get(version) is not chosen:  # The version was retired in the meantime.
                 return self._submit(job, on_progress)
             self.measures.count(REQUESTS, version, "busy")
-            raise BusyError(str(error), retry_after_s(error.retry_after_s)) from error
-        except EngineError as error:
-            raise UnavailableError(str(error)) from error
-        except ValueError as error:
-            raise UnusableError("parameters", str(error), "see /docs") from error
+            raise
         future.add_done_callback(lambda done: self._count(version, done))
         return version, future
 
     def _count(self, version: str, done: Future[Pixels]) -> None:
         self.measures.count(REQUESTS, version, "cancelled" if done.cancelled() else _outcome(done.exception()))
-
-    async def _result(self, future: Future[Pixels]) -> Pixels:
-        try:
-            return await asyncio.wrap_future(future)
-        except DeadlineError as error:
-            raise LateError(str(error)) from error
-        except QueueFullError as error:
-            raise BusyError(str(error)) from error
-        except EngineError as error:
-            raise UnavailableError(str(error)) from error
 
     def _retire(self, hosted: Hosted) -> None:
         """Remove a version after its requests are finished."""

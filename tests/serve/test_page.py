@@ -11,9 +11,9 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from programs import chromium
 
+from animediffusion.platform.errors import BusyError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.api.app import create_app
-from animediffusion.serve.protocol import BusyError
 from animediffusion.serve.replica.replica import Replica
 
 pytestmark = pytest.mark.browser

@@ -10,16 +10,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from animediffusion.models.bundle import identity
 from animediffusion.platform.config import Settings
-from animediffusion.serve.protocol import (
-    Answer,
-    BusyError,
-    ColorizeJob,
-    LateError,
-    NoModelError,
-    Preview,
-    UnavailableError,
-    UnusableError,
-)
+from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError, UnavailableError
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.ray_backend import RayBackend
 from animediffusion.serve.replica.model_source import ModelSource
 
@@ -128,18 +120,17 @@ def test_a_stream_continues_elsewhere_after_the_previews_that_were_sent(backend,
 
 
 def test_a_stream_that_fails_for_its_own_reason_is_not_tried_again(backend):
-    with pytest.raises(LateError):
-        asyncio.run(received(backend([*previews(1), failed(LateError("late"))], [ANSWER]).stream(JOB)))
+    with pytest.raises(DeadlineError):
+        asyncio.run(received(backend([*previews(1), failed(DeadlineError("late"))], [ANSWER]).stream(JOB)))
 
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
         (BackPressureError(num_queued_requests=9, max_queued_requests=8), BusyError),
-        (failed(LateError("too late")), LateError),
-        (failed(UnusableError("steps", "0", "1 to 100")), UnusableError),
+        (failed(DeadlineError("too late")), DeadlineError),
         (NO_ENGINE, NoModelError),
-        (TimeoutError(), LateError),
+        (TimeoutError(), DeadlineError),
     ],
 )
 def test_what_ray_says_becomes_what_we_say_and_is_not_tried_again(backend, fault, expected):

@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError, UnavailableError
 from animediffusion.serve.api.app import create_app
-from animediffusion.serve.protocol import BusyError, LateError, NoModelError, UnavailableError
 from animediffusion.serve.replica.replica import Replica
 
 PROBLEM = "application/problem+json"
@@ -226,7 +226,7 @@ def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_so(client, file
         (BusyError("full"), 429),
         (NoModelError("none"), 503),
         (UnavailableError("the device of this engine is out of memory"), 503),
-        (LateError("late"), 504),
+        (DeadlineError("late"), 504),
     ],
 )
 def test_what_the_engine_says_becomes_a_problem(files, error, status):

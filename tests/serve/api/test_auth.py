@@ -6,12 +6,11 @@ import httpx
 import pytest
 
 from animediffusion.platform.api_keys import REFRESH_S, Keyring, Keys
-from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.errors import BusyError, ConfigError
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.api.auth import PUBLIC
 from animediffusion.serve.client.colorize_files import Options
 from animediffusion.serve.client.remote import API_KEY, RemotePainter
-from animediffusion.serve.protocol import BusyError
 
 PROBLEM = "application/problem+json"
 

@@ -12,8 +12,9 @@ from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.diffusion.sampler import SAMPLERS
 from animediffusion.models.tensors import to_uint8
+from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine.admission import MIN_TURNS
-from animediffusion.serve.engine.engine import DeadlineError, Engine, QueueFullError, Request, Turn
+from animediffusion.serve.engine.engine import Engine, Request, Turn
 
 SIZE = 32
 
@@ -167,7 +168,7 @@ def test_a_request_that_makes_the_network_fail_does_not_take_others_with_it(bund
     monkeypatch.setattr(list(engine._waiting)[2].row, "noise", torch.full((3, SIZE, SIZE), Poisoned.POISON))
     while engine.turn():
         pass
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(UnavailableError, match="out of memory"):
         futures[2].result(0)
     for number in (0, 1, 3, 4):
         assert levels_apart(futures[number].result(0), alone(bundle, asked[number])) <= 1
@@ -200,7 +201,7 @@ def test_a_request_whose_deadline_the_work_before_it_uses_up_is_refused(bundle: 
     engine, _ = by_hand(bundle, clock=lambda: ticks[0], max_batch=1)
     turn_once(engine, MIN_TURNS)
     first = engine.submit(request(1, steps=10, sampler="euler", guidance_scale=1.0))
-    with pytest.raises(QueueFullError, match="it would take 13") as refusal:
+    with pytest.raises(BusyError, match="it would take 13") as refusal:
         engine.submit(request(2, steps=3, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 8))
     assert refusal.value.retry_after_s == 5
     second = engine.submit(request(2, steps=3, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 13))
@@ -212,7 +213,7 @@ def test_a_request_whose_deadline_the_work_before_it_uses_up_is_refused(bundle: 
 def test_a_full_queue_refuses_at_once(bundle: Bundle):
     engine = Engine(bundle, max_batch=1, max_queue=1)
     futures = [engine.submit(request(number, steps=500)) for number in range(2)]
-    with pytest.raises(QueueFullError):
+    with pytest.raises(BusyError):
         engine.submit(request(2))
     for future in futures:
         future.cancel()
@@ -282,5 +283,5 @@ def test_closing_finishes_what_is_here_and_refuses_more(bundle: Bundle):
     future = engine.submit(request(1))
     engine.close()
     assert future.result(0).dtype == np.uint8
-    with pytest.raises(QueueFullError):
+    with pytest.raises(BusyError):
         engine.submit(request(2))

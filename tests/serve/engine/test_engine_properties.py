@@ -16,7 +16,8 @@ from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.diffusion.sampler import build_sampler
 from animediffusion.models.tensors import to_uint8
-from animediffusion.serve.engine.engine import DeadlineError, Engine, QueueFullError, Request, Turn
+from animediffusion.platform.errors import BusyError, DeadlineError
+from animediffusion.serve.engine.engine import Engine, Request, Turn
 
 SIZE = 32
 MAX_BATCH, MAX_QUEUE = 4, 6
@@ -145,7 +146,7 @@ class Run:
                     deadline=deadline,
                 )
             )
-        except QueueFullError:
+        except BusyError:
             self.refused += 1
             return
         self.futures[future] = (len(self.futures), asked)

@@ -15,7 +15,8 @@ from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
-from animediffusion.serve.engine.engine import Engine, EngineError, Request, settings_for
+from animediffusion.platform.errors import UnavailableError
+from animediffusion.serve.engine.engine import Engine, Request, settings_for
 from animediffusion.serve.engine.faults import for_log, for_request, is_lost
 from animediffusion.serve.engine.memory_limit import TURNS_UNTIL_RETRY, Room
 
@@ -103,7 +104,7 @@ def drive(engine: Engine) -> None:
 )
 def test_errors_of_a_device_are_told_apart(error, out_of_memory, is_fatal):
     assert (is_out_of_memory(error), is_lost(error)) == (out_of_memory, is_fatal)
-    assert isinstance(for_request(error), EngineError) == (out_of_memory or is_fatal)
+    assert isinstance(for_request(error), UnavailableError) == (out_of_memory or is_fatal)
     if out_of_memory or is_fatal:
         assert "\n" not in for_log(error)
 
@@ -125,12 +126,12 @@ def test_a_lost_device_ends_the_engine_and_every_request_at_once(device, monkeyp
     assert engine.turn()
     assert len(device.calls) <= (1 if moment != "wait" else 10)  # no halves of what cannot work
     for future in futures:
-        assert type(future.exception(0)) is EngineError
+        assert type(future.exception(0)) is UnavailableError
         assert LOST in str(future.exception(0))
     assert not engine.is_alive
     assert LOST in engine.lost
     assert (engine.num_running, engine.num_waiting, engine.turn()) == (0, 0, False)
-    with pytest.raises(EngineError, match="device-side assert"):
+    with pytest.raises(UnavailableError, match="device-side assert"):
         engine.submit(request(5))
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "\n" not in caplog.records[0].getMessage()
@@ -144,12 +145,12 @@ def test_a_lost_device_ends_the_engines_thread(device):
     while engine.is_alive and time.monotonic() < end:
         try:
             futures.append(engine.submit(request(len(futures))))
-        except EngineError:
+        except UnavailableError:
             break
     engine._thread.join(30)
     assert not engine._thread.is_alive()
     assert futures
-    assert all(isinstance(future.exception(10), EngineError) for future in futures)
+    assert all(isinstance(future.exception(10), UnavailableError) for future in futures)
     engine.close()
 
 
@@ -159,7 +160,7 @@ def test_a_picture_that_was_finished_before_the_device_failed_is_delivered(devic
     monkeypatch.setattr(engine._evaluator, "wait", lambda: (_ for _ in ()).throw(lost(0)))
     engine.turn()
     assert done.result(0).shape == (SIZE, SIZE, 3)
-    assert isinstance(other.exception(0), EngineError)
+    assert isinstance(other.exception(0), UnavailableError)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -214,7 +215,7 @@ def test_without_room_for_one_request_the_engine_continues(device, bundle, caplo
     for number in range(5):
         future = engine.submit(request(number))
         drive(engine)
-        with pytest.raises(EngineError, match="out of memory"):
+        with pytest.raises(UnavailableError, match="out of memory"):
             future.result(0)
     assert engine.is_alive
     assert all("\n" not in record.getMessage() for record in caplog.records)
@@ -230,7 +231,7 @@ def test_a_lack_of_memory_beside_the_network_costs_that_batch_only(device, monke
     with monkeypatch.context() as patch:
         patch.setattr(engine._batch, "_show", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
         engine.turn()
-    assert isinstance(first.exception(0), EngineError)
+    assert isinstance(first.exception(0), UnavailableError)
     assert not engine._conditions._conditions._kept
     second = engine.submit(request(2))
     drive(engine)

@@ -9,10 +9,10 @@ import ray
 import torch
 from ray import serve
 
-from animediffusion.platform.errors import ConfigError
+from animediffusion.platform.errors import ConfigError, UnavailableError
 from animediffusion.serve import deployments
 from animediffusion.serve.deployments import EngineDeployment, ServeConfig
-from animediffusion.serve.protocol import ColorizeJob, UnavailableError
+from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.replica.device import precision_on, usable_device
 
 

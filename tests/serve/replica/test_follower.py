@@ -7,10 +7,10 @@ from breakage import broken_copy, changed_byte, not_finite, wrong_shape
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, RegistryError
+from animediffusion.platform.errors import BundleError, NoModelError, RegistryError
 from animediffusion.platform.registry import audit_log, traffic
 from animediffusion.platform.registry.client import Registry
-from animediffusion.serve.protocol import ColorizeJob, NoModelError
+from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.replica.follower import FIRST_PAUSE_S, Follower
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.replica.replica import Replica

@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from animediffusion.models import compile
-from animediffusion.platform.errors import BundleError
-from animediffusion.serve.protocol import (
-    Answer,
-    BusyError,
-    ColorizeJob,
-    NoModelError,
-    Preview,
-    UnavailableError,
-    UnusableError,
-)
+from animediffusion.platform.errors import BundleError, BusyError, NoModelError, UnavailableError
+from animediffusion.serve.api.problems import from_error
+from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.replica.replica import Replica
 
 
@@ -92,7 +85,7 @@ def test_a_full_replica_is_busy(replica, bundle_folder, sketch, reference):
 
 def test_settings_that_only_the_model_can_judge_are_named(replica, bundle_folder, sketch, reference):
     replica.load("1", bundle_folder)
-    with pytest.raises(UnusableError):
+    with pytest.raises(ValueError, match="steps"):
         asyncio.run(replica.colorize(job(sketch, reference, steps=5000)))
 
 
@@ -240,7 +233,7 @@ def test_a_busy_replica_says_when_to_come_back(replica, bundle_folder, sketch, r
 
     refused = [answer for answer in asyncio.run(too_many()) if isinstance(answer, BusyError)]
     assert refused
-    assert all(1 <= error.retry_after_s <= 60 for error in refused)
+    assert all(1 <= int(from_error(error).headers["Retry-After"]) <= 60 for error in refused)
 
 
 def failing(error: Exception):
