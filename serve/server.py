@@ -9,14 +9,11 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
-import queue
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
@@ -29,6 +26,7 @@ from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
+from animediffusion.platform.signals import StopSignals
 from animediffusion.platform.storage.local_files import expanded
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.proxy import max_body_bytes
@@ -64,28 +62,12 @@ def serve_app(
     config = _config(settings, model, options)
     with running(settings, config, host=host, port=port, tell=announce) as url:
         # Ray installs its own handlers when it starts, and they end the process immediately; these replace Ray's.
-        with _signals() as received:
+        with StopSignals() as stop:
             where = config.request_log or "the logs of Ray"
             announce(f"serving at {url} (page /, API /docs), requests in {where}; Ctrl-C stops it")
-            number = received.get()
+            number = stop.wait()
         announce("stopping")
     return 128 + number
-
-
-@contextmanager
-def _signals() -> Iterator[queue.SimpleQueue[int]]:
-    """Put the numbers of received SIGINT and SIGTERM signals into a queue."""
-    received: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def put(number: int, _: FrameType | None) -> None:
-        received.put(number)
-
-    before = {number: signal.signal(number, put) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from animediffusion.pipelines.training.plan import RunPlan
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.scaling import threads_per_worker
 from animediffusion.platform.cluster.connect import cluster_address
+from animediffusion.platform.signals import handling
 
 # The next five constants come from a comparison with `train` of the same recipe: two cores, 64 px, recipes demo and
 # phase1, two workers.
@@ -246,7 +246,9 @@ def _measure(order: dict[str, Any], processes: int, threads: int) -> list[dict[s
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
         folder, begun = Path(name), time.time()
         (folder / "order.json").write_text(json.dumps(order))
-        with _terminable(), _children(folder, processes, threads) as children:
+        terminate = handling(lambda number: sys.exit(128 + number), [signal.SIGTERM])
+        # sys.exit() removes the child processes and the folder before this process ends.
+        with terminate, _children(folder, processes, threads) as children:
             while any(child.poll() is None for child in children):
                 if any(child.poll() for child in children) or time.time() - begun > LIMIT_S:
                     break
@@ -270,19 +272,6 @@ def _answer(folder: Path, rank: int, code: int | None) -> dict[str, Any]:
         return {"error": f"steps are too slow here, {LIMIT_S:.0f} s were not enough to try some"}
     why = "killed, maybe for its memory" if code < 0 else f"exit code {code}"
     return {"error": f"the trial of some steps ended early ({why})"}
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """On SIGTERM, exit with the usual code after the child processes and the folder are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
 import tempfile
 import threading
 import time
@@ -40,6 +39,7 @@ from animediffusion.pipelines.training.worker import Progress, train_worker
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import DataError, Interrupted, TrainingError
+from animediffusion.platform.signals import StopSignals
 from animediffusion.platform.storage import files as storage
 from animediffusion.platform.tracking.run import TRAINING, Run, send_left
 
@@ -176,10 +176,12 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
         except BaseException as error:
             outcome.append(error)
 
-    heard: list[int] = []
     thread = threading.Thread(target=body, name="fit", daemon=True)
     latest: dict[str, Any] = {}
-    with Signals(heard, lambda: progress.stop.remote()), cluster.waits(progress.warn.remote) as moved:
+    with (
+        StopSignals(lambda: progress.stop.remote()) as stop,
+        cluster.waits(progress.warn.remote) as moved,
+    ):
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
@@ -189,42 +191,16 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
             if report is not None and now and now != latest:
                 report(now)
             latest = now
-            if heard and "began" not in now:
-                break  # the workers wait for room, so none of them hears it
+            if stop.number is not None and "began" not in now:
+                break  # no worker has started, so none can save a checkpoint
     if latest.get("failed"):
         raise _hopeless(work, latest["failed"], latest["advice"])
-    if heard:
-        raise Interrupted(heard[0], work.run, latest_step(work.checkpoints))
+    if stop.number is not None:
+        raise Interrupted(stop.number, work.run, latest_step(work.checkpoints))
     error = outcome[0]
     if error is not None:
         raise _explain(error, work)
     return latest
-
-
-class Signals:
-    """Context manager that handles SIGINT and SIGTERM in the main thread.
-
-    The first signal is appended to `heard` and calls `stop`; the second raises KeyboardInterrupt.
-    """
-
-    def __init__(self, heard: list[int], stop: Callable[[], object]) -> None:
-        self.heard, self.stop = heard, stop
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._hear)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _hear(self, signum: int, _frame: object) -> None:
-        if self.heard:
-            raise KeyboardInterrupt
-        self.heard.append(signum)
-        self.stop()
 
 
 def _progress() -> Any:

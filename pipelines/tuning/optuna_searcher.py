@@ -28,9 +28,9 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
-from animediffusion.pipelines.training.driver import Signals
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.errors import Interrupted
+from animediffusion.platform.signals import StopSignals
 
 REPEATS, MOST_REPEATS = 20, 200
 """Number of known suggestions in a row after which points are drawn at random, and after which the search ends."""
@@ -249,15 +249,15 @@ def run_trials(
         ),
     )
     try:
-        heard = _watch(tuner, stop, study, tell or (lambda _: None))
+        signum = _watch(tuner, stop, study, tell or (lambda _: None))
     finally:
         shutil.rmtree(notes, ignore_errors=True)
-    if heard:
-        raise Interrupted(heard[0], name, study.num_known, unit="trial")
+    if signum is not None:
+        raise Interrupted(signum, name, study.num_known, unit="trial")
 
 
-def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callable[[str], None]) -> list[int]:
-    """Run fit() in a thread, handle signals meanwhile, and return the signals that arrived."""
+def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callable[[str], None]) -> int | None:
+    """Run fit() in a thread, handle signals meanwhile, and return the number of the first signal, if any."""
     failed: list[BaseException] = []
 
     def body() -> None:
@@ -266,19 +266,18 @@ def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callabl
         except BaseException as error:
             failed.append(error)
 
-    heard: list[int] = []
     thread = threading.Thread(target=body, name="tune", daemon=True)
     known = study.num_known
-    with Signals(heard, stop.set), cluster.waits(tell) as moved:
+    with StopSignals(stop.set) as signals, cluster.waits(tell) as moved:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
             if study.num_known != known:
                 known = study.num_known
                 moved()
-    if failed and not heard:
+    if failed and signals.number is None:
         raise failed[0]
-    return heard
+    return signals.number
 
 
 class _Stop(_Live, tune.Stopper):

@@ -8,8 +8,6 @@ Each stage makes the same call as its own command, so a demo that was stopped re
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
+from animediffusion.platform.signals import StopSignals
 from animediffusion.serve.client.colorize_files import Options
 from animediffusion.serve.client.remote import API_KEY, RemotePainter
 from animediffusion.serve.deployments import ServeConfig
@@ -172,8 +171,6 @@ def _free(port: int) -> int:
 
 def _wait() -> int:
     """Wait for SIGINT or SIGTERM, the normal end of a demo, and return exit code 0."""
-    wake = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: wake.set())
-    wake.wait()
+    with StopSignals() as stop:
+        stop.wait()
     return 0
