@@ -51,7 +51,7 @@ from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.models.training.loop import Rows, TrainState, fit, step_generator
 from animediffusion.pipelines.data.ingest import ingest
 from animediffusion.pipelines.data.manifest import Manifest
-from animediffusion.pipelines.data.read_order import Stream, Visit
+from animediffusion.pipelines.data.read_order import ReadBlock, Stream
 from animediffusion.pipelines.data.shards import PICTURES
 from animediffusion.pipelines.data.stream import _read, decode_rows, training_dataset
 from animediffusion.pipelines.synthetic.dataset import synthesize
@@ -64,7 +64,7 @@ from animediffusion.platform.network import why_unreachable
 
 WORLD_SIZE = 2
 BATCH_ROWS = 16
-VISIT_ROWS = 256
+BLOCK_ROWS = 256
 """Rows per read block without Ray; a training run reads larger blocks."""
 THEIR_SIZE = 256
 """Side in pixels of the images that the authors' loader reads (config/anime.json)."""
@@ -108,10 +108,10 @@ def time_stream(uri: str, num_rows: int) -> tuple[float, float]:
 def decoded(uri: str, batch_rows: int) -> Iterator[Rows]:
     """Yield decoded batches of a dataset in the order of training, read like a Ray read task but without Ray."""
     shards = Manifest.load(uri).split("train").shards
-    stream = Stream(tuple(shard.rows for shard in shards), 0, VISIT_ROWS)
+    stream = Stream(tuple(shard.rows for shard in shards), 0, BLOCK_ROWS)
     for number in itertools.count():
-        table = _read(uri, shards, stream.rows(Visit(number))[1])
-        for start in range(0, VISIT_ROWS - batch_rows + 1, batch_rows):
+        table = _read(uri, shards, stream.rows(ReadBlock(number))[1])
+        for start in range(0, BLOCK_ROWS - batch_rows + 1, batch_rows):
             part = table.slice(start, batch_rows)
             arrays = decode_rows({name: part.column(name).to_pylist() for name in PICTURES})
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -166,9 +166,9 @@ def in_turn(sides: dict[str, Callable[[], int]], turns: int) -> dict[str, float]
 
 def _taker(batches: Iterator[object]) -> Callable[[], int]:
     def take() -> int:
-        for _ in range(VISIT_ROWS // BATCH_ROWS):
+        for _ in range(BLOCK_ROWS // BATCH_ROWS):
             next(batches)
-        return VISIT_ROWS
+        return BLOCK_ROWS
 
     return take
 
@@ -213,7 +213,7 @@ def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
     sources |= {f"read, {name}": decoded(uri, trainer.batch_rows) for name, uri in places.items()}
 
     def worker(batches: Iterator[Rows]) -> Callable[[], int]:
-        return lambda: trainer.steps(batches, VISIT_ROWS // trainer.batch_rows)
+        return lambda: trainer.steps(batches, BLOCK_ROWS // trainer.batch_rows)
 
     rates = in_turn({name: worker(batches) for name, batches in sources.items()}, turns)
     base = rates["one kept batch"]

@@ -15,7 +15,7 @@ from faults import FaultyStore
 from moto.server import ThreadedMotoServer
 
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
-from animediffusion.pipelines.data.shards import PICTURES
+from animediffusion.pipelines.data.shards import PICTURES, StoredRow
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import encode_lossless
 
@@ -107,9 +107,7 @@ def faces_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
             row = make_row(0, index, 32)
             pictures = {name: encode_lossless(getattr(row, name)) for name in PICTURES}
             sha256 = hashlib.sha256(pictures["target"]).hexdigest()
-            rows.append(
-                {"id": f"{split}/{index}", "split": split, "width": 32, "height": 32, "sha256": sha256, **pictures}
-            )
+            rows.append(StoredRow(id=f"{split}/{index}", split=split, **pictures, width=32, height=32, sha256=sha256))
         splits[split] = Split(rows=len(rows), shards=(write_shard(folder, split, 0, rows),))
     Manifest(image_size=32, splits=splits, num_files=224, num_rejects=0, source="drawn", content_hash="0" * 64).save(
         folder

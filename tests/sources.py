@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 
-from animediffusion.pipelines.data.ingest import IngestJob
+from animediffusion.pipelines.data import ingest
+from animediffusion.pipelines.data.ingest import IngestJob, Progress
+from animediffusion.pipelines.data.ingest_task import pack, run_packed
 from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.platform.errors import StorageError
+
+T = TypeVar("T")
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -39,14 +46,15 @@ def fill(folder: Path, files: dict[str, bytes]) -> str:
     return str(folder)
 
 
-def in_this_process(
-    work: Callable[..., dict[str, list[str]]], table: list[dict[str, Any]], where: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Run the functions of an ingest in this process, as Ray Data runs them on workers."""
-    for row in table:
-        made = work({name: np.array([value], dtype=object) for name, value in row.items()}, **where)
-        yield {name: values[0] for name, values in made.items()}
+def in_this_process(tasks: Iterable[Callable[[], T]], note: Callable[[str], None]) -> Iterator[T]:
+    """Run the tasks of an ingest in this process; each is packed as for a worker."""
+    for task in tasks:
+        result = pickle.loads(run_packed({"task": np.array([pack(task)], dtype=object)})["result"][0])
+        if isinstance(result, StorageError):
+            raise result
+        yield result
 
 
-def without_ray(job: IngestJob) -> Manifest:
-    return job.run(spread=in_this_process)
+def without_ray(job: IngestJob, progress: Progress | None = None) -> Manifest:
+    with patch.object(ingest, "run_tasks", in_this_process):
+        return job.run(progress)

@@ -18,33 +18,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject
-from animediffusion.pipelines.data.ingest_summary import Key, Tally, Twin, find_twins
+from animediffusion.pipelines.data.ingest_summary import Duplicate, IngestSummary, find_duplicates
 from animediffusion.pipelines.data.ingest_task import (
-    Part,
+    STATE,
+    DropRows,
+    MakePart,
+    PartKey,
     Record,
-    drop_rows,
-    make_part,
-    raise_failed,
+    pack,
     read_record,
-    record_path,
+    run_packed,
 )
-from animediffusion.pipelines.data.manifest import MANIFEST, Manifest, Shard
+from animediffusion.pipelines.data.manifest import MANIFEST, Manifest
 from animediffusion.pipelines.data.pairs import plan_pairs
 from animediffusion.pipelines.data.source_layout import LAYOUTS, plan_folder
 from animediffusion.pipelines.data.stream import silence_ray_data
 from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.errors import ConfigError, DataError, StorageError
 from animediffusion.platform.images.picture_names import DECODED, is_junk
 from animediffusion.platform.storage import files as storage
 
@@ -57,8 +60,6 @@ MAX_FILE_BYTES = 512 * 2**20
 """Size of the largest decodable picture without compression; a larger file does not fit into a worker's memory."""
 MANY_PARTS = 64
 """Target number of parts for a small source, so that this many cores have work."""
-STATE = "_parts"
-"""Folder of an unfinished ingest, below the destination."""
 _PLAN = f"{STATE}/plan.json"
 _VERSION = 1
 _OLD_PART_ROWS = 256
@@ -67,32 +68,35 @@ _READERS = 16
 
 Progress = Callable[[int, int, int], None]
 """A callback that gets the files done, the total number of files, and the rejects so far."""
-Spread = Callable[[Callable[..., Any], list[dict[str, Any]], dict[str, Any]], Iterator[dict[str, Any]]]
-"""A parallel map: it calls a function of one-row batches, with keyword arguments, for every row of a table.
-
-The resulting rows come in any order.
-"""
+T = TypeVar("T")
 
 
-def over_ray(
-    work: Callable[..., Any],
-    table: list[dict[str, Any]],
-    where: dict[str, Any],
-    tell: Callable[[str], None] = lambda _: None,
-) -> Iterator[dict[str, Any]]:
-    """Run `work` on the cluster, one task per row; Ray retries the task of a worker that dies.
+def run_tasks(tasks: Iterable[Callable[[], T]], note: Callable[[str], None]) -> Iterator[T]:
+    """Run tasks on the cluster and yield their results in any order; Ray retries the task of a worker that dies.
 
     Ray Data's own CheckpointConfig does not fit: its driver reads back the ids of all rows that are done, and its
     writers name files by task, so a second run would cut different shards. A record for each shard costs one name in a
-    listing. `tell` gets a line while the cluster has no room for a task.
+    listing.
+
+    Args:
+        tasks: functions that can be pickled; a task is released when it is packed.
+        note: a callback that gets a line while the cluster has no room for a task.
+
+    Raises:
+        StorageError: if a task raised it.
     """
-    if table:
-        silence_ray_data()
-        rows = ray.data.from_items(table, override_num_blocks=len(table))
-        with cluster.waits(tell) as moved:
-            for row in rows.map_batches(work, batch_size=1, fn_kwargs=where).iter_rows():
-                moved()
-                yield row
+    table = [{"task": pack(task)} for task in tasks]
+    if not table:
+        return
+    silence_ray_data()
+    rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(run_packed, batch_size=1)
+    with cluster.waits(note) as moved:
+        for row in rows.iter_rows():
+            moved()
+            result = pickle.loads(row["result"])
+            if isinstance(result, StorageError):
+                raise result
+            yield result
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,12 @@ class IngestJob:
     continues: bool = False
     """Whether this job resumes an unfinished ingest."""
 
-    def run(self, progress: Progress | None = None, spread: Spread = over_ray) -> Manifest:
+    def run(self, progress: Progress | None = None, note: Callable[[str], None] | None = None) -> Manifest:
         """Make the missing parts and write the manifest; the caller connects to Ray first.
+
+        Args:
+            progress: a callback for the numbers of files.
+            note: a callback for a line that says which resources the ingest waits for.
 
         Raises:
             DataError: if no picture is usable.
@@ -119,40 +127,34 @@ class IngestJob:
         if self.done is not None:
             _clear(self)
             return self.done
+        progress, note = progress or _silent, note or _silent
         state = {"fingerprint": self.fingerprint, "source": self.source, "part_rows": self.part_rows}
         storage.write_bytes(storage.join(self.destination, _PLAN), json.dumps(state).encode())
-        tally = Tally(self.plan.rejects, shared=self.plan.shared)
+        summary = IngestSummary(self.plan.rejects, shared=self.plan.shared)
         total = self.plan.samples.num_files + len(self.plan.rejects)
-        report = progress or _silent
-        ready, missing = self._work()
-        for record in _read_records(self.destination, ready):
-            tally.add(record)
-        report(tally.num_done, total, tally.num_rejects)
-        where = {"source": self.source, "destination": self.destination, "state": STATE, "size": self.size}
-        for row in spread(make_part, missing, where):
-            raise_failed(row)
-            tally.add(Record.model_validate_json(row["made"]))
-            report(tally.num_done, total, tally.num_rejects)
-        return _finish(self, tally, spread)
-
-    def parts(self) -> Iterator[Part]:
-        """Yield the work in parts of one shard, with the rows in a pseudorandom order (by the hash of the id)."""
-        for split, rows in self.plan.samples.by_split().items():
-            for number, start in enumerate(range(0, len(rows), self.part_rows)):
-                yield Part(split, number, self.plan.samples.take(rows[start : start + self.part_rows]))
-
-    def _work(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the names of the existing records, and a table of the parts to make."""
+        parts = self.parts()
         finished = set(storage.list_files(storage.join(self.destination, STATE)))
-        ready: list[str] = []
-        missing: list[dict[str, Any]] = []
-        for part in self.parts():
-            name = record_path(part.split, part.number)
-            if name in finished:
-                ready.append(name)
-            else:
-                missing.append({"part": part.pack()})
-        return ready, missing
+        for record in _read_records(self.destination, [part for part in parts if part.record_name in finished]):
+            summary.add(record)
+        progress(summary.num_done, total, summary.num_rejects)
+        missing = (
+            MakePart(self.source, self.destination, self.size, part, self.plan.samples.take(rows))
+            for part, rows in parts.items()
+            if part.record_name not in finished
+        )
+        for record in run_tasks(missing, note):
+            summary.add(record)
+            progress(summary.num_done, total, summary.num_rejects)
+        _drop_duplicates(self, summary, note)
+        return _finish(self, summary)
+
+    def parts(self) -> dict[PartKey, NDArray[np.int64]]:
+        """Return the row numbers of each part, in a pseudorandom order (by the hash of the id)."""
+        return {
+            PartKey(split, number): rows[start : start + self.part_rows]
+            for split, rows in self.plan.samples.by_split().items()
+            for number, start in enumerate(range(0, len(rows), self.part_rows))
+        }
 
 
 def ingest(
@@ -281,30 +283,57 @@ def _texts(row: list[Any]) -> tuple[str, str]:
     return str(row), json.dumps(row)
 
 
-def _read_records(destination: str, names: Sequence[str]) -> Iterator[Record]:
-    """Read the records of earlier tasks, a few at a time."""
+def _read_records(destination: str, parts: Sequence[PartKey]) -> Iterator[Record]:
+    """Read the records of finished parts, a few at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(names), 2 * _READERS):
-            places = [storage.join(destination, STATE, name) for name in names[start : start + 2 * _READERS]]
-            yield from pool.map(read_record, places)
+        for start in range(0, len(parts), 2 * _READERS):
+            yield from pool.map(partial(read_record, destination), parts[start : start + 2 * _READERS])
 
 
-def _finish(job: IngestJob, tally: Tally, spread: Spread) -> Manifest:
-    """Drop duplicates, list the shards, write rejects and manifest, and delete the state folder."""
-    _drop_twins(job, tally, spread)
-    rejects = tally.rejects()
-    if not tally.num_rows:
+def _drop_duplicates(job: IngestJob, summary: IngestSummary, note: Callable[[str], None]) -> None:
+    """Rewrite shards without duplicate rows; a run that is killed here repeats this step as a whole."""
+    repeated = summary.repeated()
+    found = _find_duplicates(job, repeated, None if job.plan.hashed else "val")
+    if job.plan.hashed and _drops_all(found, "val", summary):
+        found = _find_duplicates(job, repeated, "val")
+    tasks = []
+    for part, duplicates in found.items():
+        summary.drop(part, duplicates)
+        shard = summary.shard(part)
+        if shard is not None:
+            tasks.append(DropRows(job.destination, part, shard, frozenset(one.row.id for one in duplicates)))
+    for part, shard in run_tasks(tasks, note):
+        summary.replace(part, shard)
+
+
+def _find_duplicates(
+    job: IngestJob, repeated: dict[PartKey, NDArray[np.int64]], favored: str | None
+) -> dict[PartKey, list[Duplicate]]:
+    return find_duplicates(_read_records(job.destination, list(repeated)), repeated, favored=favored)
+
+
+def _drops_all(found: dict[PartKey, list[Duplicate]], split: str, summary: IngestSummary) -> bool:
+    """Return whether dropping these duplicates would empty a split."""
+    splits = summary.splits()
+    dropped = sum(len(duplicates) for part, duplicates in found.items() if part.split == split)
+    return split in splits and dropped == splits[split].rows
+
+
+def _finish(job: IngestJob, summary: IngestSummary) -> Manifest:
+    """Write rejects and manifest, and delete the state folder."""
+    rejects = summary.rejects()
+    if not summary.num_rows:
         storage.delete(storage.join(job.destination, STATE))
         reasons = ", ".join(sorted({reject.reason for reject in rejects}))
         found = f"no usable picture among {len(rejects)} files ({reasons})"
         raise DataError(job.source, found, "give readable pictures")
     manifest = Manifest(
         image_size=job.size,
-        splits=tally.splits(),
-        num_files=tally.num_used() + len(rejects),
+        splits=summary.splits(),
+        num_files=summary.num_used() + len(rejects),
         num_rejects=len(rejects),
         source=job.source,
-        content_hash=tally.content_hash(),
+        content_hash=summary.content_hash(),
         fingerprint=job.fingerprint,
     )
     lines = "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects)
@@ -312,37 +341,6 @@ def _finish(job: IngestJob, tally: Tally, spread: Spread) -> Manifest:
     manifest.save(job.destination)
     _clear(job)
     return manifest
-
-
-def _drop_twins(job: IngestJob, tally: Tally, spread: Spread) -> None:
-    """Rewrite shards without duplicate rows; a run that is killed here repeats this step as a whole."""
-    repeated = tally.repeated()
-    found = _find_twins(job, repeated, None if job.plan.hashed else "val")
-    if job.plan.hashed and _drops_all(found, "val", tally):
-        found = _find_twins(job, repeated, "val")
-    table = []
-    for key, twins in found.items():
-        tally.drop(key, twins)
-        shard = tally.shard(key)
-        if shard is not None:
-            drop = json.dumps([twin.row.id for twin in twins])
-            table.append({"split": key[0], "number": key[1], "shard": shard.model_dump_json(), "drop": drop})
-    for row in spread(drop_rows, table, {"destination": job.destination}):
-        raise_failed(row)
-        key = row["split"], int(row["number"])
-        tally.replace(key, Shard.model_validate_json(row["made"]) if row["made"] else None)
-
-
-def _find_twins(job: IngestJob, repeated: dict[Key, NDArray[np.int64]], favored: str | None) -> dict[Key, list[Twin]]:
-    records = _read_records(job.destination, [record_path(*key) for key in repeated])
-    return find_twins(records, repeated, favored=favored)
-
-
-def _drops_all(found: dict[Key, list[Twin]], split: str, tally: Tally) -> bool:
-    """Return whether dropping these duplicates would empty a split."""
-    splits = tally.splits()
-    dropped = sum(len(twins) for key, twins in found.items() if key[0] == split)
-    return split in splits and dropped == splits[split].rows
 
 
 def _clear(job: IngestJob) -> None:
@@ -355,5 +353,5 @@ def _clear(job: IngestJob) -> None:
             storage.delete(storage.join(job.destination, name))
 
 
-def _silent(done: int, total: int, rejects: int) -> None:
-    """Ignore progress."""
+def _silent(*_: object) -> None:
+    """Ignore progress and notes."""

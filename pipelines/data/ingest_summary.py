@@ -14,18 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.data.ingest_plan import Reject
-from animediffusion.pipelines.data.ingest_task import Record, RowRecord
+from animediffusion.pipelines.data.ingest_task import PartKey, Record, RowRecord
 from animediffusion.pipelines.data.manifest import Shard, Split
 from animediffusion.pipelines.data.source_layout import natural
 
 _DIGEST_BYTES = 32
 _HASH_ROWS = 65536
 
-Key = tuple[str, int]
-"""The split and the number of a part."""
 
-
-class Twin(NamedTuple):
+class Duplicate(NamedTuple):
     """A duplicate row to drop, its number in its part, and the file with the same bytes that stays."""
 
     row: RowRecord
@@ -33,7 +30,7 @@ class Twin(NamedTuple):
     first: str
 
 
-class Tally:
+class IngestSummary:
     """Summary of the records of all parts, added in any order; it stores only two digests per row.
 
     Args:
@@ -43,8 +40,8 @@ class Tally:
 
     def __init__(self, rejects: Iterable[Reject], *, shared: bool) -> None:
         self._rejects = {reject.path: reject for reject in rejects}
-        self._shards: dict[Key, Shard | None] = {}
-        self._first_rows: dict[Key, int] = {}
+        self._shards: dict[PartKey, Shard | None] = {}
+        self._first_rows: dict[PartKey, int] = {}
         self._sources, self._contents = bytearray(), bytearray()
         self._dropped: list[int] = []
         self._num_used = 0
@@ -64,7 +61,7 @@ class Tally:
 
     def add(self, record: Record) -> None:
         """Add the record of one part."""
-        key = record.split, record.number
+        key = record.part
         self._first_rows[key] = len(self._contents) // _DIGEST_BYTES
         self._shards[key] = record.shard
         for row in record.rows:
@@ -75,7 +72,7 @@ class Tally:
             self._rejects[reject.path] = reject
         self.num_done += sum(len(row.files) for row in record.rows) + len(record.rejects)
 
-    def repeated(self) -> dict[Key, NDArray[np.int64]]:
+    def repeated(self) -> dict[PartKey, NDArray[np.int64]]:
         """Return, for each part, the numbers of the rows whose target has the same bytes as another row's target."""
         halves = np.frombuffer(bytes(self._sources), ">u8").reshape(-1, 4)[:, :2]
         order = np.lexsort((halves[:, 1], halves[:, 0]))
@@ -87,21 +84,21 @@ class Tally:
         # An empty part begins at the same row as the next part; side="right" finds the last of them, which has rows.
         return {keys[part]: rows[parts == part] - firsts[part] for part in np.unique(parts).tolist()}
 
-    def drop(self, key: Key, twins: Iterable[Twin]) -> None:
+    def drop(self, key: PartKey, duplicates: Iterable[Duplicate]) -> None:
         """Reject the files of duplicate rows of a part."""
-        for twin in twins:
-            self._dropped.append(self._first_rows[key] + twin.number)
-            self._use(twin.row.files, -1)
-            target, *others = twin.row.files
-            self._rejects[target] = Reject(target, "duplicate", f"same bytes as {twin.first}")
+        for duplicate in duplicates:
+            self._dropped.append(self._first_rows[key] + duplicate.number)
+            self._use(duplicate.row.files, -1)
+            target, *others = duplicate.row.files
+            self._rejects[target] = Reject(target, "duplicate", f"same bytes as {duplicate.first}")
             for path in others:
                 self._rejects[path] = Reject(path, "orphan", f"its target {target} is a duplicate")
 
-    def shard(self, key: Key) -> Shard | None:
+    def shard(self, key: PartKey) -> Shard | None:
         """Return the shard of a part."""
         return self._shards[key]
 
-    def replace(self, key: Key, shard: Shard | None) -> None:
+    def replace(self, key: PartKey, shard: Shard | None) -> None:
         """Set the rewritten shard of a part; None if no row is left."""
         self._shards[key] = shard
 
@@ -138,9 +135,9 @@ class Tally:
                 self._uses[path] += change
 
 
-def find_twins(
-    records: Iterable[Record], repeated: Mapping[Key, NDArray[np.int64]], *, favored: str | None = "val"
-) -> dict[Key, list[Twin]]:
+def find_duplicates(
+    records: Iterable[Record], repeated: Mapping[PartKey, NDArray[np.int64]], *, favored: str | None = "val"
+) -> dict[PartKey, list[Duplicate]]:
     """Return the duplicate rows to drop, by part.
 
     One row of those with the same target bytes stays: the first by name, where rows of the favored split precede all
@@ -148,20 +145,20 @@ def find_twins(
 
     Args:
         records: the records of the parts in `repeated`.
-        repeated: the result of Tally.repeated().
+        repeated: the result of IngestSummary.repeated().
         favored: a split that keeps its pictures. Use None where the hash of the id chose the splits: a favored `val`
             would get more than its share of the pictures that have copies.
     """
     owner: dict[str, str] = {}
-    twins: dict[Key, list[Twin]] = {}
+    duplicates: dict[PartKey, list[Duplicate]] = {}
     entries = (
-        (row, (record.split, record.number), number)
+        (row, record.part, number)
         for record in records
-        for number in repeated[record.split, record.number].tolist()
+        for number in repeated[record.part].tolist()
         for row in [record.rows[number]]
     )
     for row, key, number in sorted(entries, key=lambda entry: (entry[1][0] != favored, natural(entry[0].files[0]))):
         first = owner.setdefault(row.source_sha256, row.files[0])
         if first != row.files[0]:
-            twins.setdefault(key, []).append(Twin(row, number, first))
-    return twins
+            duplicates.setdefault(key, []).append(Duplicate(row, number, first))
+    return duplicates

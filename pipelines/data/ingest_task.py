@@ -1,18 +1,20 @@
-"""One part of an ingest: read some samples, resize them, and write one shard and a record.
+"""The tasks of an ingest: MakePart makes one part of the dataset, DropRows removes duplicates from a shard.
 
-The record is written last, so a part with a record is done. While a task writes, it holds up to three copies of the
-encoded rows of one part, about 64 MB each. pipelines/data/ingest.py divides the samples into parts.
+A part is the samples of one split that become one shard. Its record is written last, so a part with a record is done.
+While a task writes, it holds up to three copies of the encoded rows of one part, about 64 MB each.
+pipelines/data/ingest.py divides the samples into parts and runs the tasks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +22,13 @@ from pydantic import BaseModel, ConfigDict
 
 from animediffusion.pipelines.data.ingest_plan import Reject, Sample
 from animediffusion.pipelines.data.manifest import Shard, write_shard
-from animediffusion.pipelines.data.shards import PICTURES, read_shard
-from animediffusion.platform.errors import FileError, ImageError, StorageError, StoreFailedError, UnreachableError
+from animediffusion.pipelines.data.shards import PICTURES, StoredRow, read_shard
+from animediffusion.platform.errors import FileError, ImageError, StorageError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb, encode_lossless, fit_square
 from animediffusion.platform.storage import files as storage
 
+STATE = "_parts"
+"""Folder of an unfinished ingest, below the destination."""
 _THREADS = 4
 """Decoding releases the GIL, so these threads also use a second core."""
 _REMOTE_THREADS = 16
@@ -33,23 +37,16 @@ _DARK = 128
 """Line art with a mean luma below this value counts as light on dark."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Samples of one split that become one shard."""
+class PartKey(NamedTuple):
+    """The split of a part and its number within the split."""
 
     split: str
     number: int
-    samples: tuple[Sample, ...]
 
-    def pack(self) -> bytes:
-        """Return the part as bytes for a row of a Ray table; compression reduces names to a fifth."""
-        return zlib.compress(json.dumps(asdict(self)).encode(), level=1)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Part:
-        """Return the part that pack() converted to bytes."""
-        value = json.loads(zlib.decompress(data))
-        return cls(value["split"], value["number"], tuple(Sample(**sample) for sample in value["samples"]))
+    @property
+    def record_name(self) -> str:
+        """Name of the part's record inside the state folder."""
+        return f"{self.split}-{self.number:05d}.json"
 
 
 class RowRecord(BaseModel):
@@ -74,86 +71,84 @@ class Record(BaseModel):
     rows: tuple[RowRecord, ...]
     rejects: tuple[Reject, ...]
 
+    @property
+    def part(self) -> PartKey:
+        """The part that was made."""
+        return PartKey(self.split, self.number)
 
-def record_path(split: str, number: int) -> str:
-    """Return the name of a part's record inside the state folder of an unfinished ingest."""
-    return f"{split}-{number:05d}.json"
 
-
-def read_record(uri: str) -> Record:
+def read_record(destination: str, part: PartKey) -> Record:
     """Read the record of a finished part."""
-    return Record.model_validate_json(storage.read_bytes(uri))
+    return Record.model_validate_json(storage.read_bytes(storage.join(destination, STATE, part.record_name)))
 
 
-def make_part(
-    batch: dict[str, NDArray[Any]], source: str, destination: str, state: str, size: int
-) -> dict[str, list[str]]:
-    """Make one part in a Ray Data task; return its record as `made`, or a StorageError as `error`.
+@dataclass(frozen=True)
+class MakePart:
+    """Task that makes one part: it reads samples of one split, and writes a shard and then a record."""
+
+    source: str
+    destination: str
+    size: int
+    part: PartKey
+    samples: tuple[Sample, ...]
+
+    def __call__(self) -> Record:
+        """Make the part and return its record."""
+        storage.expect(self.source, self.destination)
+        with ThreadPoolExecutor(_REMOTE_THREADS if storage.is_remote(self.source) else _THREADS) as pool:
+            made = list(pool.map(lambda sample: make_row(self.source, sample, self.size), self.samples))
+        rows = [row for row, _, _ in made if row is not None]
+        record = Record(
+            split=self.part.split,
+            number=self.part.number,
+            shard=write_shard(self.destination, self.part.split, self.part.number, rows) if rows else None,
+            rows=tuple(entry for _, entry, _ in made if entry is not None),
+            rejects=tuple(reject for _, _, rejects in made for reject in rejects),
+        )
+        place = storage.join(self.destination, STATE, self.part.record_name)
+        storage.write_bytes(place, record.model_dump_json().encode())
+        return record
+
+
+@dataclass(frozen=True)
+class DropRows:
+    """Task that removes the rows with the given ids from a shard; it ignores ids that were removed before."""
+
+    destination: str
+    part: PartKey
+    shard: Shard
+    ids: frozenset[str]
+
+    def __call__(self) -> tuple[PartKey, Shard | None]:
+        """Return the part and its rewritten shard, which is None if no row is left."""
+        storage.expect(self.destination)
+        place = storage.join(self.destination, self.shard.path)
+        rows = [row for row in read_shard(place) if row.id not in self.ids] if storage.exists(place) else []
+        if rows:
+            return self.part, write_shard(self.destination, self.part.split, self.part.number, rows)
+        storage.delete(place)
+        return self.part, None
+
+
+def pack(task: Callable[[], object]) -> bytes:
+    """Return a task as bytes for a row of a Ray table; compression reduces file names to a fifth."""
+    return zlib.compress(pickle.dumps(task), level=1)
+
+
+def run_packed(batch: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
+    """Run one packed task on a worker; return its result or its StorageError, pickled.
 
     The error is returned as a value because Ray would pass on only its text and print a long traceback.
     """
-    part = Part.unpack(batch["part"][0])
-    storage.expect(source, destination)
+    task: Callable[[], object] = pickle.loads(zlib.decompress(batch["task"][0]))
     try:
-        record = _make(part, source, destination, size).model_dump_json()
-        storage.write_bytes(storage.join(destination, state, record_path(part.split, part.number)), record.encode())
+        result = task()
     except StorageError as error:
-        return _failed(error)
-    return {"made": [record], "error": [""]}
+        result = error
+    return {"result": [pickle.dumps(result)]}
 
 
-def drop_rows(batch: dict[str, NDArray[Any]], destination: str) -> dict[str, list[str]]:
-    """Remove the rows with the given ids from a shard in a Ray Data task.
-
-    Returns the rewritten shard as `made`, which is empty if no row is left, or a StorageError as `error`. The task is
-    idempotent: it ignores ids that were removed before.
-    """
-    shard, drop = Shard.model_validate_json(str(batch["shard"][0])), set(json.loads(str(batch["drop"][0])))
-    split, number = str(batch["split"][0]), int(batch["number"][0])
-    storage.expect(destination)
-    place = storage.join(destination, shard.path)
-    try:
-        rows = [row for row in read_shard(place) if row["id"] not in drop] if storage.exists(place) else []
-        if rows:
-            made = write_shard(destination, split, number, rows).model_dump_json()
-        else:
-            storage.delete(place)
-            made = ""
-    except StorageError as error:
-        return _failed(error)
-    return {"split": [split], "number": [str(number)], "made": [made], "error": [""]}
-
-
-def raise_failed(row: dict[str, Any]) -> None:
-    """Raise the error that a task returned, if any.
-
-    Raises:
-        StorageError: if the task returned an error; the subclass is the same as in the task.
-    """
-    if row["error"]:
-        kind, *parts = json.loads(row["error"])
-        kinds = (StoreFailedError, UnreachableError, FileError)
-        raise {cls.__name__: cls for cls in kinds}.get(kind, StorageError)(*parts)
-
-
-def _failed(error: StorageError) -> dict[str, list[str]]:
-    return {"made": [""], "error": [json.dumps([type(error).__name__, *error.args])]}
-
-
-def _make(part: Part, source: str, destination: str, size: int) -> Record:
-    with ThreadPoolExecutor(_REMOTE_THREADS if storage.is_remote(source) else _THREADS) as pool:
-        made = list(pool.map(lambda sample: make_row(source, sample, size), part.samples))
-    rows = [row for row, _, _ in made if row is not None]
-    return Record(
-        split=part.split,
-        number=part.number,
-        shard=write_shard(destination, part.split, part.number, rows) if rows else None,
-        rows=tuple(entry for _, entry, _ in made if entry is not None),
-        rejects=tuple(reject for _, _, rejects in made for reject in rejects),
-    )
-
-
-def make_row(source: str, sample: Sample, size: int) -> tuple[dict[str, Any] | None, RowRecord | None, list[Reject]]:
+def make_row(source: str, sample: Sample, size: int) -> tuple[StoredRow | None, RowRecord | None, list[Reject]]:
     """Return a row for a shard and its record (both None if the target is unusable), and the rejected files.
 
     A row with unusable line art or an unusable reference stays without that picture, because training can make both
@@ -179,15 +174,18 @@ def make_row(source: str, sample: Sample, size: int) -> tuple[dict[str, Any] | N
         files.append(path)
         if role == "target":
             digest = hashlib.sha256(data).hexdigest()
-    encoded = {role: encode_lossless(pictures[role]) if role in pictures else None for role in PICTURES}
-    row = {
-        "id": sample.id,
-        "split": sample.split,
-        **encoded,
-        "width": size,
-        "height": size,
-        "sha256": hashlib.sha256(encoded["target"] or b"").hexdigest(),
-    }
+    encoded = {role: encode_lossless(picture) for role, picture in pictures.items()}
+    row = StoredRow(
+        id=sample.id,
+        split=sample.split,
+        target=encoded["target"],
+        sketch=encoded.get("sketch"),
+        reference=encoded.get("reference"),
+        cross_reference=encoded.get("cross_reference"),
+        width=size,
+        height=size,
+        sha256=hashlib.sha256(encoded["target"]).hexdigest(),
+    )
     entry = RowRecord(
         id=sample.id, files=tuple(files), source_sha256=digest, content=content_hash(sample.id, sample.split, pictures)
     )

@@ -6,13 +6,13 @@ pipelines/data/stream.py reads the rows of a dataset; pipelines/data/ingest.py m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from animediffusion.pipelines.data.shards import to_parquet
+from animediffusion.pipelines.data.shards import StoredRow, to_parquet
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.storage import files as storage
 
@@ -80,7 +80,7 @@ class Manifest(_Part):
             return cls.model_validate_json(storage.read_bytes(place))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"]) or "it"
+            key = ".".join(str(part) for part in first["loc"]) or "the file"
             found = f"is not a dataset manifest ({key}: {first['msg']})"
             raise DataError(place, found, "ingest the source again, into a new place") from error
 
@@ -100,8 +100,8 @@ class Manifest(_Part):
         return self.splits[name]
 
 
-def write_shard(uri: str, split: str, number: int, rows: Sequence[Mapping[str, Any]]) -> Shard:
-    """Write rows (see pipelines/data/shards.py) as one shard of the dataset at `uri`; return its manifest entry."""
+def write_shard(uri: str, split: str, number: int, rows: Sequence[StoredRow]) -> Shard:
+    """Write rows as one shard of the dataset at `uri`; return its manifest entry."""
     data = to_parquet(rows)
     path = f"{split}/{number:05d}.parquet"
     storage.write_bytes(storage.join(uri, path), data)

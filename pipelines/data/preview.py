@@ -1,15 +1,15 @@
 """Preview of a dataset: the number of rows and rejects, and a contact sheet of some pictures.
 
-counts = show("workspace/data/faces64", out="sheet.png")
-counts["splits"]        # {"train": 2700, "val": 300}
+preview = show("workspace/data/faces64", out="sheet.png")
+preview.splits          # {"train": 2700, "val": 300}
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,22 @@ _BLANK = np.full((8, 8, 3), (238, 235, 230), np.uint8)
 Cells = dict[str, list[NDArray[np.uint8] | None]]
 
 
-def show(uri: str, out: str | None, rows: int = 8) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Preview:
+    """The counts of a dataset, as `data show --json` prints them."""
+
+    splits: dict[str, int]
+    """Number of rows by split."""
+    image_size: int | None
+    """Pixels of a side; None if the folder has no readable target."""
+    num_rejects: int
+    rejects: dict[str, int]
+    """Number of rejected files by reason, the most frequent reason first."""
+    sheet: str | None = None
+    """Path or URI of the contact sheet; None if none was written."""
+
+
+def show(uri: str, out: str | None, rows: int = 8) -> Preview:
     """Return the counts of a dataset or a synthesized folder, and write a contact sheet of its first val rows.
 
     The sheet shows the first split with rows if `val` is empty.
@@ -39,47 +54,40 @@ def show(uri: str, out: str | None, rows: int = 8) -> dict[str, Any]:
         out: path or URI of the PNG to write; None writes no PNG.
         rows: largest number of rows on the sheet.
 
-    Returns:
-        `splits` {name: rows}, `image_size`, `num_rejects`, `rejects` {reason: files}, `sheet` (out).
-
     Raises:
         DataError: if `uri` is neither a dataset nor such a folder.
         StorageError: if a file cannot be read or written.
     """
     if storage.exists(storage.join(uri, MANIFEST)):
-        counts, cells = _from_dataset(uri, rows)
+        preview, cells = _from_dataset(uri, rows)
     else:
-        counts, cells = _from_folder(uri, rows)
+        preview, cells = _from_folder(uri, rows)
     if out is not None:
         storage.write_bytes(out, encode_png(_sheet(cells)))
-    return {**counts, "sheet": out}
+    return replace(preview, sheet=out)
 
 
-def _from_dataset(uri: str, rows: int) -> tuple[dict[str, Any], Cells]:
+def _from_dataset(uri: str, rows: int) -> tuple[Preview, Cells]:
     manifest = Manifest.load(uri)
     sizes = {name: split.rows for name, split in manifest.splits.items()}
-    counts = {
-        "splits": sizes,
-        "image_size": manifest.image_size,
-        "num_rejects": manifest.num_rejects,
-        "rejects": _rejects(uri) if manifest.num_rejects else {},
-    }
+    rejects = _rejects(uri) if manifest.num_rejects else {}
+    preview = Preview(sizes, manifest.image_size, manifest.num_rejects, rejects)
     arrays = read_split(uri, _shown(uri, sizes), limit=rows)
     number = range(len(arrays["target"]))
     cells: Cells = {
         name: [arrays[name][i] if name not in _FLAGS or arrays[_FLAGS[name]][i] else None for i in number]
         for name in COLUMNS
     }
-    return counts, cells
+    return preview, cells
 
 
-def _from_folder(uri: str, rows: int) -> tuple[dict[str, Any], Cells]:
+def _from_folder(uri: str, rows: int) -> tuple[Preview, Cells]:
     targets = {} if "://" in uri else {p.parent.name: _pictures(p) for p in sorted(Path(uri).glob("*/target"))}
     sizes = {name: len(files) for name, files in targets.items()}
     files = targets[_shown(uri, sizes)][:rows]
     cells: Cells = {name: [_read(path.parent.parent / name / path.name) for path in files] for name in COLUMNS}
     size = next((len(picture) for picture in cells["target"] if picture is not None), None)
-    return {"splits": sizes, "image_size": size, "num_rejects": 0, "rejects": {}}, cells
+    return Preview(sizes, size, 0, {}), cells
 
 
 def _shown(uri: str, sizes: dict[str, int]) -> str:

@@ -1,12 +1,12 @@
 """The order in which a training run reads the rows of a dataset: pure arithmetic on row numbers.
 
-A run reads one endless stream of rows, epoch after epoch. The stream is cut into read blocks of equal length, called
-*visits*. Visit v goes to rank v % world_size, so all ranks have always read the same number of rows, and a run that
-resumes after n rows per rank needs only n to find all following rows.
+A run reads one endless stream of rows, epoch after epoch. The stream is cut into *read blocks* of equal length.
+Read block b goes to rank b % world_size, so all ranks have always read the same number of rows, and a run that resumes
+after n rows per rank needs only n to find all following rows.
 
     epoch 0                     epoch 1
     |groups in random order ... |groups in another order ...
-    |visit 0  |visit 1  |visit 2  |visit 3 ...                rows permuted inside each visit and epoch
+    |block 0  |block 1  |block 2  |block 3 ...                rows permuted inside each block and epoch
 
 A *group* is a series of neighboring rows in one shard, which one request reads. pipelines/data/stream.py does the
 reading.
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 GROUP_ROWS = 16
 """Rows of a group: neighbors on disk that stay together. A group is the smallest read, a Parquet row group."""
-MIN_VISIT_ROWS = 64
-MAX_VISIT_ROWS = 4096
-MAX_VISIT_BYTES = 32 * 2**20
+MIN_BLOCK_ROWS = 64
+MAX_BLOCK_ROWS = 4096
+MAX_BLOCK_BYTES = 32 * 2**20
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Visit:
+class ReadBlock:
     """One read block of a training run; its first `skip` rows were read before the run resumed."""
 
     number: int
@@ -44,35 +44,35 @@ class Stream:
     Attributes:
         shard_rows: rows of each shard; row numbers of the dataset count through the shards in this order.
         seed: seed of the order.
-        visit_rows: rows of every visit.
+        block_rows: rows of every read block.
     """
 
     shard_rows: tuple[int, ...]
     seed: int
-    visit_rows: int
+    block_rows: int
 
     def __post_init__(self) -> None:
-        if self.num_rows < 1 or self.visit_rows < 1:
-            raise ValueError(f"{self.num_rows} rows in visits of {self.visit_rows}: both must be at least 1")
+        if self.num_rows < 1 or self.block_rows < 1:
+            raise ValueError(f"{self.num_rows} rows in read blocks of {self.block_rows}: both must be at least 1")
 
     @property
     def num_rows(self) -> int:
         """Number of rows in one epoch."""
         return sum(self.shard_rows)
 
-    def rows(self, visit: Visit) -> tuple[Indices, Indices]:
-        """Return the rows of a visit after its skipped ones: positions in the stream, row numbers in the dataset."""
-        first = visit.number * self.visit_rows
+    def rows(self, block: ReadBlock) -> tuple[Indices, Indices]:
+        """Return the rows of a block without its skipped ones: positions in the stream, row numbers in the dataset."""
+        first = block.number * self.block_rows
         pieces = []
         at = first
-        while at < first + self.visit_rows:
+        while at < first + self.block_rows:
             epoch, offset = divmod(at, self.num_rows)
-            length = min(self.num_rows - offset, first + self.visit_rows - at)
+            length = min(self.num_rows - offset, first + self.block_rows - at)
             piece = self._in_group_order(epoch, offset, length)
-            pieces.append(np.random.default_rng((self.seed, epoch, visit.number)).permutation(piece))
+            pieces.append(np.random.default_rng((self.seed, epoch, block.number)).permutation(piece))
             at += length
-        positions = np.arange(first, first + self.visit_rows, dtype=np.int64)
-        return positions[visit.skip :], np.concatenate(pieces)[visit.skip :]
+        positions = np.arange(first, first + self.block_rows, dtype=np.int64)
+        return positions[block.skip :], np.concatenate(pieces)[block.skip :]
 
     def _in_group_order(self, epoch: int, offset: int, length: int) -> Indices:
         starts, stops = order(self.shard_rows, self.seed, epoch)
@@ -103,24 +103,24 @@ def groups(shard_rows: Sequence[int]) -> tuple[Indices, Indices]:
     return np.array(starts, np.int64), np.array(stops, np.int64)
 
 
-def visits(visit_rows: int, world_size: int, num_rows: int, start_rows: int = 0) -> list[Visit]:
-    """Return the visits that give every rank at least `num_rows` more rows after its first `start_rows` rows.
+def read_blocks(block_rows: int, world_size: int, num_rows: int, start_rows: int = 0) -> list[ReadBlock]:
+    """Return the read blocks that give every rank at least `num_rows` more rows after its first `start_rows` rows.
 
-    The number of visits is a multiple of `world_size`, and all ranks always have the same number of rows.
+    Their number is a multiple of `world_size`, and all ranks always have the same number of rows.
     """
-    first, skip = divmod(start_rows, visit_rows)
-    last = -(-(start_rows + num_rows) // visit_rows)
+    first, skip = divmod(start_rows, block_rows)
+    last = -(-(start_rows + num_rows) // block_rows)
     return [
-        Visit(number, skip if number < (first + 1) * world_size else 0)
+        ReadBlock(number, skip if number < (first + 1) * world_size else 0)
         for number in range(first * world_size, last * world_size)
     ]
 
 
-def choose_visit_rows(num_rows: int, num_bytes: int, world_size: int) -> int:
-    """Choose the rows per visit: one epoch divided by the number of ranks, bounded in rows and bytes.
+def choose_block_rows(num_rows: int, num_bytes: int, world_size: int) -> int:
+    """Choose the rows per read block: one epoch divided by the number of ranks, bounded in rows and bytes.
 
-    The result depends only on the dataset and the world size, so a resumed run has the same visits.
+    The result depends only on the dataset and the world size, so a resumed run has the same read blocks.
     """
-    by_bytes = MAX_VISIT_BYTES * num_rows // max(num_bytes, 1)
-    most = max(GROUP_ROWS, min(MAX_VISIT_ROWS, by_bytes))
-    return min(max(MIN_VISIT_ROWS, num_rows // world_size), most)
+    by_bytes = MAX_BLOCK_BYTES * num_rows // max(num_bytes, 1)
+    most = max(GROUP_ROWS, min(MAX_BLOCK_ROWS, by_bytes))
+    return min(max(MIN_BLOCK_ROWS, num_rows // world_size), most)

@@ -1,15 +1,11 @@
-"""Write and read the Parquet shards of a dataset.
-
-A row holds encoded pictures: `target`, and `sketch`, `reference` and `cross_reference` (null where they are missing).
-The other columns are `id`, `split`, `width` and `height` (pixels), and `sha256` (of the target's stored bytes).
-"""
+"""Write and read the Parquet shards of a dataset; a shard is a table of `StoredRow`s."""
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,14 +30,32 @@ SCHEMA = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
     ]
 )
+
+
+class StoredRow(NamedTuple):
+    """One row of a dataset; pictures are encoded, and None where they are missing."""
+
+    id: str
+    split: str
+    target: bytes
+    sketch: bytes | None
+    reference: bytes | None
+    cross_reference: bytes | None
+    width: int
+    """Width in pixels, the same for all pictures of the row."""
+    height: int
+    sha256: str
+    """sha256 of `target`, 64 hex digits."""
+
+
 STREAMED = ("id", *PICTURES)
 """Columns that training and evaluation read."""
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]]) -> pa.Buffer:
+def to_parquet(rows: Sequence[StoredRow]) -> pa.Buffer:
     """Return one shard as Parquet bytes, without Parquet compression because the pictures are already compressed."""
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    table = pa.table([*zip(*rows, strict=True)], schema=SCHEMA)
     pq.write_table(
         table,
         sink,
@@ -82,10 +96,9 @@ def read_rows(uri: str, version: str, rows: Sequence[int], columns: Sequence[str
     return table.take(pa.array(np.asarray(rows) - starts[group_of] + begins[which]))
 
 
-def read_shard(uri: str) -> list[dict[str, Any]]:
-    """Read all rows of one shard, in the form that to_parquet() takes."""
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
-    return rows
+def read_shard(uri: str) -> list[StoredRow]:
+    """Read all rows of one shard."""
+    return [StoredRow(**row) for row in pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()]
 
 
 @functools.lru_cache(maxsize=1024)

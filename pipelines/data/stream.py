@@ -22,7 +22,7 @@ import ray
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.data.manifest import Manifest, Shard
-from animediffusion.pipelines.data.read_order import Stream, Visit, choose_visit_rows, visits
+from animediffusion.pipelines.data.read_order import ReadBlock, Stream, choose_block_rows, read_blocks
 from animediffusion.pipelines.data.shards import PICTURES, STREAMED, read_rows
 from animediffusion.platform.cluster.ray_compat import pause_scheduling
 from animediffusion.platform.errors import StorageError
@@ -32,8 +32,8 @@ from animediffusion.platform.storage import files as storage
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
 """Pause in seconds after each step of Ray Data's scheduling loop, see pause_scheduling()."""
-MOST_VISITS = 16384
-"""Most reads of one Ray Data execution, because its driver holds an object for each read."""
+MOST_BLOCKS = 16384
+"""Most read blocks of one Ray Data execution, because its driver holds an object for each of them."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -59,8 +59,8 @@ def training_dataset(
         uri: the dataset.
         seed: seed of the order.
         world_size: number of ranks that share the rows.
-        num_rows: rows that every rank still needs. A rank gets up to one visit more; the total of all ranks is at most
-            MOST_VISITS visits.
+        num_rows: rows that every rank still needs. A rank gets up to one read block more; the total of all ranks is at
+            most MOST_BLOCKS read blocks.
         start_rows: rows that every rank read before, with the same dataset, seed and world size.
         split: name of the split.
 
@@ -71,15 +71,15 @@ def training_dataset(
     uri = storage.absolute(uri)
     shards = Manifest.load(uri).split(split).shards
     counts = tuple(shard.rows for shard in shards)
-    visit_rows = choose_visit_rows(sum(counts), sum(shard.num_bytes for shard in shards), world_size)
-    most_rows = max(1, MOST_VISITS // world_size - 1) * visit_rows
+    block_rows = choose_block_rows(sum(counts), sum(shard.num_bytes for shard in shards), world_size)
+    most_rows = max(1, MOST_BLOCKS // world_size - 1) * block_rows
     table = [
-        {"number": visit.number, "skip": visit.skip}
-        for visit in visits(visit_rows, world_size, min(num_rows, most_rows), start_rows)
+        {"number": block.number, "skip": block.skip}
+        for block in read_blocks(block_rows, world_size, min(num_rows, most_rows), start_rows)
     ]
-    source = _Source(uri, shards, Stream(counts, seed, visit_rows))
+    source = _Source(uri, shards, Stream(counts, seed, block_rows))
     rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
-        _read_visit, batch_size=1, fn_kwargs={"source": source}
+        _read_block, batch_size=1, fn_kwargs={"source": source}
     )
     rows.context.execution_options.preserve_order = True
     pause_scheduling(rows.context, SCHEDULING_PAUSE_S)
@@ -127,10 +127,10 @@ def read_split(uri: str, split: str, limit: int | None = None) -> Arrays:
     return arrays
 
 
-def _read_visit(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
+def _read_block(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
     storage.expect(source.uri)
-    visit = Visit(int(batch["number"][0]), int(batch["skip"][0]))
-    positions, rows = source.stream.rows(visit)
+    block = ReadBlock(int(batch["number"][0]), int(batch["skip"][0]))
+    positions, rows = source.stream.rows(block)
     return _read(source.uri, source.shards, rows).add_column(0, "position", pa.array(positions))
 
 

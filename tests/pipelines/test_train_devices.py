@@ -135,7 +135,7 @@ def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_an
     def few(work, gpu, world_size):
         from animediffusion.pipelines.data import stream
 
-        stream.MOST_VISITS = 4  # one of 64 rows for each rank: 32 steps of 2
+        stream.MOST_BLOCKS = 4  # one of 64 rows for each rank: 32 steps of 2
         return build(work, gpu, world_size)
 
     fit = module.build_trainer

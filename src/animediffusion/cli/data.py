@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -40,7 +40,7 @@ def data_ingest(
     val_fraction: Annotated[float, typer.Option(help="Share of val rows where no folder names a split.")] = 0.05,
 ) -> None:
     """Turn images into a dataset of Parquet shards; rerun to resume."""
-    from animediffusion.pipelines.data.ingest import over_ray, prepare
+    from animediffusion.pipelines.data.ingest import prepare
 
     console, settings = common.console(), common.settings()
     job = prepare(src, dst, size, pairs, val_fraction)
@@ -48,7 +48,7 @@ def data_ingest(
         console.note("continues an earlier ingest" if job.continues else "starting Ray")
         common.connect(settings)
     with console.progress("ingesting", "files") as progress:
-        manifest = job.run(progress, partial(over_ray, tell=console.note))
+        manifest = job.run(progress, console.note)
     splits = {name: split.rows for name, split in manifest.splits.items()}
     line = ", ".join(f"{name} {rows}" for name, rows in splits.items())
     state = "up to date" if job.done is not None else "ingested"
@@ -67,5 +67,5 @@ def data_show(
     from animediffusion.pipelines.data.preview import show
 
     console = common.console()
-    result = show(dst, out)
+    result = asdict(show(dst, out))
     console.result(result, console.facts(result))

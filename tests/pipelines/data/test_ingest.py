@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sources import fill, in_this_process, picture, without_ray
+from sources import fill, picture, without_ray
 
 from animediffusion.pipelines.data import ingest as ingesting
 from animediffusion.pipelines.data.ingest import STATE, choose_part_rows, ingest, prepare
 from animediffusion.pipelines.data.ingest_plan import IngestPlan, Sample, Samples
-from animediffusion.pipelines.data.ingest_task import Part, make_row
+from animediffusion.pipelines.data.ingest_task import make_row
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
@@ -133,7 +133,7 @@ def test_a_killed_ingest_continues_with_what_is_missing(
     destination = str(tmp_path / "dataset")
     job = prepare(source, destination, SIZE)
     with pytest.raises(KeyboardInterrupt):
-        job.run(stop_after(1 + 2), in_this_process)
+        without_ray(job, stop_after(1 + 2))
     (tmp_path / "dataset" / "train" / ".00003.parquet.0a1b2c3d.part").write_bytes(b"half")
     first = (tmp_path / "dataset" / "train" / "00000.parquet").stat().st_mtime_ns
     monkeypatch.setattr(ingesting, "MIN_PART_ROWS", 3)
@@ -258,14 +258,8 @@ def test_a_picture_keeps_its_middle_when_it_is_cropped(tmp_path: Path) -> None:
     assert row is not None
     assert entry is not None
     assert not aside
-    stored = np.array(Image.open(io.BytesIO(row["target"])))
+    stored = np.array(Image.open(io.BytesIO(row.target)))
     assert (stored[:, 2:-2] == (10, 200, 30)).all()
-
-
-def test_a_part_survives_its_way_to_a_worker() -> None:
-    part = Part("val", 3, (Sample("a", "val", "a.png", sketch="b.png"),))
-
-    assert Part.unpack(part.pack()) == part
 
 
 @pytest.mark.parametrize(("count", "size", "rows"), [(100, 64, 256), (40_000, 64, 625), (40_000, 512, 85)])

@@ -57,8 +57,9 @@ class Ends:
 
     def last_picture(self) -> str:
         """A file of the last part of train."""
-        parts = prepare("s3://bucket/faulty-source", self.healthy, SIZE).parts()
-        return [part for part in parts if part.split == "train"][-1].samples[0].target
+        job = prepare("s3://bucket/faulty-source", self.healthy, SIZE)
+        rows = [rows for part, rows in job.parts().items() if part.split == "train"][-1]
+        return job.plan.samples.take(rows)[0].target
 
     def num_records(self) -> int:
         names = list_files(self.healthy) if exists(self.healthy) else []
@@ -199,8 +200,8 @@ def test_a_killed_worker_is_replaced(
 
 
 def is_busy(process: psutil.Process) -> bool:
-    """Whether a process of the tests' own cluster makes a part."""
-    return "make_part" in " ".join(process.info["cmdline"] or ()) and os.getpid() in {p.pid for p in process.parents()}
+    """Whether a process of the tests' own cluster runs a task of an ingest."""
+    return "run_packed" in " ".join(process.info["cmdline"] or ()) and os.getpid() in {p.pid for p in process.parents()}
 
 
 def test_an_ingest_that_has_no_room_says_what_it_waits_for_and_ends_when_there_is(

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from animediffusion.pipelines.data.ingest_summary import Tally, find_twins
+from animediffusion.pipelines.data.ingest_summary import IngestSummary, find_duplicates
 from animediffusion.pipelines.data.ingest_task import Record, RowRecord
 from animediffusion.pipelines.data.manifest import Shard
 
@@ -41,29 +41,29 @@ def test_any_order_gives_the_sums_of_the_rows(seed: int) -> None:
     )
     kept = [row for row in rows if row.id not in same[1:]]
     random.Random(seed).shuffle(parts)
-    tally = Tally((), shared=False)
+    summary = IngestSummary((), shared=False)
 
     for part in parts:
-        tally.add(part)
-    repeated = tally.repeated()
-    twins = find_twins([part for part in parts if (part.split, part.number) in repeated], repeated)
-    for key, dropped in twins.items():
-        tally.drop(key, dropped)
+        summary.add(part)
+    repeated = summary.repeated()
+    duplicates = find_duplicates([part for part in parts if part.part in repeated], repeated)
+    for key, dropped in duplicates.items():
+        summary.drop(key, dropped)
 
-    assert sorted(twin.row.id for dropped in twins.values() for twin in dropped) == sorted(same[1:])
-    assert tally.num_rows == len(kept)
-    assert tally.num_used() == 2 * len(kept)
-    assert len(tally.rejects()) == 2 * len(same[1:])
-    assert tally.content_hash() == hashlib.sha256("".join(sorted(row.content for row in kept)).encode()).hexdigest()
-    assert tally.splits()["train"].rows == len(rows)
+    assert sorted(one.row.id for dropped in duplicates.values() for one in dropped) == sorted(same[1:])
+    assert summary.num_rows == len(kept)
+    assert summary.num_used() == 2 * len(kept)
+    assert len(summary.rejects()) == 2 * len(same[1:])
+    assert summary.content_hash() == hashlib.sha256("".join(sorted(row.content for row in kept)).encode()).hexdigest()
+    assert summary.splits()["train"].rows == len(rows)
 
 
 def test_a_digest_that_ends_in_zeros_counts_in_full() -> None:
     contents = [np.random.default_rng(n).bytes(30).hex() + "0000" for n in range(5)]
     rows = tuple(RowRecord(id=c, files=(c,), source_sha256=digest(c), content=c) for c in contents)
-    tally = Tally((), shared=True)
+    summary = IngestSummary((), shared=True)
 
-    tally.add(Record(split="val", number=0, shard=None, rows=rows, rejects=()))
+    summary.add(Record(split="val", number=0, shard=None, rows=rows, rejects=()))
 
-    assert tally.content_hash() == hashlib.sha256("".join(sorted(contents)).encode()).hexdigest()
-    assert tally.num_used() == 5
+    assert summary.content_hash() == hashlib.sha256("".join(sorted(contents)).encode()).hexdigest()
+    assert summary.num_used() == 5

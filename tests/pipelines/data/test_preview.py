@@ -7,6 +7,7 @@ import pytest
 
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
 from animediffusion.pipelines.data.preview import show
+from animediffusion.pipelines.data.shards import StoredRow
 from animediffusion.pipelines.synthetic.dataset import make_row, synthesize
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.codec import decode_rgb, encode_lossless
@@ -14,7 +15,7 @@ from animediffusion.platform.images.codec import decode_rgb, encode_lossless
 
 def encoded(index, **without):
     row = {name: encode_lossless(array) for name, array in make_row(0, index, 32)._asdict().items()}
-    return {"id": f"{index}", "split": "val", "width": 32, "height": 32, "sha256": f"{index:064d}", **row, **without}
+    return StoredRow(id=f"{index}", split="val", width=32, height=32, sha256=f"{index:064d}", **{**row, **without})
 
 
 def write_dataset(folder, rows, rejects=()):
@@ -31,9 +32,9 @@ def write_dataset(folder, rows, rejects=()):
 def test_a_drawn_folder_is_counted_and_shown(tmp_path):
     synthesize(str(tmp_path / "faces"), 12, size=32)
     counts = show(str(tmp_path / "faces"), str(tmp_path / "sheet.png"))
-    assert counts["splits"] == {"train": 10, "val": 2}
-    assert counts["image_size"] == 32
-    assert counts["rejects"] == {}
+    assert counts.splits == {"train": 10, "val": 2}
+    assert counts.image_size == 32
+    assert counts.rejects == {}
     sheet = decode_rgb((tmp_path / "sheet.png").read_bytes())
     assert sheet.shape[1] > 4 * 128
     assert 2 * 128 < sheet.shape[0] < 4 * 128
@@ -42,9 +43,9 @@ def test_a_drawn_folder_is_counted_and_shown(tmp_path):
 def test_a_dataset_is_counted_with_its_rejects(tmp_path):
     write_dataset(tmp_path, [encoded(0), encoded(1)], ["truncated", "empty", "truncated"])
     counts = show(str(tmp_path), str(tmp_path / "out" / "sheet.png"))
-    assert counts["splits"] == {"train": 0, "val": 2}
-    assert counts["num_rejects"] == 3
-    assert counts["rejects"] == {"truncated": 2, "empty": 1}
+    assert counts.splits == {"train": 0, "val": 2}
+    assert counts.num_rejects == 3
+    assert counts.rejects == {"truncated": 2, "empty": 1}
     assert (tmp_path / "out" / "sheet.png").exists()
 
 
@@ -60,7 +61,7 @@ def test_columns_nobody_has_are_left_out_and_missing_cells_are_blank(tmp_path):
 def test_without_out_nothing_is_written(tmp_path):
     synthesize(str(tmp_path / "faces"), 2, size=16)
     before = sorted(tmp_path.rglob("*"))
-    assert show(str(tmp_path / "faces"), None)["sheet"] is None
+    assert show(str(tmp_path / "faces"), None).sheet is None
     assert sorted(tmp_path.rglob("*")) == before
 
 

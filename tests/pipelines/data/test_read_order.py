@@ -5,32 +5,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from animediffusion.pipelines.data.read_order import Stream, Visit, choose_visit_rows, groups, order, visits
+from animediffusion.pipelines.data.read_order import ReadBlock, Stream, choose_block_rows, groups, order, read_blocks
 
 SHARDS = st.lists(st.integers(1, 70), min_size=1, max_size=5).map(tuple)
 
 
 def positions_of_rank(stream: Stream, rank: int, world_size: int, num_rows: int, start_rows: int = 0) -> list[int]:
     """What streaming_split(equal=True) gives one rank: every world_size-th block."""
-    table = visits(stream.visit_rows, world_size, num_rows, start_rows)
-    return np.concatenate([stream.rows(visit)[0] for visit in table[rank::world_size]])[:num_rows].tolist()
+    table = read_blocks(stream.block_rows, world_size, num_rows, start_rows)
+    return np.concatenate([stream.rows(block)[0] for block in table[rank::world_size]])[:num_rows].tolist()
 
 
 @given(SHARDS, st.integers(1, 100), st.integers(0, 3))
-def test_every_row_comes_once_per_epoch(shards: tuple[int, ...], visit_rows: int, epoch: int) -> None:
-    stream = Stream(shards, seed=1, visit_rows=visit_rows)
+def test_every_row_comes_once_per_epoch(shards: tuple[int, ...], block_rows: int, epoch: int) -> None:
+    stream = Stream(shards, seed=1, block_rows=block_rows)
     size = stream.num_rows
-    needed = range((epoch + 1) * size // visit_rows + 1)
-    rows = np.concatenate([stream.rows(Visit(number))[1] for number in needed])
+    needed = range((epoch + 1) * size // block_rows + 1)
+    rows = np.concatenate([stream.rows(ReadBlock(number))[1] for number in needed])
 
     assert sorted(rows[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 @given(SHARDS, st.integers(1, 100), st.integers(1, 4), st.integers(0, 300))
 def test_a_resume_continues_each_rank_where_it_was(
-    shards: tuple[int, ...], visit_rows: int, world_size: int, taken: int
+    shards: tuple[int, ...], block_rows: int, world_size: int, taken: int
 ) -> None:
-    stream = Stream(shards, seed=3, visit_rows=visit_rows)
+    stream = Stream(shards, seed=3, block_rows=block_rows)
 
     for rank in range(world_size):
         whole = positions_of_rank(stream, rank, world_size, taken + 50)
@@ -39,13 +39,13 @@ def test_a_resume_continues_each_rank_where_it_was(
 
 @given(st.integers(1, 100), st.integers(1, 4), st.integers(1, 500), st.integers(0, 300))
 def test_all_ranks_get_the_same_number_of_rows_and_enough(
-    visit_rows: int, world_size: int, num_rows: int, taken: int
+    block_rows: int, world_size: int, num_rows: int, taken: int
 ) -> None:
-    table = visits(visit_rows, world_size, num_rows, taken)
+    table = read_blocks(block_rows, world_size, num_rows, taken)
 
-    given_rows = [sum(visit_rows - visit.skip for visit in table[rank::world_size]) for rank in range(world_size)]
+    given_rows = [sum(block_rows - block.skip for block in table[rank::world_size]) for rank in range(world_size)]
     assert len(set(given_rows)) == 1
-    assert num_rows <= given_rows[0] < num_rows + visit_rows
+    assert num_rows <= given_rows[0] < num_rows + block_rows
 
 
 def test_groups_stay_inside_their_shard() -> None:
@@ -63,21 +63,21 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert first != seed
 
 
-def test_a_visit_reads_few_groups() -> None:
-    stream = Stream((256, 256, 200), seed=0, visit_rows=64)
+def test_a_read_block_reads_few_groups() -> None:
+    stream = Stream((256, 256, 200), seed=0, block_rows=64)
 
-    touched = {int(row) // 8 for row in stream.rows(Visit(2))[1]}  # groups of 16 start at multiples of 8 here
+    touched = {int(row) // 8 for row in stream.rows(ReadBlock(2))[1]}  # groups of 16 start at multiples of 8 here
     assert len(touched) <= 2 * (64 // 16 + 2)
 
 
-def test_visits_are_bounded_in_rows_and_bytes() -> None:
-    assert choose_visit_rows(16, 16_000, 2) == 64
-    assert choose_visit_rows(500, 5_000_000, 2) == 250
-    assert choose_visit_rows(100_000, 500_000_000, 2) == 4096
-    assert 3000 < choose_visit_rows(100_000, 1_000_000_000, 2) < 4096
-    assert choose_visit_rows(100_000, 100_000 * 10**7, 2) == 16
+def test_read_blocks_are_bounded_in_rows_and_bytes() -> None:
+    assert choose_block_rows(16, 16_000, 2) == 64
+    assert choose_block_rows(500, 5_000_000, 2) == 250
+    assert choose_block_rows(100_000, 500_000_000, 2) == 4096
+    assert 3000 < choose_block_rows(100_000, 1_000_000_000, 2) < 4096
+    assert choose_block_rows(100_000, 100_000 * 10**7, 2) == 16
 
 
 def test_a_stream_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Stream((), seed=0, visit_rows=64)
+        Stream((), seed=0, block_rows=64)

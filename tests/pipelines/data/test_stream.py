@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
+from animediffusion.pipelines.data.shards import StoredRow
 from animediffusion.pipelines.data.stream import decode_rows, read_split, training_dataset
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.codec import encode_lossless
@@ -17,23 +18,23 @@ from animediffusion.platform.storage.files import join, read_bytes, write_bytes
 SIZE = 8
 
 
-def row(number: int, split: str, *, complete: bool) -> dict[str, Any]:
+def row(number: int, split: str, *, complete: bool) -> StoredRow:
     target = encode_lossless(np.full((SIZE, SIZE, 3), number, np.uint8))
     other = {
         "sketch": encode_lossless(np.full((SIZE, SIZE), 255 - number, np.uint8)),
         "reference": encode_lossless(np.full((SIZE, SIZE, 3), number + 100, np.uint8)),
     }
-    return {
-        "id": f"{split}-{number}",
-        "split": split,
-        "target": target,
-        "sketch": other["sketch"] if complete else None,
-        "reference": other["reference"] if complete else None,
-        "cross_reference": None,
-        "width": SIZE,
-        "height": SIZE,
-        "sha256": hashlib.sha256(target).hexdigest(),
-    }
+    return StoredRow(
+        id=f"{split}-{number}",
+        split=split,
+        target=target,
+        sketch=other["sketch"] if complete else None,
+        reference=other["reference"] if complete else None,
+        cross_reference=None,
+        width=SIZE,
+        height=SIZE,
+        sha256=hashlib.sha256(target).hexdigest(),
+    )
 
 
 def write_dataset(uri: str, **shard_rows: tuple[int, ...]) -> None:

@@ -25,6 +25,7 @@ from animediffusion.models.network.attention import use_attention
 from animediffusion.models.network.unet import UNetConfig
 from animediffusion.models.training.ema import pack, read_averages
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
+from animediffusion.pipelines.data.shards import StoredRow
 from animediffusion.pipelines.evaluation.measure import load_rows, measure
 from animediffusion.pipelines.evaluation.point import Point
 from animediffusion.pipelines.release import promote as release
@@ -94,8 +95,9 @@ def data(tmp_path: Path) -> str:
         }
         sketch = encode_lossless(np.full((SIZE, SIZE), 255, np.uint8))
         digest = hashlib.sha256(pictures["target"]).hexdigest()
-        shape = {"width": SIZE, "height": SIZE, "sha256": digest}
-        rows.append({"id": f"{number}", "split": "val", "sketch": sketch, **pictures, **shape})
+        rows.append(
+            StoredRow(id=f"{number}", split="val", sketch=sketch, **pictures, width=SIZE, height=SIZE, sha256=digest)
+        )
     uri = str(tmp_path / "data")
     splits = {"val": Split(rows=8, shards=(write_shard(uri, "val", 0, rows),))}
     Manifest(
