@@ -230,6 +230,20 @@ def test_what_a_command_would_not_use_is_refused(command):
     assert (code, err) == (2, ["error: data: given twice; give it once"])
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("colorize a.png --reference b.png --reference c.png --out o", "--reference"),
+        ("colorize a.png --reference b.png --out o --seed=1 --seed=2", "--seed"),
+        ("models promote 1 --force --why --force --why again", "--why"),
+        ("tune sampler m d --register --no-register", "--register"),
+        ("data ingest a b --size 32 --size 64", "--size"),
+    ],
+)
+def test_an_option_given_twice_is_refused(command, words, option):
+    assert command(*words.split()) == (2, [], [f"error: {option}: given twice; give it once"])
+
+
 def test_a_misspelled_variable_is_one_warning(command, monkeypatch):
     monkeypatch.setenv("ANIMEDIFFUSION_KEY", "x")
     code, _, err = command("models", "list")

@@ -183,6 +183,11 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+for _group in (app, data.data, tune.tune, models.models, serve.keys, jobs.jobs):
+    for _registered in _group.registered_commands:
+        _registered.cls = common.Command
+
+
 @app.callback()
 def _root(
     version: Annotated[

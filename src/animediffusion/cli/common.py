@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
+from typer.core import TyperCommand
+
 from animediffusion.console import Console
 
 if TYPE_CHECKING:
@@ -15,6 +17,20 @@ if TYPE_CHECKING:
 
 group = partial(typer.Typer, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 """Make a group of commands."""
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice, of which the parser would use the last without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        from animediffusion.platform.errors import ConfigError
+
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if option.param_type_name == "option" and given.count(option) > 1:
+                raise ConfigError(option.opts[0], "given twice", "give it once")
+        return super().parse_args(ctx, args)
 
 
 class Common(NamedTuple):
