@@ -4,10 +4,10 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench soak
+.PHONY: help install demo test test-fast check bench soak
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:  ## install the package and its tools into .venv
 	@.ci/setup
@@ -15,11 +15,15 @@ install:  ## install the package and its tools into .venv
 demo: install  ## run every stage once, then serve the page; ARGS="--no-serve" skips the page
 	@$(BIN)/animediffusion demo $(ARGS)
 
-# Two processes, each with its own Ray: most of the time is spent waiting for Ray's processes to start. All tests of a
-# file run in one process, in the order of tests/conftest.py.
+# Two processes, one of which has the Ray cluster; tests/conftest.py says which tests run together, and in which order.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+
 test:  ## run all tests; ARGS="tests/serve -x" runs some of them
 	@.ci/setup tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-fast: install  ## run the tests that need no Ray, no other program and less than 5 s each
+	@$(PYTEST) -m "not ray and not browser and not slow" $(ARGS)
 
 check: install  ## check style, types and spelling
 	@$(BIN)/ruff check --quiet .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import hypothesis
@@ -23,21 +24,34 @@ from animediffusion.platform.images.codec import encode_lossless
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
+TESTS = Path(__file__).parent
 LONGEST = (
-    "test_walkthrough.py",
-    "test_cluster_faults.py",
+    "docs/test_walkthrough.py",
+    "ray",
+    "pipelines/test_cluster_faults.py",
+    "infra/test_live.py",
+    "platform/cluster/test_jobs.py",
     "test_demo.py",
-    "test_jobs.py",
-    "test_driver.py",
-    "test_live.py",
-    "test_schedule_search.py",
 )
-"""Test files that take minutes."""
+"""Groups of tests that take minutes, the longest first."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first: a file runs in one process, and the short files then balance the two processes."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Make groups of tests, each of which runs in one process, in the order in which they should begin.
+
+    The tests that use the shared Ray are one group, so that only one process has one. The tests of a file are a group
+    otherwise, because they share fixtures. The longest groups begin first; the short ones then balance the processes.
+    """
+    order = {}
+    for item in items:
+        uses_ray = "ray_cluster" in item.fixturenames  # type: ignore[attr-defined]
+        group = "ray" if uses_ray else item.path.relative_to(TESTS).as_posix()
+        if uses_ray:
+            item.add_marker(pytest.mark.ray)
+        item.add_marker(pytest.mark.xdist_group(group))
+        order[item] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
+    items.sort(key=order.__getitem__)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,29 +37,34 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("with_data", [False, True], ids=["drawn", "data"])
-def test_every_picture_of_the_text_is_drawn_and_small(
+def test_every_picture_of_the_text_is_drawn(
     pictures, bundle, faces_dataset, tmp_path, monkeypatch, with_data
 ):
     arguments = ["--model", str(bundle), "--out", str(tmp_path)] + (["--data", faces_dataset] if with_data else [])
     monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments])
+    monkeypatch.setattr(pictures, "LIMIT", 2**21)  # an untrained model draws noise, and fewer colors take minutes
     pictures.main()
     told = set(re.findall(r"images/(method-\w+\.png)", (DOCS / "method.md").read_text()))
     drawn = {path.name for path in tmp_path.iterdir()}
     assert len(drawn) == 5
     assert told >= drawn
     for name in drawn:
-        data = (tmp_path / name).read_bytes()
-        assert len(data) <= pictures.LIMIT
-        assert len(np.unique(decode_rgb(data).reshape(-1, 3), axis=0)) > 100
+        assert len(np.unique(decode_rgb((tmp_path / name).read_bytes()).reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_pictures_of_the_text_are_small(pictures):
+    drawn = list((DOCS / "images").glob("method-*.png"))
+    assert len(drawn) >= 5
+    assert [path.name for path in drawn if path.stat().st_size > pictures.LIMIT] == []
 
 
 def test_a_picture_too_large_gets_fewer_colors_and_then_is_refused(pictures, tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    monkeypatch.setattr(pictures, "LIMIT", 150_000)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    monkeypatch.setattr(pictures, "LIMIT", 17_000)
     pictures.save(noise, tmp_path / "noise.png")
     kept = decode_rgb((tmp_path / "noise.png").read_bytes())
     assert kept.shape == noise.shape
     assert len(np.unique(kept.reshape(-1, 3), axis=0)) <= 256
-    monkeypatch.setattr(pictures, "LIMIT", 10_000)
-    with pytest.raises(ValueError, match="at most 10000"):
+    monkeypatch.setattr(pictures, "LIMIT", 1_000)
+    with pytest.raises(ValueError, match="at most 1000"):
         pictures.save(noise, tmp_path / "noise.png")
