@@ -340,6 +340,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_module_and_every_data_file(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"animediffusion/{path.relative_to(PACKAGE)}" for path in SOURCES if PACKAGE in path.parents}
@@ -360,6 +361,7 @@ def test_the_wheel_has_every_module_and_every_data_file(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     installed = tmp_path / "installed"
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]

@@ -37,9 +37,7 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("with_data", [False, True], ids=["drawn", "data"])
-def test_every_picture_of_the_text_is_drawn(
-    pictures, bundle, faces_dataset, tmp_path, monkeypatch, with_data
-):
+def test_every_picture_of_the_text_is_drawn(pictures, bundle, faces_dataset, tmp_path, monkeypatch, with_data):
     arguments = ["--model", str(bundle), "--out", str(tmp_path)] + (["--data", faces_dataset] if with_data else [])
     monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments])
     monkeypatch.setattr(pictures, "LIMIT", 2**21)  # an untrained model draws noise, and fewer colors take minutes

@@ -73,6 +73,7 @@ def test_compose_and_kubernetes_migrate_the_same(services: dict) -> None:
     assert uri.partition("://")[0] == mlflow_environment("x://y", {})["MLFLOW_BACKEND_STORE_URI"].partition("://")[0]
 
 
+@pytest.mark.slow
 def test_a_database_of_an_older_mlflow_is_migrated() -> None:
     with postgres() as database:
         variables = mlflow_environment(database, {})

@@ -11,6 +11,7 @@ def outputs(denoiser, batch):
     return denoiser(batch.target, torch.full((ROWS,), 0.5), condition) + condition.guess.mean()
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_images_and_gradients(new_denoiser, new_batch):
     batch, plain, fast = new_batch(ROWS), new_denoiser(), compiled(new_denoiser(), backend="aot_eager")
     expected, found = outputs(plain, batch), outputs(fast, batch)

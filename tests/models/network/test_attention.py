@@ -59,15 +59,18 @@ def cards():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_auto_takes_xformers_exactly_where_xformers_itself_does(cards):
     assert [one for one in cards["answers"] if one["ours"] != one["refused"]] == []
 
 
+@pytest.mark.slow
 def test_whatever_xformers_refuses_runs_on_torch(cards):
     ran = {(one["refused"], one["ran"]) for one in cards["answers"] if not one["trained"]}
     assert ran == {(True, "sdpa"), (False, "xformers")}
 
 
+@pytest.mark.slow
 def test_every_recipe_runs_on_xformers_on_every_card_in_the_precision_it_has_kernels_for(cards):
     odd = {str(inputs) for inputs in xformers_cards.ODD}
     refused = {(one["card"], one["dtype"]) for one in cards["answers"] if one["inputs"] not in odd and one["refused"]}
@@ -77,6 +80,7 @@ def test_every_recipe_runs_on_xformers_on_every_card_in_the_precision_it_has_ker
     assert asked == set(itertools.product(xformers_cards.CARDS, ("float32", "bfloat16")))
 
 
+@pytest.mark.slow
 def test_doctor_names_what_xformers_misses(cards):
     if torch.version.cuda is None:  # the library of xformers needs a torch with CUDA
         assert cards["installed"].startswith("sdpa (not xformers: its library does not load with torch")

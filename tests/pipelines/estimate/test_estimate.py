@@ -75,6 +75,7 @@ def tried(facts):
     return facts["estimate"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_two_workers_without_ray_and_writes_nothing(facts, tried, settings):
     assert (facts["config"]["batch_size"], facts["num_parameters"] > 0) == (4, True)
     assert (tried["possible"], tried["device"]) == (True, "cpu")
@@ -86,6 +87,7 @@ def test_a_dry_run_tries_two_workers_without_ray_and_writes_nothing(facts, tried
     assert not settings.workspace.exists()
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_those_of_the_network(tried, work):
     with torch.device("meta"):
         network = work().config.bundle_config(32).build()
@@ -96,6 +98,7 @@ def test_memory_and_disk_are_those_of_the_network(tried, work):
     assert tried["memory_mb"] > 2 * tried["memory_per_worker_mb"]
 
 
+@pytest.mark.slow
 def test_many_rows_take_longer_and_need_more_memory(tried, work):
     more = estimate(work("num_workers=1", "batch_size=512"), timed_s=0.5)
     assert more["rows_per_worker"] == 512
@@ -166,6 +169,7 @@ def test_on_cpus_nothing_is_compared_with_a_card(work):
     assert (found["gpu_memory_mb"], found["workers_that_fit"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_every_number_that_is_printed_has_a_unit(tried):
     shown = lines(tried)
     assert yaml.safe_load("\n".join(shown)) is None
