@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
-
 from typer.core import TyperCommand
 
 from animediffusion.console import Console
