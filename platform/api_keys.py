@@ -48,7 +48,7 @@ class Key(Config):
     created: str
     """Time of creation, ISO 8601, UTC."""
     revoked: str | None = None
-    """Time of revocation; None for an active key."""
+    """Time of revocation, ISO 8601, UTC; None for an active key."""
 
 
 class KeyFile(Config):
@@ -95,7 +95,7 @@ class Keys:
         def add(old: bytes | None) -> bytes:
             keys = self._parse(old).keys
             if any(key.name == name and key.revoked is None for key in keys):
-                raise ConfigError(f"key {name!r}", "exists already", "choose another name, or revoke it first")
+                raise ConfigError(f"key {name!r}", "already exists", "choose another name, or revoke the key first")
             return _dump(KeyFile(keys=(*keys, entry)))
 
         update(self.uri, add)
@@ -126,8 +126,8 @@ class Keys:
             return KeyFile.check(json.loads(data))
         except (ValueError, TypeError, ConfigError):
             # The error leaves out the content and the exception chain: the file may hold a key by mistake.
-            what_to_do = "restore it, or remove it and make new keys"
-            raise ConfigError(self.uri, "is not a file of keys", what_to_do) from None
+            what_to_do = "restore it, or delete it and create new keys"
+            raise ConfigError(self.uri, "is not a key file", what_to_do) from None
 
 
 class Keyring:
@@ -150,9 +150,9 @@ class Keyring:
         self.is_closed = False
         """Whether clients need a key. It becomes True once the file has a key, and then stays True."""
         if self._keys is not None:
-            self._take(self._keys.entries())
+            self._use(self._keys.entries())
         if is_closed and not self._names:
-            log.warning("no API key in %s: nobody is let in until there is one", uri)
+            log.warning("no API key in %s: all requests are rejected until you create one", uri)
         self.is_closed = self.is_closed or is_closed
 
     def name_of(self, text: str) -> str | None:
@@ -168,9 +168,9 @@ class Keyring:
         if self._keys is None:
             return
         try:
-            self._take(self._keys.entries())
+            self._use(self._keys.entries())
         except AnimeDiffusionError as error:
-            self._stay(str(error))
+            self._keep(str(error))
 
     @contextmanager
     def watching(self, period_s: float = REFRESH_S) -> Iterator[None]:
@@ -192,15 +192,15 @@ class Keyring:
         finally:
             stop.set()
 
-    def _stay(self, problem: str) -> None:
+    def _keep(self, problem: str) -> None:
         """Keep the known keys and log the reason once."""
         if problem != self._problem:
-            log.warning("the API keys stay as they were: %s", problem)
+            log.warning("the server keeps the API keys that it has read before: %s", problem)
         self._problem = problem
 
-    def _take(self, entries: tuple[Key, ...]) -> None:
+    def _use(self, entries: tuple[Key, ...]) -> None:
         if not entries and self.is_closed:
-            self._stay("the file is gone or empty")
+            self._keep("the key file is missing or empty")
             return
         self._problem = ""
         self._names = {key.sha256.encode(): key.name for key in entries if key.revoked is None}

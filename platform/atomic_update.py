@@ -4,8 +4,8 @@
     update("s3://bucket/keys.json", lambda old: add(old, entry))
 
 A local file is locked during the update, and only its owner may read it (mode 0600). An object store has no locks: its
-write is conditional on the version that was read (If-Match) and is retried from the new version if another process was
-faster. AWS, MinIO and moto support conditional writes. Not here: the meaning of the bytes.
+write is conditional on the version that was read (If-Match), and if another process was faster, the update is repeated
+with the new version. AWS, MinIO and moto support conditional writes. Not here: the meaning of the bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ Change = Callable[[bytes | None], bytes]
 """Maps the old content, None if there is no file, to the new content; may be called several times."""
 
 ATTEMPTS = 20
+"""Number of attempts to write an object that other processes change, too."""
 OWNER_ONLY = 0o600
+"""Mode of the file and of its lock file."""
 
 
 def update(uri: str, change: Change) -> None:
@@ -79,11 +81,11 @@ def _update_object(uri: str, change: Change) -> None:
             time.sleep(random.uniform(0, 0.2))
     except (BotoCoreError, ClientError) as error:
         raise StorageError(uri, " ".join(str(error).split())[:300], "check the store and its policy") from error
-    raise StorageError(uri, f"was changed by others {ATTEMPTS} times in between", "try again")
+    raise StorageError(uri, f"was changed by other processes during all {ATTEMPTS} attempts", "try again")
 
 
 def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, str]]:
-    """Return the content of an object and the condition for replacing it."""
+    """Return the content of an object, None if it does not exist, and the condition for replacing it."""
     try:
         found = client.get_object(Bucket=bucket, Key=key)
     except client.exceptions.NoSuchKey:
@@ -92,7 +94,7 @@ def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, s
 
 
 def _write(client: Any, bucket: str, key: str, data: bytes, condition: dict[str, str]) -> bool:
-    """Write an object; return False if the condition does not hold any more."""
+    """Write an object; return False if another process has written it since it was read."""
     try:
         client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
     except ClientError as error:

@@ -23,7 +23,7 @@ from animediffusion.platform.storage.local_files import expanded
 
 ENV_PREFIX = "ANIMEDIFFUSION_"
 _MODEL_NAME = re.compile(r"""[^/:@.%"'\0-\x1f]{1,80}""")
-"""What MLflow allows, without the @ of a reference, and short enough for the name of a folder."""
+"""Names that MLflow allows, without @, which separates an alias, and short enough for the name of a folder."""
 _OTHER_VARIABLES = ("API_KEY", "MAX_BODY_BYTES", "STORAGE_PATIENCE_S")
 """Variables, named without the prefix, that other modules read; `Settings` reads all the rest."""
 
@@ -74,7 +74,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = _load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read", "give an existing YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter for bytes that are not UTF-8, and for !!int x
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or !!int x
         raise ConfigError(str(path), f"is not YAML ({str(error).splitlines()[0]})", "write key: value lines") from error
     if not isinstance(value, dict):
         raise ConfigError(str(path), f"holds a {type(value).__name__}", "write key: value lines")
@@ -119,7 +119,7 @@ def _parse(kind: Any, key: str, value: str) -> Any:
         if re.search(r"(^|\s)#", value):
             raise yaml.YAMLError("it has a comment")
         return _load(value)
-    except (yaml.YAMLError, ValueError) as error:  # the latter for !!int x
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: !!int x
         raise ConfigError(key, f"{value!r} is not YAML", "write a number, a word or a [list]") from error
 
 
@@ -152,7 +152,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> ConfigError:
         hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(names)}"
         return ConfigError(path, "unknown key", hint)
     if first["type"] in ("missing", "missing_argument"):
-        return ConfigError(path, "is not set", f"add {path}=...")
+        return ConfigError(path, "is not set", f"add {path}=VALUE")
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         return ConfigError(path, f"{first['input']} is read as a number", "write it in quotes")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -218,7 +218,7 @@ class Settings(Config):
     @classmethod
     def _check_model_name(cls, name: str) -> str:
         if not _MODEL_NAME.fullmatch(name) or name.strip() != name:
-            raise ValueError("1 to 80 characters, none of / : @ . % and quotes, no space at an end")
+            raise ValueError("write 1 to 80 characters, none of them / : @ . % or a quote, and no space at either end")
         return name
 
     @classmethod

@@ -33,12 +33,14 @@ from animediffusion.platform.tracking import run as tracking
 
 OPTIONAL_PACKAGES = ("xformers", "torchvision")
 PYTHONS = ((3, 11), (3, 13))
+"""The oldest and the newest supported version of Python."""
 MIN_FREE_BYTES = 5 * 1024**3
+"""Free disk space of the workspace below which the check fails."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check."""
+    """The result of one check, with details or the problem in one line."""
 
     name: str
     ok: bool
@@ -51,7 +53,7 @@ Probe = Callable[[], Check]
 def checks(
     settings: Settings,
     probes: Iterable[Probe] = (),
-    device: Callable[[], str] = lambda: "not asked",
+    device: Callable[[], str] = lambda: "not checked",
     store: str | None = None,
 ) -> list[Check]:
     """Run all checks and return their results in reading order; no check raises or takes more than some seconds.
@@ -91,7 +93,7 @@ def _on_all_nodes(settings: Settings, device: Callable[[], str], store: str | No
 
 def _store(folder: str) -> Check:
     wrong = node_report.write_and_read(folder)
-    return Check("store", wrong is None, f"{folder} {wrong or 'is written and read'}")
+    return Check("store", wrong is None, f"{folder} {wrong or 'can be written and read'}")
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,16 @@ def _workspace(settings: Settings) -> Check:
     except OSError as error:
         return Check("workspace", False, f"{folder} cannot be written ({error.strerror})")
     free = psutil.disk_usage(str(existing)).free
-    detail = f"{folder}, {free / 2**30:.1f} GiB free" + ("" if existing == folder else ", made when first used")
+    detail = f"{folder}, {free / 2**30:.1f} GiB free" + (
+        "" if existing == folder else ", will be created when it is needed"
+    )
     return Check("workspace", free > MIN_FREE_BYTES, detail)
 
 
 def _mlflow(settings: Settings) -> Check:
     uri = without_password(settings.tracking_uri)
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (settings.workspace / "mlflow.db").exists():
-        return Check("mlflow", True, f"embedded, {uri}, made when first used")
+        return Check("mlflow", True, f"embedded, {uri}, will be created when it is needed")
     started = time.monotonic()
     client = tracking.setup(settings)
     models = client.search_registered_models(max_results=100)
@@ -180,7 +184,7 @@ def _storage() -> Check:
     endpoint = s3.configured("S3")[0]
     given = {} if endpoint is None else {s3.endpoint_source(endpoint): endpoint}
     mlflow = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
-    if mlflow and mlflow != endpoint:  # only MLflow reads it, so artifacts and data are in different stores
+    if mlflow and mlflow != endpoint:  # only MLflow reads this variable: artifacts and data are in different stores
         given["MLFLOW_S3_ENDPOINT_URL"] = mlflow
     if not given:
         return Check("storage", True, "local files, and S3 at AWS (no endpoint is configured)")
@@ -190,9 +194,9 @@ def _storage() -> Check:
             return Check("storage", False, f"{name}={url} {reason}")
     profile = os.environ.get("AWS_PROFILE")
     keys = "keys of AWS_ACCESS_KEY_ID" if os.environ.get("AWS_ACCESS_KEY_ID") else f"keys of the profile {profile}"
-    places = ", ".join(f"{url} ({name})" for name, url in given.items())
+    endpoints = ", ".join(f"{url} ({name})" for name, url in given.items())
     known = keys if os.environ.get("AWS_ACCESS_KEY_ID") or profile else "without AWS_ACCESS_KEY_ID"
-    return Check("storage", True, f"S3 at {places} answers, {known}")
+    return Check("storage", True, f"S3 at {endpoints} answers, {known}")
 
 
 def _ray() -> Check:
@@ -201,7 +205,7 @@ def _ray() -> Check:
     if problem is not None:
         return Check("ray", False, f"{problem}; set RAY_TMPDIR=/tmp")
     if address is None:
-        return Check("ray", True, "embedded: started when needed, on loopback, ends with the command")
+        return Check("ray", True, "embedded: starts when it is needed, listens on loopback, ends with the command")
     reason = why_unreachable(address) if ":" in address else None
     return Check("ray", reason is None, f"RAY_ADDRESS={address} {reason or 'answers'}")
 
@@ -212,5 +216,6 @@ def _jobs() -> Check:
     if reason is None:
         return Check("ray jobs", True, f"{address} answers, {len(jobs.jobs())} jobs")
     # The user did not configure the default address: a machine without a cluster passes this check.
-    asked = address != jobs.DEFAULT_ADDRESS
-    return Check("ray jobs", not asked, f"{address} {reason}" if asked else f"no cluster at {address}")
+    is_configured = address != jobs.DEFAULT_ADDRESS
+    detail = f"{address} {reason}" if is_configured else f"no cluster at {address}"
+    return Check("ray jobs", not is_configured, detail)

@@ -58,6 +58,4 @@ def why_unused(torch_version: str, torch_cuda: str | None) -> str | None:
             f"{there}: the driver {found.version} runs CUDA {newest} and is too old for {torch_cuda}; "
             f"install driver {DRIVERS.get(major, 'of that CUDA version')} or later, or the torch of constraints-gpu.txt"
         )
-    return (
-        f"{there}, though driver {found.version} runs CUDA {newest}; look at nvidia-smi and at the container's devices"
-    )
+    return f"{there}, although driver {found.version} runs CUDA {newest}; check nvidia-smi and the container's devices"

@@ -1,6 +1,6 @@
 """Network addresses: recognize a URI, hide its password, and test whether a server answers.
 
-The test comes before calls of client libraries, which would retry an unreachable address for a minute.
+Callers test an address before they use a client library, which would retry an unreachable address for a minute.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ OBJECT_STORE_BYTES = 512 * 1024 * 1024
 WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
 """Seconds between two polls of the cluster's unmet demands, timeout of a poll, seconds between two messages."""
 _COUNTED = ("CPU", "GPU")
+"""Resources whose unmet demands are reported."""
 
 _WRONG_TOKEN = ("InvalidAuthToken", "Unauthenticated", "AuthenticationError", "no authentication token was found")
 
@@ -47,8 +48,8 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
-# Ray Serve's proxy imports this function; its middleware turns the proxy's errors into problem documents. The proxy is
-# an actor, and all actors of our jobs get this variable.
+# Ray Serve's proxy imports this function, whose middleware turns the proxy's errors into problem documents. The proxy
+# is an actor, and all actors of our jobs get this variable. The name is text because this folder does not import serve.
 _PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares"}
 
 _PASSED_ON = ("OMP_NUM_THREADS", "AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS", PATIENCE_VARIABLE)
@@ -131,8 +132,8 @@ def resources() -> tuple[dict[str, float], dict[str, float]]:
 
 
 @contextmanager
-def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
-    """Call `tell` with a line on unmet resource demands, if any, when the block makes no progress for `after_s`.
+def waits(report: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
+    """Call `report` with a line on unmet resource demands, if any, when the block makes no progress for `after_s`.
 
     Yields:
         A function that the block calls whenever it makes progress.
@@ -143,12 +144,12 @@ def waits(tell: Callable[[str], object], after_s: float = 15.0) -> Iterator[Call
         progress[0] = time.monotonic()
 
     def watch() -> None:
-        said, again = "", 0.0
+        reported, again = "", 0.0
         while not done.wait(WATCH_S):
             now = time.monotonic()
-            if now - progress[0] >= after_s and now >= again and (line := no_room()) not in ("", said):
-                said, again = line, now + AGAIN_S
-                tell(line)
+            if now - progress[0] >= after_s and now >= again and (line := no_room()) not in ("", reported):
+                reported, again = line, now + AGAIN_S
+                report(line)
 
     thread = threading.Thread(target=watch, name="waits", daemon=True)
     thread.start()
@@ -170,23 +171,23 @@ def no_room() -> str:
         (has, most), free = resources(), ray.available_resources()
     except Exception:  # the waiting work meets the same error and reports it
         return ""
-    asked = _asked(status.resource_demands)
-    if not asked:
+    demands = _unmet(status.resource_demands)
+    if not demands:
         return ""
-    wanted = " and ".join(f"{count} x ({_listed(needs)})" for needs, count in sorted(asked.items()))
-    names = sorted({name for needs in asked for name, _ in needs})
+    wanted = " and ".join(f"{count} x ({_listed(needs)})" for needs, count in sorted(demands.items()))
+    names = sorted({name for needs in demands for name, _ in needs})
     found = ", ".join(_free(name, free, has, most) for name in names)
     return f"waiting: the cluster has no room for {wanted}; {found}"
 
 
-def _asked(demand: ResourceDemandSummary) -> Counter[tuple[tuple[str, float], ...]]:
-    """Count the demands for each combination of CPUs and GPUs."""
-    asked = Counter[tuple[tuple[str, float], ...]]()
+def _unmet(demand: ResourceDemandSummary) -> Counter[tuple[tuple[str, float], ...]]:
+    """Count the unmet demands for each combination of CPUs and GPUs."""
+    unmet = Counter[tuple[tuple[str, float], ...]]()
     for group in (*demand.ray_task_actor_demand, *demand.placement_group_demand):
         for bundle in group.bundles_by_count:
             if needs := tuple((name, bundle.bundle[name]) for name in _COUNTED if name in bundle.bundle):
-                asked[needs] += bundle.count
-    return asked
+                unmet[needs] += bundle.count
+    return unmet
 
 
 def _listed(needs: tuple[tuple[str, float], ...]) -> str:

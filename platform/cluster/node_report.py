@@ -70,31 +70,32 @@ def checks(settings: Settings, device: Callable[[], str], store: str | None = No
         store: URI of a folder that every node writes to and reads from, or None.
     """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    asked = {_ask(node_id).remote(address, device, store): address for node_id, address in nodes.items()}
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    reports, silent = [], [f"{asked[ref]} does not answer" for ref in late]
+    tasks = {_report_task(node_id).remote(address, device, store): address for node_id, address in nodes.items()}
+    ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_S)
+    reports, silent = [], [f"{tasks[ref]} does not answer" for ref in late]
     for ref in ready:
         try:
             reports.append(ray.get(ref))
         except Exception as error:  # the node left, or its image lacks the package
             lines = str(error).strip().splitlines()
-            silent.append(f"{asked[ref]}: {lines[-1] if lines else type(error).__name__}")
+            silent.append(f"{tasks[ref]}: {lines[-1] if lines else type(error).__name__}")
     local = not settings.tracking_uri.startswith(("http://", "https://"))
     return [
         _nodes(reports, silent),
         ("devices", True, _grouped({one.node: one.device for one in reports})),
         _store(reports, store),
         _mlflow(reports, local),
-        *_doors(reports),
+        *_ports(reports),
     ]
 
 
-def _ask(node_id: str) -> Any:
+def _report_task(node_id: str) -> Any:
+    """Return report() as a Ray task that runs on one node."""
     here = NodeAffinitySchedulingStrategy(node_id, soft=False)
     # By default, Ray hides the GPUs from a task that requests none.
     environment = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-    asking = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(report)
-    return asking.options(scheduling_strategy=here)
+    task = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(report)
+    return task.options(scheduling_strategy=here)
 
 
 def report(address: str, device: Callable[[], str], store: str | None) -> NodeReport:
@@ -130,7 +131,7 @@ def write_and_read(folder: str) -> str | None:
         storage.delete(uri)
     except AnimeDiffusionError as error:
         return f"{error.found}; {error.allowed}"
-    return None if same else "gave other bytes back"
+    return None if same else "returns other bytes than were written"
 
 
 def _listeners(session: str) -> list[Listener]:
@@ -186,12 +187,16 @@ def _nodes(reports: list[NodeReport], silent: list[str]) -> Finding:
 
 def _store(reports: list[NodeReport], store: str | None) -> Finding:
     if store is None:
-        return "node store", True, "not tried; --storage s3://BUCKET/FOLDER writes and reads there, from every node"
+        return (
+            "node store",
+            True,
+            "not tested; doctor --storage s3://BUCKET/FOLDER writes and reads there from every node",
+        )
     wrong = {one.node: one.store for one in reports if one.store}
     if wrong:
         return "node store", False, f"{store}: {_grouped(wrong)}"
-    where = "" if storage.is_remote(store) or len(reports) < 2 else "; a local folder, which each node has for itself"
-    return "node store", not where, f"{store} is written and read by {len(reports)} nodes{where}"
+    where = "" if storage.is_remote(store) or len(reports) < 2 else "; every node has its own copy of a local folder"
+    return "node store", not where, f"{store} can be written and read by {len(reports)} nodes{where}"
 
 
 def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
@@ -206,17 +211,18 @@ def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
     return "node mlflow", True, f"{(reports and reports[0].mlflow_uri) or 'embedded'} answers {len(reports)} nodes"
 
 
-def _doors(reports: list[NodeReport]) -> list[Finding]:
+def _ports(reports: list[NodeReport]) -> list[Finding]:
     """Check whether Ray requires a token, and list the open ports."""
-    asks, said = _asks_for_a_token(dashboard_address())
+    is_safe, detail = _requires_token(dashboard_address())
     opened = {one.node: ", ".join(f"{at.process} {at.host}:{at.port}" for at in one.listeners) for one in reports}
     total = sum(len(one.listeners) for one in reports)
     known = {node: listed for node, listed in opened.items() if listed}
-    detail = f"{total} ports can be reached from outside: {_grouped(known)}" if total else "all on loopback"
-    return [("ray auth", asks, said), ("ray ports", asks or not total, detail)]
+    ports = f"{total} ports can be reached from outside: {_grouped(known)}" if total else "all on loopback"
+    return [("ray auth", is_safe, detail), ("ray ports", is_safe or not total, ports)]
 
 
-def _asks_for_a_token(address: str | None) -> tuple[bool, str]:
+def _requires_token(address: str | None) -> tuple[bool, str]:
+    """Return whether the jobs API rejects a request without a token, and the details; True if there is no jobs API."""
     if not address:
         return True, "no dashboard, so no jobs API"
     url = address if "://" in address else f"http://{address}"
@@ -225,8 +231,8 @@ def _asks_for_a_token(address: str | None) -> tuple[bool, str]:
     except httpx.HTTPError as error:
         return False, f"{url} does not answer ({type(error).__name__})"
     if status in (401, 403):
-        return True, f"{url} refuses who has no token"
-    return False, f"{url} lets everybody run code; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on all nodes"
+        return True, f"{url} rejects requests without a token"
+    return False, f"{url} accepts jobs without authentication; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on all nodes"
 
 
 def _grouped(values: Mapping[str, str | None]) -> str:

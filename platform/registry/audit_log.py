@@ -26,7 +26,7 @@ EXPERIMENT = "animediffusion-promotions"
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One change of an alias or of the challenger's share of the requests."""
+    """One change of an alias or of the challenger's share of the requests, with its reason and its MLflow run."""
 
     action: str
     """promote, rollback or canary."""

@@ -50,6 +50,7 @@ MODELS = "animediffusion-models"
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))")
 _READY_SECONDS = 60
+"""Seconds that MLflow may take to make a new version available."""
 _MAX_VERSION_DIGITS = 9
 
 
@@ -130,7 +131,7 @@ class Registry:
         return read_version(found, aliases)
 
     def find(self, sha256: str) -> Version | None:
-        """Return the version whose bundle has this identity, or None."""
+        """Return the newest version whose bundle has this identity, or None."""
         return next((version for version in self.versions() if version.sha256 == sha256), None)
 
     def reference(self, model: str) -> str:
@@ -176,35 +177,35 @@ class Registry:
         """Download a version's bundle without the files in ASIDE; raises if the bundle is incomplete or damaged."""
         held, location = self.file_names(version), self.location(version)
         if "checksums.json" in held:
-            self._bring(location, "checksums.json", folder)
+            self._download_file(location, "checksums.json", folder)
         names = (listed(folder) or held) - ASIDE
         missing = names - held
         if missing or not names:
             found = f"has no {', '.join(sorted(missing)) or 'files'} at {location}"
-            raise RegistryError(f"version {version}", found, "bring the files back there, or register the bundle again")
+            raise RegistryError(f"version {version}", found, "restore the files there, or register the bundle again")
         for name in sorted(names - {"checksums.json"}):
-            self._bring(location, name, folder)
-        self._check_whole(version, damage(folder))
+            self._download_file(location, name, folder)
+        self._require_intact(version, damage(folder))
 
     def _add_aside(self, version: int, folder: Path) -> None:
         missing = {name for name in ASIDE & (listed(folder) or set()) if not (folder / name).exists()}
         if missing:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 for name in missing & self.file_names(version):
-                    path = self._bring(self.location(version), name, Path(temporary))
-                    self._check_whole(version, difference(path, folder))
+                    path = self._download_file(self.location(version), name, Path(temporary))
+                    self._require_intact(version, difference(path, folder))
                     path.rename(folder / name)
 
-    def _check_whole(self, version: int, damage: str | None) -> None:
+    def _require_intact(self, version: int, damage: str | None) -> None:
         if damage is not None:
             raise BundleError(
                 f"version {version}", damage, f"register it again; its files are at {self.location(version)}"
             )
 
-    def _bring(self, location: str, name: str, folder: Path) -> Path:
+    def _download_file(self, location: str, name: str, folder: Path) -> Path:
         """Download one file of a version's folder."""
-        place = f"{location.rstrip('/')}/{quote(name)}"
-        return Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder), tracking_uri=self.tracking_uri))
+        address = f"{location.rstrip('/')}/{quote(name)}"
+        return Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder), tracking_uri=self.tracking_uri))
 
     def location(self, version: int) -> str:
         """Return the URI of the folder with a version's files."""
@@ -219,7 +220,7 @@ class Registry:
         with self._reported(f"version {version}"), tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
             if name not in self.file_names(version):
                 return None
-            return self._bring(self.location(version), name, Path(folder)).read_bytes()
+            return self._download_file(self.location(version), name, Path(folder)).read_bytes()
 
     def file_names(self, version: int) -> set[str]:
         """Return the names of the files in a version's folder."""
@@ -252,7 +253,7 @@ class Registry:
     def _aliases(self) -> dict[str, str] | None:
         """Return the version of each alias; None if the registered model does not exist."""
         try:
-            # MLflow gives the versions as numbers or as text, depending on where it keeps them.
+            # Some of MLflow's stores return the versions as numbers, others as text.
             return {
                 alias: str(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()
             }
@@ -295,11 +296,11 @@ class Registry:
             for path in bundle_files(folder):
                 self.client.log_model_artifact(model.model_id, str(path))
             with tempfile.TemporaryDirectory(prefix="animediffusion-") as name:
-                beside = Path(name)
-                write_flavor(beside, model_id=model.model_id, run_id=run_id)
+                more = Path(name)
+                write_flavor(more, model_id=model.model_id, run_id=run_id)
                 for file, content in files.items():
-                    (beside / file).write_bytes(content)
-                self.client.log_model_artifacts(model.model_id, str(beside))
+                    (more / file).write_bytes(content)
+                self.client.log_model_artifacts(model.model_id, str(more))
         except Exception:
             self.client.finalize_logged_model(model.model_id, "FAILED")
             raise
@@ -321,7 +322,9 @@ class Registry:
     def _unknown(self, reference: str, wanted: str) -> RegistryError:
         versions = self.versions()
         if not versions:
-            return RegistryError(reference, f"no version of {self.name} is registered", "run `models register DIR`")
+            return RegistryError(
+                reference, f"no version of {self.name} is registered", "run `animediffusion models register DIR`"
+            )
         kind = "version" if wanted.isdecimal() else "alias"
         thing = f"{kind} {reference}" if reference == wanted else reference
         numbers = ", ".join(str(v.version) for v in reversed(versions[:20]))
@@ -347,7 +350,9 @@ def _selector(reference: str, name: str) -> str:
         return reference
     match = _REFERENCE.fullmatch(reference)
     if match is None:
-        raise RegistryError(reference, "is not a model reference", f"models:/{name}@champion or models:/{name}/3")
+        raise RegistryError(reference, "is not a model reference", f"write models:/{name}@champion or models:/{name}/3")
     if match["name"] != name:
-        raise RegistryError(reference, f"no model {match['name']!r} here", f"the registered model is {name}")
+        raise RegistryError(
+            reference, f"this registry has no model {match['name']!r}", f"the registered model is {name}"
+        )
     return match["alias"] or match["version"]

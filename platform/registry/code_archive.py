@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import animediffusion
 
 ENTRY = "animediffusion.serve.standalone"
+"""The module that colors a picture; its name is text, because this folder does not import serve."""
 NEEDS = ("torch", "safetensors", "numpy", "pillow")
 """Distributions that the modules import in addition to the standard library."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _EVALUATION = "evaluation."
+"""Beginning of the names of the tags that hold evaluations, each as JSON."""
 
 ASIDE = frozenset({"averages.safetensors"})
 """Large files of a bundle that coloring does not need (models/bundle.py); they are downloaded only on request."""

@@ -18,9 +18,11 @@ from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from animediffusion.platform.registry import code_archive
 
 CODE = "code.zip"
+"""The modules that model.py needs."""
 SCRIPT = "model.py"
 _SOURCE = "serve/mlflow_model.py"
 _LOADER = "mlflow.pyfunc.loaders.code_model"
+"""MLflow's loader of models from code."""
 
 
 def write_flavor(folder: Path, *, model_id: str, run_id: str) -> None:

@@ -76,7 +76,7 @@ def _percent(text: str) -> int:
     """Parse the tag. An invalid value, perhaps written by hand, counts as 0 because it must not stop a server."""
     if text.isdecimal() and int(text) <= 100:
         return int(text)
-    log.warning("the tag %s is %r, not 0 to 100: no canary", PERCENT_TAG, text)
+    log.warning("the tag %s is %r, not a number from 0 to 100; no canary runs", PERCENT_TAG, text)
     return 0
 
 

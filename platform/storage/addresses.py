@@ -60,7 +60,9 @@ def parse(uri: str) -> Location:
         return Location("", _absolute(_file_path(uri)))
     if scheme[0] == "s3":
         return _parse_s3(uri)
-    raise StorageError(_without_secrets(uri), f"scheme {scheme[0]!r} is not known", "a local path or s3://")
+    raise StorageError(
+        _without_secrets(uri), f"scheme {scheme[0]!r} is not known", "give a local path or s3://BUCKET/PATH"
+    )
 
 
 def _absolute(path: str) -> str:
@@ -72,7 +74,7 @@ def _file_path(uri: str) -> str:
     if match is None or match["host"] not in (None, "", "localhost"):
         raise StorageError(uri, "is not the URI of a file", "write file:///path, or the path alone")
     if match["options"] is not None:
-        raise StorageError(uri, "has options, as files do not", "write a ? in a name as %3F")
+        raise StorageError(uri, "has options, which only s3:// addresses have", "write a ? in a name as %3F")
     return unquote(match["path"], errors="surrogateescape")
 
 
@@ -84,7 +86,7 @@ def _parse_s3(uri: str) -> Location:
         )
     options = _options(uri, match["bucket"], match["options"])
     if not match["bucket"]:
-        raise StorageError(uri, "no bucket", "write s3://bucket/path")
+        raise StorageError(uri, "names no bucket", "write s3://bucket/path")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", match["bucket"]):
         allowed = "letters, digits, dots and hyphens, then / and the path"
         raise StorageError(uri, f"{match['bucket']!r} is not the name of a bucket", allowed)
@@ -108,7 +110,7 @@ def _options(uri: str, bucket: str, text: str | None) -> dict[str, str]:
     values = parse_qs(text[1:], keep_blank_values=True) if text else {}
     if "@" in bucket or any(key in values for key in _SECRETS):
         allowed = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-        raise StorageError(_without_secrets(uri), "credentials in the URI", allowed)
+        raise StorageError(_without_secrets(uri), "has credentials in the URI", allowed)
     unknown = sorted(set(values or ([""] if text else [])) - set(OPTIONS))
     if unknown:
         allowed = f"one of {', '.join(OPTIONS)}; a ? in a name is written %3F"

@@ -40,6 +40,7 @@ PATIENCE_VARIABLE = "ANIMEDIFFUSION_STORAGE_PATIENCE_S"
 """Environment variable that overrides PATIENCE_S."""
 _LONGEST_PAUSE_S = 10.0
 _PARTIAL = ".part"
+"""Suffix of a file that is being written."""
 
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 """Errors of the machine or of a mount, which do not depend on the file."""
@@ -103,7 +104,7 @@ def patiently(uri: str, work: Callable[[fs.FileSystem, str], T]) -> T:
             waited = time.monotonic() - started
             if waited + pause > patience:
                 found = f"{error.found}, for {waited:.0f} s"
-                raise StoreFailedError(uri, found, "run the same command again when the store is well") from error
+                raise StoreFailedError(uri, found, "run the same command again when the store is available") from error
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -166,7 +167,7 @@ def survey(uri: str) -> Listing:
         StorageError: if the folder does not exist.
     """
 
-    def look(files: fs.FileSystem, path: str) -> Listing:
+    def find(files: fs.FileSystem, path: str) -> Listing:
         if is_remote(uri):
             start = len(path.rstrip("/")) + 1
             infos = files.get_file_info(fs.FileSelector(path, recursive=True))
@@ -175,7 +176,7 @@ def survey(uri: str) -> Listing:
             raise StorageError(uri, "is not a folder" if Path(path).exists() else "does not exist", "check the path")
         return list_folder(path)
 
-    return patiently(uri, look)
+    return patiently(uri, find)
 
 
 def list_sizes(uri: str) -> dict[str, int]:
@@ -186,7 +187,7 @@ def list_sizes(uri: str) -> dict[str, int]:
     """
     found = survey(uri)
     for path, fault in found.faults.items():
-        raise StorageError(join(uri, path), fault, "rename it, or check its permissions")
+        raise StorageError(join(uri, path), fault, "rename the entry, or check its permissions")
     return found.sizes
 
 

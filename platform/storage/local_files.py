@@ -45,10 +45,10 @@ def list_folder(root: str) -> Listing:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` and `~user` replaced by home folders; a name that only begins like one is taken as it is."""
+    """Return the path with `~` or `~user` replaced by the home folder; unchanged if there is no such user."""
     try:
         return Path(path).expanduser() if str(path).startswith("~") else Path(path)
-    except RuntimeError:  # there is no such user
+    except RuntimeError:  # no such user
         return Path(path)
 
 
@@ -70,32 +70,32 @@ class _Walk:
         self.root = root
         self.listing = Listing({}, {})
         self.folders: list[tuple[bool, str]] = []
-        self._known = {_identity(os.stat(place)) for place in Path(os.path.realpath(root)).parents}
+        self._known = {_identity(os.stat(parent)) for parent in Path(os.path.realpath(root)).parents}
 
     def enter(self, path: str) -> None:
         """List one folder unless it was listed before."""
-        place = os.path.join(self.root, path)
-        identity = _identity(os.stat(place))
+        folder = os.path.join(self.root, path)
+        identity = _identity(os.stat(folder))
         if identity in self._known:
             return
         self._known.add(identity)
-        with os.scandir(place) as entries:
+        with os.scandir(folder) as entries:
             for entry in entries:
-                self._meet(entry, f"{path}/{entry.name}" if path else entry.name)
+                self._add_entry(entry, f"{path}/{entry.name}" if path else entry.name)
 
-    def _meet(self, entry: os.DirEntry[str], path: str) -> None:
+    def _add_entry(self, entry: os.DirEntry[str], path: str) -> None:
         try:
             status = entry.stat()
         except OSError as error:
             if entry.is_symlink() or error.errno != errno.ENOENT:  # else the file was deleted meanwhile
-                self._add(path, 0)
+                self._add_file(path, 0)
             return
         if stat.S_ISDIR(status.st_mode):
             heapq.heappush(self.folders, (entry.is_symlink(), path))
         elif stat.S_ISREG(status.st_mode):
-            self._add(path, status.st_size)
+            self._add_file(path, status.st_size)
 
-    def _add(self, path: str, size: int) -> None:
+    def _add_file(self, path: str, size: int) -> None:
         if path.isascii() or escaped(path) == path:
             self.listing.sizes[path] = size
         else:

@@ -22,7 +22,7 @@ Settings = tuple[tuple[str, str], ...]
 
 CONNECT_S = 3
 PROBE_S = 6
-"""Timeout in seconds of the first request to a store; later requests may take longer and are retried."""
+"""Timeout in seconds of the first request to a store; later requests may take longer, and are retried."""
 STALLED_S = 15
 """Seconds without a single byte after which a request is aborted and retried."""
 ATTEMPTS = 5
@@ -38,6 +38,7 @@ _DENIED = r"ACCESS_DENIED|HTTP (status )?403|INVALID_OBJECT_STATE|InvalidObjectS
 _CHECK_ADDRESS = "check AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL, the AWS profile) and the network"
 
 _answered: set[tuple[str | None, str]] = set()
+"""(endpoint, bucket) of the stores that have answered this process or, see expect(), another one."""
 
 
 def expect(endpoint: str | None, bucket: str) -> None:
@@ -87,7 +88,7 @@ def connect(endpoint: str | None, region: str | None, bucket: str, environment: 
         OSError: an error of pyarrow, which explain() translates.
     """
     if endpoint:
-        # Outside AWS, the SDK would spend seconds on looking for credentials at a link-local address.
+        # Outside AWS, the SDK would look for credentials at a link-local address for seconds. It has no other setting.
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     if region is None:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)

@@ -95,8 +95,7 @@ def relocate(file: Path, artifacts: Path) -> None:
 
 def _is_elsewhere(uri: str, artifacts: Path) -> bool:
     """Whether an experiment's folder is in another workspace; a link to this workspace does not count as another."""
-    here = relocated(uri, artifacts)
-    if here == uri:
+    if relocated(uri, artifacts) == uri:
         return False
-    there = Path(unquote(urlsplit(uri).path)).parent
-    return not (there.exists() and artifacts.exists() and there.samefile(artifacts))
+    recorded = Path(unquote(urlsplit(uri).path)).parent
+    return not (recorded.exists() and artifacts.exists() and recorded.samefile(artifacts))

@@ -35,17 +35,21 @@ from animediffusion.platform.tracking.system_metrics import SystemMetrics
 
 TRAINING = "animediffusion-training"
 TUNING = "animediffusion-tuning"
+"""Names of the experiments for runs of `train` and of `tune`."""
 
 Warn = Callable[[str], object]
+"""Shows a warning of one line."""
 
 _FLUSH_TIMEOUT_S = 30.0
 _PATIENCE_S = 20.0
 """Seconds that the end of a run waits for an unreachable store."""
 _MAX_PARAM_LENGTH = 6000
+"""Characters that MLflow allows in the value of a parameter."""
 
 _STORE = re.compile(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?:|databricks|uc\b")
 """The beginning of every tracking URI that MLflow supports without MLFLOW_ALLOW_FILE_STORE."""
 
+# Libraries read these variables, most of them when they are imported, and MLflow has no other settings for them.
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # By default, MLflow retries 7 times with growing pauses, which hides an unreachable server for minutes.
@@ -107,11 +111,8 @@ def _opening(tracking_uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # includes the errors of database drivers
         if "error code 401" in str(error):
-            found, allowed = (
-                "requires a user and password",
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-            )
-            raise RegistryError(place(tracking_uri), found, allowed) from error
+            allowed = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            raise RegistryError(place(tracking_uri), "requires a user and password", allowed) from error
         found = f"cannot be opened ({first_line(error)})"
         raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
 

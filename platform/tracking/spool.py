@@ -82,7 +82,7 @@ class Spool:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        if self._delivering.acquire(timeout=1.0):  # else the thread hangs in a request; its entries are kept, too
+        if self._delivering.acquire(timeout=1.0):  # if not, the thread hangs in a request; its entries are kept, too
             self._delivering.release()
         self._keep()
         left = len(self._queue)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,33 @@ UNSEEN_SEED = 1
 PORTS_TO_TRY = 20
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made, as `demo --json` prints it."""
+
+    seconds: float
+    version: int
+    """The champion."""
+    psnr_same: float
+    """PSNR in dB on the dataset's unseen rows, with a reference of the same drawing."""
+    psnr_cross: float
+    """PSNR in dB with another drawing in the same colors as the reference."""
+    baseline_psnr_same: float
+    """PSNR in dB of the best trivial baseline, with a reference of the same drawing."""
+    picture: str
+    """File that compares colored drawings with the truth."""
+    url: str
+    mlflow: str
+
+
 def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int, port: int, stay: bool) -> int:
     """Run all stages, print where the results are, and return the exit code."""
     if Keys(settings.keys_uri).active() and not os.environ.get(API_KEY):
-        raise ConfigError(API_KEY, f"is not set, and {settings.keys_uri} has keys", "set it: the demo asks its server")
+        raise ConfigError(
+            API_KEY,
+            f"is not set, and {settings.keys_uri} has keys",
+            "set it to one of them, because the demo sends requests to its server",
+        )
     started = time.monotonic()
     folder = settings.workspace / "demo"
     console.note(f"workspace {settings.workspace}")
@@ -63,17 +87,17 @@ def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int,
     with running(settings, config, port=_free(port)) as url:
         with _stage("color over HTTP", console):
             picture = _color(url, folder, console)
-        summary = {
-            "seconds": round(time.monotonic() - started, 1),
-            "version": version,
-            "psnr_same": result["tracks"]["same"]["psnr"],
-            "psnr_cross": result["tracks"]["cross"]["psnr"],
-            "baseline_psnr_same": max(tracks["same"]["psnr"] for tracks in result["baselines"].values()),
-            "picture": str(picture),
-            "url": url,
-            "mlflow": settings.tracking_uri,
-        }
-        console.result(summary, _goodbye(summary, result, console, stay=stay))
+        made = DemoResult(
+            seconds=round(time.monotonic() - started, 1),
+            version=version,
+            psnr_same=result["tracks"]["same"]["psnr"],
+            psnr_cross=result["tracks"]["cross"]["psnr"],
+            baseline_psnr_same=max(tracks["same"]["psnr"] for tracks in result["baselines"].values()),
+            picture=str(picture),
+            url=url,
+            mlflow=settings.tracking_uri,
+        )
+        console.result(asdict(made), _summary(made, console.metrics(result), stay=stay))
         return _wait() if stay else 0
 
 
@@ -140,13 +164,11 @@ def _color(url: str, folder: Path, console: Console) -> Path:
     return picture
 
 
-def _goodbye(summary: dict[str, Any], result: dict[str, Any], console: Console, *, stay: bool) -> str:
-    head = console.metrics(result)
-    page = f"page       {summary['url']}" if stay else "page       animediffusion serve"
+def _summary(made: DemoResult, metrics: str, *, stay: bool) -> str:
+    page = f"page       {made.url}" if stay else "page       animediffusion serve"
     return (
-        f"\n{head}\n\n{page}\nMLflow     {summary['mlflow']}   (mlflow ui --backend-store-uri {summary['mlflow']})\n"
-        f"picture    {summary['picture']}\ntime       {summary['seconds']:.0f} s"
-        + ("\nCtrl-C stops the server" if stay else "")
+        f"\n{metrics}\n\n{page}\nMLflow     {made.mlflow}   (mlflow ui --backend-store-uri {made.mlflow})\n"
+        f"picture    {made.picture}\ntime       {made.seconds:.0f} s" + ("\nCtrl-C stops the server" if stay else "")
     )
 
 
@@ -166,7 +188,7 @@ def _free(port: int) -> int:
         except ConfigError:
             continue
         return candidate
-    raise ConfigError("--port", f"{port} to {port + PORTS_TO_TRY - 1} are all in use", "choose another")
+    raise ConfigError("--port", f"{port} to {port + PORTS_TO_TRY - 1} are all in use", "choose another port")
 
 
 def _wait() -> int:

@@ -280,7 +280,7 @@ def test_doctor_as_a_job_asks_every_node(head: Head, workspace: Path) -> None:
     assert "attention" in checks["devices"]["detail"]
     assert "written and read by 1 nodes" in checks["node store"]["detail"]
     assert checks["ray auth"]["ok"]
-    assert "refuses who has no token" in checks["ray auth"]["detail"]
+    assert "rejects requests without a token" in checks["ray auth"]["detail"]
     assert f":{urlsplit(head.address).port}," not in checks["ray ports"]["detail"] + ","
     assert all(checks[name]["ok"] for name in ("nodes", "devices", "node store", "node mlflow", "ray ports"))
 

@@ -54,7 +54,7 @@ def test_only_the_hash_is_kept_in_a_file_for_its_owner(keys):
 
 def test_a_name_is_taken_until_its_key_is_revoked(keys):
     first = keys.create("studio")
-    with pytest.raises(ConfigError, match="'studio': exists already"):
+    with pytest.raises(ConfigError, match="'studio': already exists"):
         keys.create("studio")
     keys.revoke("studio")
     assert keys.create("studio") != first
@@ -76,7 +76,7 @@ def test_revoking_a_key_that_is_not_there_names_those_that_are(keys):
 
 def test_a_damaged_file_is_named_but_not_quoted(keys):
     storage.write_bytes(keys.uri, b'{"format": 1, "keys": ["ad_planted"]}')
-    with pytest.raises(ConfigError, match="is not a file of keys") as caught:
+    with pytest.raises(ConfigError, match="is not a key file") as caught:
         keys.create("studio")
     assert "planted" not in f"{caught.value!r} {caught.value.__cause__!r}"
     assert b"planted" in storage.read_bytes(keys.uri)

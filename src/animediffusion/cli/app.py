@@ -109,7 +109,7 @@ def _usage(error: Any) -> str:
 
 
 def _file_error(error: OSError) -> Exception:
-    """The error about a file that cannot be read or written, most often the one of an --out."""
+    """Return the error for a file that cannot be read or written, most often the file of --out."""
     from animediffusion.platform.errors import StorageError
     from animediffusion.platform.storage.local_files import reason
 
@@ -121,16 +121,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
-    """An empty argument is an unset variable of a shell: as a path, it would mean the working directory."""
+    """Refuse an empty argument: it comes from an unset variable of a shell, and would mean the working directory."""
     from animediffusion.platform.errors import ConfigError
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for before, argument in pairwise(["animediffusion", *arguments[:end]]):
         name, mark, value = argument.partition("=")
         if not argument and before != "--why":
-            raise ConfigError(f"argument after {before}", "is empty", "give a value, or leave it out")
+            raise ConfigError(f"argument after {before}", "is empty", "give a value, or leave the argument out")
         if name.startswith("--") and mark and not value and name != "--why":
-            raise ConfigError(name, "is empty", "give a value, or leave it out")
+            raise ConfigError(name, "is empty", "give a value, or leave the option out")
 
 
 def _split_common(arguments: list[str]) -> tuple[list[str], Common]:

@@ -131,7 +131,7 @@ def models_history() -> None:
 
     console = common.console()
     found = release.history(common.settings())
-    console.result(found, console.table(found, "nothing was ever promoted"))
+    console.result(found, console.table(found, "no version was promoted yet"))
 
 
 @models.command("import")

@@ -148,7 +148,7 @@ def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
     lines = [line for line in errors.splitlines() if not line.startswith(("starting Ray", "ingesting "))]
     assert len(lines) == 1
     assert lines[0].startswith("error: s3://bucket/faulty-source")
-    assert "run the same command again when the store is well" in lines[0]
+    assert "run the same command again when the store is available" in lines[0]
 
     faulty_s3[1].heal()
     faulty_s3[1].requests.clear()

@@ -148,7 +148,7 @@ def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
         registry.fetch(f"models:/{settings.model_name}@challenger")
     with pytest.raises(RegistryError, match=r"^version 7: no such version; versions: 1"):
         registry.get(7)
-    with pytest.raises(RegistryError, match="no model 'other' here"):
+    with pytest.raises(RegistryError, match="has no model 'other'"):
         registry.fetch("models:/other@champion")
     with pytest.raises(RegistryError, match="is not a model reference"):
         registry.fetch("models:/")

@@ -50,7 +50,7 @@ def test_every_node_of_a_cluster_answers(ray_cluster: None, moto_server: str, tm
     assert by_name["nodes"][0]
     assert by_name["nodes"][1].startswith("1 answer; all with python 3.")
     assert by_name["devices"][1].startswith("cpu; attention sdpa")
-    assert by_name["node store"] == (True, "s3://bucket/probe is written and read by 1 nodes")
+    assert by_name["node store"] == (True, "s3://bucket/probe can be written and read by 1 nodes")
     assert by_name["node mlflow"][0]
     assert by_name["ray auth"] == (True, "no dashboard, so no jobs API")
 
@@ -98,7 +98,7 @@ def test_nodes_with_several_mlflows_or_with_none_they_can_share_are_told_of() ->
 @pytest.mark.parametrize(("status", "well"), [(401, True), (403, True), (200, False)])
 def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) -> None:
     with answering(status) as address:
-        ok, detail = node_report._asks_for_a_token(address)
+        ok, detail = node_report._requires_token(address)
     assert ok is well
     assert address in detail
 
@@ -106,6 +106,6 @@ def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) ->
 def test_an_open_port_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200) as address:
         monkeypatch.setattr(node_report, "dashboard_address", lambda: address)
-        auth, ports = node_report._doors([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
+        auth, ports = node_report._ports([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
     assert auth[1] is False
     assert ports == ("ray ports", False, "1 ports can be reached from outside: gcs 0.0.0.0:6379 (a)")
