@@ -37,6 +37,7 @@ from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.scaling import scaling_for, worker_threads
 from animediffusion.pipelines.training.worker import Progress, train_worker
 from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import DataError, Interrupted, TrainingError
 from animediffusion.platform.signals import StopSignals
@@ -191,8 +192,8 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
             if report is not None and now and now != latest:
                 report(now)
             latest = now
-            if stop.number is not None and "began" not in now:
-                break  # no worker has started, so none can save a checkpoint
+            if stop.number is not None and not _has_workers(now):
+                break  # the workers wait for room, at first or after a node was lost: none of them would receive it
     if latest.get("failed"):
         raise _hopeless(work, latest["failed"], latest["advice"])
     if stop.number is not None:
@@ -201,6 +202,11 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
     if error is not None:
         raise _explain(error, work)
     return latest
+
+
+def _has_workers(latest: dict[str, Any]) -> bool:
+    """Return whether the actor of the worker that reported last still runs; Ray ends all workers if one fails."""
+    return "worker" in latest and ray_compat.is_alive(latest["worker"])
 
 
 def _progress() -> Any:

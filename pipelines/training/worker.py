@@ -102,7 +102,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     if ray.get(config["progress"].look.remote()).get("failed"):
         return  # Ray restarted the workers after an error that would recur
-    config["progress"].tell.remote(began=True)
+    config["progress"].tell.remote(worker=ray.get_runtime_context().get_actor_id())
     try:
         use_attention(TrainConfig.check(config["run"]).attention)
     except ValueError as error:

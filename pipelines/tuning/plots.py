@@ -103,11 +103,11 @@ def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence
 
 def _along(front: Sequence[Point], chosen: Point) -> list[Point]:
     """Return at most STRIP_POINTS evenly spaced points of the front, its ends included, and the chosen point."""
-    if len(front) <= STRIP_POINTS:
-        return sorted({*front, chosen}, key=lambda point: (point.evaluations, point.psnr))
-    last = len(front) - 1
-    even = {front[round(i * last / (STRIP_POINTS - 2))] for i in range(STRIP_POINTS - 1)}
-    return sorted({*even, chosen}, key=lambda point: (point.evaluations, point.psnr))
+    points = {*front, chosen}
+    if len(points) > STRIP_POINTS:
+        last = len(front) - 1
+        points = {front[round(i * last / (STRIP_POINTS - 2))] for i in range(STRIP_POINTS - 1)} | {chosen}
+    return sorted(points, key=lambda point: (point.evaluations, point.psnr))
 
 
 def _label(point: Point, chosen: Point) -> str:

@@ -45,6 +45,14 @@ def resource_limits() -> dict[str, float]:
     return state.get_max_resources_from_cluster_config() or {}
 
 
+def is_alive(actor_id: str) -> bool:
+    """Return whether an actor runs, by its id in hex; True if Ray cannot tell. The public calls need a dashboard."""
+    try:
+        return str(state.actor_table(actor_id).get("State")) == "ALIVE"
+    except Exception:  # Whatever waits for the actor meets the same error and reports it.
+        return True
+
+
 def dashboard_address() -> str | None:
     """Return `host:port` of the dashboard of the cluster that this process joined; only ray.init() returns it."""
     return get_dashboard_url() or None

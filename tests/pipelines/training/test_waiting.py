@@ -1,4 +1,4 @@
-"""A run that is stopped before it has workers, as where an autoscaler has no GPU to give."""
+"""A run that is stopped while it has no workers: an autoscaler has no GPU to give, or a node with workers was lost."""
 
 import os
 import signal
@@ -13,6 +13,9 @@ from animediffusion.pipelines.training import driver
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.errors import Interrupted
 
+ALIVE, DEAD = "a" * 32, "d" * 32
+"""Ids of actors."""
+
 
 def watch(monkeypatch, tmp_path, latest):
     """Send SIGINT to a run whose fit() ends when it is asked to, and whose workers said `latest`."""
@@ -26,7 +29,7 @@ def watch(monkeypatch, tmp_path, latest):
 
     def stop():
         asked.set()
-        if "began" in latest:
+        if latest.get("worker") == ALIVE:
             given.set()
 
     @contextmanager
@@ -34,6 +37,7 @@ def watch(monkeypatch, tmp_path, latest):
         yield lambda: None
 
     monkeypatch.setattr(cluster, "waits", waits)
+    monkeypatch.setattr(cluster, "is_alive", ALIVE.__eq__)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     calls = {"look": lambda: latest, "stop": stop, "warn": lambda _line: None}
     progress = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
@@ -49,5 +53,9 @@ def test_without_workers_it_ends_at_once(monkeypatch, tmp_path):
     assert watch(monkeypatch, tmp_path, {"warnings": []}) == (True, False)
 
 
+def test_after_its_workers_were_lost_it_ends_at_once(monkeypatch, tmp_path):
+    assert watch(monkeypatch, tmp_path, {"warnings": [], "worker": DEAD}) == (True, False)
+
+
 def test_with_workers_it_ends_when_they_have_saved(monkeypatch, tmp_path):
-    assert watch(monkeypatch, tmp_path, {"warnings": [], "began": True}) == (True, True)
+    assert watch(monkeypatch, tmp_path, {"warnings": [], "worker": ALIVE}) == (True, True)

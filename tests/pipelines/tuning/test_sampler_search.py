@@ -30,6 +30,7 @@ from animediffusion.pipelines.evaluation.measure import load_rows, measure
 from animediffusion.pipelines.evaluation.point import Point
 from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.checks import check_bundle
+from animediffusion.pipelines.tuning import plots
 from animediffusion.pipelines.tuning import sampler_search as tune
 from animediffusion.pipelines.tuning.pareto import Prefer, choose, describe, knee, pareto_front
 from animediffusion.platform.config import Settings
@@ -82,6 +83,16 @@ def test_what_was_chosen_is_chosen_again_when_it_is_the_defaults(prefer: Prefer)
 def test_defaults_that_nothing_beats_stay() -> None:
     points = [point(1, 21.0), point(4, 20.0), point(8, 20.9)]
     assert all(choose(points, prefer) == points[0] for prefer in ("best", "knee", "fast"))
+
+
+@pytest.mark.parametrize("number", [1, 5, 6, 7, 20])
+def test_the_strip_has_at_most_six_points_the_ends_of_the_front_and_the_choice(number: int) -> None:
+    front = [point(1 + i, 18.0 + i) for i in range(number)]
+    for chosen in (front[number // 2], point(30, 17.0)):
+        shown = plots._along(front, chosen)
+        assert len(shown) == len(set(shown)) <= plots.STRIP_POINTS
+        assert {front[0], front[-1], chosen} <= set(shown)
+        assert shown == sorted(shown, key=lambda p: p.evaluations)
 
 
 @pytest.fixture

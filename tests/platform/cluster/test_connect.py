@@ -158,3 +158,15 @@ def test_an_autoscaler_adds_to_the_most_that_a_cluster_can_have(busy) -> None:
         store.report_cluster_config(autoscaler_pb2.ClusterConfig().SerializeToString())
         remove_placement_group(waiting)
     assert cluster.resources()[1]["CPU"] == 2
+
+
+@pytest.mark.ray
+def test_an_actor_is_alive_until_it_is_killed(busy) -> None:
+    actor = busy._actor_id.hex()
+    assert cluster.is_alive(actor)
+    ray.kill(busy)
+    deadline = time.monotonic() + 30
+    while cluster.is_alive(actor) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not cluster.is_alive(actor)
+    assert not cluster.is_alive("f" * len(actor))
