@@ -61,10 +61,10 @@ class SamplerDefaults:
 
     def describe(self) -> str:
         """Return the settings as text, for example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
-        said = f"{self.name}, {self.steps} steps, guidance {self.guidance_scale:g}"
+        text = f"{self.name}, {self.steps} steps, guidance {self.guidance_scale:g}"
         if self.guidance_scale != 1 and self.guidance_interval != (0.0, 1.0):
-            said += " at times {:g} to {:g}".format(*self.guidance_interval)
-        return said if self.shift == 1 else f"{said}, shift {self.shift:g}"
+            text += " at times {:g} to {:g}".format(*self.guidance_interval)
+        return text if self.shift == 1 else f"{text}, shift {self.shift:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from animediffusion.models.augmentation.lineart import PEN_RANGES, STYLES, Pens, XDoGConfig, blur, line_art, xdog
 from animediffusion.models.augmentation.patch_shuffle import CELLS, SIDES, patch_order, shuffle
-from animediffusion.models.augmentation.recolor import NUM_ORDERS, apply_gamma, apply_matrix, order_matrix, turn_matrix
+from animediffusion.models.augmentation.recolor import NUM_ORDERS, apply_gamma, apply_matrix, hue_matrix, order_matrix
 from animediffusion.models.authors.warp import draw_points, warp_diagonal
 from animediffusion.models.tensors import onto, to_tensor
 
@@ -94,7 +94,7 @@ class AugmentConfig:
             raise ValueError(f"scale must be above 0 and rising, got {self.scale}")
         if self.warp_kind == "diagonal" and self.moves:
             raise ValueError(
-                "warp_kind diagonal does not turn, enlarge or shift: leave out rotate, scale and translate"
+                "warp_kind diagonal does not rotate, scale or translate: leave out rotate, scale and translate"
             )
 
     @property
@@ -290,8 +290,8 @@ def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Ten
     points, kernel, affine, back, shift = (onto(small, images) for small in (points, *solved, back, shift))
     # Evaluated at every fourth pixel and interpolated: the spline is smooth, and each point costs a logarithm.
     height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
-    places = _lattice(height, width, images.device).expand(len(images), -1, -1)
-    read = kornia.geometry.transform.warp_points_tps(places, points, kernel, affine)
+    pixels = _lattice(height, width, images.device).expand(len(images), -1, -1)
+    read = kornia.geometry.transform.warp_points_tps(pixels, points, kernel, affine)
     read = ((read - shift)[..., None] * back[:, None]).sum(-2)
     # On a permuted view interpolate() would take its slow channels-last path.
     coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2).contiguous()
@@ -308,7 +308,7 @@ def _lattice(height: int, width: int, device: torch.device) -> Tensor:
 def recolor(target: Tensor, reference: Tensor, config: AugmentConfig, chance: Chance) -> tuple[Tensor, Tensor]:
     """Recolor target and reference of each row with the same random map: hue, saturation, brightness, channels."""
     hue = chance.uniform(-config.hue, config.hue) * (2 * torch.pi)
-    matrix = turn_matrix(hue, chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15))
+    matrix = hue_matrix(hue, chance.uniform(0.6, 1.4), chance.uniform(0.8, 1.15))
     chosen = chance(config.recolor)
     if config.permute:
         matrix = matrix @ order_matrix(chance.below(NUM_ORDERS) * chance(config.permute).flatten())

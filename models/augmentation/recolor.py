@@ -22,7 +22,7 @@ SOFTNESS = 0.05
 """Width of the transition between the maps of two color regions, in units of cluster_space()."""
 
 
-def turn_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
+def hue_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
     """Return [B, 3, 3] on RGB: a rotation about the gray axis, then a saturation change, then a gain.
 
     The map is linear in RGB, so interpolation and recoloring commute.
@@ -38,10 +38,10 @@ def turn_matrix(hue: Tensor, saturation: Tensor, gain: Tensor) -> Tensor:
     plus = third * (1 - cos) + sin / 3**0.5
     minus = third * (1 - cos) - sin / 3**0.5
     rows = [diagonal, minus, plus, plus, diagonal, minus, minus, plus, diagonal]
-    turn = torch.stack(rows, -1).reshape(-1, 3, 3)
-    gray = torch.full_like(turn, 1 / 3)
+    rotation = torch.stack(rows, -1).reshape(-1, 3, 3)
+    gray = torch.full_like(rotation, 1 / 3)
     toward = gray + saturation[:, None, None] * (torch.eye(3, device=hue.device) - gray)
-    return gain[:, None, None] * toward @ turn
+    return gain[:, None, None] * toward @ rotation
 
 
 def order_matrix(order: Tensor) -> Tensor:

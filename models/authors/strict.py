@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animediffusion.models.diffusion.denoiser import Denoiser
-from animediffusion.models.diffusion.path import LinearPath, PathConfig, spread
+from animediffusion.models.diffusion.path import LinearPath, PathConfig, per_image
 from animediffusion.models.network.condition import Condition
 from animediffusion.models.tensors import onto
 
@@ -140,4 +140,4 @@ def _full(like: Tensor, n: int) -> Tensor:
 
 def _at(gamma: Tensor, n: Tensor) -> Tensor:
     """Look up the table's entries for n, [B, 1, 1, 1]."""
-    return spread(onto(gamma, n)[n])
+    return per_image(onto(gamma, n)[n])

@@ -52,9 +52,9 @@ def warp_diagonal(images: Tensor, before: Tensor, after: Tensor) -> Tensor:
     # ends in a black line.
     size = onto(torch.tensor([width, height], dtype=read.dtype), read)
     relative = 2 * (read * size) / (size - 1) - 1
-    places = relative.reshape(len(images), height, width, 2).to(images.dtype)
+    pixels = relative.reshape(len(images), height, width, 2).to(images.dtype)
     # grid_sample reads 0 outside the image, which would be gray in [-1, 1].
-    moved = F.grid_sample(images + 1, places, mode="bicubic", padding_mode="zeros", align_corners=True) - 1
+    moved = F.grid_sample(images + 1, pixels, mode="bicubic", padding_mode="zeros", align_corners=True) - 1
     return moved.clamp(-1, 1)
 
 

@@ -1,6 +1,6 @@
 """Convert the authors' weights: their GaussianDiffusion.state_dict() becomes the state_dict of a Denoiser.
 
-Their names are those of models/network/unet.py and models/components/ in their repository; `_PLACES` and `_LAYERS` map
+Their names are those of models/network/unet.py and models/components/ in their repository; `_MODULES` and `_LAYERS` map
 names that differ. pipelines/release/import_weights.py reads the file and writes the bundle.
 """
 
@@ -57,7 +57,7 @@ def from_authors(checkpoint: object) -> tuple[BundleConfig, dict[str, Tensor]]:
 def _state_dict(checkpoint: object) -> dict[str, Tensor]:
     """Return the tensors by name, with the prefixes of wrappers removed."""
     if isinstance(checkpoint, Mapping) and "optim_dict" in checkpoint:
-        raise ValueError("holds an optimizer's state, not a model: that is in ep_N.model.pth")
+        raise ValueError("holds the state of an optimizer, not a model: give the file ep_N.model.pth")
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]
@@ -80,18 +80,18 @@ def _network_config(state: Mapping[str, Tensor]) -> UNetConfig:
         raise ValueError(f"{NETWORK}input.0.weight is {list(first.shape)}, not [channels, 7, 1, 1]: another input")
     base = len(first)
     widths: list[list[int]] = [[]]
-    for place in range(len(state)):
-        weight = state.get(f"{NETWORK}encoder_block.{place}.conv2.3.weight")
+    for block in range(len(state)):
+        weight = state.get(f"{NETWORK}encoder_block.{block}.conv2.3.weight")
         if weight is not None and weight.ndim == 4:
             widths[-1].append(len(weight))
-        elif f"{NETWORK}encoder_block.{place + 1}.conv2.3.weight" in state:
+        elif f"{NETWORK}encoder_block.{block + 1}.conv2.3.weight" in state:
             widths.append([])  # A block without weights is the pooling between two levels.
         else:
             break
     levels = [level[-1] if level else 0 for level in widths]
     # With fewer than 64 channels, our normalization would have fewer groups than theirs.
     if base % (2 * GROUPS) or any(width % base for width in levels) or len({len(level) for level in widths}) > 1:
-        raise ValueError(f"has levels {widths} on {base} channels, which is not a network of this kind")
+        raise ValueError(f"has levels {widths} on {base} channels, which this kind of network does not have")
     return UNetConfig(
         base_channels=base,
         channel_multipliers=tuple(width // base for width in levels),
@@ -124,7 +124,7 @@ def _converted(state: Mapping[str, Tensor], config: BundleConfig) -> dict[str, T
     left_over = sorted(state.keys() - set(used.values()) - set(BUFFERS))
     if missing or left_over:
         found = [f"lacks {_some(missing)}"] if missing else []
-        found += [f"has left over {_some(left_over)}"] if left_over else []
+        found += [f"has unknown weights {_some(left_over)}"] if left_over else []
         raise ValueError(" and ".join(found))
     weights = {name: _ours(name, state[key]) for name, key in used.items()}
     for name, shape in wanted.items():
@@ -139,7 +139,7 @@ def _their_name(name: str, config: UNetConfig) -> str:
     Our input and condition_input are slices of one of their weights.
     """
     name = name.removeprefix("network.")
-    for pattern, replacement in _PLACES:
+    for pattern, replacement in _MODULES:
         name, found = re.subn(pattern, replacement, name)
         if found:
             break
@@ -150,7 +150,7 @@ def _their_name(name: str, config: UNetConfig) -> str:
     return ".".join(parts)
 
 
-_PLACES = (
+_MODULES = (
     (r"^(condition_)?input\.", "input.0."),
     (r"^output_norm\.", "output.0."),
     (r"^output\.", "output.2."),

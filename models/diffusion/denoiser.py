@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from animediffusion.models.diffusion.path import PathConfig, build_path, spread
+from animediffusion.models.diffusion.path import PathConfig, build_path, per_image
 from animediffusion.models.network.condition import Condition, Reference
 from animediffusion.models.network.unet import UNet, UNetConfig
 
@@ -78,7 +78,7 @@ class Denoiser(nn.Module):
     def output(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the network's output in float32; the prediction type defines its meaning."""
         if self.prediction == "edm":
-            x_t = x_t / self._scale(spread(t))
+            x_t = x_t / self._scale(per_image(t))
         return self.network.denoise(self._narrow(x_t), t, condition).float()
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Denoiser(nn.Module):
         return x_0.clamp(-1, 1) if self.clamp else x_0
 
     def _to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        t = spread(t)
+        t = per_image(t)
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         if self.prediction == "eps":
             return (x_t - sigma * output) / alpha
@@ -106,7 +106,7 @@ class Denoiser(nn.Module):
             return x_0
         if self.prediction == "eps":
             return noise
-        t = spread(t)
+        t = per_image(t)
         if self.prediction == "edm":
             # This is (x_0 - c_skip x_t) / c_out, with sigma canceled from numerator and denominator.
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)

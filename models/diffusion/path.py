@@ -66,7 +66,7 @@ class Path(ABC):
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t for x_0 and noise [B, C, H, W] at times [B]."""
-        t = spread(t)
+        t = per_image(t)
         return self.alpha(t) * x_0 + self.sigma(t) * noise
 
     def start(self, noise: Tensor) -> Tensor:
@@ -143,23 +143,24 @@ class LinearPath(Path):
                 self._copies[device, dtype] = self.table.to(device, dtype)
         return self._copies[device, dtype]
 
-    def _neighbours(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _neighbors(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the entries of alpha before and after t, and the weight of the later one."""
         table = self._table(t.device, t.dtype)
-        place = (t * len(table)).clamp(0, len(table) - 1)
+        entry = (t * len(table)).clamp(0, len(table) - 1)
         # In float32, t = n / N may fall slightly off entry n; snap to the entry.
-        place = torch.where((place - place.round()).abs() < 1e-3, place.round(), place)
-        lower = place.floor().long().clamp(max=len(table) - 2)
-        return table[lower], table[lower + 1], place - lower
+        entry = torch.where((entry - entry.round()).abs() < 1e-3, entry.round(), entry)
+        lower = entry.floor().long().clamp(max=len(table) - 2)
+        return table[lower], table[lower + 1], entry - lower
 
     def alpha(self, t: Tensor) -> Tensor:
-        lower, upper, weight = self._neighbours(t)
+        lower, upper, weight = self._neighbors(t)
         return lower + (upper - lower) * weight
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()
 
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper, _ = self._neighbours(t)
+        lower, upper, _ = self._neighbors(t)
         slope = (upper - lower) * len(self.table)
         return slope, -self.alpha(t) * slope / self.sigma(t).clamp(min=1e-4)
 
@@ -171,6 +172,6 @@ def build_path(config: PathConfig) -> Path:
     return CosinePath() if config.name == "cosine" else FlowPath(config.shift, config.sigma_max)
 
 
-def spread(t: Tensor) -> Tensor:
+def per_image(t: Tensor) -> Tensor:
     """Reshape times [B] to [B, 1, 1, 1], so that they broadcast over images."""
     return t.reshape(-1, 1, 1, 1)

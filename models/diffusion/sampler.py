@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from animediffusion.models.diffusion.path import Path, spread
+from animediffusion.models.diffusion.path import Path, per_image
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Function (x_t [B, 3, H, W], t [B]) -> estimate of x_0 [B, 3, H, W]."""
@@ -85,7 +85,7 @@ class Sampler(ABC):
 
     def _toward(self, x: Tensor, x_0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """Take the step that is exact for a constant estimate: DDIM (Song et al. 2021, Eq. 12 with eta = 0)."""
-        t, t_next = spread(t), spread(t_next)
+        t, t_next = per_image(t), per_image(t_next)
         ratio = self.path.sigma(t_next) / self.path.sigma(t)
         return self.path.alpha(t_next) * x_0 + ratio * (x - self.path.alpha(t) * x_0)
 
@@ -106,7 +106,7 @@ class DPMPP2M(Sampler):
         h, h_before = self._log_snr(after) - self._log_snr(now), self._log_snr(now) - self._log_snr(before)
         # If h_before is infinite (start in pure noise) or h is (end in the image), x_0 is used as it is.
         weight = torch.where((state.step > 0) & (after > 0), 0.5 * h / h_before, 0.0)
-        weight = spread(weight.nan_to_num(0.0, 0.0, 0.0))
+        weight = per_image(weight.nan_to_num(0.0, 0.0, 0.0))
         x = self._toward(state.x, x_0 + weight * (x_0 - state.x_0), now, after)
         return _next(state, self.done(state), x, x_0)
 
@@ -127,7 +127,7 @@ class Heun(Sampler):
 
     def query(self, state: State) -> tuple[Tensor, Tensor]:
         second = state.stage == 1
-        return torch.where(spread(second), state.x_trial, state.x), torch.where(
+        return torch.where(per_image(second), state.x_trial, state.x), torch.where(
             second, _time(state, 1), _time(state, 0)
         )
 
@@ -136,14 +136,14 @@ class Heun(Sampler):
         second = state.stage == 1
         trial = self._toward(state.x, x_0, now, after)
         slope = self._slope(state.x, state.x_0, now) + self._slope(state.x_trial, x_0, after)
-        corrected = state.x + spread(after - now) * 0.5 * slope
+        corrected = state.x + per_image(after - now) * 0.5 * slope
         finished_step = second | (after <= 0)
-        moved = _next(state, self.done(state), torch.where(spread(second), corrected, trial), x_0)
+        moved = _next(state, self.done(state), torch.where(per_image(second), corrected, trial), x_0)
         waiting = state._replace(stage=torch.ones_like(state.stage), x_0=x_0, x_trial=trial)
         return _where(finished_step | self.done(state), moved, waiting)
 
     def _slope(self, x: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        t = spread(t)
+        t = per_image(t)
         alpha_dot, sigma_dot = self.path.velocity(t)
         eps = (x - self.path.alpha(t) * x_0) / self.path.sigma(t).clamp(min=1e-12)
         return alpha_dot * x_0 + sigma_dot * eps

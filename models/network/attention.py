@@ -44,7 +44,7 @@ def use_attention(backend: Backend) -> None:
 
 
 def chosen_attention() -> Backend:
-    """What this process was told: for those that work for it, which know nothing of it."""
+    """Return the argument of the last call of use_attention(), which other processes of a run need, too."""
     return _choice
 
 

@@ -126,15 +126,17 @@ class Averages:
 
     def save(self, bundle: Bundle, folder: Path, length: float | None, sampler: SamplerDefaults) -> str:
         """Write the bundle with the weights of this length and these defaults, without metrics; return its identity."""
-        beside = pack(self.kept)
+        averages = pack(self.kept)
         if length is not None:
-            beside |= {f"{_TRAINED}/{name}": tensor for name, tensor in self.trained.items()}
-        made = {key: value for key, value in bundle.config.provenance.items() if key != "ema_length"}
+            averages |= {f"{_TRAINED}/{name}": tensor for name, tensor in self.trained.items()}
+        provenance = {key: value for key, value in bundle.config.provenance.items() if key != "ema_length"}
         config = replace(
-            bundle.config, sampler=sampler, provenance=made if length is None else {**made, "ema_length": length}
+            bundle.config,
+            sampler=sampler,
+            provenance=provenance if length is None else {**provenance, "ema_length": length},
         )
         card = (bundle.folder / "card.md").read_text()
-        return save_bundle(folder, self.use(bundle, length).denoiser, config, {}, card, averages=beside)
+        return save_bundle(folder, self.use(bundle, length).denoiser, config, {}, card, averages=averages)
 
     def sha256(self) -> str:
         """Return 64 hex digits that depend on all averages, but not on which of them the bundle currently uses."""
@@ -170,7 +172,7 @@ def read_averages(bundle: Bundle) -> Averages:
         kept = {float(length): weights for length, weights in groups.items()}
         for weights in (trained, *kept.values()):
             if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in own.items()}:
-                raise ValueError("other tensors")
+                raise ValueError("names or shapes of tensors differ")
     except (SafetensorError, ValueError) as error:
         raise unusable(str(bundle.folder), f"{AVERAGES} does not fit the model ({error})") from error
     return Averages(trained, kept, None if trained is own else bundle.config.provenance.get("ema_length"))

@@ -1,4 +1,4 @@
-"""The training loop of all runs: it uses only torch, reads no clock, and the loop itself does no I/O.
+"""The training loop of all runs; it uses only torch, and neither reads a clock nor does I/O.
 
 Apart from the state, a step depends only on (seed, step, rank) and its rows, so a run that was killed and resumed ends
 with the same weights as an uninterrupted run. pipelines/data/stream.py provides the data; pipelines/training/driver.py
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -199,12 +199,12 @@ class TrainState:
             return nn.utils.clip_grad_norm_(self.parameters, limit)
         return nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
 
-    def _slots(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return the optimizer's state of a parameter."""
+    def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return the optimizer's tensors for a parameter, by their names in torch."""
         if parameter in self.momentum:
             return {"momentum_buffer": self.momentum[parameter]}
-        slot: dict[str, Any] = self.optimizer.state[parameter]
-        return slot
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
+        return state
 
     def averaged(self) -> Denoiser:
         """Return a copy of the denoiser with the averaged weights, in eval mode."""
@@ -230,8 +230,8 @@ class TrainState:
         for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             tensors[f"model.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
-            for key, value in self._slots(parameter).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+            for key, value in self._optimizer_state(parameter).items():
+                tensors[f"optimizer.{key}.{name}"] = value
         for length, kept in self.kept.items():
             tensors |= {f"{_prefix(length)}{name}": tensor for name, tensor in zip(self.names, kept, strict=True)}
         return tensors
@@ -248,7 +248,7 @@ class TrainState:
         with torch.no_grad():
             for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
                 if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != parameter.shape:
-                    raise ValueError(f"{folder}: the checkpoint is of another network, {name} does not fit")
+                    raise ValueError(f"{folder}: the checkpoint is from another network: {name} does not fit")
                 parameter.copy_(tensors[f"model.{name}"])
                 average.copy_(tensors[f"average.{name}"])
                 self._restore_optimizer(name, parameter, tensors)
@@ -262,15 +262,15 @@ class TrainState:
         keys = ("momentum_buffer",) if parameter in self.momentum else ("exp_avg", "exp_avg_sq")
         found = {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
         if self.step and len(found) < len(keys):
-            raise ValueError(f"the checkpoint is of another optimizer, it has no memory of {name}")
+            raise ValueError(f"the checkpoint is from another optimizer: it has no state for {name}")
         if parameter in self.momentum:
             for value in found.values():
                 self.momentum[parameter].copy_(value)
             return
-        slot = self.optimizer.state[parameter]
-        slot |= {key: value.to(parameter.device, copy=True) for key, value in found.items()}
+        state = self.optimizer.state[parameter]
+        state |= {key: value.to(parameter.device, copy=True) for key, value in found.items()}
         if f"optimizer.step.{name}" in tensors:
-            slot["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
+            state["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:

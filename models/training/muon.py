@@ -74,7 +74,7 @@ class Muon:
             group.apply(part, learning_rate, self.weight_decay)
 
     def _agree(self) -> None:
-        """One dtype for all ranks, which exchange what they made in it: their devices may differ, an A10G and a T4."""
+        """Agree with the other ranks on one dtype, because they exchange updates and may have different GPUs."""
         wide = torch.tensor(int(self.dtype == torch.float32), device=self.groups[0].momentum.device)
         dist.all_reduce(wide, dist.ReduceOp.MAX)
         self.dtype, self._agreed = (torch.float32 if wide else self.dtype), True
@@ -111,8 +111,8 @@ class _ShapeGroup:
         self.momentum.copy_(momentum)
         nesterov = gradient[mine].lerp_(momentum[mine], MOMENTUM).to(into.dtype)
         size = max(1, BATCH_BYTES.get(into.device.type, 2**29) // (self.momentum[0].numel() * into.element_size()))
-        for batch, place in zip(torch.split(nesterov, size), torch.split(into[mine], size), strict=True):
-            place.copy_(orthogonalize(batch))
+        for batch, output in zip(torch.split(nesterov, size), torch.split(into[mine], size), strict=True):
+            output.copy_(orthogonalize(batch))
 
     def apply(self, update: Tensor, learning_rate: float, weight_decay: float) -> None:
         """Decay the weights and add their updates."""

@@ -42,8 +42,8 @@ from animediffusion.models.augmentation.recolor import (
     apply_matrix,
     apply_regions,
     find_regions,
+    hue_matrix,
     order_matrix,
-    turn_matrix,
 )
 from animediffusion.models.tensors import to_tensor
 from animediffusion.platform.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def recolored(images: Tensor, places: Sequence[int]) -> Tensor:
     The map depends only on a pixel's color, so all pixels of a row share it.
     """
     chance = _RowChance(places, 1)
-    turns = turn_matrix(_far_turn(chance), chance.uniform(0.8, 1.2), chance.uniform(0.85, 1.1))
+    turns = hue_matrix(_far_turn(chance), chance.uniform(0.8, 1.2), chance.uniform(0.85, 1.1))
     orders = order_matrix(1 + chance.below(NUM_ORDERS - 1))
     gamma = 2 ** chance.uniform(-1, 1, 3)
     matrices = _region_matrices(chance)
@@ -168,7 +168,7 @@ def _region_matrices(chance: Chance) -> Tensor:
         chance.uniform(low, high, NUM_REGIONS).flatten()
         for low, high in ((-torch.pi, torch.pi), (0.8, 1.3), (0.9, 1.1))
     )
-    return turn_matrix(hue, saturation, gain).reshape(-1, NUM_REGIONS, 3, 3)
+    return hue_matrix(hue, saturation, gain).reshape(-1, NUM_REGIONS, 3, 3)
 
 
 def _damaged(damage: Callable[[Tensor, Chance], Tensor]) -> Callable[[Rows, Sequence[int]], Batch]:

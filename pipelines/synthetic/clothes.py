@@ -68,7 +68,7 @@ def draw_accessory(pen: Pen, kind: str, palette: Palette, side: int) -> None:
         _headphones(pen, palette)
 
 
-def draw_ears_of_a_cat(pen: Pen, palette: Palette) -> None:
+def draw_cat_ears(pen: Pen, palette: Palette) -> None:
     """Draw cat ears; the hair on the crown is drawn over them later."""
     for side in (-1, 1):
         outer = join(

@@ -27,8 +27,6 @@ from animediffusion.pipelines.synthetic.faces import draw, random_character, ran
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.codec import encode_png
 
-Array = NDArray[np.uint8]
-
 COLUMNS = ("sketch", "reference", "cross_reference", "target")
 """Pictures of a row in the order of writing; the target is last, so a row with a target is complete."""
 SIZES = (16, 1024)
@@ -43,10 +41,10 @@ _TASK_PIXELS = 25 * 64**2
 class DrawnRow(NamedTuple):
     """Four pictures of one character; `cross_reference` is another drawing of the same character."""
 
-    target: Array
-    sketch: Array
-    reference: Array
-    cross_reference: Array
+    target: NDArray[np.uint8]
+    sketch: NDArray[np.uint8]
+    reference: NDArray[np.uint8]
+    cross_reference: NDArray[np.uint8]
 
 
 def synthesize(
@@ -98,7 +96,9 @@ def make_row(seed: int, index: int, size: int) -> DrawnRow:
     return DrawnRow(target, sketch, warp(target, rng), other)
 
 
-def warp(image: Array, rng: np.random.Generator, strength: float = 0.03, cells: int = 4) -> Array:
+def warp(
+    image: NDArray[np.uint8], rng: np.random.Generator, strength: float = 0.03, cells: int = 4
+) -> NDArray[np.uint8]:
     """Return the picture under a smooth random deformation, which samples only inside the picture.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.synthetic import clothes, hair
-from animediffusion.pipelines.synthetic.background import BACKDROPS, draw_backdrop
+from animediffusion.pipelines.synthetic.background import BACKGROUNDS, draw_background
 from animediffusion.pipelines.synthetic.canvas import (
     Canvas,
     Frame,
@@ -42,7 +42,7 @@ class Character:
     palette: Palette
     clothes: str
     accessory: str
-    backdrop: str
+    background: str
     shine: bool
     """Whether the hair has a bright ring."""
 
@@ -83,7 +83,7 @@ def random_character(rng: np.random.Generator) -> Character:
         palette=random_palette(rng),
         clothes=_one_of(rng, clothes.CLOTHES),
         accessory=_one_of(rng, clothes.ACCESSORIES),
-        backdrop=_one_of(rng, BACKDROPS),
+        background=_one_of(rng, BACKGROUNDS),
         shine=bool(rng.random() < 0.75),
     )
 
@@ -125,7 +125,7 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
     """Return the colored picture [size, size, 3] and its line art [size, size], dark on white."""
     g, palette = geometry, character.palette
     canvas = Canvas(size, palette.upper)
-    draw_backdrop(canvas, character.backdrop, palette, (g.x, g.y), g.jitter[-1])
+    draw_background(canvas, character.background, palette, (g.x, g.y), g.jitter[-1])
     head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
     body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
     hidden = g.back == "buns" and character.accessory in ("beret", "cat ears")
@@ -133,11 +133,11 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
     ahoge = g.ahoge and character.accessory not in ("beret", "headband", "headphones")
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
-        clothes.draw_ears_of_a_cat(far, palette)
+        clothes.draw_cat_ears(far, palette)
     hair.draw_behind(far, back, palette.hair)
     _neck(body, head, g, palette)
     clothes.draw_clothes(body, character.clothes, palette)
-    hair.draw_beside(far, back, palette.hair, palette.trim, g.jitter)
+    hair.draw_tails(far, back, palette.hair, palette.trim, g.jitter)
     _face(head, skull, features, g, palette)
     _eyes(features, g, palette)
     hair.draw_front(skull, g.front, back, palette.hair, g.jitter, shine=character.shine, ahoge=ahoge)

@@ -40,8 +40,8 @@ def draw_behind(pen: Pen, back: str, tone: Tone) -> None:
             pen.stroke(curve(strand), 0.7, taper=(0.0, 0.0))
 
 
-def draw_beside(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[float]) -> None:
-    """Draw tails, braids and buns over the shoulders; the face is drawn over them later."""
+def draw_tails(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[float]) -> None:
+    """Draw tails, braids or buns over the shoulders; the face is drawn over them later."""
     sides = (-1,) if back == "side tail" and jitter[0] < 0 else (1,) if back == "side tail" else (-1, 1)
     for side in sides:
         if back in ("twin tails", "side tail"):
@@ -92,7 +92,7 @@ def fringe(front: str, jitter: Sequence[float]) -> list[Lock]:
     """Return (root, tip, half width, bend) of each lock over the forehead, in drawing order."""
     wave = jitter[5:]
     if front == "blunt":
-        return [((0.15 * x, -0.78), (x, -0.04 + 0.02 * wave[i]), 0.17, 0.03 * x) for i, x in _spread(7, 0.60)]
+        return [((0.15 * x, -0.78), (x, -0.04 + 0.02 * wave[i]), 0.17, 0.03 * x) for i, x in _inward(7, 0.60)]
     if front == "parted":
         return _parted(wave, -0.02 + 0.06 * wave[0], (0.62, 0.46, 0.27), (0.32, 0.06, -0.12))
     if front == "curtain":
@@ -105,13 +105,13 @@ def fringe(front: str, jitter: Sequence[float]) -> list[Lock]:
             for i, (x, y) in enumerate(tips)
         ]
     if front == "spiky":
-        return [((0.45 * x, -0.66), (x + 0.09 * wave[i], 0.06 - 0.1 * wave[i]), 0.2, 0.05) for i, x in _spread(5, 0.56)]
+        return [((0.45 * x, -0.66), (x + 0.09 * wave[i], 0.06 - 0.1 * wave[i]), 0.2, 0.05) for i, x in _inward(5, 0.56)]
     return [
-        ((0.35 * x, -0.74), (x + 0.06 * wave[i], 0.03 + 0.07 * wave[i]), 0.17, 0.06 * x) for i, x in _spread(6, 0.6)
+        ((0.35 * x, -0.74), (x + 0.06 * wave[i], 0.03 + 0.07 * wave[i]), 0.17, 0.06 * x) for i, x in _inward(6, 0.6)
     ]
 
 
-def _spread(count: int, reach: float) -> list[tuple[int, float]]:
+def _inward(count: int, reach: float) -> list[tuple[int, float]]:
     """Return indices and x positions of locks from the temples inward, so that the middle locks are drawn last."""
     places = np.linspace(-reach, reach, count)
     return sorted(((i, float(x)) for i, x in enumerate(places)), key=lambda pair: -abs(pair[1]))
@@ -196,8 +196,8 @@ def _spikes(pen: Pen, tone: Tone, jitter: Sequence[float], region: Image.Image) 
 
 
 def _tuft(pen: Pen, side: int, angle: float, reach: float, droop: float, tone: Tone, region: Image.Image) -> None:
-    def at(turn: float, radius: float) -> tuple[float, float]:
-        x, y = radius * np.cos(angle + turn), radius * np.sin(angle + turn)
+    def at(offset: float, radius: float) -> tuple[float, float]:
+        x, y = radius * np.cos(angle + offset), radius * np.sin(angle + offset)
         return float(side * x), float(1.06 * y - 0.18)
 
     tip = at(droop, reach)

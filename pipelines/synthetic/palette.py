@@ -49,8 +49,8 @@ def random_palette(rng: np.random.Generator) -> Palette:
     """Return a random palette whose regions vary independently but remain distinguishable."""
     skin = _random_skin(rng)
     hair = _far_from([skin], 0.13, lambda: _random_hair(rng))
-    upper = _far_from([hair, skin], 0.12, lambda: _random_backdrop(rng))
-    lower = _beside(rng, upper)
+    upper = _far_from([hair, skin], 0.12, lambda: _random_background(rng))
+    lower = _similar(rng, upper)
     clothes = _far_from([skin, upper], 0.13, lambda: _random_cloth(rng))
     trim = _far_from([clothes, skin], 0.22, lambda: _random_trim(rng))
     accent = _far_from([clothes, trim, hair], 0.12, lambda: _between(rng, (0.52, 0.11, 0), (0.78, 0.19, 360)))
@@ -77,7 +77,7 @@ _HAIR: tuple[tuple[float, _Lch, _Lch], ...] = (
     (0.08, (0.52, 0.12, 25), (0.66, 0.17, 50)),  # red
     (0.42, (0.50, 0.07, 0), (0.82, 0.15, 360)),  # any color
 )
-_BACKDROPS: tuple[tuple[float, _Lch, _Lch], ...] = (
+_BACKGROUNDS: tuple[tuple[float, _Lch, _Lch], ...] = (
     (0.62, (0.86, 0.02, 0), (0.95, 0.07, 360)),  # pastel
     (0.24, (0.66, 0.05, 0), (0.82, 0.11, 360)),  # strong
     (0.14, (0.32, 0.03, 0), (0.46, 0.08, 360)),  # night
@@ -88,8 +88,8 @@ def _random_hair(rng: np.random.Generator) -> _Lch:
     return _choose(rng, _HAIR)
 
 
-def _random_backdrop(rng: np.random.Generator) -> _Lch:
-    return _choose(rng, _BACKDROPS)
+def _random_background(rng: np.random.Generator) -> _Lch:
+    return _choose(rng, _BACKGROUNDS)
 
 
 def _random_skin(rng: np.random.Generator) -> _Lch:
@@ -120,7 +120,7 @@ def _between(rng: np.random.Generator, low: _Lch, high: _Lch) -> _Lch:
     return lightness, chroma, hue
 
 
-def _beside(rng: np.random.Generator, color: _Lch) -> _Lch:
+def _similar(rng: np.random.Generator, color: _Lch) -> _Lch:
     """Return a second background color with a hue within 70 degrees and a small step in lightness."""
     step = float(rng.uniform(0.06, 0.11)) * (-1 if color[0] > 0.62 else 1)
     return color[0] + step, color[1] + 0.03, color[2] + float(rng.uniform(-70, 70))

@@ -12,8 +12,8 @@ from animediffusion.models.augmentation.recolor import (
     apply_regions,
     cluster_space,
     find_regions,
+    hue_matrix,
     order_matrix,
-    turn_matrix,
 )
 
 FLAT = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.2, 0.3, 0.9], [0.95, 0.9, 0.85]])
@@ -35,19 +35,19 @@ def column(value):
 
 
 def test_a_third_of_a_turn_is_a_change_of_channels():
-    turned = apply_matrix(few_colors(), turn_matrix(column(2 * torch.pi / 3), column(1.0), column(1.0)))
+    turned = apply_matrix(few_colors(), hue_matrix(column(2 * torch.pi / 3), column(1.0), column(1.0)))
     torch.testing.assert_close(turned, few_colors()[:, [2, 0, 1]], rtol=0, atol=1e-5)
 
 
 def test_a_turn_changes_the_hue_as_far_as_colorsys_sees_it():
-    matrix = turn_matrix(column(np.pi), column(1.0), column(1.0))
+    matrix = hue_matrix(column(np.pi), column(1.0), column(1.0))
     color = torch.tensor([0.6, 0.45, 0.45])
     hue = colorsys.rgb_to_hsv(*(matrix[0] @ color).tolist())[0]
     assert hue == pytest.approx(0.5, abs=1e-5)
 
 
 def test_saturation_zero_is_gray_and_gain_is_brightness():
-    gray = apply_matrix(noise(1), turn_matrix(column(0.3), column(0.0), column(0.5)))
+    gray = apply_matrix(noise(1), hue_matrix(column(0.3), column(0.0), column(0.5)))
     expected = (noise(1) + 1).mean(1, keepdim=True) / 2 * 0.5 * 2 - 1
     torch.testing.assert_close(gray, expected.expand_as(gray))
 
@@ -83,7 +83,7 @@ def test_each_region_is_changed_by_its_own_map():
 
 
 def test_regions_are_changed_by_color_alone():
-    matrices = turn_matrix(torch.linspace(-3, 3, 15), torch.ones(15), torch.ones(15)).reshape(3, 5, 3, 3)
+    matrices = hue_matrix(torch.linspace(-3, 3, 15), torch.ones(15), torch.ones(15)).reshape(3, 5, 3, 3)
     centers = find_regions(noise(), 5)
     mixed = torch.randperm(144, generator=torch.Generator().manual_seed(1))
     changed = apply_regions(noise(), centers, matrices).flatten(2)[..., mixed]

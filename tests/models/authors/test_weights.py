@@ -123,13 +123,13 @@ def without(state, *names):
 BROKEN = [
     (lambda _: [1, 2], "holds a list, not a state_dict"),
     (lambda _: {"epoch": 3, "lr": 0.1}, "holds a mapping with 'epoch', 'lr', not a state_dict"),
-    (lambda _: {"optim_dict": {}}, "optimizer's state, not a model: that is in ep_N.model.pth"),
+    (lambda _: {"optim_dict": {}}, "state of an optimizer, not a model: give the file ep_N.model.pth"),
     (lambda _: {"weight": torch.zeros(1)}, r"no weights named denoise_fn\.\*, but 'weight'"),
     (lambda state: without(state, "denoise_fn.output.2.bias"), r"^lacks 'denoise_fn\.output\.2\.bias'$"),
     (lambda state: without(state, "denoise_fn.input.0.weight"), r"lacks denoise_fn\.input\.0\.weight"),
     (
         lambda state: {**state, "denoise_fn.decoder_block.3.attention.0.fc.weight": torch.zeros(1)},
-        r"^has left over 'denoise_fn\.decoder_block\.3\.attention\.0\.fc\.weight'$",
+        r"^has unknown weights 'denoise_fn\.decoder_block\.3\.attention\.0\.fc\.weight'$",
     ),
     (
         lambda state: {**state, "denoise_fn.output.2.weight": torch.zeros(4, 64, 1, 1)},

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
     state = new_state(new_denoiser)
     state.save(tmp_path)
     state.denoiser.network.detail.output = torch.nn.Conv2d(4, 3, 1)
-    with pytest.raises(ValueError, match=r"another network, network\.detail\.output\.weight does not fit"):
+    with pytest.raises(ValueError, match=r"another network: network\.detail\.output\.weight does not fit"):
         TrainState(state.denoiser, state.config, 6).restore(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(new_denoiser, new_rows, tm
     state.save(tmp_path)
     tensors = load_file(tmp_path / "state.safetensors")
     save_file({k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="another optimizer, it has no memory of network"):
+    with pytest.raises(ValueError, match="another optimizer: it has no state for network"):
         new_state(new_denoiser).restore(tmp_path)
 
 

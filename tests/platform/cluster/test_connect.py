@@ -12,6 +12,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 
@@ -20,6 +21,7 @@ EMBEDDED = """
 import contextlib, json, os, sys
 import psutil, ray
 from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 
 cluster.connect(Settings.from_environment(workspace=sys.argv[1]), num_cpus=2)
@@ -163,10 +165,10 @@ def test_an_autoscaler_adds_to_the_most_that_a_cluster_can_have(busy) -> None:
 @pytest.mark.ray
 def test_an_actor_is_alive_until_it_is_killed(busy) -> None:
     actor = busy._actor_id.hex()
-    assert cluster.is_alive(actor)
+    assert ray_compat.is_alive(actor)
     ray.kill(busy)
     deadline = time.monotonic() + 30
-    while cluster.is_alive(actor) and time.monotonic() < deadline:
+    while ray_compat.is_alive(actor) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not cluster.is_alive(actor)
-    assert not cluster.is_alive("f" * len(actor))
+    assert not ray_compat.is_alive(actor)
+    assert not ray_compat.is_alive("f" * len(actor))
