@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+import resource
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import boto3
@@ -24,6 +25,8 @@ from animediffusion.platform.images.codec import encode_lossless
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
+MOST_CPU_S = 10.0
+"""CPU seconds that a test may take which is not marked as slow: twice the 5 s that are meant, for slower machines."""
 TESTS = Path(__file__).parent
 LONGEST = (
     "docs/test_walkthrough.py",
@@ -52,6 +55,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         order[item] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
     items.sort(key=order.__getitem__)
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of the child processes that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Record the CPU seconds of a test, which say the same on a busy machine."""
+    before = _cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_seconds", _cpu_seconds() - before))
+
+
+def _not_marked(terminal: pytest.TerminalReporter) -> dict[str, float]:
+    """CPU seconds of the tests that should be marked as slow."""
+    calls = [report for report in terminal.getreports("passed") if report.when == "call"]
+    unmarked = [report for report in calls if not {"slow", "ray", "browser"} & set(report.keywords)]
+    seconds = {report.nodeid: dict(report.user_properties).get("cpu_seconds", 0.0) for report in unmarked}
+    return {name: value for name, value in seconds.items() if value > MOST_CPU_S}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the tests that should be marked as slow."""
+    for name, seconds in _not_marked(terminalreporter).items():
+        terminalreporter.write_line(f"{name} took {seconds:.0f} CPU seconds; mark it as slow", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if a test should be marked as slow."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == pytest.ExitCode.OK and terminal is not None and _not_marked(terminal):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -210,7 +210,7 @@ def test_drawing_ends_with_what_was_drawn(command, tmp_path):
     assert json.loads(out[-1])["rows"] == 4
     code, out, _ = command("data", "show", "faces", "--out", "sheet.png", "--json")
     assert code == 0
-    assert json.loads(out[-1])
+    assert json.loads(out[-1])["sheet"] == "sheet.png"
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 

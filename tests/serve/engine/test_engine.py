@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from animediffusion.models.bundle import Bundle
-from animediffusion.models.colorize import colorize
+from animediffusion.models.colorize import colorize, noise_for
 from animediffusion.models.diffusion.sampler import SAMPLERS
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
+from animediffusion.serve.engine import batch
 from animediffusion.serve.engine.admission import MIN_TURNS
 from animediffusion.serve.engine.engine import Engine, Request, Turn
 
@@ -162,10 +163,11 @@ class Poisoned(torch.nn.Module):
 def test_a_request_that_makes_the_network_fail_does_not_take_others_with_it(bundle: Bundle, monkeypatch):
     denoiser = copy.deepcopy(bundle.denoiser)
     denoiser.network.input = Poisoned(denoiser.network.input)
+    monkeypatch.setattr(batch, "noise_for", lambda seed, size: poison if seed == 2 else noise_for(seed, size))
+    poison = torch.full((3, SIZE, SIZE), Poisoned.POISON)
     engine, _ = by_hand(replace(bundle, denoiser=denoiser), max_batch=8)
     asked = [request(number, steps=3, guidance_scale=scale) for number, scale in enumerate((1.0, 2.0, 1.0, 1.0, 2.0))]
     futures = [engine.submit(one) for one in asked]
-    monkeypatch.setattr(list(engine._waiting)[2].row, "noise", torch.full((3, SIZE, SIZE), Poisoned.POISON))
     while engine.turn():
         pass
     with pytest.raises(UnavailableError, match="out of memory"):
