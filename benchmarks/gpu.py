@@ -48,6 +48,7 @@ try:
     from animediffusion.models.diffusion.denoiser import Denoiser
     from animediffusion.models.network.attention import Backend, attention, explain_attention, use_attention
     from animediffusion.models.numerics import choose_numerics
+    from animediffusion.models.sampler_options import SamplerOptions
     from animediffusion.models.tensors import to_uint8
     from animediffusion.models.training import loop as training
     from animediffusion.models.training.loop import TrainState, fit, step_generator
@@ -247,7 +248,10 @@ def right(bench: Bench) -> None:
         levels = float((same.int() - alone.int()).abs().max())
         bench.check(f"4 steps, {precision} on {bench.device.type} beside float32 on a CPU, 8-bit levels", levels, most)
     engine = Engine(bundle, max_batch=4, max_queue=PICTURES)
-    requests = [Request(sketch=s, reference=r, seed=i, steps=4) for i, (_, s, r) in enumerate(zip(*batch, strict=True))]
+    requests = [
+        Request(sketch=s, reference=r, options=SamplerOptions(seed=i, steps=4))
+        for i, (_, s, r) in enumerate(zip(*batch, strict=True))
+    ]
     pictures = [future.result() for future in [engine.submit(request) for request in requests]]
     engine.close()
     levels = max(int(np.abs(p.astype(int) - a.numpy()).max()) for p, a in zip(pictures, alone, strict=True))
@@ -372,7 +376,9 @@ def engine_table(bench: Bench) -> None:
 
         def submit(number: int, engine: Engine = engine, batch: Any = batch) -> Any:
             row = number % PICTURES
-            request = Request(sketch=batch.sketch[row], reference=batch.reference[row], seed=number, steps=4)
+            request = Request(
+                sketch=batch.sketch[row], reference=batch.reference[row], options=SamplerOptions(seed=number, steps=4)
+            )
             return engine.submit(request)
 
         for warm in [submit(n) for n in range(places)]:

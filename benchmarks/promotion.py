@@ -29,6 +29,7 @@ import torch
 from common import hardware
 
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
@@ -97,9 +98,8 @@ class Load:
         while self._num_sent < self.num_requests:
             self._num_sent += 1
             steps, began, version = self._random.choice(STEPS), time.perf_counter(), ""
-            job = ColorizeJob(
-                lines=self.lines, reference=self.reference, seed=self._random.randrange(2**32), steps=steps
-            )
+            options = SamplerOptions(seed=self._random.randrange(2**32), steps=steps)
+            job = ColorizeJob(lines=self.lines, reference=self.reference, options=options)
             try:
                 version = (await self.replica.colorize(job)).model_version
             except Exception as error:

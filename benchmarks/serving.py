@@ -36,6 +36,7 @@ import torch
 from serving_sides import Side, run_side
 
 from animediffusion.models.bundle import load_bundle, save_bundle
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_tensor
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.pipelines.training.recipe import load_recipe
@@ -186,7 +187,8 @@ class EngineAlone:
 
     def _request(self, number: int) -> Request:
         sketch, reference = self.pairs[number % NUM_PAIRS]
-        return Request(sketch=sketch[:1], reference=reference, seed=number, steps=steps_of(number), guidance_scale=1.0)
+        options = SamplerOptions(seed=number, steps=steps_of(number), guidance_scale=1.0)
+        return Request(sketch=sketch[:1], reference=reference, options=options)
 
 
 @contextmanager

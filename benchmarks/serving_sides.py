@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from animediffusion.models.diffusion.sampler import build_sampler, cat_states, s
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.api.app import create_app
-from animediffusion.serve.engine.engine import settings_for
 from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.rendering.sketch import Pixels, for_network
 from animediffusion.serve.replica.replica import Replica
@@ -82,11 +81,13 @@ def color_together(bundle: Bundle, jobs: list[ColorizeJob]) -> list[Pixels]:
     sketch = torch.cat([_tensor(for_network(job.lines, size)) for job in jobs])
     reference = torch.cat([_tensor(letterbox(job.reference, size)[0]) for job in jobs])
     condition = denoiser.encode(sketch, reference)
-    settings = [settings_for(bundle, steps=job.steps, guidance_scale=1.0) for job in jobs]
+    settings = [replace(job.options, guidance_scale=1.0, sampler=None).apply_to(bundle.config.sampler) for job in jobs]
     sampler = build_sampler(settings[0].name, denoiser.path)
     state = cat_states(
         [
-            sampler.start(noise_for(job.seed, size)[None], sample_times(denoiser.path, one.steps, shift=one.shift))
+            sampler.start(
+                noise_for(job.options.seed, size)[None], sample_times(denoiser.path, one.steps, shift=one.shift)
+            )
             for job, one in zip(jobs, settings, strict=True)
         ]
     )

@@ -23,6 +23,7 @@ from PIL import ImageDraw
 
 from animediffusion.models.bundle import Bundle, BundleConfig, load_bundle
 from animediffusion.models.network.unet import UNetConfig
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.serve.engine.engine import Engine, Request, Turn
 
 SEED = 3
@@ -91,10 +92,7 @@ def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
     return Request(
         sketch=sketch,
         reference=reference,
-        seed=seed,
-        steps=asked.steps,
-        sampler="euler",
-        guidance_scale=scale,
+        options=SamplerOptions(seed=seed, steps=asked.steps, sampler="euler", guidance_scale=scale),
         key=asked.key,
     )
 

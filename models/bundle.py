@@ -23,6 +23,7 @@ from animediffusion.models.diffusion.denoiser import Denoiser, Prediction
 from animediffusion.models.diffusion.path import PathConfig
 from animediffusion.models.diffusion.sampler import SAMPLERS, build_sampler, sample, sample_times
 from animediffusion.models.network.unet import UNetConfig
+from animediffusion.models.sampler_options import ALLOWED, MAX_GUIDANCE_SCALE, MAX_STEPS
 from animediffusion.platform.errors import BundleError
 
 FORMAT = 1
@@ -49,10 +50,10 @@ class SamplerDefaults:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON returns a list
         if self.name not in SAMPLERS:
             raise ValueError(f"sampler name must be one of {', '.join(SAMPLERS)}, got {self.name!r}")
-        if not 1 <= self.steps <= 1000:
-            raise ValueError(f"sampler steps must be in 1..1000, got {self.steps}")
-        if not 0 <= self.guidance_scale <= 20:
-            raise ValueError(f"guidance_scale must be in 0..20, got {self.guidance_scale}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"sampler steps must be {ALLOWED['steps']}, got {self.steps}")
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:
+            raise ValueError(f"guidance_scale must be {ALLOWED['guidance_scale']}, got {self.guidance_scale}")
         if self.shift <= 0:
             raise ValueError(f"sampler shift must be above 0, got {self.shift}")
         interval = self.guidance_interval

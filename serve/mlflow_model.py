@@ -4,7 +4,8 @@
     out = model.predict({"sketch": sketch_bytes, "reference": reference_bytes}, params={"seed": 7})
     out["image"][0]                                # PNG
 
-The package need not be installed: code.zip, next to this file, contains the modules. An installed package has priority.
+The package need not be installed: code.zip, next to this file, contains the modules. An installed package has priority,
+and it may be of another version, so this file uses only load_bundle() and paint(), which every version has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 
-class Colorizer(PythonModel):
+class ColorizerModel(PythonModel):
     """A bundle as MLflow's PythonModel."""
 
     def load_context(self, context: Any) -> None:
@@ -44,12 +45,11 @@ class Colorizer(PythonModel):
         """
         from animediffusion.serve.standalone import paint
 
-        asked = {key: value for key, value in (params or {}).items() if value is not None}
-        names = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale"}
-        sampler = replace(
-            self._bundle.config.sampler, **{names[key]: asked[key] for key in names if asked.get(key) is not None}
-        )
-        seed, size = int(asked.get("seed", 0)), asked.get("size", "native")
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        fields = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale"}
+        changes = {field: given[name] for name, field in fields.items() if name in given}
+        sampler = replace(self._bundle.config.sampler, **changes)
+        seed, size = int(given.get("seed", 0)), given.get("size", "native")
         if size not in ("native", "model"):
             raise ValueError(f"size must be native or model, got {size!r}")
         pairs = zip(model_input["sketch"], model_input["reference"], strict=True)
@@ -60,4 +60,4 @@ class Colorizer(PythonModel):
         return pd.DataFrame(painted, columns=["image", "color_layer"])
 
 
-set_model(Colorizer())
+set_model(ColorizerModel())

@@ -9,21 +9,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from animediffusion.models.sampler_options import SamplerOptions
+
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColorizeJob:
-    """One picture to make. A field that is None means the default of the model."""
+    """One picture to make."""
 
     lines: Pixels
     """[H, W]: black lines on white, of any size."""
     reference: Pixels
     """[H, W, 3], of any size."""
-    seed: int
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
+    options: SamplerOptions
     timeout_s: float = 60.0
     key: str = ""
     """Name of the API key, by which the queue is fair."""

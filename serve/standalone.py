@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
+from animediffusion.models.sampler_options import ALLOWED, SamplerOptions, number, whole_number
 from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images.codec import letterbox
@@ -36,9 +36,11 @@ def paint(
     sampler: SamplerDefaults | None = None,
     size: Size = "native",
     thing: str = "sketch",
-    turn: AbstractContextManager[object] | None = None,
+    lock: AbstractContextManager[object] | None = None,
 ) -> tuple[bytes, bytes]:
     """Return the colored drawing and its color layer, both as PNG.
+
+    Registered versions call this function with these arguments: arguments may be added, but none may be renamed.
 
     Args:
         bundle: the model.
@@ -48,7 +50,7 @@ def paint(
         sampler: sampler settings that replace the defaults of the bundle.
         size: size of the results: `native` is the size of the sketch, `model` the square of the network.
         thing: name of the sketch in error messages.
-        turn: a lock that is held while the network runs; needed if several threads call this function.
+        lock: a lock that is held while the network runs; needed if several threads call this function.
 
     Raises:
         ImageError: the sketch or the reference is not usable.
@@ -56,7 +58,7 @@ def paint(
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
     lines = from_pixels(for_network(as_gray(drawing), side))
     colors = from_pixels(letterbox(read_picture(reference), side)[0])
-    with turn or nullcontext():
+    with lock or nullcontext():
         painted = to_uint8(colorize(bundle, lines, colors, seeds=[seed], sampler=sampler))[0].cpu().numpy()
     made = render(painted, drawing, output="both", size=size)
     return made["image"], made["color_layer"]
@@ -75,25 +77,23 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     Raises:
         SystemExit: argparse refuses an argument.
     """
-    options = _parser().parse_args(arguments)
+    given = _parser().parse_args(arguments)
+    options = SamplerOptions(seed=given.seed, steps=given.steps, guidance_scale=given.guidance_scale)
     try:
-        _check_files(options)
+        _check_files(given)
         bundle = load_bundle(folder, "cuda" if torch.cuda.is_available() else "cpu")
-        own = bundle.config.sampler
-        steps = own.steps if options.steps is None else options.steps
-        guidance = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
         picture, layer = paint(
             bundle,
-            options.sketch.read_bytes(),
-            options.reference.read_bytes(),
+            given.sketch.read_bytes(),
+            given.reference.read_bytes(),
             seed=options.seed,
-            sampler=replace(own, steps=steps, guidance_scale=guidance),
-            size=options.size,
-            thing=str(options.sketch),
+            sampler=options.apply_to(bundle.config.sampler),
+            size=given.size,
+            thing=str(given.sketch),
         )
-        _write(options.out, picture)
-        if options.layer is not None:
-            _write(options.layer, layer)
+        _write(given.out, picture)
+        if given.layer is not None:
+            _write(given.layer, layer)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give files that can be read or written", file=sys.stderr)
         return 2
@@ -103,10 +103,10 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_files(options: argparse.Namespace) -> None:
+def _check_files(given: argparse.Namespace) -> None:
     """Refuse to overwrite a file that is read, and to write one file twice."""
-    named = {"SKETCH": options.sketch, "REFERENCE": options.reference}
-    for name, file in (("OUT.png", options.out), ("--layer", options.layer)):
+    named = {"SKETCH": given.sketch, "REFERENCE": given.reference}
+    for name, file in (("OUT.png", given.out), ("--layer", given.layer)):
         if file is None:
             continue
         for other, used in named.items():
@@ -128,10 +128,18 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _seed(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
-    return int(text)
+def _option(name: str, read: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a function that reads a field of SamplerOptions, as the `type` of an argument."""
+
+    def convert(text: str) -> float:
+        try:
+            value = read(text)
+            SamplerOptions(**{name: value})  # type: ignore[arg-type]  # Checks the range.
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {ALLOWED[name]}") from error
+        return value
+
+    return convert
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,8 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("reference", metavar="REFERENCE", type=_path, help="image with the colors")
     parser.add_argument("out", metavar="OUT.png", type=_path)
     parser.add_argument("--layer", metavar="FILE.png", type=_path, help="also write the color without the lines")
-    parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--steps", type=int, help="the model's own default if left out")
-    parser.add_argument("--guidance-scale", type=float, help="the model's own default if left out")
+    parser.add_argument("--seed", type=_option("seed", whole_number), default=0)
+    parser.add_argument("--steps", type=_option("steps", whole_number), help="the model's own default if left out")
+    parser.add_argument(
+        "--guidance-scale", type=_option("guidance_scale", number), help="the model's own default if left out"
+    )
     parser.add_argument("--size", choices=["native", "model"], default="native", help="the sketch's, or the model's")
     return parser

@@ -99,16 +99,16 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
     async def colorize(request: Request) -> Response:
         """Color a sketch with the colors of a reference and return a PNG."""
         form = await read_form(request)
-        asked, loop = form.parameters, asyncio.get_running_loop()
-        if asked.output == "both":
+        loop = asyncio.get_running_loop()
+        if form.output == "both":
             raise unusable("output", "both", ALLOWED["output"])
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_client_leaves(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
         png = await loop.run_in_executor(
-            pool, lambda: render(answer.picture, drawing, output=asked.output, size=asked.size)[asked.output]
+            pool, lambda: render(answer.picture, drawing, output=form.output, size=form.size)[form.output]
         )
-        headers = {"X-Model-Version": answer.model_version, "X-Seed": str(asked.seed), "Cache-Control": "no-store"}
+        headers = {"X-Model-Version": answer.model_version, "X-Seed": str(form.seed), "Cache-Control": "no-store"}
         return Response(png, media_type="image/png", headers=headers)
 
     @app.post(
@@ -126,8 +126,8 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_client_leaves(request, _first(items), timeout_s)
-        body = events(first, items, drawing, form.parameters, request.state, pool)
-        headers = {"Cache-Control": "no-store", "X-Seed": str(form.parameters.seed)}
+        body = events(first, items, drawing, form, request.state, pool)
+        headers = {"Cache-Control": "no-store", "X-Seed": str(form.seed)}
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
 
@@ -141,15 +141,11 @@ def _key(request: Request) -> str:
 
 
 def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, ColorizeJob]:
-    asked = form.parameters
     drawing = read_sketch(form.sketch)
     job = ColorizeJob(
         lines=as_gray(drawing),
         reference=read_picture(form.reference),
-        seed=asked.seed,
-        steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        sampler=asked.sampler,
+        options=form.options,
         timeout_s=timeout_s,
         key=key,
     )

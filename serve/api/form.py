@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from animediffusion.models import sampler_options
+from animediffusion.models.sampler_options import (
+    MAX_GUIDANCE_SCALE,
+    MAX_SEED,
+    SamplerName,
+    SamplerOptions,
+    number,
+    whole_number,
+)
 from animediffusion.serve.api.problems import ProblemError, unusable
 from animediffusion.serve.rendering.render import Output, Size
 
 FILES = ("sketch", "reference")
-MAX_SEED = 2**32 - 1
 MAX_STEPS = 100
-MAX_GUIDANCE = 20
+"""Largest number of steps of a request: smaller than in SamplerOptions, so that one request takes seconds."""
 MAX_TEXT_BYTES = 4096
 """Maximum size of a text field."""
 _CODINGS = (b"content-encoding", b"content-transfer-encoding")
@@ -32,42 +39,47 @@ _AS_IT_IS = (b"", b"identity", b"binary", b"8bit", b"7bit")
 """Values of these headers of a part that change none of its bytes."""
 
 
-class Parameters(BaseModel):
-    """Parameters of a request, besides the two pictures."""
+class ColorizeForm(BaseModel):
+    """The form of a request. Numbers are plain decimal digits, and the name of every field is part of the API."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
+    sketch: bytes
+    """Line art: PNG, JPEG or WebP, up to 25 Mpixel."""
+    reference: bytes
+    """A picture with the wanted colors."""
+    num_inference_steps: Annotated[int | None, BeforeValidator(whole_number), Field(ge=1, le=MAX_STEPS)] = None
     """Number of denoising steps; the default of the model if left out."""
-    guidance_scale: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = None
+    guidance_scale: Annotated[float | None, BeforeValidator(number), Field(ge=0, le=MAX_GUIDANCE_SCALE)] = None
     """Strength of the guidance by the reference; 1 disables guidance."""
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
+    seed: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MAX_SEED)] = Field(
+        default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
+    )
     """Seed of the noise: the same seed gives the same picture. Random if left out; the header X-Seed returns it."""
-    sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
+    sampler: SamplerName | None = None
     """Sampler; the default of the model if left out."""
     output: Output = "image"
     """`color_layer` is RGBA without lines. `both`, for `/v1/colorize/stream` only, adds `color_layer` to the result."""
     size: Size = "native"
     """`native` is the size of the sketch; `model` is the square of the network."""
 
+    @property
+    def options(self) -> SamplerOptions:
+        """The sampler settings."""
+        return SamplerOptions(
+            seed=self.seed,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+        )
+
 
 ALLOWED = {
+    **sampler_options.ALLOWED,
     "num_inference_steps": f"a whole number from 1 to {MAX_STEPS}",
-    "guidance_scale": f"a number from 0 to {MAX_GUIDANCE}",
-    "seed": f"a whole number from 0 to {MAX_SEED}",
-    "sampler": "euler, heun or dpmpp_2m",
     "output": "image or color_layer; both from /v1/colorize/stream",
     "size": "native or model",
 }
-
-
-@dataclass(frozen=True)
-class ColorizeForm:
-    """A parsed request: the bytes of two files, and validated parameters."""
-
-    sketch: bytes
-    reference: bytes
-    parameters: Parameters
 
 
 async def read_form(request: Request) -> ColorizeForm:
@@ -81,7 +93,7 @@ async def read_form(request: Request) -> ColorizeForm:
     form = await _parse(request)
     try:
         _check_names(form)
-        return ColorizeForm(await _file(form, "sketch"), await _file(form, "reference"), _parameters(form))
+        return _checked(form, {name: await _file(form, name) for name in FILES})
     finally:
         await form.close()
 
@@ -99,7 +111,7 @@ def _check_head(request: Request) -> None:
         raise unusable(name[:80], "in the address", "send it as a field of the form")
     for header in request.headers:
         name = header.removeprefix("x-").replace("-", "_")
-        if name in Parameters.model_fields:
+        if name in ColorizeForm.model_fields and name not in FILES:
             raise unusable(name, f"in the header {header}", "send it as a field of the form")
 
 
@@ -166,7 +178,7 @@ async def _file(form: FormData, name: str) -> bytes:
 
 
 def _check_names(form: FormData) -> None:
-    names = [*FILES, *Parameters.model_fields]
+    names = list(ColorizeForm.model_fields)
     for name in form:
         if name not in names:
             close = get_close_matches(name, names, n=1)
@@ -175,15 +187,15 @@ def _check_names(form: FormData) -> None:
             raise unusable(name, "given more than once", "give it once")
 
 
-def _parameters(form: FormData) -> Parameters:
-    values: dict[str, Any] = {name: value for name, value in form.items() if name not in FILES and value != ""}
-    for name, value in values.items():
+def _checked(form: FormData, files: dict[str, bytes]) -> ColorizeForm:
+    texts = {name: value for name, value in form.items() if name not in FILES and value != ""}
+    for name, value in texts.items():
         if isinstance(value, UploadFile):
             raise unusable(name, "is a file", ALLOWED[name])
     try:
-        return Parameters.model_validate(values)
+        return ColorizeForm.model_validate({**files, **texts})
     except ValidationError as error:
-        wrong = [str(one["loc"][0]) for one in error.errors(include_url=False)]
-        errors = [{"field": name, "found": str(values[name])[:80], "allowed": ALLOWED[name]} for name in wrong]
+        wrong = [str(one["loc"][0]) for one in error.errors(include_url=False, include_input=False)]
+        errors = [{"field": name, "found": str(texts[name])[:80], "allowed": ALLOWED[name]} for name in wrong]
         detail = "; ".join(f"{one['field']}: {one['found']!r}, allowed is {one['allowed']}" for one in errors)
         raise ProblemError(422, detail, errors) from error

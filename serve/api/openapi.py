@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Security
 from fastapi.security import HTTPBearer
 
-from animediffusion.serve.api.form import Parameters
+from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import MEDIA_TYPE
 
 KEY = Security(
@@ -56,20 +56,8 @@ def problems(*codes: int) -> Answers:
     }
 
 
-def _form_schema() -> dict[str, Any]:
-    schema = Parameters.model_json_schema()
-    files = {
-        "sketch": {
-            "type": "string",
-            "format": "binary",
-            "description": "Line art: PNG, JPEG or WebP, up to 25 Mpixel.",
-        },
-        "reference": {"type": "string", "format": "binary", "description": "A picture with the wanted colors."},
-    }
-    return {"type": "object", "required": ["sketch", "reference"], "properties": {**files, **schema["properties"]}}
-
-
-FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}}
+_FORM = {"multipart/form-data": {"schema": ColorizeForm.model_json_schema()}}
+FORM = {"requestBody": {"required": True, "content": _FORM}}
 
 PICTURE: Answers = {
     200: {

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import State
 
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.serve.api.form import Parameters
+from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import from_error
 from animediffusion.serve.protocol import Answer, Preview
 from animediffusion.serve.rendering.render import render
@@ -24,7 +24,7 @@ async def events(
     first: Preview | Answer,
     rest: AsyncIterator[Preview | Answer],
     drawing: Drawing,
-    asked: Parameters,
+    form: ColorizeForm,
     state: State,
     pool: Executor,
 ) -> AsyncIterator[str]:
@@ -34,7 +34,7 @@ async def events(
         first: first item from the backend. The caller awaits it, so that an early error is an ordinary error response.
         rest: further items from the backend.
         drawing: the sketch.
-        asked: parameters of the request.
+        form: the request.
         state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
         pool: executor that renders pictures.
     """
@@ -45,7 +45,7 @@ async def events(
                 yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
             else:
                 state.model_version = item.model_version
-                result = await loop.run_in_executor(pool, _result, item, drawing, asked)
+                result = await loop.run_in_executor(pool, _result, item, drawing, form)
                 yield _event("result", {**result, "request_id": state.request_id})
     except Exception as error:
         yield _event("error", from_error(error, state.request_id).body(state.request_id))
@@ -66,12 +66,12 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
     return {"step": item.step, "total": item.total, "preview": f"data:image/png;base64,{picture}"}
 
 
-def _result(item: Answer, drawing: Drawing, asked: Parameters) -> dict[str, Any]:
-    made = render(item.picture, drawing, output=asked.output, size=asked.size)
-    if asked.output != "both":
-        made = {"image": made[asked.output]}
+def _result(item: Answer, drawing: Drawing, form: ColorizeForm) -> dict[str, Any]:
+    made = render(item.picture, drawing, output=form.output, size=form.size)
+    if form.output != "both":
+        made = {"image": made[form.output]}
     pictures = {name: base64.b64encode(png).decode() for name, png in made.items()}
-    return {**pictures, "model_version": item.model_version, "seed": asked.seed}
+    return {**pictures, "model_version": item.model_version, "seed": form.seed}
 
 
 def _inside(picture: Pixels, drawing: Drawing) -> Pixels:

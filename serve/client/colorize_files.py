@@ -1,11 +1,12 @@
 """Coloring of drawing files: the command `colorize`, with a bundle in this process or with a server.
 
-    painter = RemotePainter(url) if url else LocalPainter(settings, model)
-    for done in colorize_files(painter, [Path("drawings")], Path("reference.png"), Path("out"), Options(seed=7)):
-        print(done.output or done.error)
+    colorizer = RemoteColorizer(url) if url else LocalColorizer(settings, model)
+    options = SamplerOptions(seed=7)
+    for result in colorize_files(colorizer, [Path("drawings")], Path("reference.png"), Path("out"), options):
+        print(result.output or result.error)
 
-Both painters make the same picture from the same sketch, reference, seed and version. Each PNG contains metadata about
-its inputs and settings (png_metadata.py), so that an interrupted command resumes when it is run again.
+Both colorizers make the same picture from the same sketch, reference, seed and version. Each PNG contains metadata
+about its inputs and settings (png_metadata.py), so that an interrupted command resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.picture_names import PICTURES, SENT, is_junk
 from animediffusion.platform.storage.files import explained, write_bytes
-from animediffusion.serve.client.png_metadata import read_stamp, stamped
+from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
 from animediffusion.serve.rendering.render import Size, read_picture
 
 LAYER_SUFFIX = ".color.png"
@@ -29,19 +31,8 @@ MAX_NAME_BYTES = 255
 """Longest name of a file on the usual file systems."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Settings of coloring. A field that is None means the default of the model."""
-
-    seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    size: Size = "native"
-
-
 @dataclass(frozen=True)
-class Painting:
+class ColoredDrawing:
     """One colored drawing, as PNGs."""
 
     picture: bytes
@@ -49,21 +40,34 @@ class Painting:
     model_version: str
 
 
-class Painter(Protocol):
+class Colorizer(Protocol):
     """Interface that colors drawings, locally or on a server. Several threads call it at the same time."""
 
-    num_at_once: int
+    max_concurrent: int
     """Number of drawings to color concurrently."""
 
-    def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """Color one drawing; raise an AnimeDiffusionError that names `thing` if this fails."""
+    def colorize(
+        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+    ) -> ColoredDrawing:
+        """Color one drawing.
+
+        Args:
+            sketch: bytes of the image file.
+            reference: bytes of the image file.
+            options: sampler settings.
+            size: size of the pictures; see rendering/render.py.
+            name: name of the sketch in error messages.
+
+        Raises:
+            AnimeDiffusionError: the drawing cannot be colored.
+        """
 
     def versions(self) -> Collection[str]:
         """Return the model versions that may answer now."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
+class FileResult:
     """Result of one drawing: the written files, or an error."""
 
     sketch: Path
@@ -87,8 +91,13 @@ class Done:
 
 
 def colorize_files(
-    painter: Painter, sketches: Sequence[Path], reference: Path, out: Path, options: Options
-) -> Iterator[Done]:
+    colorizer: Colorizer,
+    sketches: Sequence[Path],
+    reference: Path,
+    out: Path,
+    options: SamplerOptions,
+    size: Size = "native",
+) -> Iterator[FileResult]:
     """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; yield the results in the order of the drawings.
 
     If a drawing cannot be colored or written, or two drawings would be written to the same file, their results contain
@@ -96,14 +105,15 @@ def colorize_files(
     inputs with the same settings by a version that still answers.
 
     Args:
-        painter: a local or remote Painter.
+        colorizer: a local or remote Colorizer.
         sketches: files, and folders of files.
         reference: image file with the colors.
         out: output folder, which is created if it is missing.
-        options: settings for all drawings.
+        options: sampler settings for all drawings.
+        size: size of the pictures; see rendering/render.py.
 
     Raises:
-        AnimeDiffusionError: there is nothing to color, the reference or `out` is not usable, or the painter does not
+        AnimeDiffusionError: there is nothing to color, the reference or `out` is not usable, or the colorizer does not
             work.
     """
     files = list_sketches(sketches)
@@ -112,13 +122,13 @@ def colorize_files(
         out.mkdir(parents=True, exist_ok=True)
     colors = _read(reference)
     read_picture(colors, thing=str(reference))
-    run = _Run(painter, colors, options)
+    run = _Run(colorizer, colors, options, size)
 
-    def color(sketch: Path, target: Path) -> Done:
+    def color(sketch: Path, target: Path) -> FileResult:
         error = clashes.get(sketch)
-        return run.color(sketch, target) if error is None else Done(sketch=sketch, seed=options.seed, error=error)
+        return run.color(sketch, target) if error is None else FileResult(sketch=sketch, seed=options.seed, error=error)
 
-    with ThreadPoolExecutor(painter.num_at_once) as pool:
+    with ThreadPoolExecutor(colorizer.max_concurrent) as pool:
         # If a drawing raises, or the caller closes the generator, map() cancels the drawings that have not started.
         yield from pool.map(color, files, targets)
 
@@ -126,34 +136,35 @@ def colorize_files(
 class _Run:
     """State that all drawings of one command share."""
 
-    def __init__(self, painter: Painter, reference: bytes, options: Options) -> None:
-        self.painter = painter
+    def __init__(self, colorizer: Colorizer, reference: bytes, options: SamplerOptions, size: Size) -> None:
+        self.colorizer = colorizer
         self.reference = reference
         self.options = options
-        self.facts = {"reference": _sha256(reference), **asdict(options)}
+        self.size: Size = size
+        self.metadata = {"reference": _sha256(reference), **asdict(options), "size": size}
 
-    def color(self, sketch: Path, target: Path) -> Done:
+    def color(self, sketch: Path, target: Path) -> FileResult:
         """Color one file and write the layer before the picture, so that a picture always has its layer."""
         layer, seed = _layer_of(target), self.options.seed
         try:
             _check_length(sketch, layer)
             drawing = _read(sketch)
-            facts = {"sketch": _sha256(drawing), **self.facts}
-            before = read_stamp(target)
-            if before is not None and self._is_done(before, facts) and read_stamp(layer) == before:
+            metadata = {"sketch": _sha256(drawing), **self.metadata}
+            before = read_metadata(target)
+            if before is not None and self._is_done(before, metadata) and read_metadata(layer) == before:
                 version = str(before["model_version"])
-                return Done(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
-            painting = self.painter.paint(drawing, self.reference, self.options, thing=str(sketch))
-            facts["model_version"] = painting.model_version
-            write_bytes(str(layer), stamped(painting.color_layer, facts))
-            write_bytes(str(target), stamped(painting.picture, facts))
+                return FileResult(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
+            colored = self.colorizer.colorize(drawing, self.reference, self.options, self.size, name=str(sketch))
+            metadata["model_version"] = colored.model_version
+            write_bytes(str(layer), with_metadata(colored.color_layer, metadata))
+            write_bytes(str(target), with_metadata(colored.picture, metadata))
         except (ImageError, DataError, StorageError) as error:
-            return Done(sketch=sketch, seed=seed, error=error)
-        return Done(sketch=sketch, output=target, seed=seed, model_version=painting.model_version)
+            return FileResult(sketch=sketch, seed=seed, error=error)
+        return FileResult(sketch=sketch, output=target, seed=seed, model_version=colored.model_version)
 
-    def _is_done(self, before: dict[str, Any], facts: dict[str, Any]) -> bool:
+    def _is_done(self, before: dict[str, Any], metadata: dict[str, Any]) -> bool:
         version = before.get("model_version")
-        return before == {**facts, "model_version": version} and version in self.painter.versions()
+        return before == {**metadata, "model_version": version} and version in self.colorizer.versions()
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
@@ -195,7 +206,7 @@ def _pictures(folder: Path, suffixes: Collection[str], *, made: bool = False) ->
         if file.suffix.lower() in suffixes
         and not is_junk(file.name)
         and (file.is_file() or not file.exists())
-        and (read_stamp(file) is not None) == made
+        and (read_metadata(file) is not None) == made
     )
 
 

@@ -1,4 +1,4 @@
-"""A Painter that colors drawings with a bundle in this process."""
+"""A Colorizer that colors drawings with a bundle in this process."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Collection
 import torch
 
 from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ConfigError
-from animediffusion.serve.client.colorize_files import Options, Painting
-from animediffusion.serve.engine.engine import settings_for
+from animediffusion.serve.client.colorize_files import ColoredDrawing
+from animediffusion.serve.rendering.render import Size
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.standalone import paint
 
 
-class LocalPainter:
-    """A colorize_files.Painter with a bundle in this process.
+class LocalColorizer:
+    """A colorize_files.Colorizer with a bundle in this process.
 
     Args:
         settings: settings of the registry.
@@ -30,34 +30,30 @@ class LocalPainter:
     """
 
     def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
-        self.num_at_once = min(4, os.cpu_count() or 1)
-        self._turn = threading.Lock()
+        self.max_concurrent = min(4, os.cpu_count() or 1)
+        self._lock = threading.Lock()
         source = ModelSource(settings, model)
         self.version = source.wanted()
         folder = source.fetch(self.version)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle: Bundle = load_bundle(folder, device, name=model)
 
-    def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See colorize_files.Painter. Only one thread at a time runs the network; other threads decode and render."""
-        try:
-            sampler = settings_for(
-                self.bundle, sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
-            )
-        except ValueError as error:
-            raise ConfigError("--steps or --guidance-scale", str(error), "see colorize --help") from error
+    def colorize(
+        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+    ) -> ColoredDrawing:
+        """See colorize_files.Colorizer. One thread at a time runs the network; other threads decode and render."""
         picture, layer = paint(
             self.bundle,
             sketch,
             reference,
             seed=options.seed,
-            sampler=sampler,
-            size=options.size,
-            thing=thing,
-            turn=self._turn,
+            sampler=options.apply_to(self.bundle.config.sampler),
+            size=size,
+            thing=name,
+            lock=self._lock,
         )
-        return Painting(picture, layer, self.version)
+        return ColoredDrawing(picture, layer, self.version)
 
     def versions(self) -> Collection[str]:
-        """See colorize_files.Painter."""
+        """See colorize_files.Colorizer."""
         return (self.version,)

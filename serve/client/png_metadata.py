@@ -20,18 +20,18 @@ _HEADER_END = 33
 """Number of bytes of the signature and the IHDR chunk, which is always the first chunk and has a fixed length."""
 
 
-def stamped(png: bytes, facts: Mapping[str, Any]) -> bytes:
-    """Return the PNG with `facts` as metadata; its pixels are unchanged."""
-    body = b"tEXt" + KEYWORD.encode() + b"\0" + json.dumps(facts, sort_keys=True).encode("ascii")
+def with_metadata(png: bytes, metadata: Mapping[str, Any]) -> bytes:
+    """Return the PNG with `metadata` as metadata; its pixels are unchanged."""
+    body = b"tEXt" + KEYWORD.encode() + b"\0" + json.dumps(metadata, sort_keys=True).encode("ascii")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return png[:_HEADER_END] + chunk + png[_HEADER_END:]
 
 
-def read_stamp(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, Any] | None:
     """Return the metadata of a file; None if the file is missing, is not a PNG, or has no metadata."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            facts = json.loads(image.info[KEYWORD])
+            metadata = json.loads(image.info[KEYWORD])
     except Exception:  # An unreadable file counts as missing, so that it is written again.
         return None
-    return facts if isinstance(facts, dict) else None
+    return metadata if isinstance(metadata, dict) else None

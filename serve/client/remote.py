@@ -1,4 +1,4 @@
-"""A Painter that colors drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
+"""A Colorizer that colors drawings with a server: `colorize --url`, and a small example of how to use the HTTP API."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from typing import Any, Self
 
 import httpx
 
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ClusterError, ConfigError, DataError
 from animediffusion.platform.network import without_password
-from animediffusion.serve.client.colorize_files import Options, Painting
+from animediffusion.serve.client.colorize_files import ColoredDrawing
+from animediffusion.serve.rendering.render import Size
 
 API_KEY = "ANIMEDIFFUSION_API_KEY"
 _KEY_HINT = "set it to a key that `animediffusion keys create` has shown"
 NAMES = {"steps": "num_inference_steps"}
+"""Fields of SamplerOptions that have another name in the HTTP form."""
 BUSY = (429, 503)
 """HTTP statuses of temporary errors, after which the request is retried."""
 
 
-class RemotePainter:
-    """A colorize_files.Painter that calls a server.
+class RemoteColorizer:
+    """A colorize_files.Colorizer that calls a server.
 
     Args:
         url: URL of the server, as `serve` prints it.
@@ -39,14 +42,16 @@ class RemotePainter:
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(API_KEY, "holds characters that no key has", _KEY_HINT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.num_at_once = 4  # The server batches concurrent requests.
+        self.max_concurrent = 4  # The server batches concurrent requests.
         self.url = url.rstrip("/")
         self.shown = without_password(self.url)
         self.timeout_s = timeout_s
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, headers=headers, transport=transport)
 
-    def paint(self, sketch: bytes, reference: bytes, options: Options, *, thing: str) -> Painting:
-        """See colorize_files.Painter. One request returns picture and color layer, so version and seed are the same.
+    def colorize(
+        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+    ) -> ColoredDrawing:
+        """See colorize_files.Colorizer. One request returns picture and color layer, so version and seed are the same.
 
         Raises:
             DataError: the server refuses this drawing.
@@ -54,18 +59,18 @@ class RemotePainter:
             ClusterError: the server is unreachable, or fails.
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
-        asked = {NAMES.get(name, name): str(value) for name, value in asdict(options).items() if value is not None}
+        fields = {NAMES.get(field, field): str(value) for field, value in asdict(options).items() if value is not None}
         end = time.monotonic() + self.timeout_s
         while True:
             try:
-                result = self._ask(files, {**asked, "output": "both"})
-                image, layer = (base64.b64decode(result[name]) for name in ("image", "color_layer"))
-                return Painting(image, layer, result["model_version"])
+                result = self._post(files, {**fields, "size": size, "output": "both"})
+                image, layer = (base64.b64decode(result[kind]) for kind in ("image", "color_layer"))
+                return ColoredDrawing(image, layer, result["model_version"])
             except (ValueError, KeyError, TypeError) as error:
                 raise self._another_server() from error
             except _RefusedError as refused:
                 if refused.status not in BUSY or time.monotonic() > end:
-                    raise self._explain(refused, thing) from refused
+                    raise self._explain(refused, name) from refused
                 time.sleep(min(5.0, refused.retry_after_s))
 
     def versions(self) -> Collection[str]:
@@ -92,10 +97,10 @@ class RemotePainter:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, files: dict[str, tuple[str, bytes]], asked: dict[str, str]) -> dict[str, Any]:
+    def _post(self, files: dict[str, tuple[str, bytes]], fields: dict[str, str]) -> dict[str, Any]:
         """Return the data of the event `result`; raise _RefusedError or ClusterError if there is none."""
         try:
-            with self._client.stream("POST", "/v1/colorize/stream", files=files, data=asked) as response:
+            with self._client.stream("POST", "/v1/colorize/stream", files=files, data=fields) as response:
                 if not response.is_success:
                     response.read()
                     wait = _seconds(response.headers.get("Retry-After"))

@@ -5,7 +5,7 @@ turn; finished, canceled and late requests leave. Language-model servers use the
 and torch.
 
     engine = Engine(load_bundle(folder))
-    future = engine.submit(Request(sketch, reference, seed=7))
+    future = engine.submit(Request(sketch=sketch, reference=reference, options=SamplerOptions(seed=7)))
     picture = future.result()           # uint8 [S, S, 3]; future.cancel() frees the slot within one turn
 
 Guarantees:
@@ -48,10 +48,9 @@ from animediffusion.serve.engine.requests import (
     Request,
     Ticket,
     Turn,
-    settings_for,
 )
 
-__all__ = ["Counts", "Engine", "Progress", "Request", "Turn", "settings_for"]
+__all__ = ["Counts", "Engine", "Progress", "Request", "Turn"]
 
 MAX_FAILED_TURNS = 3
 """The engine counts as broken after this many consecutive turns in which every request failed."""
@@ -215,15 +214,13 @@ class Engine:
         return pair_of(torch.full((1, size, size), 1 - number / 8), torch.full((3, size, size), number / 8))
 
     def _ticket(self, request: Request) -> Ticket:
-        settings = settings_for(
-            self.bundle, sampler=request.sampler, steps=request.steps, guidance_scale=request.guidance_scale
-        )
+        settings = request.options.apply_to(self.bundle.config.sampler)
         size = self.bundle.config.image_size
         if request.sketch.shape != (1, size, size) or request.reference.shape != (3, size, size):
             found = f"{tuple(request.sketch.shape)} and {tuple(request.reference.shape)}"
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
         pair, previews = pair_of(request.sketch, request.reference), request.on_progress is not None
-        row = new_row(self.bundle.denoiser, pair, settings, request.seed, previews)
+        row = new_row(self.bundle.denoiser, pair, settings, request.options.seed, previews)
         return Ticket(request, row)
 
     def _refuse_if_unable(self) -> None:

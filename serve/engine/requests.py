@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from animediffusion.models.bundle import Bundle, SamplerDefaults
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.serve.engine.admission import Claim
 from animediffusion.serve.engine.batch import Row
 
@@ -21,16 +21,13 @@ Progress = Callable[[int, int, NDArray[np.uint8]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture to make. A field that is None means the sampler default of the bundle."""
+    """One picture to make."""
 
     sketch: Tensor
     """[1, S, S] in [-1, 1]."""
     reference: Tensor
     """[3, S, S] in [-1, 1]."""
-    seed: int
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
+    options: SamplerOptions
     deadline: float | None = None
     """Time of the engine's clock, by default time.monotonic(), at which the request fails."""
     key: str = ""
@@ -96,20 +93,3 @@ class Ticket:
         """End the request with its picture, unless it has ended or was canceled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(picture)
-
-
-def settings_for(
-    bundle: Bundle, *, sampler: str | None = None, steps: int | None = None, guidance_scale: float | None = None
-) -> SamplerDefaults:
-    """Return the sampler defaults of the bundle, replaced by the arguments that are not None.
-
-    Raises:
-        ValueError: an argument is out of range; the message names it.
-    """
-    own = bundle.config.sampler
-    return replace(
-        own,
-        name=own.name if sampler is None else sampler,
-        steps=own.steps if steps is None else steps,
-        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
-    )

@@ -71,10 +71,7 @@ class Hosted:
         request = Request(
             sketch=from_pixels(for_network(job.lines, size))[0],
             reference=from_pixels(letterbox(job.reference, size)[0])[0],
-            seed=job.seed,
-            steps=job.steps,
-            guidance_scale=job.guidance_scale,
-            sampler=job.sampler,
+            options=job.options,
             deadline=time.monotonic() + job.timeout_s,
             key=job.key,
             on_progress=on_progress,

@@ -23,7 +23,7 @@ def point(job: ColorizeJob) -> float:
     digest = hashlib.blake2b(digest_size=8)
     for pixels in (job.lines, job.reference):
         digest.update(np.ascontiguousarray(pixels[::STRIDE, ::STRIDE]).tobytes())
-    digest.update(str(job.seed).encode())
+    digest.update(str(job.options.seed).encode())
     return int.from_bytes(digest.digest()) / 2**64
 
 

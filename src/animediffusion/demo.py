@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from animediffusion.console import Console
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.pipelines.data.ingest import prepare
 from animediffusion.pipelines.evaluation.evaluate import evaluate
 from animediffusion.pipelines.release import promote as release
@@ -33,8 +34,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
 from animediffusion.platform.signals import StopSignals
-from animediffusion.serve.client.colorize_files import Options
-from animediffusion.serve.client.remote import API_KEY, RemotePainter
+from animediffusion.serve.client.remote import API_KEY, RemoteColorizer
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.server import check_address, running
 
@@ -149,13 +149,14 @@ def _color(url: str, folder: Path, console: Console) -> Path:
     """Color unseen drawings through the HTTP API and write a picture that compares them with their sketches."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[list[NDArray[np.uint8]]] = []
-    with RemotePainter(url) as painter:
+    with RemoteColorizer(url) as colorizer:
         for number in range(NUM_DRAWINGS):
             row: DrawnRow = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
             sketch, reference = encode_png(row.sketch), encode_png(row.cross_reference)
-            painting = painter.paint(sketch, reference, Options(seed=number), thing=f"drawing {number + 1}")
-            (folder / f"drawing_{number + 1}.png").write_bytes(painting.picture)
-            lines.append([row.sketch, row.cross_reference, decode_rgb(painting.picture), row.target])
+            options, name = SamplerOptions(seed=number), f"drawing {number + 1}"
+            colored = colorizer.colorize(sketch, reference, options, name=name)
+            (folder / f"drawing_{number + 1}.png").write_bytes(colored.picture)
+            lines.append([row.sketch, row.cross_reference, decode_rgb(colored.picture), row.target])
             console.note(f"colored drawing {number + 1} of {NUM_DRAWINGS}")
     picture = folder / "before_after.png"
     labels = ["sketch", "reference", "colored", "truth"]

@@ -9,13 +9,14 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from animediffusion.models.bundle import identity
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError, UnavailableError
 from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.ray_backend import RayBackend
 from animediffusion.serve.replica.model_source import ModelSource
 
-JOB = ColorizeJob(lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), seed=0)
+JOB = ColorizeJob(lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), options=SamplerOptions())
 ANSWER = Answer(picture=np.zeros((8, 8, 3), np.uint8), model_version="1")
 NO_ENGINE = DeploymentUnavailableError(DeploymentID("engine", "app"))
 

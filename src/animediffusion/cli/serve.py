@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from animediffusion.cli import common
+from animediffusion.models.sampler_options import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, SamplerOptions
 
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
+    from animediffusion.serve.client.colorize_files import Colorizer
+    from animediffusion.serve.rendering.render import Size
 
 keys = common.group(help="Create, list and revoke API keys.")
 
@@ -21,11 +24,11 @@ def colorize(
     out: Annotated[Path, typer.Option(help="Output folder for STEM.png and STEM.color.png.")],
     model: Annotated[str | None, typer.Option(help="Model to use; the champion by default.")] = None,
     url: Annotated[str | None, typer.Option(help="Use a running server instead of a local model.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's default if omitted.")
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Sampling steps; the model's default if omitted.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0.0, max=20.0)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, max=MAX_GUIDANCE_SCALE)] = None,
     size: Annotated[str, typer.Option(help="Output size: native (the sketch's size) or model.")] = "native",
 ) -> int:
     """Color drawings with the colors of a reference image.
@@ -33,27 +36,21 @@ def colorize(
     Writes STEM.png, and the color layer without lines as STEM.color.png.
     """
     from animediffusion.platform.errors import ConfigError
-    from animediffusion.serve.client.colorize_files import (
-        Options,
-        colorize_files,
-        list_colored,
-        list_left_out,
-        list_sketches,
-    )
+    from animediffusion.serve.client.colorize_files import colorize_files, list_colored, list_left_out, list_sketches
 
     if size not in ("native", "model"):
         raise ConfigError("--size", repr(size), "native or model")
     if model is not None and url is not None:
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = common.console(), common.settings()
-    options = Options(seed=seed, steps=steps, guidance_scale=guidance_scale, size=size)  # type: ignore[arg-type]
+    options = SamplerOptions(seed=seed, steps=steps, guidance_scale=guidance_scale)
     files, left_out, done, failed = list_sketches(sketches), list_left_out(sketches), [], 0
     if left_out:
         console.note(f"left out {_named(left_out)}; save them as PNG, JPEG or WebP")
     if colored := list_colored(sketches):
         console.note(f"left out {_named(colored)}, made by colorize; give them by name to color them again")
     with console.progress("colored", "drawings") as progress:
-        for one in colorize_files(_painter(settings, model, url), files, reference, out, options):
+        for one in colorize_files(_colorizer(settings, model, url), files, reference, out, options, cast("Size", size)):
             done.append(one)
             failed += one.error is not None
             if one.error:
@@ -74,15 +71,15 @@ def _named(files: list[Path]) -> str:
     return f"{len(files)} {'file' if len(files) == 1 else 'files'}: {names}"
 
 
-def _painter(settings: Settings, model: str | None, url: str | None) -> Any:
+def _colorizer(settings: Settings, model: str | None, url: str | None) -> Colorizer:
     if url is not None:
-        from animediffusion.serve.client.remote import RemotePainter
+        from animediffusion.serve.client.remote import RemoteColorizer
 
-        return RemotePainter(url)
-    from animediffusion.serve.client.local import LocalPainter
+        return RemoteColorizer(url)
+    from animediffusion.serve.client.local import LocalColorizer
 
     common.use_attention(settings)
-    return LocalPainter(settings, model)
+    return LocalColorizer(settings, model)
 
 
 def serve(

@@ -146,6 +146,8 @@ def test_the_exported_script_overwrites_nothing_that_it_reads(bundle, drawing, c
         (["s.png", "r.png", ""], "'' is not a file name"),
         (["s.png", "r.png", "o.png", "--seed", "9" * 30], "is not a whole number from 0 to 4294967295"),
         (["s.png", "r.png", "o.png", "--seed", "-1"], "'-1' is not a whole number"),
+        (["s.png", "r.png", "o.png", "--steps", "1_0"], "'1_0' is not a whole number from 1 to 1000"),
+        (["s.png", "r.png", "o.png", "--guidance-scale", "nan"], "'nan' is not a number from 0 to 20"),
     ],
 )
 def test_the_exported_script_refuses_odd_arguments(bundle, capsys, words, found):

@@ -85,7 +85,7 @@ def test_ssimbads_recipe_ends_at_its_largest_noise():
         ("network.head_channels=0", "network: cannot be used; head_channels must be at least 1, got 0"),
         ("optimizer.learning_rate=-1", "optimizer: cannot be used; learning_rate and max_grad_norm must be above 0"),
         ("augment.flip=2", "augment: cannot be used; flip must be in 0..1, got 2.0"),
-        ("sampler.steps=0", "sampler: cannot be used; sampler steps must be in 1..1000, got 0"),
+        ("sampler.steps=0", "sampler: cannot be used; sampler steps must be a whole number from 1 to 1000, got 0"),
         ("num_workers=5", "TrainConfig: cannot be used; batch_size 32 must be a multiple of num_workers 5"),
         ("name=a/b", "name: 'a/b'; string should match pattern"),
     ],

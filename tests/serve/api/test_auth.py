@@ -5,12 +5,12 @@ import time
 import httpx
 import pytest
 
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.api_keys import REFRESH_S, Keyring, Keys
 from animediffusion.platform.errors import BusyError, ConfigError
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.api.auth import PUBLIC
-from animediffusion.serve.client.colorize_files import Options
-from animediffusion.serve.client.remote import API_KEY, RemotePainter
+from animediffusion.serve.client.remote import API_KEY, RemoteColorizer
 
 PROBLEM = "application/problem+json"
 
@@ -134,8 +134,8 @@ def test_our_client_sends_its_key_and_says_what_is_wrong_with_it(closed_url, fil
     sketch, reference = (files[name][1] for name in ("sketch", "reference"))
 
     def paint():
-        with RemotePainter(closed_url) as painter:
-            return painter.paint(sketch, reference, Options(seed=1), thing="a.png")
+        with RemoteColorizer(closed_url) as colorizer:
+            return colorizer.colorize(sketch, reference, SamplerOptions(seed=1), name="a.png")
 
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(ConfigError, match=f"{API_KEY}: is not set"):

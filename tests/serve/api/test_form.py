@@ -1,10 +1,13 @@
 """Raw multipart bodies: each is read whole and exactly, or refused with the reason."""
 
 import gzip
+from typing import get_args
 
 import pytest
 from fastapi.testclient import TestClient
 
+from animediffusion.models.diffusion.sampler import SAMPLERS
+from animediffusion.models.sampler_options import ALLOWED, SamplerName
 from animediffusion.serve.api.app import create_app
 
 BOUNDARY = "b1"
@@ -51,7 +54,7 @@ def test_a_body_whose_last_boundary_is_another_is_refused(client, parts):
         refused(post(client, parts + end), 400)
 
 
-@pytest.mark.parametrize("end", [END, END[:-2], END[:-1], END + b"an epilogue\r\n", b"\r\n" + END])
+@pytest.mark.parametrize("end", [END, END[:-2], END[:-1], END + b"an epilogue\r\n"])
 def test_a_complete_body_is_taken_however_it_ends(client, parts, end):
     response = post(client, parts + end)
     assert response.headers["x-seed"] == "1", response.content[:300]
@@ -117,10 +120,36 @@ def test_a_picture_without_a_filename_is_told_how_to_be_sent(client, files):
     assert "send sketch and reference as files, each with a filename" in detail
 
 
-@pytest.mark.parametrize("value", ["\u0663", "1e3", "0x10", "7.5", "null", "\uff11"])
-def test_a_number_is_written_in_plain_digits(client, files, value):
-    (error,) = refused(client.post("/v1/colorize", files=files, data={"seed": value}), 422)["errors"]
-    assert (error["field"], error["found"]) == ("seed", value)
+@pytest.mark.parametrize(
+    "value", ["\u0663", "1e3", "1e1", "0x10", "7.5", "5.0", "null", "\uff11", "1_0", " 5 ", "5\n", "+5", "9" * 4000]
+)
+@pytest.mark.parametrize("field", ["seed", "num_inference_steps"])
+def test_a_whole_number_is_written_in_plain_digits(client, files, field, value):
+    (error,) = refused(client.post("/v1/colorize", files=files, data={field: value}), 422)["errors"]
+    assert (error["field"], error["found"]) == (field, value[:80])
+    assert error["allowed"].startswith("a whole number from ")
+
+
+@pytest.mark.parametrize("value", ["1_0", " 5 ", "+5", "1,5", "inf", "nan", "1e999", "0x1p3", "\uff11", "."])
+def test_a_number_is_written_in_plain_decimals(client, files, value):
+    (error,) = refused(client.post("/v1/colorize", files=files, data={"guidance_scale": value}), 422)["errors"]
+    assert error == {"field": "guidance_scale", "found": value, "allowed": "a number from 0 to 20"}
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "2.", ".5", "1e1", "2.5E-1"])
+def test_every_usual_way_to_write_a_decimal_is_accepted(client, files, value):
+    assert client.post("/v1/colorize", files=files, data={"guidance_scale": value}).status_code == 200
+
+
+def test_all_wrong_fields_are_named_together(client, files):
+    data = {"seed": "x", "num_inference_steps": "0", "size": "huge"}
+    errors = refused(client.post("/v1/colorize", files=files, data=data), 422)["errors"]
+    assert {error["field"] for error in errors} == set(data)
+
+
+def test_the_form_and_the_messages_name_the_samplers_that_exist():
+    assert get_args(SamplerName) == SAMPLERS
+    assert all(name in ALLOWED["sampler"] for name in SAMPLERS)
 
 
 def test_an_empty_field_is_one_that_was_left_out(client, files):

@@ -9,18 +9,19 @@ import pytest
 from PIL import Image
 
 from animediffusion.cli import app as cli
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.codec import decode_rgb, encode_png
-from animediffusion.serve.client.colorize_files import Options, colorize_files
-from animediffusion.serve.client.local import LocalPainter
-from animediffusion.serve.client.png_metadata import read_stamp, stamped
-from animediffusion.serve.client.remote import RemotePainter
+from animediffusion.serve.client.colorize_files import colorize_files
+from animediffusion.serve.client.local import LocalColorizer
+from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
+from animediffusion.serve.client.remote import RemoteColorizer
 
 
 @pytest.fixture(scope="module")
-def painter(bundle_folder, tmp_path_factory) -> LocalPainter:
-    return LocalPainter(Settings(workspace=tmp_path_factory.mktemp("workspace")), str(bundle_folder))
+def colorizer(bundle_folder, tmp_path_factory) -> LocalColorizer:
+    return LocalColorizer(Settings(workspace=tmp_path_factory.mktemp("workspace")), str(bundle_folder))
 
 
 @pytest.fixture
@@ -34,12 +35,14 @@ def drawings(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
     return folder
 
 
-def color(painter, sketches: list[Path], folder: Path, **options) -> list:
-    return list(colorize_files(painter, sketches, folder / "reference.png", folder / "out", Options(**options)))
+def color(colorizer, sketches: list[Path], folder: Path, **options) -> list:
+    return list(
+        colorize_files(colorizer, sketches, folder / "reference.png", folder / "out", SamplerOptions(**options))
+    )
 
 
-def test_a_folder_becomes_pictures_and_color_layers(painter, drawings, tmp_path, sketch):
-    done = color(painter, [drawings], tmp_path, seed=7)
+def test_a_folder_becomes_pictures_and_color_layers(colorizer, drawings, tmp_path, sketch):
+    done = color(colorizer, [drawings], tmp_path, seed=7)
     assert [one.summary()["output"] for one in done] == [str(tmp_path / "out" / f"{stem}.png") for stem in "ab"]
     assert done[0].model_version.startswith("sha256:")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
@@ -48,18 +51,18 @@ def test_a_folder_becomes_pictures_and_color_layers(painter, drawings, tmp_path,
     assert decode_rgb((tmp_path / "out" / "a.png").read_bytes()).shape == sketch.shape
 
 
-def test_the_seed_decides(painter, drawings, tmp_path):
+def test_the_seed_decides(colorizer, drawings, tmp_path):
     def picture(seed: int) -> bytes:
-        (done,) = color(painter, [drawings / "a.png"], tmp_path, seed=seed)
+        (done,) = color(colorizer, [drawings / "a.png"], tmp_path, seed=seed)
         return done.output.read_bytes()
 
     assert picture(1) == picture(1) != picture(2)
 
 
-def test_a_server_makes_the_same_picture(painter, drawings, tmp_path, url):
-    (here,) = color(painter, [drawings / "a.png"], tmp_path, seed=3, steps=2)
+def test_a_server_makes_the_same_picture(colorizer, drawings, tmp_path, url):
+    (here,) = color(colorizer, [drawings / "a.png"], tmp_path, seed=3, steps=2)
     pictures = [here.output.read_bytes()]
-    with RemotePainter(url) as remote:
+    with RemoteColorizer(url) as remote:
         (there,) = color(remote, [drawings / "a.png"], tmp_path, seed=3, steps=2)
     pictures.append(there.output.read_bytes())
     ours, theirs = (decode_rgb(data).astype(int) for data in pictures)
@@ -67,10 +70,10 @@ def test_a_server_makes_the_same_picture(painter, drawings, tmp_path, url):
     assert np.abs(ours - theirs).max() <= 2
 
 
-def test_one_bad_drawing_does_not_stop_the_others(painter, drawings, tmp_path, url):
+def test_one_bad_drawing_does_not_stop_the_others(colorizer, drawings, tmp_path, url):
     (drawings / "a.png").write_text("no picture")
-    with RemotePainter(url) as remote:
-        for where, kind in ((painter, ImageError), (remote, DataError)):
+    with RemoteColorizer(url) as remote:
+        for where, kind in ((colorizer, ImageError), (remote, DataError)):
             bad, good = color(where, [drawings], tmp_path)
             assert isinstance(bad.error, kind)
             assert str(drawings / "a.png") in str(bad.error)
@@ -78,10 +81,10 @@ def test_one_bad_drawing_does_not_stop_the_others(painter, drawings, tmp_path, u
 
 
 def test_a_server_that_is_not_there_is_one_line(drawings, tmp_path):
-    with RemotePainter("http://127.0.0.1:9") as remote, pytest.raises(ClusterError, match="does not answer"):
+    with RemoteColorizer("http://127.0.0.1:9") as remote, pytest.raises(ClusterError, match="does not answer"):
         color(remote, [drawings], tmp_path)
     with pytest.raises(ConfigError):
-        RemotePainter("127.0.0.1:8000")
+        RemoteColorizer("127.0.0.1:8000")
 
 
 def errors(done: list) -> dict[str, str]:
@@ -92,26 +95,30 @@ def outputs(folder: Path) -> set[str]:
     return {file.name for file in (folder / "out").iterdir()}
 
 
-def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_colored(painter, drawings, tmp_path):
+def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_colored(colorizer, drawings, tmp_path):
     (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
-    done = color(painter, [drawings], tmp_path)
+    done = color(colorizer, [drawings], tmp_path)
     assert set(errors(done)) == {"a.png", "a.jpg"}
     assert "a.jpg: has the same name as " in errors(done)["a.jpg"]
     assert outputs(tmp_path) == {"b.png", "b.color.png"}
     (drawings / "b.color.png").write_bytes((drawings / "a.png").read_bytes())
-    done = color(painter, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
+    done = color(colorizer, [drawings / "b.png", drawings / "b.color.png"], tmp_path)
     assert set(errors(done)) == {"b.png", "b.color.png"}
 
 
-def test_no_sketch_is_overwritten(painter, drawings, tmp_path):
+def test_no_sketch_is_overwritten(colorizer, drawings, tmp_path):
     with pytest.raises(ConfigError, match="overwritten"):
-        list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings, Options()))
+        list(colorize_files(colorizer, [drawings / "b.png"], tmp_path / "reference.png", drawings, SamplerOptions()))
     with pytest.raises(ConfigError, match="is a file"):
-        list(colorize_files(painter, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", Options()))
+        list(
+            colorize_files(
+                colorizer, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", SamplerOptions()
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_read_or_written_is_an_error_of_its_own(painter, drawings, tmp_path):
+def test_what_cannot_be_read_or_written_is_an_error_of_its_own(colorizer, drawings, tmp_path):
     data = (drawings / "a.png").read_bytes()
     kana = "\N{HIRAGANA LETTER KA}"
     for name in (
@@ -126,7 +133,7 @@ def test_what_cannot_be_read_or_written_is_an_error_of_its_own(painter, drawings
     (drawings / "gone.png").symlink_to("nothing")
     os.mkfifo(drawings / "pipe.png")
     (tmp_path / "out" / "taken.png").mkdir(parents=True)
-    done = color(painter, [drawings], tmp_path)
+    done = color(colorizer, [drawings], tmp_path)
     found = errors(done)
     assert set(found) == {"x" * 251 + ".png", "taken.png", "gone.png"}
     assert "its name is 6 bytes too long for STEM.color.png" in found["x" * 251 + ".png"]
@@ -135,9 +142,9 @@ def test_what_cannot_be_read_or_written_is_an_error_of_its_own(painter, drawings
     assert {kana * 80 + ".png", kana * 80 + ".color.png", "-dash.png", "line\nend.png"} <= outputs(tmp_path)
 
 
-def test_a_link_is_a_drawing_of_its_own_name(painter, drawings, tmp_path):
+def test_a_link_is_a_drawing_of_its_own_name(colorizer, drawings, tmp_path):
     (drawings / "link.png").symlink_to("b.png")
-    color(painter, [drawings], tmp_path)
+    color(colorizer, [drawings], tmp_path)
     assert {"b.png", "link.png", "a.png"} <= outputs(tmp_path)
 
 
@@ -156,7 +163,7 @@ def test_a_folder_gives_its_drawings_and_tells_which_pictures_are_left_out(drawi
 
 
 def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
-    drawings, painter, bundle_folder, tmp_path, capsys
+    drawings, colorizer, bundle_folder, tmp_path, capsys
 ):
     Image.open(drawings / "a.png").save(drawings / "c.jpg", quality=95)
     Image.open(drawings / "a.png").save(drawings / "ink.color.webp", lossless=True)
@@ -172,37 +179,41 @@ def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
     for name in ("c.jpg", "ink.color.webp"):
         (drawings / name).unlink()
     with pytest.raises(DataError, match="no images but those that colorize has made"):
-        color(painter, [drawings], tmp_path)
+        color(colorizer, [drawings], tmp_path)
 
 
-def test_a_drawing_may_be_named_as_a_color_layer(drawings, painter, tmp_path):
+def test_a_drawing_may_be_named_as_a_color_layer(drawings, colorizer, tmp_path):
     (drawings / "b.png").rename(drawings / "ink.color.png")
-    assert [one.sketch.name for one in color(painter, [drawings], tmp_path)] == ["a.png", "ink.color.png"]
+    assert [one.sketch.name for one in color(colorizer, [drawings], tmp_path)] == ["a.png", "ink.color.png"]
 
 
-def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_colored(painter, drawings, tmp_path):
+def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_colored(colorizer, drawings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/out: not a directory"):
-        list(colorize_files(painter, [drawings], tmp_path / "reference.png", tmp_path / "file" / "out", Options()))
+        list(
+            colorize_files(
+                colorizer, [drawings], tmp_path / "reference.png", tmp_path / "file" / "out", SamplerOptions()
+            )
+        )
 
 
-def test_a_drawing_named_twice_is_colored_once(painter, drawings, tmp_path):
-    assert len(color(painter, [drawings, drawings / "a.png", drawings / ".." / "drawings" / "b.png"], tmp_path)) == 2
+def test_a_drawing_named_twice_is_colored_once(colorizer, drawings, tmp_path):
+    assert len(color(colorizer, [drawings, drawings / "a.png", drawings / ".." / "drawings" / "b.png"], tmp_path)) == 2
 
 
-def test_what_is_done_with_the_same_settings_is_skipped(painter, drawings, tmp_path, sketch):
-    first = color(painter, [drawings], tmp_path, seed=7)
+def test_what_is_done_with_the_same_settings_is_skipped(colorizer, drawings, tmp_path, sketch):
+    first = color(colorizer, [drawings], tmp_path, seed=7)
     assert [one.skipped for one in first] == [False, False]
     out = tmp_path / "out"
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
-    again = color(painter, [drawings], tmp_path, seed=7)
+    again = color(colorizer, [drawings], tmp_path, seed=7)
     assert [one.summary() for one in again] == [{**one.summary(), "skipped": True} for one in first]
     assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
 
 
 @pytest.mark.parametrize("change", ["seed", "steps", "drawing", "reference", "no layer", "another layer", "cut off"])
-def test_what_was_made_of_something_else_is_made_again(painter, drawings, tmp_path, change, sketch, reference):
-    color(painter, [drawings], tmp_path, seed=7)
+def test_what_was_made_of_something_else_is_made_again(colorizer, drawings, tmp_path, change, sketch, reference):
+    color(colorizer, [drawings], tmp_path, seed=7)
     out, options = tmp_path / "out", {"seed": 7}
     if change in ("seed", "steps"):
         options[change] = 3
@@ -216,40 +227,40 @@ def test_what_was_made_of_something_else_is_made_again(painter, drawings, tmp_pa
         (out / "a.color.png").write_bytes(encode_png(sketch))
     else:
         (out / "a.png").write_bytes((out / "a.png").read_bytes()[:20])
-    a, b = color(painter, [drawings], tmp_path, **options)
+    a, b = color(colorizer, [drawings], tmp_path, **options)
     assert not a.skipped
     assert b.skipped == (change not in ("seed", "steps", "reference"))
-    assert read_stamp(out / "a.png") == read_stamp(out / "a.color.png")
+    assert read_metadata(out / "a.png") == read_metadata(out / "a.color.png")
 
 
 def test_pictures_of_a_version_that_no_longer_answers_are_made_again(drawings, tmp_path, url):
-    with RemotePainter(url) as remote:
+    with RemoteColorizer(url) as remote:
         (made,) = color(remote, [drawings / "a.png"], tmp_path)
         (again,) = color(remote, [drawings / "a.png"], tmp_path)
         assert (made.skipped, again.skipped, again.model_version) == (False, True, "3")
         for file in (tmp_path / "out").iterdir():
-            facts = {**read_stamp(file), "model_version": "2"}
-            file.write_bytes(stamped(encode_png(decode_rgb(file.read_bytes())), facts))
+            metadata = {**read_metadata(file), "model_version": "2"}
+            file.write_bytes(with_metadata(encode_png(decode_rgb(file.read_bytes())), metadata))
         (once_more,) = color(remote, [drawings / "a.png"], tmp_path)
     assert (once_more.skipped, once_more.model_version) == (False, "3")
 
 
-def test_a_stamp_changes_no_pixel(tmp_path, sketch):
+def test_metadata_changes_no_pixel(tmp_path, sketch):
     png = encode_png(sketch)
-    (tmp_path / "a.png").write_bytes(stamped(png, {"seed": 7}))
-    assert read_stamp(tmp_path / "a.png") == {"seed": 7}
+    (tmp_path / "a.png").write_bytes(with_metadata(png, {"seed": 7}))
+    assert read_metadata(tmp_path / "a.png") == {"seed": 7}
     assert (decode_rgb((tmp_path / "a.png").read_bytes()) == sketch).all()
     (tmp_path / "plain.png").write_bytes(png)
-    assert read_stamp(tmp_path / "plain.png") is None
-    assert read_stamp(tmp_path / "nothing.png") is None
+    assert read_metadata(tmp_path / "plain.png") is None
+    assert read_metadata(tmp_path / "nothing.png") is None
 
 
 def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path, url, sketch, reference):
-    with RemotePainter(url) as remote:
-        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(seed=5), thing="a")
-    layer = Image.open(io.BytesIO(painting.color_layer))
+    with RemoteColorizer(url) as remote:
+        colored = remote.colorize(encode_png(sketch), encode_png(reference), SamplerOptions(seed=5), name="a")
+    layer = Image.open(io.BytesIO(colored.color_layer))
     white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(painting.picture)).max() <= 2
+    assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(colored.picture)).max() <= 2
 
 
 ANOTHER_SERVER = {
@@ -263,9 +274,9 @@ ANOTHER_SERVER = {
 @pytest.mark.parametrize("kind", ANOTHER_SERVER)
 def test_a_server_of_something_else_is_one_line_without_its_password(kind):
     transport = httpx.MockTransport(lambda _: ANOTHER_SERVER[kind])
-    remote = RemotePainter("HTTP://me:secret@x/", transport=transport)
+    remote = RemoteColorizer("HTTP://me:secret@x/", transport=transport)
     with pytest.raises(ClusterError, match="does not answer as this API does") as caught:
-        remote.paint(b"", b"", Options(), thing="a")
+        remote.colorize(b"", b"", SamplerOptions(), name="a")
     assert "secret" not in str(caught.value)
     if kind == "a web page":
         with pytest.raises(ClusterError, match="does not answer as this API does"):
@@ -274,9 +285,9 @@ def test_a_server_of_something_else_is_one_line_without_its_password(kind):
 
 def test_where_a_server_has_moved_to_is_told():
     moved = httpx.Response(301, headers={"Location": "https://x/v1/colorize/stream"})
-    remote = RemotePainter("http://x", transport=httpx.MockTransport(lambda _: moved))
+    remote = RemoteColorizer("http://x", transport=httpx.MockTransport(lambda _: moved))
     with pytest.raises(ClusterError, match=r"301 \(Moved Permanently: https://x/v1/colorize/stream\); give"):
-        remote.paint(b"", b"", Options(), thing="a")
+        remote.colorize(b"", b"", SamplerOptions(), name="a")
 
 
 @pytest.mark.parametrize(
@@ -284,19 +295,19 @@ def test_where_a_server_has_moved_to_is_told():
 )
 def test_an_address_that_cannot_be_asked_is_refused(url):
     with pytest.raises(ConfigError, match=r"^--url: '"):
-        RemotePainter(url)
+        RemoteColorizer(url)
 
 
 def test_a_key_with_a_line_end_is_sent_without_it_and_one_with_other_characters_is_not_shown(monkeypatch):
     asked = []
     monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", "ad_secret\n")
     transport = httpx.MockTransport(lambda request: asked.append(request) or httpx.Response(200, json={"traffic": {}}))
-    RemotePainter("http://x", transport=transport).versions()
+    RemoteColorizer("http://x", transport=transport).versions()
     assert asked[0].headers["Authorization"] == "Bearer ad_secret"
     for key in ("ad_\nsecret", "\N{HIRAGANA LETTER KA}secret"):
         monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", key)
         with pytest.raises(ConfigError, match="ANIMEDIFFUSION_API_KEY: holds characters that no key has") as caught:
-            RemotePainter("http://x")
+            RemoteColorizer("http://x")
         assert "secret" not in str(caught.value)
 
 
@@ -313,10 +324,10 @@ def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
         asked.append(request.url.path)
         return answers[len(asked) - 1]
 
-    with RemotePainter("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
-        painting = remote.paint(encode_png(sketch), encode_png(reference), Options(), thing="a")
+    with RemoteColorizer("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
+        colored = remote.colorize(encode_png(sketch), encode_png(reference), SamplerOptions(), name="a")
     assert asked == ["/v1/colorize/stream"] * 3
-    assert (painting.picture, painting.color_layer, painting.model_version) == (b"img", b"lay", "4")
+    assert (colored.picture, colored.color_layer, colored.model_version) == (b"img", b"lay", "4")
 
 
 def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, tmp_path, bundle_folder, capsys):
@@ -341,16 +352,20 @@ def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, t
     assert [one.get("skipped", False) for one in json.loads(out[-1])] == [True, True, False]
 
 
-def test_nothing_to_color_is_an_error(painter, tmp_path, drawings):
+def test_nothing_to_color_is_an_error(colorizer, tmp_path, drawings):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
-        color(painter, [tmp_path / "empty"], tmp_path)
+        color(colorizer, [tmp_path / "empty"], tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        color(painter, [tmp_path / "nothing.png"], tmp_path)
+        color(colorizer, [tmp_path / "nothing.png"], tmp_path)
     with pytest.raises(DataError):
-        list(colorize_files(painter, [drawings], tmp_path / "nothing.png", tmp_path / "out", Options()))
+        list(colorize_files(colorizer, [drawings], tmp_path / "nothing.png", tmp_path / "out", SamplerOptions()))
 
 
-def test_settings_out_of_range_are_one_line(painter, drawings, tmp_path):
-    with pytest.raises(ConfigError, match="steps"):
-        color(painter, [drawings / "a.png"], tmp_path, steps=0)
+@pytest.mark.parametrize("words", [("--steps", "0"), ("--seed", "4294967296"), ("--guidance-scale", "21")])
+def test_settings_out_of_range_are_one_line(drawings, tmp_path, capsys, words):
+    files = ["colorize", str(drawings / "a.png"), "--reference", str(tmp_path / "reference.png")]
+    assert cli.run([*files, "--out", str(tmp_path / "out"), *words]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: animediffusion colorize: invalid value for '{words[0]}': ")
+    assert line.count("\n") == 1

@@ -11,6 +11,7 @@ import torch
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize, noise_for
 from animediffusion.models.diffusion.sampler import SAMPLERS
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine import batch
@@ -20,22 +21,19 @@ from animediffusion.serve.engine.engine import Engine, Request, Turn
 SIZE = 32
 
 
-def request(number: int, **settings) -> Request:
+def request(number: int, *, deadline=None, key="", on_progress=None, **settings) -> Request:
     generator = torch.Generator().manual_seed(number)
     sketch = torch.rand(1, SIZE, SIZE, generator=generator) * 2 - 1
     reference = torch.rand(3, SIZE, SIZE, generator=generator) * 2 - 1
-    return Request(sketch=sketch, reference=reference, seed=number, **settings)
+    options = SamplerOptions(seed=number, **settings)
+    return Request(
+        sketch=sketch, reference=reference, options=options, deadline=deadline, key=key, on_progress=on_progress
+    )
 
 
 def alone(bundle: Bundle, asked: Request) -> np.ndarray:
-    defaults = bundle.config.sampler
-    settings = replace(
-        defaults,
-        name=asked.sampler or defaults.name,
-        steps=asked.steps or defaults.steps,
-        guidance_scale=defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-    )
-    picture = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=[asked.seed], sampler=settings)
+    settings, seeds = asked.options.apply_to(bundle.config.sampler), [asked.options.seed]
+    picture = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=seeds, sampler=settings)
     return to_uint8(picture)[0].numpy()
 
 
@@ -97,7 +95,7 @@ def test_requests_share_turns(bundle: Bundle):
 def test_the_second_picture_of_a_reference_needs_no_second_encoding_of_it(engine: Engine):
     first = request(1, guidance_scale=1.0)
     for seed, sketch in ((1, first.sketch), (2, first.sketch), (3, -first.sketch)):
-        again = Request(sketch=sketch, reference=first.reference, seed=seed, guidance_scale=1.0)
+        again = replace(first, sketch=sketch, options=SamplerOptions(seed=seed, guidance_scale=1.0))
         engine.submit(again).result(60)
     assert (engine.counts.reference_hits, engine.counts.reference_misses) == (2, 1)
 
@@ -121,7 +119,7 @@ def test_the_bundles_shift_and_guidance_interval_count(bundle: Bundle):
         pass
     for one, future in zip(asked, futures, strict=True):
         assert levels_apart(future.result(0), alone(other, one)) <= 1
-        assert levels_apart(future.result(0), alone(bundle, replace(one, steps=6))) > 1
+        assert levels_apart(future.result(0), alone(bundle, replace(one, options=replace(one.options, steps=6)))) > 1
     assert len({turn.num_evaluated for turn in turns}) > 1  # outside of the interval a request costs one row
 
 
@@ -277,7 +275,7 @@ def test_settings_out_of_range_are_refused_at_submission(engine: Engine, setting
 
 def test_a_picture_of_another_size_is_refused(engine: Engine):
     with pytest.raises(ValueError, match="must be"):
-        engine.submit(Request(sketch=torch.zeros(1, 8, 8), reference=torch.zeros(3, 8, 8), seed=0))
+        engine.submit(Request(sketch=torch.zeros(1, 8, 8), reference=torch.zeros(3, 8, 8), options=SamplerOptions()))
 
 
 def test_closing_finishes_what_is_here_and_refuses_more(bundle: Bundle):

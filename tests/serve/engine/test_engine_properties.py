@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.diffusion.sampler import build_sampler
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError
 from animediffusion.serve.engine.engine import Engine, Request, Turn
@@ -138,10 +139,9 @@ class Run:
                 Request(
                     sketch=sketch,
                     reference=reference,
-                    seed=asked.pair,
-                    steps=asked.steps,
-                    guidance_scale=asked.guidance,
-                    sampler=asked.sampler,
+                    options=SamplerOptions(
+                        seed=asked.pair, steps=asked.steps, guidance_scale=asked.guidance, sampler=asked.sampler
+                    ),
                     key=asked.key,
                     deadline=deadline,
                 )

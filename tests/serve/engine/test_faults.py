@@ -14,9 +14,10 @@ import torch
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.out_of_memory import is_out_of_memory
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import UnavailableError
-from animediffusion.serve.engine.engine import Engine, Request, settings_for
+from animediffusion.serve.engine.engine import Engine, Request
 from animediffusion.serve.engine.faults import for_log, for_request, is_lost
 from animediffusion.serve.engine.memory_limit import TURNS_UNTIL_RETRY, Room
 
@@ -25,16 +26,17 @@ LOST = "CUDA error: device-side assert triggered"
 CALLS = ("encode_reference", "combine", "denoise")
 
 
-def request(number: int, **settings) -> Request:
+def request(number: int, *, on_progress=None, **settings) -> Request:
     generator = torch.Generator().manual_seed(number)
     sketch, reference = (torch.rand(c, SIZE, SIZE, generator=generator) * 2 - 1 for c in (1, 3))
-    return Request(sketch=sketch, reference=reference, seed=number, **settings)
+    options = SamplerOptions(seed=number, **settings)
+    return Request(sketch=sketch, reference=reference, options=options, on_progress=on_progress)
 
 
 def is_right(picture: np.ndarray, bundle: Bundle, asked: Request) -> bool:
     """Whether an engine's picture is the one that the request gets alone, but for rounding."""
-    settings = settings_for(bundle, sampler=asked.sampler, steps=asked.steps, guidance_scale=asked.guidance_scale)
-    alone = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=[asked.seed], sampler=settings)
+    settings, seeds = asked.options.apply_to(bundle.config.sampler), [asked.options.seed]
+    alone = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=seeds, sampler=settings)
     return int(np.abs(picture.astype(int) - to_uint8(alone)[0].numpy().astype(int)).max()) <= 1
 
 

@@ -9,6 +9,7 @@ import ray
 import torch
 from ray import serve
 
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import ConfigError, UnavailableError
 from animediffusion.serve import deployments
 from animediffusion.serve.deployments import EngineDeployment, ServeConfig
@@ -103,7 +104,9 @@ def test_a_request_waits_a_moment_at_an_engine_whose_device_has_failed(new_engin
         begun = time.monotonic()
         with pytest.raises(UnavailableError):
             await engine.colorize(
-                ColorizeJob(lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), seed=0)
+                ColorizeJob(
+                    lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), options=SamplerOptions()
+                )
             )
         with pytest.raises(RuntimeError, match="misaligned address"):
             await engine.check_health()

@@ -6,6 +6,7 @@ import pytest
 from breakage import broken_copy, changed_byte, not_finite, wrong_shape
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, NoModelError, RegistryError
 from animediffusion.platform.registry import audit_log, traffic
@@ -66,7 +67,7 @@ def follower(replicas, registry) -> Follower:
 
 
 def answers(follower: Follower, sketch: np.ndarray, reference: np.ndarray, seed: int = 1) -> str:
-    job = ColorizeJob(lines=sketch[..., 0], reference=reference, seed=seed, steps=1)
+    job = ColorizeJob(lines=sketch[..., 0], reference=reference, options=SamplerOptions(seed=seed, steps=1))
     return asyncio.run(follower.replica.colorize(job)).model_version
 
 

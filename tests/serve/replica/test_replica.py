@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from animediffusion.models import compile
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import BundleError, BusyError, NoModelError, UnavailableError
 from animediffusion.serve.api.problems import from_error
 from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
 from animediffusion.serve.replica.replica import Replica
 
 
-def job(sketch: np.ndarray, reference: np.ndarray, **settings) -> ColorizeJob:
-    return ColorizeJob(**{"lines": sketch[..., 0], "reference": reference, "seed": 1, **settings})
+def job(sketch: np.ndarray, reference: np.ndarray, *, seed=1, timeout_s=60.0, **settings) -> ColorizeJob:
+    options = SamplerOptions(seed=seed, **settings)
+    return ColorizeJob(lines=sketch[..., 0], reference=reference, options=options, timeout_s=timeout_s)
 
 
 def wait_for(condition, seconds: float = 60) -> bool:
@@ -81,12 +83,6 @@ def test_a_full_replica_is_busy(replica, bundle_folder, sketch, reference):
     answers = asyncio.run(too_many())
     assert sum(isinstance(answer, BusyError) for answer in answers) == 4
     assert sum(isinstance(answer, Answer) for answer in answers) == 4
-
-
-def test_settings_that_only_the_model_can_judge_are_named(replica, bundle_folder, sketch, reference):
-    replica.load("1", bundle_folder)
-    with pytest.raises(ValueError, match="steps"):
-        asyncio.run(replica.colorize(job(sketch, reference, steps=5000)))
 
 
 def test_a_stream_that_nobody_reads_any_more_frees_its_place(replica, bundle_folder, sketch, reference):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.replica.traffic_split import among, draw, point
 from animediffusion.serve.retry_after import LONGEST_S, UNKNOWN_S, CompletionRate
@@ -10,7 +11,7 @@ GRAY = np.full((32, 32, 3), 128, np.uint8)
 
 
 def place(seed: int, lines: np.ndarray = WHITE, reference: np.ndarray = GRAY) -> float:
-    return point(ColorizeJob(lines=lines, reference=reference, seed=seed))
+    return point(ColorizeJob(lines=lines, reference=reference, options=SamplerOptions(seed=seed)))
 
 
 def test_requests_that_differ_are_spread_evenly():
