@@ -26,13 +26,15 @@ from animediffusion.platform.images.formats import broken, format_of, not_an_ima
 Array = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""Only these of Pillow's parsers get untrusted bytes; some of its other parsers start programs."""
+"""Formats that are read. Pillow's other parsers never get untrusted bytes, because some of them start programs."""
 MAX_PIXELS = 64_000_000
+"""Largest width x height of a picture unless the caller sets another limit."""
 
 _WHITE = (255, 255, 255)
 _PAPER, _INK = (246, 244, 240), (92, 86, 82)
 _WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-_TURNS = {
+"""Pillow's modes for gray of more than 8 bits."""
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -243,15 +245,15 @@ def _check_size(image: Image.Image, thing: str, max_pixels: int) -> None:
 
 
 def _too_large(thing: str, found: str, max_pixels: int) -> ImageError:
-    return ImageError(thing, found, f"at most {max_pixels:,} pixels", reason="too_large")
+    return ImageError(thing, found, f"at most {max_pixels:,} pixels are allowed", reason="too_large")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        transposition = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # pixels can be good although the EXIF data is damaged
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -93,7 +93,7 @@ def not_an_image(thing: str, data: bytes, formats: Sequence[str]) -> ImageError:
     if (known := _not_a_picture(data)) is not None:
         return ImageError(thing, *known, reason="not_an_image")
     if not any(data):
-        return ImageError(thing, "holds nothing but zero bytes", "copy or download it again", reason="not_an_image")
+        return ImageError(thing, "holds only zero bytes", "copy or download it again", reason="not_an_image")
     start = repr(data[:12])[1:]
     return ImageError(thing, f"is not an image (starts with {start})", f"give {choice}", reason="not_an_image")
 

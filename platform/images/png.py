@@ -90,8 +90,8 @@ def without_metadata(data: bytes, *, thing: str) -> tuple[bytes, bytes]:
 
 
 def _is_intact(chunk: Chunk, view: memoryview) -> bool:
-    (told,) = struct.unpack_from(">I", view, chunk.end - 4)
-    return bool(told == zlib.crc32(view[chunk.start + 4 : chunk.end - 4]))
+    (stored,) = struct.unpack_from(">I", view, chunk.end - 4)
+    return bool(stored == zlib.crc32(view[chunk.start + 4 : chunk.end - 4]))
 
 
 def _profile(body: bytes) -> bytes:

@@ -22,16 +22,16 @@ def doctor(
 
     The checks also show which attention will run. On a cluster (RAY_ADDRESS), they also run on every node.
     """
-    from animediffusion.platform import doctor as checkup
+    from animediffusion.platform.doctor import checks, report
 
     console = common.console()
     settings = common.settings()
     common.use_attention(settings)
-    found = checkup.checks(settings, [_torch_probe], _device, storage)
+    found = checks(settings, [_torch_probe], _device, storage)
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
-    report = checkup.report(found)
-    console.result(asdict(report), "\n".join(lines))
-    return 0 if report.ok else 1
+    made = report(found)
+    console.result(asdict(made), "\n".join(lines))
+    return 0 if made.ok else 1
 
 
 def _torch_probe() -> Check:

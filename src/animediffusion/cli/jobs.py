@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -21,7 +20,7 @@ def jobs_submit(
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job's log and exit with its code.")] = False,
 ) -> int:
     """Run a command as a job on the cluster."""
-    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.cluster.jobs import submit
     from animediffusion.platform.errors import ConfigError
 
     if command[0].startswith("-"):
@@ -29,9 +28,9 @@ def jobs_submit(
             command[0], "unknown option of jobs submit", "write jobs submit [--with-code] [--wait] -- COMMAND ..."
         )
     console = common.console()
-    job = ray_jobs.submit(command, with_code=with_code)
+    job = submit(command, with_code=with_code)
     console.note(f"job {job}")
-    code = _follow(ray_jobs.follow, job) if wait else 0
+    code = _follow(job) if wait else 0
     console.result({"id": job, "exit_code": code if wait else None}, job)
     return code
 
@@ -39,20 +38,20 @@ def jobs_submit(
 @jobs.command("list")
 def jobs_list() -> None:
     """List the jobs that the cluster knows, newest first."""
-    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.cluster.jobs import jobs
 
     console = common.console()
-    found = [asdict(job) for job in ray_jobs.jobs()]
+    found = [asdict(job) for job in jobs()]
     console.result(found, console.table(found, "no jobs"))
 
 
 @jobs.command("status")
 def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Show a job's status."""
-    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.cluster.jobs import status
 
     console = common.console()
-    found = asdict(ray_jobs.status(job))
+    found = asdict(status(job))
     console.result(found, console.facts(found))
 
 
@@ -62,14 +61,14 @@ def jobs_logs(
     follow: Annotated[bool, typer.Option("--follow", help="Follow until the job ends and exit with its code.")] = False,
 ) -> int:
     """Show a job's output."""
-    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.cluster.jobs import logs
 
     console = common.console()
     if not follow:
-        text = ray_jobs.logs(job)
+        text = logs(job)
         console.result({"id": job, "log": text}, text.removesuffix("\n"))
         return 0
-    code = _follow(ray_jobs.follow, job)
+    code = _follow(job)
     if console.as_json:
         console.result({"id": job, "exit_code": code}, "")
     return code
@@ -78,14 +77,17 @@ def jobs_logs(
 @jobs.command("stop")
 def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Stop a job; a training job saves a checkpoint first."""
-    from animediffusion.platform.cluster import jobs as ray_jobs
+    from animediffusion.platform.cluster.jobs import stop
 
     console = common.console()
-    stopped = ray_jobs.stop(job)
+    stopped = stop(job)
     console.result({"id": job, "stopped": stopped}, f"{job} {'is stopping' if stopped else 'had ended already'}")
 
 
-def _follow(follow: Callable[[str, Callable[[str], object]], int], job: str) -> int:
+def _follow(job: str) -> int:
+    """Print a job's output until the job ends; return its exit code."""
+    from animediffusion.platform.cluster.jobs import follow
+
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -24,7 +24,7 @@ NAMED = {
     "a data URL": b"data:image/png;base64,iVBORw0KGgo=",
     "base64 text": b"iVBORw0KGgoAAAANSUhEUgAA",
     "a RAR archive": b"Rar!\x1a\7\1\0",
-    "nothing but zero bytes": bytes(500),
+    "only zero bytes": bytes(500),
     "an ICO picture": b"\0\0\1\0\1\0" + bytes(200),
     "a TIFF picture": saved(IMAGE, "TIFF"),
     "a GIF picture": saved(IMAGE, "GIF"),
