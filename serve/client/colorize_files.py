@@ -29,6 +29,8 @@ from animediffusion.serve.rendering.render import Size, read_picture
 LAYER_SUFFIX = ".color.png"
 MAX_NAME_BYTES = 255
 """Longest name of a file on the usual file systems."""
+MAX_FILE_BYTES = 512 * 2**20
+"""Size of the largest file to read: more than the pixels of any usable picture, and less than fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
             inside = _pictures(path, SENT) if path.is_dir() else [path]
         if not inside:
             found = "has no images but those that colorize has made" if list_colored([path]) else "has no images"
+            found += " itself, its folders have" if list_inner_folders([path]) else ""
             raise DataError(str(path), found, f"give a folder of {', '.join(sorted(SENT))} files")
         for file in inside:
             files.setdefault(file.parent.resolve() / file.name, file)
@@ -196,6 +199,27 @@ def list_left_out(sketches: Sequence[Path]) -> list[Path]:
 def list_colored(sketches: Sequence[Path]) -> list[Path]:
     """Return the pictures in the given folders that `colorize` itself has made, color layers included."""
     return [file for path in sketches if path.is_dir() for file in _pictures(path, SENT, made=True)]
+
+
+def list_inner_folders(sketches: Sequence[Path]) -> list[Path]:
+    """Return the folders inside the given folders that hold pictures to color, which list_sketches() does not enter."""
+    given = {path.resolve() for path in sketches if path.is_dir()}
+    return sorted(
+        inner
+        for folder in sketches
+        if folder.is_dir()
+        for inner in folder.iterdir()
+        if not is_junk(inner.name) and inner.is_dir() and inner.resolve() not in given and _holds_pictures(inner)
+    )
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder, or one inside it, holds a picture that `colorize` has not made."""
+    return any(
+        Path(name).suffix.lower() in SENT and not is_junk(name) and read_stamp(Path(place, name)) is None
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def _pictures(folder: Path, suffixes: Collection[str], *, made: bool = False) -> list[Path]:
@@ -219,11 +243,12 @@ def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, C
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
     targets = [out / f"{file.stem}.png" for file in files]
-    sources = {place for file in files for place in (file.resolve(), file.parent.resolve() / file.name)}
+    # realpath() accepts links that lead to each other, for which resolve() raises a RuntimeError.
+    sources = {place for file in files for place in (os.path.realpath(file), str(file.parent.resolve() / file.name))}
     makers: dict[Path, list[Path]] = {}
     for file, target in zip(files, targets, strict=True):
         for written in (target, _layer_of(target)):
-            if written.resolve() in sources:
+            if os.path.realpath(written) in sources:
                 raise ConfigError("--out", f"{written} is a sketch and would be overwritten", "choose another folder")
             makers.setdefault(written, []).append(file)
     return targets, {
@@ -256,6 +281,10 @@ def _sha256(data: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise DataError(str(path), error.strerror or "cannot be read", "give an image file") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(str(path), f"has more than {MAX_FILE_BYTES // 2**20} MiB", "give an image file")
+    return data

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from animediffusion.platform.errors import one_line
 
@@ -31,15 +31,15 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print a line of the result; with `as_json` it goes to stderr."""
-        print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        _print(line, sys.stderr if self.as_json else sys.stdout)
 
     def note(self, line: str) -> None:
-        """Print a note to stderr while the command runs."""
-        print(line, file=sys.stderr, flush=True)
+        """Print a note to stderr while the command runs; a line end in a file's name does not end the line."""
+        print(one_line(line), file=sys.stderr, flush=True)
 
     def result(self, value: Any, text: str) -> None:
         """Print the final result: `value` as JSON if `as_json`, else `text`."""
-        print(json.dumps(value, default=str) if self.as_json else text, flush=True)
+        _print(json.dumps(value, default=str) if self.as_json else text, sys.stdout)
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
@@ -214,6 +214,15 @@ class Console:
             for step, score in result.get("scores", {}).items()
         ]
         return f"{facts}\n\n{self.table(rows, '')}" if rows else facts
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk is not named by the system
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def training_line(now: Mapping[str, Any]) -> str:

@@ -36,7 +36,13 @@ def colorize(
     Writes STEM.png, and the color layer without lines as STEM.color.png.
     """
     from animediffusion.platform.errors import ConfigError
-    from animediffusion.serve.client.colorize_files import colorize_files, list_colored, list_left_out, list_sketches
+    from animediffusion.serve.client.colorize_files import (
+        colorize_files,
+        list_colored,
+        list_inner_folders,
+        list_left_out,
+        list_sketches,
+    )
 
     if size not in ("native", "model"):
         raise ConfigError("--size", repr(size), "native or model")
@@ -49,6 +55,8 @@ def colorize(
         console.note(f"left out {_named(left_out)}; save them as PNG, JPEG or WebP")
     if colored := list_colored(sketches):
         console.note(f"left out {_named(colored)}, made by colorize; give them by name to color them again")
+    if inner := list_inner_folders(sketches):
+        console.note(f"left out {_named(inner, 'folder')}; give them by name to color what they hold")
     with console.progress("colored", "drawings") as progress:
         for one in colorize_files(_colorizer(settings, model, url), files, reference, out, options, cast("Size", size)):
             done.append(one)
@@ -66,9 +74,9 @@ def colorize(
     return 1 if failed else 0
 
 
-def _named(files: list[Path]) -> str:
+def _named(files: list[Path], kind: str = "file") -> str:
     names = ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
-    return f"{len(files)} {'file' if len(files) == 1 else 'files'}: {names}"
+    return f"{len(files)} {kind if len(files) == 1 else f'{kind}s'}: {names}"
 
 
 def _colorizer(settings: Settings, model: str | None, url: str | None) -> Colorizer:

@@ -142,6 +142,47 @@ def test_what_cannot_be_read_or_written_is_an_error_of_its_own(colorizer, drawin
     assert {kana * 80 + ".png", kana * 80 + ".color.png", "-dash.png", "line\nend.png"} <= outputs(tmp_path)
 
 
+def test_links_that_lead_to_each_other_are_an_error_of_their_own(colorizer, drawings, tmp_path):
+    (drawings / "x.png").symlink_to("y.png")
+    (drawings / "y.png").symlink_to("x.png")
+    done = color(colorizer, [drawings], tmp_path)
+    assert {name: error.rpartition(": ")[2] for name, error in errors(done).items()} == dict.fromkeys(
+        ("x.png", "y.png"), "Too many levels of symbolic links; give an image file"
+    )
+    assert outputs(tmp_path) == {"a.png", "a.color.png", "b.png", "b.color.png"}
+
+
+def test_a_file_that_would_fill_the_memory_is_an_error_of_its_own(colorizer, drawings, tmp_path, monkeypatch):
+    monkeypatch.setattr("animediffusion.serve.client.colorize_files.MAX_FILE_BYTES", 2**20)
+    with (drawings / "video.png").open("wb") as file:
+        file.truncate(2**40)
+    (drawings / "zero.png").symlink_to("/dev/zero")
+    done = color(colorizer, [drawings, drawings / "zero.png"], tmp_path)
+    assert {name: error.rpartition(": ")[2] for name, error in errors(done).items()} == dict.fromkeys(
+        ("video.png", "zero.png"), "has more than 1 MiB; give an image file"
+    )
+
+
+def test_folders_inside_a_folder_are_named(drawings, bundle_folder, tmp_path, capsys):
+    for place in ("page 1", "book/page 2", "empty", ".hidden"):
+        (drawings / place).mkdir(parents=True)
+        if place != "empty":
+            (drawings / place / "a\nb.png").write_bytes((drawings / "a.png").read_bytes())
+    out = drawings / "done"
+
+    def run(*sketches: Path) -> str:
+        words = ["colorize", *sketches, "--reference", tmp_path / "reference.png", "--out", out]
+        words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+        cli.run([str(word) for word in words])
+        return capsys.readouterr().err
+
+    for _ in range(2):
+        assert "left out 2 folders: book, page 1; give them by name" in run(drawings)
+    assert "left out 1 folder: book; " in run(drawings, drawings / "page 1")
+    assert r"page 1/a\nb.png -> " in run(drawings / "page 1")
+    assert "book: has no images itself, its folders have; give a folder" in run(drawings / "book")
+
+
 def test_a_link_is_a_drawing_of_its_own_name(colorizer, drawings, tmp_path):
     (drawings / "link.png").symlink_to("b.png")
     color(colorizer, [drawings], tmp_path)
