@@ -71,14 +71,33 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is missing or is not a YAML mapping.
     """
     try:
-        value = _load(Path(path).read_text(encoding="utf-8"))
+        value = _load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read", "give an existing YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or !!int x
-        raise ConfigError(str(path), f"is not YAML ({str(error).splitlines()[0]})", "write key: value lines") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            str(path), f"is not YAML (its byte {error.start} is not UTF-8)", "save it as UTF-8"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError for !!int x
+        raise ConfigError(str(path), f"is not YAML ({_yaml_problem(error)})", "write key: value lines") from error
     if not isinstance(value, dict):
-        raise ConfigError(str(path), f"holds a {type(value).__name__}", "write key: value lines")
+        found = "a list" if isinstance(value, list) else "text without keys" if isinstance(value, str) else "no keys"
+        raise ConfigError(str(path), f"holds {found}", "write key: value lines")
     return value
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong and where: the first line of PyYAML's text only names what it was about to read."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return problem.removeprefix("but ") + where
+
+
+_NAME_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+"""Tags of the keys that settings may have."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,6 +120,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        odd = next((key for key, _ in node.value if key.tag not in _NAME_TAGS), None)
+        if odd is not None:
+            name = repr(odd.value) if isinstance(odd, yaml.ScalarNode) else f"a {odd.id}"
+            problem = f"key {name} is not a word"
+            raise yaml.constructor.ConstructorError(None, None, problem, odd.start_mark)
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
@@ -119,7 +143,7 @@ def _parse(kind: Any, key: str, value: str) -> Any:
         if re.search(r"(^|\s)#", value):
             raise yaml.YAMLError("it has a comment")
         return _load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: !!int x
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError for !!int x
         raise ConfigError(key, f"{value!r} is not YAML", "write a number, a word or a [list]") from error
 
 

@@ -200,11 +200,14 @@ def _find(recipe: str) -> Path:
     return path
 
 
-def _with_base(values: dict[str, Any]) -> dict[str, Any]:
+def _with_base(values: dict[str, Any], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    inherited = _with_base(read_yaml(_find(str(base))))
+    file = _find(str(base))
+    if file in above:
+        raise ConfigError("base", f"recipe {base!r} is based on itself", "name another recipe, or leave it out")
+    inherited = _with_base(read_yaml(file), (*above, file))
     # The run is named after this recipe, not after its base. A budget here replaces the base's, in either unit.
     dropped = {"recipe", *(BUDGET if BUDGET & values.keys() else ())}
     return _merge({key: value for key, value in inherited.items() if key not in dropped}, values)

@@ -216,7 +216,7 @@ def list_inner_folders(sketches: Sequence[Path]) -> list[Path]:
 def _holds_pictures(folder: Path) -> bool:
     """Whether a folder, or one inside it, holds a picture that `colorize` has not made."""
     return any(
-        Path(name).suffix.lower() in SENT and not is_junk(name) and read_stamp(Path(place, name)) is None
+        Path(name).suffix.lower() in SENT and not is_junk(name) and read_metadata(Path(place, name)) is None
         for place, _, names in os.walk(folder)
         for name in names
     )

@@ -180,13 +180,40 @@ def test_a_required_value_that_is_missing_is_named():
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("a: [1", "is not YAML"), ("- 1\n- 2\n", "holds a list"), ("", "holds a NoneType"), ("\tx", "is not YAML")],
+    [("a: [1", "is not YAML"), ("- 1\n- 2\n", "holds a list"), ("", "holds no keys"), ("\tx", "is not YAML")],
 )
 def test_a_file_that_is_no_mapping_is_refused_by_name(yaml_file, text, found):
     with pytest.raises(ConfigError, match=found) as caught:
         read_yaml(yaml_file(text))
     assert str(caught.value).startswith(str(yaml_file(text)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: 1\n\tb: 2\n", r"found character '\t' that cannot start any token, line 2, column 1"),
+        ("a: *.png\n", "expected alphabetic or numeric character, but found '.', line 1, column 5"),
+        ("a: 1\n---\nb: 2\n", "found another document, line 2, column 1"),
+        ("a: " + "[" * 3000 + "]" * 3000, "it is nested too deeply"),
+        ("a:\n  1: x\n", "key '1' is not a word, line 2, column 3"),
+        ("~: x\n", "key '~' is not a word, line 1, column 1"),
+        ("? [a]\n: x\n", "key a sequence is not a word, line 1, column 3"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_refused_with_the_reason(yaml_file, text, found):
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(yaml_file(text))
+    assert str(caught.value) == f"{yaml_file(text)}: is not YAML ({found}); write key: value lines"
+
+
+def test_the_text_encodings_of_windows_are_read_or_named(yaml_file):
+    path = yaml_file("")
+    path.write_bytes("a: 1\r\n".encode("utf-8-sig"))
+    assert read_yaml(path) == {"a": 1}
+    path.write_bytes("a: 1\r\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"is not YAML \(its byte 0 is not UTF-8\); save it as UTF-8"):
+        read_yaml(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

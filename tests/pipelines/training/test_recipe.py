@@ -130,6 +130,14 @@ def test_a_recipe_changes_only_what_it_names_of_its_base(tmp_path):
     assert (mine.recipe, mine.max_minutes) == ("mine", base.max_minutes)
 
 
+def test_a_recipe_that_is_based_on_itself_is_refused(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(f"base: {b}\n")
+    b.write_text(f"base: {a}\n")
+    with pytest.raises(ConfigError, match=r"base: recipe '.*b.yaml' is based on itself; name another recipe"):
+        load_recipe(str(a))
+
+
 def test_a_recipes_budget_replaces_its_bases_whichever_unit_that_has(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text("base: demo\nmax_steps: 40\n")
