@@ -10,10 +10,12 @@ For many simultaneous requests see serve/engine/engine.py.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +112,7 @@ def _check_files(given: argparse.Namespace) -> None:
         if file is None:
             continue
         for other, used in named.items():
-            if file.resolve() == used.resolve():
+            if os.path.realpath(file) == os.path.realpath(used):
                 raise ConfigError(name, f"{file} is {other}, too", "give another file")
         named[name] = file
 
@@ -142,8 +144,20 @@ def _option(name: str, read: Callable[[str], float]) -> Callable[[str], float]:
     return convert
 
 
+class _Once(argparse.Action):
+    """Stores a value and refuses a second one, of which argparse would take the last without a word."""
+
+    def __call__(self, _: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, "given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="colorize.py", description="Color a line drawing like a reference image.")
+    parser.register("action", None, _Once)
     parser.add_argument("sketch", metavar="SKETCH", type=_path, help="PNG, JPEG or WebP: dark lines on light paper")
     parser.add_argument("reference", metavar="REFERENCE", type=_path, help="image with the colors")
     parser.add_argument("out", metavar="OUT.png", type=_path)

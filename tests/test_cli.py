@@ -1,6 +1,10 @@
 """The command line in this process: exit codes, the one line of an error, JSON."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -271,6 +275,41 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason(command, monkeyp
         [],
         [f"error: {tmp_path}: is a directory; check the path and its permissions"],
     )
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "line"),
+    [
+        ("keys list 2>&-", 0, b""),
+        ("keys list >/dev/full", 2, b"error: standard output: no space left on device; "),
+    ],
+)
+def test_streams_that_are_closed_or_full(tmp_path, shell, code, line):
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m animediffusion {shell}"],
+        cwd=tmp_path,
+        env=os.environ | {"ANIMEDIFFUSION_WORKSPACE": str(tmp_path / "ws")},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[: len(line)], done.stderr.count(b"\n")) == (code, line, bool(line))
+
+
+def test_a_result_may_name_what_the_terminal_cannot_print(command, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("animediffusion.pipelines.release.promote.history", lambda _: [{"reason": "線\udc90"}])
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.run(["models", "history"]) == 0
+    assert out.buffer.getvalue().splitlines() == [b"reason", rb"\u7dda\x90"]
+
+
+def test_a_working_directory_that_is_gone_is_named(command, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    line = "error: working directory: does not exist any more; change to another folder"
+    assert command("keys", "list") == (2, [], [line])
+    assert command("keys", "--help")[0] == 0
 
 
 def test_a_reason_with_line_ends_stays_in_its_row_of_the_history(command, monkeypatch):

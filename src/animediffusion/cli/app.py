@@ -9,6 +9,7 @@ SIGTERM.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     from animediffusion.platform.errors import AnimeDiffusionError, Interrupted
 
+    _prepare_streams()
     _warn_of_variables()
     # Otherwise mlflow writes to the user's home and sends telemetry as soon as it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -60,6 +62,7 @@ def run(arguments: list[str]) -> int:
         arguments, options = _split_common(arguments)
         common.current.set(options)
         _refuse_empty(arguments)
+        _check_working_directory(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)
         return int(code or 0)
     except Interrupted as stopped:
@@ -83,6 +86,25 @@ def run(arguments: list[str]) -> int:
         return _fail(
             f"error: {type(error).__name__}: {_first_line(error)}; run again with --debug", error, 1, options.debug
         )
+
+
+def _prepare_streams() -> None:
+    """Let no file name end a command: one that the terminal's encoding lacks is printed with escapes."""
+    if sys.stderr is None:  # closed by whoever started the command
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_working_directory(arguments: Sequence[str]) -> None:
+    from animediffusion.platform.errors import ConfigError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        if not {"-h", "--help", "--version"}.intersection(arguments):
+            raise ConfigError("working directory", "does not exist any more", "change to another folder") from error
 
 
 def _warn_of_variables() -> None:

@@ -121,6 +121,8 @@ def drawing(tmp_path, monkeypatch):
     row = make_row(3, 0, 64)
     Path("s.png").write_bytes(encode_png(row.sketch))
     Path("r.png").write_bytes(encode_png(row.reference))
+    Path("x.png").symlink_to("y.png")
+    Path("y.png").symlink_to("x.png")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,10 @@ def drawing(tmp_path, monkeypatch):
         (["s.png", "r.png", "s.png"], "OUT.png: s.png is SKETCH, too; give another file"),
         (["s.png", "r.png", "./r.png"], "OUT.png: r.png is REFERENCE, too; give another file"),
         (["s.png", "r.png", "o.png", "--layer", "o.png"], "--layer: o.png is OUT.png, too; give another file"),
+        (
+            ["x.png", "r.png", "o.png"],
+            "x.png: Too many levels of symbolic links; give files that can be read or written",
+        ),
         (["s.png", "r.png", "/dev/full"], "/dev/full: No space left on device; give files that can be read or written"),
     ],
 )
@@ -145,6 +151,7 @@ def test_the_exported_script_overwrites_nothing_that_it_reads(bundle, drawing, c
         (["", "r.png", "o.png"], "'' is not a file name"),
         (["s.png", "r.png", ""], "'' is not a file name"),
         (["s.png", "r.png", "o.png", "--seed", "9" * 30], "is not a whole number from 0 to 4294967295"),
+        (["s.png", "r.png", "o.png", "--seed", "1", "--seed", "2"], "argument --seed: given twice"),
         (["s.png", "r.png", "o.png", "--seed", "-1"], "'-1' is not a whole number"),
         (["s.png", "r.png", "o.png", "--steps", "1_0"], "'1_0' is not a whole number from 1 to 1000"),
         (["s.png", "r.png", "o.png", "--guidance-scale", "nan"], "'nan' is not a number from 0 to 20"),
