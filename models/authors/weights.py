@@ -57,7 +57,7 @@ def from_authors(checkpoint: object) -> tuple[BundleConfig, dict[str, Tensor]]:
 def _state_dict(checkpoint: object) -> dict[str, Tensor]:
     """Return the tensors by name, with the prefixes of wrappers removed."""
     if isinstance(checkpoint, Mapping) and "optim_dict" in checkpoint:
-        raise ValueError("holds the state of an optimizer, not a model: give the file ep_N.model.pth")
+        raise ValueError("holds the state of an optimizer; the model is in ep_N.model.pth")
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]

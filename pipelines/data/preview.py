@@ -30,7 +30,7 @@ Cells = dict[str, list[NDArray[np.uint8] | None]]
 
 
 @dataclass(frozen=True)
-class Preview:
+class DatasetPreview:
     """The counts of a dataset, as `data show --json` prints them."""
 
     splits: dict[str, int]
@@ -44,7 +44,7 @@ class Preview:
     """Path or URI of the contact sheet; None if none was written."""
 
 
-def show(uri: str, out: str | None, rows: int = 8) -> Preview:
+def show(uri: str, out: str | None, rows: int = 8) -> DatasetPreview:
     """Return the counts of a dataset or a synthesized folder, and write a contact sheet of its first val rows.
 
     The sheet shows the first split with rows if `val` is empty.
@@ -67,11 +67,11 @@ def show(uri: str, out: str | None, rows: int = 8) -> Preview:
     return replace(preview, sheet=out)
 
 
-def _from_dataset(uri: str, rows: int) -> tuple[Preview, Cells]:
+def _from_dataset(uri: str, rows: int) -> tuple[DatasetPreview, Cells]:
     manifest = Manifest.load(uri)
     sizes = {name: split.rows for name, split in manifest.splits.items()}
     rejects = _rejects(uri) if manifest.num_rejects else {}
-    preview = Preview(sizes, manifest.image_size, manifest.num_rejects, rejects)
+    preview = DatasetPreview(sizes, manifest.image_size, manifest.num_rejects, rejects)
     arrays = read_split(uri, _shown(uri, sizes), limit=rows)
     number = range(len(arrays["target"]))
     cells: Cells = {
@@ -81,13 +81,13 @@ def _from_dataset(uri: str, rows: int) -> tuple[Preview, Cells]:
     return preview, cells
 
 
-def _from_folder(uri: str, rows: int) -> tuple[Preview, Cells]:
+def _from_folder(uri: str, rows: int) -> tuple[DatasetPreview, Cells]:
     targets = {} if "://" in uri else {p.parent.name: _pictures(p) for p in sorted(Path(uri).glob("*/target"))}
     sizes = {name: len(files) for name, files in targets.items()}
     files = targets[_shown(uri, sizes)][:rows]
     cells: Cells = {name: [_read(path.parent.parent / name / path.name) for path in files] for name in COLUMNS}
     size = next((len(picture) for picture in cells["target"] if picture is not None), None)
-    return Preview(sizes, size, 0, {}), cells
+    return DatasetPreview(sizes, size, 0, {}), cells
 
 
 def _shown(uri: str, sizes: dict[str, int]) -> str:

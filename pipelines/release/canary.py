@@ -6,7 +6,7 @@ or a restored champion never inherits the percentage of an earlier pair.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
@@ -16,11 +16,33 @@ from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.traffic import CHALLENGER, Traffic
 
 
-def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
-    """Send `percent` of the requests to the challenger; 0 ends the canary. Servers follow within seconds.
+@dataclass(frozen=True)
+class CanaryChange:
+    """The challenger's percentage of the requests, before and after a command."""
 
-    Returns:
-        `{percent, from, champion, challenger, changed}`; `from` is the percentage before.
+    percent: int
+    previous: int
+    champion: int | None
+    challenger: int | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the percentage is another one than before."""
+        return self.percent != self.previous
+
+    def to_json(self) -> dict[str, int | bool | None]:
+        """Return the JSON object of `models canary --json`."""
+        return {
+            "percent": self.percent,
+            "from": self.previous,
+            "champion": self.champion,
+            "challenger": self.challenger,
+            "changed": self.changed,
+        }
+
+
+def canary(settings: Settings, percent: int, why: str = "") -> CanaryChange:
+    """Send `percent` of the requests to the challenger; 0 ends the canary. Servers follow within seconds.
 
     Raises:
         ConfigError: percent is not 0 to 100.
@@ -35,22 +57,16 @@ def canary(settings: Settings, percent: int, why: str = "") -> dict[str, Any]:
             _check(registry, now)
         if percent != now.percent:
             _set(registry, now, percent, why)
-    return {
-        "percent": percent,
-        "from": now.percent,
-        "champion": now.champion,
-        "challenger": now.challenger,
-        "changed": percent != now.percent,
-    }
+    return CanaryChange(percent, now.percent, now.champion, now.challenger)
 
 
-def end(registry: Registry, why: str) -> dict[str, int]:
-    """End the canary because an alias moves; return `{canary_ended: PERCENT}`, or `{}` if no canary was running."""
+def end(registry: Registry, why: str) -> int | None:
+    """End the canary because an alias moves; return its percentage, or None if no canary was running."""
     now = traffic.read(registry)
     if not now.percent:
-        return {}
+        return None
     _set(registry, now, 0, why)
-    return {"canary_ended": now.percent}
+    return now.percent
 
 
 def _set(registry: Registry, now: Traffic, percent: int, why: str) -> None:
@@ -68,7 +84,7 @@ def _check(registry: Registry, now: Traffic) -> None:
         found = f"no version of {registry.name} is registered"
         raise RegistryError("canary", found, "run `models register DIR`")
     if now.champion is None:
-        raise RegistryError("canary", "there is no champion beside it", "run `models promote V`")
+        raise RegistryError("canary", "there is no champion", "run `models promote V`")
     if now.challenger is None:
         raise RegistryError("canary", "there is no challenger", "run `models promote V --alias challenger`")
     if now.challenger == now.champion:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
+from animediffusion.pipelines.release.stored_evaluation import StoredEvaluation
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.registry.model_version import Version, headline
+from animediffusion.platform.registry.model_version import Version
 
 PSNR_MARGIN = 0.2
 """Same-reference PSNR in dB that a new champion may lose: an invisible loss, about the noise of 100 images."""
@@ -35,12 +35,6 @@ def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
     return bundle
 
 
-def evaluation_line(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a summary of an evaluation: data, rows, sampler and the metrics per track."""
-    keys = ("data", "data_hash", "split", "num_images", "sampler")
-    return {**{key: result.get(key) for key in keys}, **headline(result)}
-
-
 def check_quality(candidate: Version, champion: Version | None) -> None:
     """Require that a candidate is not worse than the champion on data of the champion's evaluations.
 
@@ -61,43 +55,34 @@ def check_quality(candidate: Version, champion: Version | None) -> None:
     if not champion.evaluations:
         found = f"cannot be compared, the champion (version {champion.version}) was not evaluated"
         raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
-    for theirs in champion.evaluations:
-        ours = next((result for result in reversed(candidate.evaluations) if same_data(result, theirs)), None)
+    own = [StoredEvaluation.of(result) for result in candidate.evaluations]
+    champions = [StoredEvaluation.of(result) for result in champion.evaluations]
+    for theirs in champions:
+        ours = next((result for result in reversed(own) if result.has_same_images(theirs)), None)
         if ours is not None:
-            _check_not_worse(name, ours, theirs)
+            _check_not_worse(name, ours.metrics, theirs.metrics)
             return
-    theirs, ours = champion.evaluations[0], candidate.evaluations[0]
-    found = f"was evaluated on {_data(ours)}, the champion (version {champion.version}) on {_data(theirs)}"
-    command = _evaluate(candidate, str(theirs.get("data", "DATA")), str(theirs.get("split", "val")))
+    theirs = champions[0]
+    found = f"was evaluated on {own[0].images()}, the champion (version {champion.version}) on {theirs.images()}"
+    command = _evaluate(candidate, theirs.data or "DATA", theirs.split or "val")
     raise RegistryError(name, found, f"run `{command}`, or use --force")
 
 
-def _check_not_worse(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    a, b = headline(ours), headline(theirs)
+def _check_not_worse(name: str, ours: dict[str, float], theirs: dict[str, float]) -> None:
     limits = {
         "same.psnr": (1, PSNR_MARGIN, "same-reference PSNR", "dB"),
         "cross.ciede2000": (-1, CIEDE2000_MARGIN, "cross-reference CIEDE2000", "units"),
     }
     for key, (sign, margin, label, unit) in limits.items():
-        if key not in b:
+        if key not in theirs:
             continue
-        if key not in a:
+        if key not in ours:
             raise RegistryError(name, f"has no {label}, the champion has", "evaluate it again, or use --force")
         # Round, so that a difference of exactly the margin passes in spite of floating-point errors.
-        gain = round(sign * (a[key] - b[key]), 6)
+        gain = round(sign * (ours[key] - theirs[key]), 6)
         if not gain >= -margin:
-            found = f"{label} {a[key]:.2f} against the champion's {b[key]:.2f}"
+            found = f"{label} {ours[key]:.2f} against the champion's {theirs[key]:.2f}"
             raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train on, or use --force")
-
-
-def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Return whether two evaluations used the same images; a limit on their number makes it a different set."""
-    keys = ("data_hash", "split", "num_images", "image_size")
-    return bool(a.get("data_hash")) and all(a.get(key) == b.get(key) for key in keys)
-
-
-def _data(result: dict[str, Any]) -> str:
-    return f"{result.get('num_images')} images of {str(result.get('data_hash'))[:12]} {result.get('split')}"
 
 
 def _evaluate(version: Version, data: str, split: str = "val") -> str:

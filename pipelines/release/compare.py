@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,60 @@ from animediffusion.pipelines.evaluation.examples import (
     drawn_examples,
     sheet,
 )
-from animediffusion.pipelines.release.checks import check_bundle, same_data
+from animediffusion.pipelines.release.checks import check_bundle
+from animediffusion.pipelines.release.stored_evaluation import StoredEvaluation
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.registry.model_version import Version, headline
+from animediffusion.platform.registry.model_version import Version
 
 LOWER_IS_BETTER = ("ciede2000", "lpips", "fid")
 CENTERED = ("sharpness",)
 """Metrics for which 1 is best, and more is not better."""
 
 
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of both versions on one set of images."""
+
+    data: str | None
+    data_hash: str | None
+    split: str | None
+    num_images: int | None
+    track: str
+    metric: str
+    a: float | None
+    b: float | None
+    difference: float | None
+    """b - a."""
+    better: int | None
+    """Number of the better version; None if the two are equal or one was not measured."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `models compare V1 V2` prints."""
+
+    versions: tuple[Version, Version]
+    metrics: list[MetricRow]
+    data: str | None
+    picture: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of `models compare --json`."""
+        return {
+            "versions": [{**version.summary(), "sampler": version.tags.get("sampler")} for version in self.versions],
+            "metrics": [asdict(row) for row in self.metrics],
+            "data": self.data,
+            "picture": str(self.picture),
+        }
+
+
 def compare(
     settings: Settings, first: str, second: str, *, data: str | None = None, out: Path | None = None
-) -> dict[str, Any]:
-    """Return the comparison that `models compare V1 V2` prints, and write its image.
+) -> Comparison:
+    """Compare two versions, and write an image of drawings that both colored.
 
     Args:
         settings: names the registry.
@@ -35,11 +74,6 @@ def compare(
         second: the second version, in the same form.
         data: dataset whose first val rows are colored; drawn faces if None.
         out: PNG file to write; `compare-V1-V2.png` in the current folder if None.
-
-    Returns:
-        `{versions: [A, B], metrics: [...], data, picture}`; a metric is `{data, data_hash, split, num_images, track,
-        metric, a, b, difference, better}`. `difference` is b - a; `better` is the number of the better version, or None
-        if the two are equal or one was not measured.
 
     Raises:
         ConfigError: both are the same version, or the file name is unusable.
@@ -53,43 +87,53 @@ def compare(
     if picture.suffix.lower() != ".png" or picture.is_dir():
         raise ConfigError("--out", str(picture), "give the name of a PNG file")
     _draw(registry, a, b, data, picture)
-    summaries = [{**version.summary(), "sampler": version.tags.get("sampler")} for version in (a, b)]
-    return {"versions": summaries, "metrics": metric_rows(a, b), "data": data, "picture": str(picture)}
+    return Comparison((a, b), metric_rows(a, b), data, picture)
 
 
-def metric_rows(a: Version, b: Version) -> list[dict[str, Any]]:
+def metric_rows(a: Version, b: Version) -> list[MetricRow]:
     """Return one row per metric and set of images that either version was evaluated on, from the latest evaluations."""
-    rows: list[dict[str, Any]] = []
-    rest = _newest(b.evaluations)
-    for ours in _newest(a.evaluations):
-        theirs = next((result for result in rest if same_data(ours, result)), None)
+    rows: list[MetricRow] = []
+    rest = _newest(b)
+    for ours in _newest(a):
+        theirs = next((result for result in rest if ours.has_same_images(result)), None)
         rest = [result for result in rest if result is not theirs]
-        rows += _rows(a, b, ours, theirs)
+        rows += _rows(ours, (a, ours), (b, theirs))
     for theirs in rest:
-        rows += _rows(a, b, None, theirs)
+        rows += _rows(theirs, (a, None), (b, theirs))
     return rows
 
 
-def _newest(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _newest(version: Version) -> list[StoredEvaluation]:
     """Return the last evaluation on each set of images."""
-    kept: list[dict[str, Any]] = []
-    for result in evaluations:
-        kept = [known for known in kept if not same_data(known, result)] + [result]
+    kept: list[StoredEvaluation] = []
+    for result in map(StoredEvaluation.of, version.evaluations):
+        kept = [known for known in kept if not known.has_same_images(result)] + [result]
     return kept
 
 
-def _rows(a: Version, b: Version, ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> list[dict[str, Any]]:
-    source = ours or theirs or {}
-    where = {key: source.get(key) for key in ("data", "data_hash", "split", "num_images")}
-    left, right = headline(ours or {}), headline(theirs or {})
+_Measured = tuple[Version, StoredEvaluation | None]
+
+
+def _rows(images: StoredEvaluation, a: _Measured, b: _Measured) -> list[MetricRow]:
+    left, right = (result.metrics if result else {} for _, result in (a, b))
     rows = []
     for key in dict.fromkeys([*left, *right]):
         track, _, metric = key.partition(".")
         x, y = left.get(key), right.get(key)
-        difference = None if x is None or y is None else round(y - x, 6)
-        better = _better(metric, x, y, a.version, b.version)
-        numbers = {"a": x, "b": y, "difference": difference, "better": better}
-        rows.append({**where, "track": track, "metric": metric, **numbers})
+        rows.append(
+            MetricRow(
+                data=images.data,
+                data_hash=images.data_hash,
+                split=images.split,
+                num_images=images.num_images,
+                track=track,
+                metric=metric,
+                a=x,
+                b=y,
+                difference=None if x is None or y is None else round(y - x, 6),
+                better=_better(metric, x, y, a[0].version, b[0].version),
+            )
+        )
     return rows
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from animediffusion.models.bundle import FILES
 from animediffusion.pipelines.release.checks import check_bundle
@@ -24,7 +24,7 @@ from animediffusion.platform.storage.files import explained
 
 SCRIPT = '''"""Color a drawing like a reference image: python colorize.py SKETCH REFERENCE OUT.png
 
-Needs what requirements.txt beside this file names. --help tells the options.
+requirements.txt in the same folder lists the packages that it needs. --help lists the options.
 """
 
 import sys
@@ -39,16 +39,26 @@ sys.exit(main(HERE, sys.argv[1:]))
 '''
 
 
-def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported folder, as `models export --json` prints it."""
+
+    model: str
+    folder: str
+    sha256: str
+    num_files: int
+    bytes: int
+    command: str
+    """Shell command that colors a drawing with the folder."""
+
+
+def export(settings: Settings, model: str, folder: Path) -> ExportedModel:
     """Write the folder atomically.
 
     Args:
         settings: names the registry.
         model: a version number, an alias, `models:/...`, or a bundle folder or URI.
         folder: a new or empty folder.
-
-    Returns:
-        `{model, folder, sha256, num_files, bytes, command}`.
 
     Raises:
         ConfigError: the folder exists and is not empty.
@@ -77,11 +87,11 @@ def export(settings: Settings, model: str, folder: Path) -> dict[str, Any]:
         with explained(str(folder)):
             whole.replace(place)
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {
-        "model": model,
-        "folder": str(folder),
-        "sha256": bundle.sha256,
-        "num_files": len(files),
-        "bytes": sum(path.stat().st_size for path in files),
-        "command": f"python {shlex.quote(str(folder / 'colorize.py'))} SKETCH REFERENCE OUT.png",
-    }
+    return ExportedModel(
+        model=model,
+        folder=str(folder),
+        sha256=bundle.sha256,
+        num_files=len(files),
+        bytes=sum(path.stat().st_size for path in files),
+        command=f"python {shlex.quote(str(folder / 'colorize.py'))} SKETCH REFERENCE OUT.png",
+    )

@@ -5,9 +5,8 @@ models/authors/weights.py has the names and shapes of the authors' weights.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,8 +16,18 @@ from animediffusion.pipelines.training.model_card import model_card
 from animediffusion.platform.errors import BundleError, ConfigError, StorageError
 
 
-def import_weights(file: Path, folder: Path) -> dict[str, Any]:
-    """Write `file` as a bundle to `folder`; return `{bundle, sha256, num_parameters, image_size}`.
+@dataclass(frozen=True)
+class ImportedBundle:
+    """A bundle made from the authors' weights, as `models import --json` prints it."""
+
+    bundle: str
+    sha256: str
+    num_parameters: int
+    image_size: int
+
+
+def import_weights(file: Path, folder: Path) -> ImportedBundle:
+    """Write `file` as a bundle to `folder`.
 
     Only tensors are loaded from the file (weights_only), so code in it cannot run.
 
@@ -41,12 +50,13 @@ def import_weights(file: Path, folder: Path) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     folder.parent.mkdir(parents=True, exist_ok=True)
     sha256 = save_bundle(folder, denoiser, config, {}, model_card(config, count))
-    return {"bundle": str(folder), "sha256": sha256, "num_parameters": count, "image_size": config.image_size}
+    return ImportedBundle(str(folder), sha256, count, config.image_size)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> object:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint: object = torch.load(file, map_location="cpu", weights_only=True)
+        return checkpoint
     except OSError as error:
         raise StorageError(str(file), error.strerror or "cannot be read", "give an existing .pth file") from error
     except Exception as error:  # the exception class depends on the bytes of the file
@@ -60,4 +70,4 @@ def _require_room(folder: Path) -> None:
     try:
         verify(folder)
     except BundleError as error:
-        raise ConfigError(str(folder), "exists and holds no bundle", "give a new folder") from error
+        raise ConfigError(str(folder), "exists and is not a bundle", "give a new folder") from error

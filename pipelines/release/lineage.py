@@ -1,10 +1,11 @@
 """Origin, contents and quality of a registered version.
 
-`kept_files` and `described` gather the files and tags with which a version is registered; `dossier` reads them back.
+`kept_files` and `described` gather the files and tags with which a version is registered; `origin` reads them.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
@@ -48,32 +49,65 @@ def described(bundle: Bundle) -> dict[str, str]:
     }
 
 
-def dossier(registry: Registry, version: Version) -> dict[str, Any]:
-    """Return the details that `models show` adds to a version's summary.
+@dataclass(frozen=True)
+class Ancestor:
+    """A version among the ancestors of another version."""
 
-    Returns:
-        `training {run, recipe, steps, batch_size, attention, source}`, `dataset {uri, hash}`, `lineage` (this version
-        first, then its parent and so on), `config` (of the training run; None if unknown), `samples` (URI of the sample
-        image, or None).
-    """
+    version: int
+    made: str
+    """tuned, phase 1, phase 2, imported or unknown."""
+    run: str | None
+    sampler: str | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The details that `models show` adds to a version's summary."""
+
+    training: dict[str, str]
+    """Known facts of the training run: run, recipe, steps, batch_size, attention, source."""
+    data: str | None
+    data_hash: str | None
+    ancestors: list[Ancestor]
+    """The version itself, its parent, the parent's parent and so on."""
+    config: dict[str, Any] | None
+    """Configuration of the training run; None if unknown."""
+    samples: str | None
+    """URI of the image of samples; None if the version has none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return these details as `models show --json` prints them."""
+        return {
+            "training": self.training,
+            "dataset": {"uri": self.data, "hash": self.data_hash},
+            "lineage": [asdict(ancestor) for ancestor in self.ancestors],
+            "config": self.config,
+            "samples": self.samples,
+        }
+
+
+def origin(registry: Registry, version: Version) -> Origin:
+    """Read the origin of a version from its tags, its files and its ancestors."""
     tags = version.tags
-    training = {key: tags.get(key) for key in ("run", "recipe", "steps", "batch_size", "attention", "source")}
-    ancestors = lineage(registry, version)
+    chain = ancestors(registry, version)
     has_samples = SAMPLES in registry.file_names(version.version)
-    return {
-        "training": {key: value for key, value in training.items() if value},
-        "dataset": {"uri": tags.get("data"), "hash": tags.get("data_hash")},
-        "lineage": ancestors,
-        "config": _config(registry, ancestors),
-        "samples": f"{registry.location(version.version).rstrip('/')}/{SAMPLES}" if has_samples else None,
-    }
+    facts = ("run", "recipe", "steps", "batch_size", "attention", "source")
+    return Origin(
+        training={key: tags[key] for key in facts if tags.get(key)},
+        data=tags.get("data"),
+        data_hash=tags.get("data_hash"),
+        ancestors=chain,
+        config=_config(registry, chain),
+        samples=f"{registry.location(version.version).rstrip('/')}/{SAMPLES}" if has_samples else None,
+    )
 
 
-def _config(registry: Registry, ancestors: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _config(registry: Registry, chain: list[Ancestor]) -> dict[str, Any] | None:
     """Return the config of the run that trained the weights; a tuned version has the weights of its parent's run."""
-    for one in ancestors:
-        recipe = registry.read_file(one["version"], RECIPE)
-        if recipe is not None or one["made"] != "tuned":
+    for ancestor in chain:
+        recipe = registry.read_file(ancestor.version, RECIPE)
+        if recipe is not None or ancestor.made != "tuned":
             return dict(yaml.safe_load(recipe)) if recipe else None
     return None
 
@@ -90,24 +124,17 @@ def samples(registry: Registry, version: Version) -> bytes:
     return content
 
 
-def lineage(registry: Registry, version: Version) -> list[dict[str, Any]]:
-    """Return `{version, made, run, sampler, metrics}` of the version, its parent, the parent's parent and so on."""
+def ancestors(registry: Registry, version: Version) -> list[Ancestor]:
+    """Return the version itself, its parent, the parent's parent and so on."""
     by_number = {known.version: known for known in registry.versions()}
-    chain: list[dict[str, Any]] = []
+    chain: list[Ancestor] = []
     present: Version | None = version
     seen: set[int] = set()
     while present is not None and present.version not in seen:
         seen.add(present.version)
         parent = by_number.get(present.parent) if present.parent is not None else None
-        chain.append(
-            {
-                "version": present.version,
-                "made": made(present, parent),
-                "run": present.tags.get("run"),
-                "sampler": present.tags.get("sampler"),
-                "metrics": headline(present.metrics),
-            }
-        )
+        tags, metrics = present.tags, headline(present.metrics)
+        chain.append(Ancestor(present.version, made(present, parent), tags.get("run"), tags.get("sampler"), metrics))
         present = parent
     return chain
 

@@ -8,13 +8,15 @@ which the audit log records; a broken bundle never passes.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.pipelines.release import canary
-from animediffusion.pipelines.release.checks import check_bundle, check_quality, check_stored, evaluation_line
-from animediffusion.pipelines.release.lineage import described, dossier, kept_files, samples
+from animediffusion.pipelines.release.checks import check_bundle, check_quality, check_stored
+from animediffusion.pipelines.release.lineage import described, kept_files, origin, samples
+from animediffusion.pipelines.release.stored_evaluation import StoredEvaluation
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.registry import audit_log, traffic
@@ -22,6 +24,29 @@ from animediffusion.platform.registry.alias_lock import alias_lock
 from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
 from animediffusion.platform.registry.model_version import Version, headline
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasChange:
+    """Result of a promotion or a rollback."""
+
+    version: int
+    alias: str
+    previous: int | None
+    """The version that the alias pointed at before."""
+    changed: bool = True
+    """False if the alias already pointed at the version."""
+    forced: bool | None = None
+    """Whether a promotion skipped the evaluation check; None for a rollback."""
+    canary_ended: int | None = None
+    """Percentage of the canary that the change ended; None if no canary was running."""
+
+    def to_json(self) -> dict[str, int | str | bool | None]:
+        """Return the JSON object of `models promote --json` and `models rollback --json`."""
+        forced = {} if self.forced is None else {"forced": self.forced}
+        ended = {} if self.canary_ended is None else {"canary_ended": self.canary_ended}
+        change = {"from": self.previous, "changed": self.changed}
+        return {"version": self.version, "alias": self.alias, **forced, **change, **ended}
 
 
 def register(
@@ -52,7 +77,7 @@ def register(
     number = registry.register(
         path,
         sha256=bundle.sha256,
-        run_id=_known_run(registry, run_id or _run_beside(path)),
+        run_id=_known_run(registry, run_id or _run_of(path)),
         parent=parent or _parent(registry, bundle),
         metrics=bundle.metrics,
         tags={**described(bundle), **(tags or {})},
@@ -63,12 +88,8 @@ def register(
 
 def promote(
     settings: Settings, version: int | str, alias: str = CHAMPION, why: str = "", *, force: bool = False
-) -> dict[str, Any]:
+) -> AliasChange:
     """Point the alias at a version that passes the gate.
-
-    Returns:
-        `{version, alias, from, forced, changed}`; `changed` is False if the alias already pointed at the version. If
-        the promotion ended a canary, `canary_ended` is the canary's percentage.
 
     Raises:
         ConfigError: the alias is unknown.
@@ -79,26 +100,27 @@ def promote(
         raise ConfigError("--alias", repr(alias), " or ".join(ALIASES))
     registry = Registry(settings)
     candidate = registry.get(version)
-    report = {"version": candidate.version, "alias": alias, "forced": force}
-    if registry.alias(alias) == candidate.version:
-        return {**report, "from": candidate.version, "changed": False}
+    number = candidate.version
+    unchanged = AliasChange(version=number, alias=alias, previous=number, changed=False, forced=force)
+    if registry.alias(alias) == number:
+        return unchanged
     check_stored(registry, candidate)
     with alias_lock(registry):
         previous = registry.alias(alias)
-        if previous == candidate.version:
-            return {**report, "from": previous, "changed": False}
+        if previous == number:
+            return unchanged
         if not force:
             check_quality(candidate, _champion(registry))
         metrics = headline(candidate.metrics)
-        ended = canary.end(registry, f"version {candidate.version} became {alias}")
+        ended = canary.end(registry, f"version {number} became {alias}")
         with audit_log.recorded(
-            registry, "promote", alias, previous, candidate.version, reason=why, forced=force, metrics=metrics
+            registry, "promote", alias, previous, number, reason=why, forced=force, metrics=metrics
         ):
-            registry.set_alias(alias, candidate.version)
-    return {**report, "from": previous, "changed": True, **ended}
+            registry.set_alias(alias, number)
+    return AliasChange(version=number, alias=alias, previous=previous, forced=force, canary_ended=ended)
 
 
-def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[str, Any]:
+def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> AliasChange:
     """Restore the alias's previous version and end a running canary; repeat to go further back.
 
     Raises:
@@ -112,7 +134,7 @@ def rollback(settings: Settings, alias: str = CHAMPION, why: str = "") -> dict[s
         ended = canary.end(registry, f"{alias} rolled back to version {target.version}")
         with audit_log.recorded(registry, "rollback", alias, present, target.version, reason=why, metrics=metrics):
             registry.set_alias(alias, target.version)
-    return {"version": target.version, "alias": alias, "from": present, "changed": True, **ended}
+    return AliasChange(version=target.version, alias=alias, previous=present, canary_ended=ended)
 
 
 def _before(registry: Registry, alias: str, present: int | None) -> Version:
@@ -161,9 +183,9 @@ def show(settings: Settings, version: int | str, out: Path | None = None) -> dic
         **found.summary(),
         "share": traffic.read(registry).shares.get(found.version, 0.0),
         "name": found.name,
-        **dossier(registry, found),
+        **origin(registry, found).to_json(),
         "tags": {key: value for key, value in found.tags.items() if key not in ("sha256", "parent")},
-        "evaluations": [evaluation_line(result) for result in found.evaluations],
+        "evaluations": [StoredEvaluation.of(result).to_json() for result in found.evaluations],
         "history": [event.summary() for event in events],
     }
 
@@ -193,7 +215,7 @@ def _parent(registry: Registry, bundle: Bundle) -> int | None:
     return found.version if found is not None else None
 
 
-def _run_beside(folder: Path) -> str | None:
+def _run_of(folder: Path) -> str | None:
     """Return the MLflow run from run.json next to a bundle folder, or None."""
     try:
         return str(json.loads((folder.parent / "run.json").read_text())["mlflow_run_id"])

@@ -73,7 +73,7 @@ def test_two_who_promote_at_once_lose_no_entry(tmp_path, monkeypatch):
         release.register(settings, write_bundle(tmp_path / "bundle", seed, evaluation()))
     promote_at_once(settings, (1, 2), (3, 4))
     check_ledger(settings, 4)
-    assert release.rollback(settings)["version"] == release.history(settings)[-1]["to"]
+    assert release.rollback(settings).version == release.history(settings)[-1]["to"]
 
 
 def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
@@ -102,4 +102,4 @@ def test_a_team_has_postgresql_s3_and_passwords(team, tmp_path, monkeypatch):
     shown = release.show(settings, 2, tmp_path / "samples.png")
     assert [one["version"] for one in shown["lineage"]] == [2, 1]
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert release.rollback(settings)["changed"]
+    assert release.rollback(settings).changed

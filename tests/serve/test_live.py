@@ -127,8 +127,8 @@ def test_versions_come_and_go_under_load_and_no_request_fails(studio):
         assert "not a finite" in told["replicas"][0]["error"]
         assert told["replicas"][0]["state"] == "ready"
 
-        assert release.rollback(studio.settings)["version"] == 2
-        assert release.rollback(studio.settings)["version"] == 1
+        assert release.rollback(studio.settings).version == 2
+        assert release.rollback(studio.settings).version == 1
         assert studio.seconds_until(lambda: load.latest == "1") < FOLLOWS_WITHIN_S
         assert studio.seconds_until(lambda: studio.models()["replicas"][0]["error"] is None) < FOLLOWS_WITHIN_S
 

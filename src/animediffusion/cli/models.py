@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from animediffusion.cli import common
+
+if TYPE_CHECKING:
+    from animediffusion.pipelines.release.promote import AliasChange
 
 models = common.group(help="Register, compare, promote, roll back and export models.")
 
@@ -55,7 +59,7 @@ def models_compare(
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
-    found = compare(settings, first, second, data=data, out=out)
+    found = compare(settings, first, second, data=data, out=out).to_json()
     console.result(found, console.comparison(found))
 
 
@@ -83,8 +87,8 @@ def models_promote(
 
     console = common.console()
     found = release.promote(common.settings(), version, alias, why, force=force)
-    now = "is now" if found["changed"] else "was already"
-    console.result(found, f"version {found['version']} {now} {alias}{_canary_ended(found)}")
+    now = "is now" if found.changed else "was already"
+    console.result(found.to_json(), f"version {found.version} {now} {alias}{_canary_ended(found)}")
 
 
 @models.command("canary", context_settings={"ignore_unknown_options": True})
@@ -100,11 +104,11 @@ def models_canary(
 
     console = common.console()
     found = canary(common.settings(), percent, why)
-    before = f" (was {found['from']} %)" if found["changed"] else " already"
-    champion, challenger = found["champion"], found["challenger"]
+    before = f" (was {found.previous} %)" if found.changed else " already"
+    champion, challenger = found.champion, found.challenger
     split = f"{percent} % of the requests go to version {challenger}, {100 - percent} % to version {champion}{before}"
-    none = f"the canary has ended{before}" if found["changed"] else "no canary was running"
-    console.result(found, split if percent else none)
+    none = f"the canary has ended{before}" if found.changed else "no canary was running"
+    console.result(found.to_json(), split if percent else none)
 
 
 @models.command("rollback")
@@ -117,11 +121,12 @@ def models_rollback(
 
     console = common.console()
     found = release.rollback(common.settings(), alias, why)
-    console.result(found, f"version {found['version']} is {alias} again (was {found['from']}){_canary_ended(found)}")
+    text = f"version {found.version} is {alias} again (was {found.previous}){_canary_ended(found)}"
+    console.result(found.to_json(), text)
 
 
-def _canary_ended(found: dict[str, Any]) -> str:
-    return f"; the canary of {found['canary_ended']} % has ended" if "canary_ended" in found else ""
+def _canary_ended(found: AliasChange) -> str:
+    return "" if found.canary_ended is None else f"; the canary of {found.canary_ended} % has ended"
 
 
 @models.command("history")
@@ -144,7 +149,7 @@ def models_import(
 
     console = common.console()
     found = import_weights(file, folder)
-    console.result(found, f"imported {found['num_parameters'] / 1e6:.1f} M parameters: {folder}")
+    console.result(asdict(found), f"imported {found.num_parameters / 1e6:.1f} M parameters: {folder}")
 
 
 @models.command("export")
@@ -160,5 +165,5 @@ def models_export(
 
     console = common.console()
     found = export(common.settings(), version, folder)
-    size = f"{found['num_files']} files, {found['bytes'] / 1e6:.1f} MB"
-    console.result(found, f"{folder}: {size}\n{found['command']}")
+    size = f"{found.num_files} files, {found.bytes / 1e6:.1f} MB"
+    console.result(asdict(found), f"{folder}: {size}\n{found.command}")

@@ -123,7 +123,7 @@ def without(state, *names):
 BROKEN = [
     (lambda _: [1, 2], "holds a list, not a state_dict"),
     (lambda _: {"epoch": 3, "lr": 0.1}, "holds a mapping with 'epoch', 'lr', not a state_dict"),
-    (lambda _: {"optim_dict": {}}, "state of an optimizer, not a model: give the file ep_N.model.pth"),
+    (lambda _: {"optim_dict": {}}, "holds the state of an optimizer; the model is in ep_N.model.pth"),
     (lambda _: {"weight": torch.zeros(1)}, r"no weights named denoise_fn\.\*, but 'weight'"),
     (lambda state: without(state, "denoise_fn.output.2.bias"), r"^lacks 'denoise_fn\.output\.2\.bias'$"),
     (lambda state: without(state, "denoise_fn.input.0.weight"), r"lacks denoise_fn\.input\.0\.weight"),

@@ -28,7 +28,7 @@ def found_row(found, data_hash, track, metric):
 
 
 def test_metrics_of_the_same_images_are_in_one_row_with_the_better_named(settings, tmp_path):
-    found = compare(settings, "1", "2", out=tmp_path / "ab.png")
+    found = compare(settings, "1", "2", out=tmp_path / "ab.png").to_json()
     psnr = found_row(found, "a" * 64, "same", "psnr")
     assert (psnr["a"], psnr["b"], psnr["difference"], psnr["better"]) == (20.0, 21.5, 1.5, 2)
     delta = found_row(found, "a" * 64, "cross", "ciede2000")

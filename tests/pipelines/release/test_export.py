@@ -93,7 +93,7 @@ def test_an_exported_model_paints_what_colorize_paints(bare_python, settings, tm
             (tmp_path / "out.png", tmp_path / "ours" / "drawing.png"))  # fmt: skip
     assert a.shape == b.shape == (150, 200, 3)
     assert np.abs(a - b).max() <= 1
-    assert found["num_files"] > 10
+    assert found.num_files > 10
 
 
 def test_the_bare_environment_is_bare(bare_python, tmp_path):
@@ -177,7 +177,7 @@ def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
 
 def test_the_command_that_is_shown_can_be_pasted_into_a_shell(settings, bundle, tmp_path):
     folder = tmp_path / "it's my model"
-    assert shlex.split(export(settings, bundle, folder)["command"])[1] == str(folder / "colorize.py")
+    assert shlex.split(export(settings, bundle, folder).command)[1] == str(folder / "colorize.py")
 
 
 def test_an_empty_folder_is_filled_also_through_a_link(settings, bundle, tmp_path):

@@ -70,7 +70,7 @@ BAD_FILES = [
     (lambda path: path.write_text("hello"), "is not a PyTorch checkpoint"),
     (save_payload, "is not a PyTorch checkpoint"),
     (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor, not a state_dict of tensors; give a model"),
-    (lambda path: torch.save({"optim_dict": {}}, path), "holds an optimizer's state"),
+    (lambda path: torch.save({"optim_dict": {}}, path), "holds the state of an optimizer"),
     (lambda path: torch.save({"fc.weight": torch.zeros(3)}, path), "has no weights named denoise_fn.*"),
 ]
 
@@ -96,5 +96,5 @@ def test_a_folder_with_something_else_is_not_written_over(run, file, tmp_path):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle/drawing.png").write_bytes(b"mine")
     code, _, err = run(file)
-    assert (code, err) == (2, ["error: bundle: exists and holds no bundle; give a new folder"])
+    assert (code, err) == (2, ["error: bundle: exists and is not a bundle; give a new folder"])
     assert (tmp_path / "bundle/drawing.png").read_bytes() == b"mine"

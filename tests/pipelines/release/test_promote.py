@@ -59,7 +59,7 @@ def test_a_release_goes_from_folder_to_champion_and_back_on_an_mlflow_server(ser
     release.promote(settings, 2, why="better")
     fetched = Registry(settings).fetch("models:/animediffusion@champion")
     assert check_bundle(fetched).sha256 == second.sha256
-    assert release.rollback(settings, why="regret") == {
+    assert release.rollback(settings, why="regret").to_json() == {
         "version": 1, "alias": "champion", "from": 2, "changed": True
     }  # fmt: skip
     events = [(e["action"], e["from"], e["to"], e["reason"]) for e in release.history(settings)]
@@ -188,7 +188,7 @@ def test_an_unevaluated_version_is_refused_with_the_command_to_run(settings, bun
     with pytest.raises(RegistryError, match=f"was not evaluated; run `{command}`"):
         release.promote(settings, 1)
     release.record_evaluation(settings, f"models:/{settings.model_name}/1", evaluation())
-    assert release.promote(settings, 1)["changed"]
+    assert release.promote(settings, 1).changed
     assert release.versions(settings)[0]["metrics"] == evaluation()
     assert release.history(settings)[0]["metrics"]["same.psnr"] == 20.0
 
@@ -208,7 +208,7 @@ def test_the_gate_compares_with_the_champion(settings, bundle, psnr, ciede2000, 
     release.register(settings, bundle(2, evaluation(psnr, ciede2000)))
     release.promote(settings, 1)
     if refusal is None:
-        assert release.promote(settings, 2)["changed"]
+        assert release.promote(settings, 2).changed
         return
     with pytest.raises(RegistryError, match=refusal):
         release.promote(settings, 2)
@@ -231,7 +231,7 @@ def test_other_data_is_refused_until_evaluated_on_the_champions(settings, bundle
 def test_promoting_the_champion_again_changes_nothing(settings, bundle):
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)
-    assert not release.promote(settings, 1)["changed"]
+    assert not release.promote(settings, 1).changed
     assert len(release.history(settings)) == 1
 
 
@@ -240,11 +240,11 @@ def test_rollback_goes_back_through_all_champions(settings, bundle):
         release.register(settings, bundle(seed, evaluation()))
     for version in (1, 2, 3):
         release.promote(settings, version)
-    assert [release.rollback(settings)["version"] for _ in range(2)] == [2, 1]
+    assert [release.rollback(settings).version for _ in range(2)] == [2, 1]
     with pytest.raises(RegistryError, match="alias champion: there is no version before 1"):
         release.rollback(settings)
     release.promote(settings, 4)
-    assert release.rollback(settings)["version"] == 1
+    assert release.rollback(settings).version == 1
 
 
 def test_rollback_after_a_move_by_hand_returns_to_the_last_promotion(settings, bundle):
@@ -252,7 +252,7 @@ def test_rollback_after_a_move_by_hand_returns_to_the_last_promotion(settings, b
         release.register(settings, bundle(seed, evaluation()))
     release.promote(settings, 1)
     Registry(settings).set_alias("champion", 2)
-    assert release.rollback(settings)["version"] == 1
+    assert release.rollback(settings).version == 1
 
 
 def test_rollback_names_the_version_that_was_deleted(settings, bundle):
