@@ -8,7 +8,9 @@ pipelines/training/driver.py carries the plan out.
 
 from __future__ import annotations
 
+import glob
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     if size % multiple:
         raise ConfigError("image_size", str(size), f"this network needs a multiple of {multiple}")
     _require_fit(config, size)
-    name = config.run_name
+    name = _name_before_a_move(settings.workspace, config) or config.run_name
     folder = settings.workspace / "runs" / name
     place = storage.join(config.storage, name) if config.storage else str(folder)
     _refuse_another(folder, config)
@@ -127,6 +129,24 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"
         )
+
+
+def _name_before_a_move(workspace: Path, config: TrainConfig) -> str | None:
+    """Return the name of a run with this config that began before its workspace moved; None if there is none.
+
+    A name that is not given contains a hash of the config, and so of the data's former path.
+    """
+    runs, new = workspace / "runs", config.identity()
+    if config.name is not None or (runs / config.run_name).exists():
+        return None
+    for path in sorted(runs.glob(f"{glob.escape(config.recipe)}-*/config.yaml")):
+        with suppress(ConfigError):  # the config of another version of this package may be invalid here
+            old = TrainConfig.check(read_yaml(path))
+            gone = old.data == new["data"] or not Path(old.data).exists()
+            moved = gone and _is_moved(old.data, new["data"], workspace)
+            if moved and old.name is None and old.identity() == {**new, "data": old.data}:
+                return path.parent.name
+    return None
 
 
 def _is_moved(old: str, new: str, workspace: Path) -> bool:
