@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.training.loop import Step, TrainState, fit
+from animediffusion.pipelines.data.stream import Arrays
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.pipelines.training.recipe import TrainConfig
 
@@ -75,7 +75,7 @@ def hardware(device: torch.device) -> str:
     return names[0] if names else platform.processor()
 
 
-def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def batches(rows: Arrays, config: TrainConfig, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield full batches of rows in memory without end, in a new order every epoch."""
     tensors = {key: torch.from_numpy(value).to(device) for key, value in rows.items() if key != "id"}
     generator = torch.Generator().manual_seed(config.seed)
@@ -88,8 +88,8 @@ def batches(rows: dict[str, Any], config: TrainConfig, device: torch.device) -> 
 
 
 def train(
-    config: TrainConfig, start: Denoiser | None, rows: dict[str, Any], seconds: float, device: torch.device
-) -> tuple[Denoiser, dict[str, Any]]:
+    config: TrainConfig, start: Denoiser | None, rows: Arrays, seconds: float, device: torch.device
+) -> tuple[Denoiser, dict[str, int]]:
     """Train for `seconds`; return the averaged model, and steps, images, seconds and parameters of the training."""
     torch.manual_seed(config.seed)
     denoiser = start or config.bundle_config(rows["target"].shape[1]).build().to(device)
@@ -119,7 +119,7 @@ def train(
     return state.averaged(), {"steps": state.step, "images": images, "seconds": round(spent), "parameters": parameters}
 
 
-def drawn(count: int, size: int, first: int = 0) -> dict[str, Any]:
+def drawn(count: int, size: int, first: int = 0) -> Arrays:
     """Draw faces, with all images of a row."""
     faces = [make_row(0, first + index, size) for index in range(count)]
     arrays = {name: np.stack([getattr(row, name) for row in faces]) for name in faces[0]._fields}

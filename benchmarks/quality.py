@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RECIPES, train
+from numpy.typing import NDArray
 
 from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.authors import strict as authors
@@ -36,7 +37,7 @@ from animediffusion.models.colorize import noise_for, sample_images
 from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.tensors import to_uint8
 from animediffusion.pipelines.data.manifest import Manifest
-from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.data.stream import Arrays, read_split
 from animediffusion.pipelines.evaluation.metrics import detail, score, trivial_results
 from animediffusion.pipelines.evaluation.perceptual import perceptual, require
 from animediffusion.pipelines.evaluation.tracks import TRACKS, build
@@ -50,6 +51,13 @@ COLUMNS = ("psnr", "ssim", "ms_ssim", "ciede2000", "haarpsi", "sharpness", "edge
 CHUNK = 25
 CORES = os.cpu_count() or 1
 PICTURES = 6
+
+Scores = dict[str, float | None]
+"""Metrics of some images by name; None for a metric that the images are too small for."""
+Baselines = dict[str, dict[str, Scores]]
+"""Scores by baseline and track."""
+Result = dict[str, Any]
+"""The JSON object in a run's result file: its recipe, training and scores."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,7 @@ def parts_of(recipe: str) -> list[tuple[str, float]]:
 
 
 @torch.no_grad()
-def color(
-    denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def color(denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: torch.device) -> NDArray[np.uint8]:
     """Color a batch; return images [B, S, S, 3] sampled from noise that depends only on the row number."""
     size = batch.target.shape[-1]
     parts = []
@@ -98,10 +104,10 @@ def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torc
     return authors.strict_sample(predict, authors.gammas(authors.require_fit(denoiser)), noise, injected)
 
 
-def measure(result: Any, batch: Batch, weights: Path | None) -> dict[str, Any]:
+def measure(result: NDArray[np.uint8], batch: Batch, weights: Path | None) -> Scores:
     """Return all metrics of result images [B, S, S, 3]; LPIPS and FID only if their weights are given."""
     truth, sketch = (to_uint8(x.cpu()).numpy() for x in (batch.target, batch.sketch.expand(-1, 3, -1, -1)))
-    scores: dict[str, Any] = {**score(result, truth), **detail(result, truth, sketch)}
+    scores: Scores = {**score(result, truth), **detail(result, truth, sketch)}
     return scores if weights is None else {**scores, **perceptual(result, truth, weights)}
 
 
@@ -114,7 +120,7 @@ def evaluations(recipe: str, track: str) -> tuple[int, ...]:
     return EVALUATIONS if track == "same" else (4,)
 
 
-def tracks_of(rows: dict[str, Any]) -> list[str]:
+def tracks_of(rows: Arrays) -> list[str]:
     """Return the tracks that the data allows."""
     return [name for name in TRACKS if name != "cross" or rows["has_cross"].all()]
 
@@ -166,7 +172,7 @@ def run_all(jobs: list[Run], args: argparse.Namespace) -> None:
                 print(f"{job.recipe}, seed {job.seed}: failed, see its log in {args.out}", file=sys.stderr, flush=True)
 
 
-def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], minutes: float) -> str:
+def table(results: dict[str, list[Result]], baselines: Baselines, minutes: float) -> str:
     """Return the report in Markdown: a summary of all trainings, then a section per track with means over seeds."""
     lines = [f"{minutes:g} minutes a recipe.", ""]
     lines += ["| recipe | parameters | seeds | steps | images | PSNR spread, dB |", "|---|---|---|---|---|---|"]
@@ -174,7 +180,7 @@ def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], m
         took = [run["training"] for run in runs]
         steps, images = (round(statistics.mean(sum(p[key] for p in t) for t in took)) for key in ("steps", "images"))
         size = took[0][0]["parameters"] / 1e6
-        lines.append(f"| {name} | {size:.1f} M | {len(runs)} | {steps} | {images} | {spread(runs)} |")
+        lines.append(f"| {name} | {size:.1f} M | {len(runs)} | {steps} | {images} | {seed_range(runs)} |")
     lines += ["", "The spread is that between seeds, averaged over all rows below; smaller differences are noise."]
     columns = [name for name in COLUMNS if _known(name, baselines)]
     for track in next(iter(baselines.values())):
@@ -192,18 +198,18 @@ def table(results: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], m
     return "\n".join(lines)
 
 
-def _known(column: str, baselines: dict[str, Any]) -> bool:
+def _known(column: str, baselines: Baselines) -> bool:
     """Return whether a metric is available: MS-SSIM needs large images, LPIPS and FID need weights."""
     return all(scores.get(column) is not None for tracks in baselines.values() for scores in tracks.values())
 
 
-def _row(name: str, evaluations: str, scores: list[dict[str, Any]], columns: list[str]) -> str:
+def _row(name: str, evaluations: str, scores: list[Scores], columns: list[str]) -> str:
     digits = {"psnr": 2, "ciede2000": 2}
     means = (f"{statistics.mean(s[c] for s in scores):.{digits.get(c, 3)}f}" for c in columns)
     return f"| {name} | {evaluations} | {' | '.join(means)} |"
 
 
-def spread(runs: list[dict[str, Any]]) -> str:
+def seed_range(runs: list[Result]) -> str:
     """Return the range of PSNR over seeds in dB, averaged over all measurements; `-` for a single seed."""
     if len(runs) == 1:
         return "-"
@@ -211,9 +217,9 @@ def spread(runs: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(max(v) - min(v) for v in values):.2f}"
 
 
-def trivial(val: dict[str, Any], weights: Path | None) -> dict[str, Any]:
+def trivial(val: Arrays, weights: Path | None) -> Baselines:
     """Return the scores of trivial baselines without a model on each track."""
-    scores: dict[str, Any] = {name: {} for name in TRIVIAL}
+    scores: Baselines = {name: {} for name in TRIVIAL}
     for track in tracks_of(val):
         batch = build(val, track)
         sketch, reference = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference))
@@ -222,7 +228,7 @@ def trivial(val: dict[str, Any], weights: Path | None) -> dict[str, Any]:
     return scores
 
 
-def picture(results: dict[str, Path], val: dict[str, Any], track: str) -> bytes:
+def picture(results: dict[str, Path], val: Arrays, track: str) -> bytes:
     """Return a PNG of a track's first faces with all recipes side by side."""
     batch = build(val, track, range(PICTURES))
     columns = [to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference)]
@@ -237,7 +243,7 @@ def report(jobs: list[Run], args: argparse.Namespace) -> str:
     done = [job for job in jobs if job.result.exists()]
     if not done:
         raise SystemExit("error: no recipe finished; the logs are in " + str(args.out))
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[Result]] = {}
     for job in done:
         results.setdefault(Path(job.recipe).stem, []).append(json.loads(job.result.read_text()))
     val = read_split(args.data, "val", args.limit)

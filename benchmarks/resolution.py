@@ -35,10 +35,8 @@ from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import letterbox, unletterbox
-from animediffusion.serve.rendering.sketch import Drawing, as_gray, for_network, read_drawing
+from animediffusion.serve.rendering.sketch import Drawing, Pixels, as_gray, for_network, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, to_picture
-
-Array = NDArray[np.uint8]
 
 SEED = 5
 """Seed of faces that no demo trains on."""
@@ -51,7 +49,7 @@ class Case(NamedTuple):
     """One drawing, its colors at the network's size, and the truth."""
 
     drawing: Drawing
-    painted: Array
+    painted: Pixels
     """Output of the network, or the downscaled target."""
     truth: NDArray[np.float64]
     """Target in CIELAB at the compared pixels."""
@@ -62,17 +60,19 @@ class Case(NamedTuple):
 def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    arguments.add_argument("--sizes", type=int, nargs="+", default=[320, 640, 1280], help="of drawings, at most 1280")
+    arguments.add_argument(
+        "--sizes", type=int, nargs="+", default=[320, 640, 1280], help="sides of drawings, at most 1280"
+    )
     arguments.add_argument("--rows", type=int, default=4)
     arguments.add_argument("--network", type=int, default=64, help="side of the network's picture without --model")
-    arguments.add_argument("--model", type=Path, help="a bundle that paints, beside the perfect network")
+    arguments.add_argument("--model", type=Path, help="a bundle that also colors the drawings")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     bundle = load_bundle(options.model, "cpu") if options.model else None
     network = bundle.config.image_size if bundle else options.network
     print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}, one core; "
           f"{options.rows} drawn faces, network of {network} px\n")  # fmt: skip
-    print("| drawing | painted by | lines | enlarged: near | away | ours: near | away | s/Mpixel |")
+    print("| drawing | colored by | lines | enlarged: near | elsewhere | ours: near | elsewhere | s/Mpixel |")
     print("|---:|---|---|---:|---:|---:|---:|---:|")
     for size in options.sizes:
         for painter in ("perfect", "model") if bundle else ("perfect",):
@@ -97,7 +97,7 @@ def make_case(index: int, size: int, network: int, lines: str, bundle: Bundle | 
     return Case(drawing, painted, rgb2lab(target[::SAMPLE, ::SAMPLE]), distance[::SAMPLE, ::SAMPLE])
 
 
-def with_gaps(sketch: Array, seed: int) -> Array:
+def with_gaps(sketch: Pixels, seed: int) -> Pixels:
     """Return the sketch with NUM_GAPS gaps in its lines, each up to 1.5 pixels of a 64 px network image wide."""
     rng, broken = np.random.default_rng(seed), sketch.copy()
     rows, columns = np.nonzero(sketch[..., 0] < 100)
@@ -107,7 +107,7 @@ def with_gaps(sketch: Array, seed: int) -> Array:
     return broken
 
 
-def paint(bundle: Bundle, drawing: Drawing, reference: Array) -> Array:
+def paint(bundle: Bundle, drawing: Drawing, reference: Pixels) -> Pixels:
     """Return the model's image of a drawing, at the network's size."""
     size = bundle.config.image_size
     sketch, colors = (to_tensor(torch.from_numpy(np.ascontiguousarray(one))[None])
@@ -115,28 +115,28 @@ def paint(bundle: Bundle, drawing: Drawing, reference: Array) -> Array:
     return np.asarray(to_uint8(colorize(bundle, sketch, colors, seeds=[7]))[0].numpy())
 
 
-def finish(painted: Array, drawing: Drawing) -> Array:
+def finish(painted: Pixels, drawing: Drawing) -> Pixels:
     """Upsample the network's image as serving does."""
     return to_picture(layer_of(painted, drawing), drawing)
 
 
-def enlarge(painted: Array, drawing: Drawing) -> Array:
+def enlarge(painted: Pixels, drawing: Drawing) -> Pixels:
     """Enlarge the network's image without using the drawing's lines."""
     height, width = drawing.darkness.shape
     return unletterbox(painted, letterbox(np.zeros((height, width), np.uint8), len(painted))[1])
 
 
-def errors(cases: list[Case], method: Callable[[Array, Drawing], Array]) -> tuple[float, float]:
+def errors(cases: list[Case], method: Callable[[Pixels, Drawing], Pixels]) -> tuple[float, float]:
     """Return the mean CIEDE2000 near lines and far from lines; pixels on lines are not compared."""
-    near, away = [], []
+    near, elsewhere = [], []
     for case in cases:
         picture = method(case.painted, case.drawing)
         found = deltaE_ciede2000(rgb2lab(picture[::SAMPLE, ::SAMPLE]), case.truth)
         scale = len(case.painted) / len(picture)
         off = case.distance > 1.5 * scale
         near.append(found[off & (case.distance <= 1)].mean())
-        away.append(found[off & (case.distance > 1)].mean())
-    return float(np.mean(near)), float(np.mean(away))
+        elsewhere.append(found[off & (case.distance > 1)].mean())
+    return float(np.mean(near)), float(np.mean(elsewhere))
 
 
 def seconds(cases: list[Case]) -> float:

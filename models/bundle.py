@@ -32,6 +32,9 @@ FILES = (*IDENTITY_FILES, "metrics.json", "card.md")
 AVERAGES = "averages.safetensors"
 """Optional file, listed in checksums.json when present; a copy for colorizing alone may leave it out."""
 
+Metrics = dict[str, Any]
+"""metrics.json: the JSON object that `evaluate` prints; empty if the model was not evaluated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerDefaults:
@@ -79,7 +82,7 @@ class BundleConfig:
     image_size: int = 64
     """Side in pixels of the square images that the model was trained on."""
     sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str | int | float | None] = field(default_factory=dict)
     """Origin of the weights: recipe, steps, attention, data hash."""
 
     def build(self) -> Denoiser:
@@ -93,7 +96,7 @@ class Bundle:
 
     config: BundleConfig
     denoiser: Denoiser
-    metrics: dict[str, Any]
+    metrics: Metrics
     sha256: str
     folder: Path
 
@@ -102,7 +105,7 @@ def save_bundle(
     folder: Path,
     denoiser: Denoiser,
     config: BundleConfig,
-    metrics: dict[str, Any] | None = None,
+    metrics: Metrics | None = None,
     card: str = "",
     *,
     averages: dict[str, Tensor] | None = None,
@@ -121,9 +124,7 @@ def save_bundle(
     return _seal(temporary, folder)
 
 
-def with_sampler(
-    source: Path, destination: Path, sampler: SamplerDefaults, metrics: dict[str, Any] | None = None
-) -> str:
+def with_sampler(source: Path, destination: Path, sampler: SamplerDefaults, metrics: Metrics | None = None) -> str:
     """Write a copy of a bundle with other sampler defaults and return its identity (sha256)."""
     config = _read_config(source, str(source))
     temporary = destination.with_name(destination.name + ".partial")
@@ -135,7 +136,7 @@ def with_sampler(
     return _seal(temporary, destination)
 
 
-def with_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+def with_metrics(folder: Path, metrics: Metrics) -> None:
     """Replace the metrics of a bundle; its identity does not change."""
     _write_json(folder / "metrics.json", metrics)
     _write_checksums(folder)

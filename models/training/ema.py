@@ -175,4 +175,5 @@ def read_averages(bundle: Bundle) -> Averages:
                 raise ValueError("names or shapes of tensors differ")
     except (SafetensorError, ValueError) as error:
         raise unusable(str(bundle.folder), f"{AVERAGES} does not fit the model ({error})") from error
-    return Averages(trained, kept, None if trained is own else bundle.config.provenance.get("ema_length"))
+    length = bundle.config.provenance.get("ema_length")
+    return Averages(trained, kept, None if trained is own or length is None else float(length))
