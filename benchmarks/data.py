@@ -152,13 +152,13 @@ def write_their_files(source: str, folder: Path, limit: int) -> None:
         Image.fromarray(lines[0, :, :, 0].numpy()).save(folder / f"condition/{number}.jpg", quality=95)
 
 
-def in_turn(sides: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
-    """Run the sides alternately; return each side's rows per second of CPU time, without its first turn."""
+def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Run the sides alternately; return each side's rows per second of CPU time, without its first round."""
     seconds, rows = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
-    for turn, (name, work) in itertools.product(range(turns + 1), sides.items()):
+    for number, (name, work) in itertools.product(range(rounds + 1), sides.items()):
         begun = time.process_time()
         done = work()
-        if turn:
+        if number:
             seconds[name] += time.process_time() - begun
             rows[name] += done
     return {name: rows[name] / seconds[name] for name in sides}
@@ -173,12 +173,12 @@ def _taker(batches: Iterator[object]) -> Callable[[], int]:
     return take
 
 
-def time_batches(places: dict[str, str], clone: str | None, their_files: Path, size: int, turns: int) -> list[str]:
+def time_batches(places: dict[str, str], clone: str | None, their_files: Path, size: int, rounds: int) -> list[str]:
     """Return table lines: rows per second of one core, in batches that are ready to train on."""
     sides = {f"ours, {name}": _taker(our_batches(uri)) for name, uri in places.items()}
     if clone:
         sides["theirs, local"] = _taker(their_batches(clone, their_files, size))
-    rates = in_turn(sides, turns)
+    rates = alternate(sides, rounds)
     theirs = rates.get("theirs, local")
     lines = []
     for name, rate in rates.items():
@@ -205,7 +205,7 @@ class Trainer:
         return count * self.batch_rows
 
 
-def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
+def time_training(places: dict[str, str], size: int, rounds: int) -> list[str]:
     """Return table lines: images per second of one core, from each store and from one batch kept in memory."""
     trainer = Trainer(size)
     kept = itertools.repeat(next(decoded(next(iter(places.values())), trainer.batch_rows)))
@@ -215,7 +215,7 @@ def time_training(places: dict[str, str], size: int, turns: int) -> list[str]:
     def worker(batches: Iterator[Rows]) -> Callable[[], int]:
         return lambda: trainer.steps(batches, BLOCK_ROWS // trainer.batch_rows)
 
-    rates = in_turn({name: worker(batches) for name, batches in sources.items()}, turns)
+    rates = alternate({name: worker(batches) for name, batches in sources.items()}, rounds)
     base = rates["one kept batch"]
     return [f"| {name} | {rate:.1f} | {rate / base:.3f} |" for name, rate in rates.items()]
 
@@ -330,7 +330,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
         ]
         show("Batches ready to train on, one core", "| side | px | rows/s | times theirs |", lines)
     if "training" in args.parts:
-        lines = time_training(datasets[args.size], args.size, args.turns)
+        lines = time_training(datasets[args.size], args.size, args.rounds)
         show(f"Training `phase1`, {args.size} px, one core, no Ray", "| rows | images/s | share |", lines)
     if "ray" in args.parts:
         lines = time_verb(datasets[args.size]["local"], args.size, args.steps, f"{folder}/runs")
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels, of the stream and of training")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], help="pixels, of ready batches")
     parser.add_argument("--rows", type=int, default=10_000, help="rows that each consumer of the stream takes")
-    parser.add_argument("--turns", type=int, default=4, help="turns of 256 rows, of batches and training")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of 256 rows, of batches and training")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of the verb")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="phase1")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--repeats", type=int, default=8, help="timed steps of each")
+    parser.add_argument("--repeats", type=int, default=8, help="timed steps of each case")
     args = parser.parse_args()
     print("| px, 8 rows | seconds a step | images/s of a core |\n|---|---|---|")
     for size in args.sizes:

@@ -4,11 +4,11 @@
 
 One replica runs in this process with its engines and the thread that follows a real embedded registry, as on Ray Serve,
 but without HTTP. The model is the network of the recipe phase1 with random weights, at 64 px; the steps of a request
-are drawn from 4, 8 and 16. There are fewer clients than slots in the batch, so no request waits for a slot. A turn is
-one network evaluation of the batch. A stall is the time of a request beyond its number of steps times the typical
-turn at that time, counted in such turns. A request belongs to an event if it ran between the move of the alias and two
-seconds after the replica had settled. Times are wall-clock times, so other work on the machine affects them.
-The exit code is 1 if a request failed.
+are drawn from 4, 8 and 16. There are fewer clients than slots in the batch, so no request waits for a slot. An engine
+step is one network evaluation of the batch. A stall is the time of a request beyond its number of steps times the
+typical engine step at that time, counted in such steps. A request belongs to an event if it ran between the move of the
+alias and two seconds after the replica had settled. Times are wall-clock times, so other work on the machine affects
+them. The exit code is 1 if a request failed.
 """
 
 from __future__ import annotations
@@ -159,18 +159,18 @@ async def measure(registry: Registry, num_requests: int, num_clients: int) -> tu
 def report(samples: list[Sample], events: list[Event]) -> list[str]:
     """Return the lines of the table."""
     quiet = [sample for sample in samples if not any(event.holds(sample) for event in events)]
-    turn = statistics.median(sample.seconds / sample.steps for sample in samples)
+    step = statistics.median(sample.seconds / sample.steps for sample in samples)
     lines = [
-        f"A typical turn took {turn * 1e3:.1f} ms.",
+        f"A typical engine step took {step * 1e3:.1f} ms.",
         "",
-        "| while | requests | failed | new requests get it after | p50, ms | p95, ms | longest stall, turns |",
+        "| while | requests | failed | new requests get it after | p50, ms | p95, ms | longest stall, steps |",
         "|---|---|---|---|---|---|---|",
     ]
     groups = [("nothing happens", None, quiet)]
     groups += [(event.name, event, [one for one in samples if event.holds(one)]) for event in events]
     for name, event, group in groups:
         times = sorted(sample.seconds * 1e3 for sample in group)
-        stall = max(sample.seconds / turn_at(sample, samples) - sample.steps for sample in group)
+        stall = max(sample.seconds / step_seconds_at(sample, samples) - sample.steps for sample in group)
         after = "" if event is None else "never" if event.name.startswith("a broken") else f"{event.seen_s:.1f} s"
         failed = sum(not sample.version for sample in group)
         lines.append(
@@ -181,8 +181,8 @@ def report(samples: list[Sample], events: list[Event]) -> list[str]:
     return [*lines, f"| all | {len(samples)} | {failed} | | | | |"]
 
 
-def turn_at(sample: Sample, samples: list[Sample]) -> float:
-    """Return the typical seconds of a turn near a request: the median over requests within ten seconds of it."""
+def step_seconds_at(sample: Sample, samples: list[Sample]) -> float:
+    """Return the seconds of a typical engine step near a request: the median over requests within ten seconds."""
     near = [one for one in samples if one.ended > sample.began - NEAR_S and one.began < sample.ended + NEAR_S]
     return statistics.median(one.seconds / one.steps for one in near)
 

@@ -52,7 +52,7 @@ from animediffusion.models.training.objective import ReconstructionObjective
 from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe
 
 BLOCK = 2
-"""Steps per turn of a side; the time of a side's first turn is ignored."""
+"""Steps of a side per round; the first round is not timed."""
 NUM_BATCHES = 8
 CONSTANT_RATE = (
     *("optimizer.warmup_steps=0", "optimizer.cosine_after_warmup=false", "optimizer.final_learning_rate=1.0"),
@@ -99,8 +99,8 @@ class Job:
     threads: int
 
     @property
-    def turns(self) -> int:
-        """Number of turns of each side, the first one included."""
+    def rounds(self) -> int:
+        """Number of rounds of each side, the first one included."""
         return 1 + -(-self.steps // BLOCK)
 
 
@@ -109,14 +109,14 @@ class Found:
     """Measurements of one side."""
 
     seconds: list[float] = field(default_factory=list)
-    """Mean seconds of a step, for each turn."""
+    """Mean seconds of a step, for each round."""
     losses: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
     flops: float = 0.0
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step: the median over all turns but the first."""
+        """Seconds of a step: the median over all rounds but the first."""
         return statistics.median(self.seconds[1:])
 
     @property
@@ -126,7 +126,7 @@ class Found:
 
 
 def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
-    """Run all sides turn by turn and return their measurements."""
+    """Run all sides round by round and return their measurements."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for side in sides:
@@ -134,12 +134,12 @@ def compare(job: Job, sides: tuple[Side, ...]) -> dict[str, Found]:
         with environment(MALLOC if side.ours else {}):
             context.Process(target=serve, args=(end, side, job), daemon=True).start()
     found = {side.name: Found() for side in sides}
-    for turn, side in itertools.product(range(job.turns), sides):
+    for number, side in itertools.product(range(job.rounds), sides):
         pipes[side.name].send(BLOCK)
         seconds, losses = pipes[side.name].recv()
         found[side.name].seconds.append(seconds)
         found[side.name].losses += losses
-        print(f"  phase {job.phase}, {side.name}, turn {turn}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
+        print(f"  phase {job.phase}, {side.name}, round {number}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
     for name, pipe in pipes.items():
         pipe.send(0)
         found[name].peak_mb, found[name].flops = pipe.recv()
@@ -248,14 +248,14 @@ def _our_steps(side: Side, job: Job, device: torch.device) -> Callable[[int], tu
 def _objective(config: TrainConfig, state: TrainState, job: Job) -> torch.nn.Module:
     """Build the objective.
 
-    In phase 2 the seed determines the numbers of differentiated steps; choose a seed with which each turn gets both
+    In phase 2 the seed determines the numbers of differentiated steps; choose a seed with which each round gets both
     numbers, 1 and 2, once.
     """
     for seed in itertools.count():
         objective = config.objective.build(state.denoiser, config.sampler or SamplerDefaults(), seed)
         if not isinstance(objective, ReconstructionObjective):
             return objective
-        drawn = [objective.num_gradient_steps(step) for step in range(BLOCK * job.turns)]
+        drawn = [objective.num_gradient_steps(step) for step in range(BLOCK * job.rounds)]
         if all(sum(drawn[i : i + BLOCK]) == 3 for i in range(0, len(drawn), BLOCK)):
             return objective
     raise AssertionError

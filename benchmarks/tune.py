@@ -82,11 +82,9 @@ def grid(space: SamplerSpace) -> list[SamplerDefaults]:
     return list(found)
 
 
-def measure_all(
-    bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], journal: TrialLog
-) -> list[Point]:
+def measure_all(bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], log: TrialLog) -> list[Point]:
     """Measure all settings on Ray, except those that the trial log already contains."""
-    found = [Point.of(entry["measured"]) for entry in journal.read()]
+    found = [Point.of(entry["measured"]) for entry in log.read()]
     known = {(point.settings, point.ema_length): point for point in found}
     shared = ray.put((bundle, averages, rows.searched))
 
@@ -100,7 +98,7 @@ def measure_all(
     while tasks:
         [done], tasks = ray.wait(tasks)
         for point in ray.get(done):
-            journal.write({"measured": asdict(point)})
+            log.write({"measured": asdict(point)})
             known[point.settings, point.ema_length] = point
         print(f"grid: {len(known)} of {len(settings)}", file=sys.stderr, flush=True)
     return [known[setting] for setting in settings]
@@ -124,7 +122,7 @@ def sampler_table(model: str, data: str, images: int, searches: int, out: Path) 
     for seed in range(searches):
         folder = out / f"search-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        found.append(search(bundle, averages, rows.searched, folder, trials=trials, progress=told, seed=seed))
+        found.append(search(bundle, averages, rows.searched, folder, trials=trials, progress=note, seed=seed))
         (folder / "front.png").write_bytes(draw_front(found[-1], found[-1][0]))
     seconds = (time.monotonic() - begun) / searches
     path, made = bundle.config.path, bundle.config.provenance
@@ -147,7 +145,7 @@ def sampler_table(model: str, data: str, images: int, searches: int, out: Path) 
     return worst >= -WITHIN_DB
 
 
-def told(line: str) -> None:
+def note(line: str) -> None:
     """Print a line of progress to stderr, separate from the table."""
     print(line, file=sys.stderr, flush=True)
 
@@ -164,10 +162,10 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
         minutes=minutes,
         steps=steps,
         out=found,
-        progress=told,
+        progress=note,
     )
     seconds = time.monotonic() - begun
-    print("| training steps | trials that came there | best, dB | the bad start, dB |")
+    print("| training steps | trials that reached them | best, dB | the bad recipe, dB |")
     print("|---|---|---|---|")
     for rung in result["front"]:
         base = "stopped early" if rung["base_psnr"] is None else f"{rung['base_psnr']:.2f}"
@@ -180,14 +178,14 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
     cluster.shutdown()
     cluster.connect(settings)
     scores = {}
-    for name, path in (("the bad start", recipe), ("the found recipe", found)):
+    for name, path in (("the bad recipe", recipe), ("the found recipe", found)):
         run = train(settings, load_recipe(str(path), [f"data={data}", f"max_steps={steps}", "num_workers=1"]))
         scores[name] = evaluate(settings, run["bundle"], data)["tracks"]
     print(f"Both trained by `train` for {steps} steps, all rows of val:\n")
     print("| | PSNR same | PSNR cross |\n|---|---|---|")
     for name, tracks in scores.items():
         print(f"| {name} | {tracks['same']['psnr']:.2f} | {tracks['cross']['psnr']:.2f} |")
-    gain = scores["the found recipe"]["cross"]["psnr"] - scores["the bad start"]["cross"]["psnr"]
+    gain = scores["the found recipe"]["cross"]["psnr"] - scores["the bad recipe"]["cross"]["psnr"]
     print(f"\nGain {gain:+.2f} dB, wanted {GAIN_DB:+.2f}: {'ok' if gain >= GAIN_DB else 'NOT ok'}\n")
     print(f"```yaml\n{found.read_text().rstrip()}\n```")
     return gain >= GAIN_DB
@@ -213,10 +211,10 @@ def main() -> int:
     parser.add_argument("--data", help="a dataset")
     parser.add_argument("--model", help="a bundle that was trained at the size of the data")
     parser.add_argument("--images", type=int, default=32, help="rows of val to measure on")
-    parser.add_argument("--searches", type=int, default=3, help="of one grid, from different seeds")
-    parser.add_argument("--schedule", type=float, metavar="MINUTES", help="search a recipe for so long")
-    parser.add_argument("--steps", type=int, default=270, help="of the longest trials")
-    parser.add_argument("--recipe", type=Path, help="the bad start; one of ours if left out")
+    parser.add_argument("--searches", type=int, default=3, help="number of searches, each from another seed")
+    parser.add_argument("--schedule", type=float, metavar="MINUTES", help="search a recipe for this time")
+    parser.add_argument("--steps", type=int, default=270, help="training steps of the longest trials")
+    parser.add_argument("--recipe", type=Path, help="recipe to start from; a bad one by default")
     parser.add_argument("--out", type=Path, help="folder to keep; a search with the same settings resumes there")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,7 +224,9 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         if args.model is not None and (args.data is None or args.schedule is not None):
-            raise ConfigError("--model", "without --data, or with --schedule", "give --data, leave --schedule out")
+            raise ConfigError(
+                "--model", "is given without --data, or with --schedule", "give --data and omit --schedule"
+            )
         if args.searches < 1:
             raise ConfigError("--searches", str(args.searches), "at least 1")
         cluster.connect(settings)
