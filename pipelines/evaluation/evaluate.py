@@ -26,7 +26,6 @@ from animediffusion.pipelines.evaluation.metrics import Images, score, trivial_r
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images.codec import contact_sheet, encode_png
-from animediffusion.platform.registry.client import Registry
 
 TRACKS = ("same", "cross")
 SEED = 20240
@@ -60,6 +59,8 @@ def evaluate(
         ConfigError: if the image sizes of data and model differ.
         BundleError, DataError, RegistryError: if model or data cannot be used.
     """
+    from animediffusion.platform.registry.client import Registry  # MLflow takes seconds to import
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bundle = load_bundle(Registry(settings).fetch(model), device)
     manifest = Manifest.load(data)

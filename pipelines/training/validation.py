@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -28,7 +28,9 @@ from animediffusion.pipelines.evaluation.metrics import score
 from animediffusion.pipelines.training.checkpoints import fetch, write_score
 from animediffusion.pipelines.training.recipe import TrainConfig
 from animediffusion.platform.errors import StorageError
-from animediffusion.platform.tracking.run import Run
+
+if TYPE_CHECKING:
+    from animediffusion.platform.tracking.run import Run
 
 Score = dict[str, float]
 """The psnr, ssim and ciede2000 of the cross track, and psnr_same, the PSNR of the same track."""
@@ -103,6 +105,8 @@ SEND_S = 3.0
 
 @ray.remote(num_cpus=0, max_retries=1)
 def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
+    from animediffusion.platform.tracking.run import Run  # here, because MLflow takes seconds to import
+
     torch.set_num_threads(1)  # the task shares the cores with the workers and must not slow them down
     config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
     denoiser = config.build()

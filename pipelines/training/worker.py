@@ -49,7 +49,6 @@ from animediffusion.pipelines.training.trial_report import Rungs
 from animediffusion.pipelines.training.validation import Scorer, SharedPainter, record_score
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
-from animediffusion.platform.tracking.run import Run
 
 AGREE_EVERY = 10
 """Steps between two synchronizations of rank 0's decisions to all ranks."""
@@ -328,6 +327,8 @@ class _Log:
     """Rank 0's part of a run: metrics, progress reports, checkpoints, scores and stop requests."""
 
     def __init__(self, rank: _Rank) -> None:
+        from animediffusion.platform.tracking.run import Run  # here, because MLflow takes seconds to import
+
         self.rank = rank
         self.config = rank.run_config
         self.progress = rank.shared["progress"]

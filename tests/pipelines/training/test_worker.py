@@ -15,7 +15,7 @@ from animediffusion.pipelines.training.validation import SharedPainter
 
 @pytest.fixture
 def told(monkeypatch, tmp_path):
-    """(what the driver hears, a function that fails a worker with an error)."""
+    """(what the driver hears, a function that fails a worker with an error, the worker's config)."""
     path, heard = tmp_path / "tiny.yaml", []
 
     def tell(**values):
@@ -34,7 +34,7 @@ def told(monkeypatch, tmp_path):
         with pytest.raises(type(error)):
             worker.train_worker({**config, **more})
 
-    return heard, fail
+    return heard, fail, config
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def told(monkeypatch, tmp_path):
     ],
 )
 def test_whoever_says_that_memory_is_short_the_run_is_not_tried_again(told, error):
-    heard, fail = told
+    heard, fail, _ = told
     fail(error)
     assert heard[0]["failed"].startswith("out of memory on ")
     assert heard[0]["advice"] == "lower batch_size or use more workers (num_workers)"
@@ -64,9 +64,17 @@ def test_whoever_says_that_memory_is_short_the_run_is_not_tried_again(told, erro
     ],
 )
 def test_what_may_pass_is_tried_again(told, error):
-    heard, fail = told
+    heard, fail, _ = told
     fail(error)
     assert not heard
+
+
+def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(told):
+    heard, _, config = told
+    with pytest.raises(ValueError, match="attention is 'xformers'"):
+        worker.train_worker({**config, "run": {**config["run"], "attention": "xformers"}})
+    assert heard[0]["failed"].startswith("attention is 'xformers', which cannot run: it needs CUDA")
+    assert heard[0]["advice"] == "set attention=auto"
 
 
 def test_rows_of_a_score_for_which_there_is_no_memory_cost_the_score_and_not_the_run(
