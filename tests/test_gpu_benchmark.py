@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks" / "gpu.py"
 
@@ -32,6 +34,7 @@ def run(tmp_path: Path, *arguments: str, path: str = str(ROOT / "src"), before: 
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.slow
 def test_a_cpu_trains_and_computes_as_a_cpu_does(tmp_path):
     done = run(tmp_path, "--device", "cpu", "--parts", "trains", "right")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,6 +44,7 @@ def test_a_cpu_trains_and_computes_as_a_cpu_does(tmp_path):
     assert sum("the engine" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_trained_are_found(tmp_path):
     done = run(tmp_path, "--device", "cpu", "--parts", "trains", before=("-c", BROKEN))
     assert done.returncode == 1

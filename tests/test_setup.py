@@ -61,6 +61,7 @@ def test_an_environment_of_these_pins_is_left_as_it_is(setup, checkout):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log", ["Installing collected packages: torch\n", ""], ids=["interrupted", "moved"])
 def test_a_broken_environment_is_made_from_scratch_and_without_an_index_one_line_says_so(setup, checkout, log):
     home = checkout if log else checkout.parent / "where it was"

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # Ray reads this variable when it is imported.
-os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
+os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
 
 import psutil
 import ray
@@ -29,13 +29,13 @@ from animediffusion.pipelines.training.checkpoints import list_steps
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
 
-# Workers synchronize every 10 steps and 57 is not a multiple of 10, so a save after a warning is not a regular one.
-EVERY = 57
+# Workers synchronize every 10 steps and EVERY is not a multiple of 10, so a save after a warning is not a regular one.
+EVERY = 27
 RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
 sampler: {{steps: 2}}
 batch_size: 4
 cpus_per_worker: 2
-max_steps: 300
+max_steps: 130
 checkpoint_every: {EVERY}
 keep_checkpoints: 100
 log_every: 1
@@ -135,9 +135,9 @@ def main(data, workspace):
     calm, _ = stage.run("calm")
 
     def storm(until):
-        until(60)
+        until(EVERY + 3)
         os.kill(workers()[0].pid, signal.SIGKILL)
-        until(80, anew=True)
+        until(EVERY + 15, anew=True)
         victim = stage.busy()[0]
         stage.warn(victim, 60)
         end = time.monotonic() + WAIT_S
@@ -148,10 +148,10 @@ def main(data, workspace):
     stormy, reports = stage.run("storm", storm)
 
     def lose_a_node(until):
-        until(60)
+        until(EVERY + 3)
         stage.lose(stage.busy()[0])
 
-    shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]", max_steps=150)
+    shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]", max_steps=2 * EVERY)
     print(
         json.dumps(
             {

@@ -1,11 +1,13 @@
 """The registry behind `mlflow server` as a team runs it: PostgreSQL, artifacts on S3, passwords; and two at once."""
 
+import sqlite3
 import subprocess
 import sys
 
 import pytest
 from bundles import evaluation, new_model, write_bundle
 from servers import MlflowServer, postgres
+from werkzeug.security import generate_password_hash
 
 from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.checks import check_bundle
@@ -44,6 +46,10 @@ def team(moto_server, tmp_path_factory):
             "--app-name=basic-auth",
         ]
         with MlflowServer(folder, options, passwords) as running:
+            # The server checks the password in every request; a minute of the tests would go into the default hash.
+            with sqlite3.connect(folder / "auth.db") as users:
+                quick = generate_password_hash(passwords["MLFLOW_AUTH_ADMIN_PASSWORD"], "pbkdf2:sha256:1")
+                users.execute("UPDATE users SET password_hash = ?", (quick,))
             yield running.url
 
 
@@ -66,6 +72,7 @@ def check_ledger(settings, num_events):
     assert Registry(settings).alias("champion") == events[-1]["to"]
 
 
+@pytest.mark.slow
 def test_two_who_promote_at_once_lose_no_entry(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings = new_model(tmp_path)
@@ -85,6 +92,7 @@ def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
     assert registry.client.search_registered_models() == []
 
 
+@pytest.mark.slow
 def test_a_team_has_postgresql_s3_and_passwords(team, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team)
     settings = Settings.from_environment(workspace=tmp_path, model_name="team")

@@ -154,6 +154,7 @@ def test_the_file_of_a_database_is_known_by_its_uri(uri: str, file: str | None) 
     assert embedded.database(uri) == (Path(file) if file else None)
 
 
+@pytest.mark.slow
 def test_a_workspace_that_cannot_be_written_is_read(original: Path) -> None:
     # Root obeys permissions without this capability only.
     as_others = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []

@@ -34,6 +34,7 @@ def settings(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings.from_environment(workspace=workspace)
 
 
+@pytest.mark.slow
 def test_two_processes_may_create_the_database_at_once(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-c", START, str(tmp_path / "workspace")]
@@ -99,6 +100,7 @@ def test_system_metrics_are_sampled(settings: Settings, monkeypatch: pytest.Monk
     assert "system/cpu_utilization_percentage" in tracking.setup(settings).get_run(run.run_id).data.metrics
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_stops_nobody_and_gets_everything_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def test_all_of_them_are_asked(operations):
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_every_answer_is_as_described(operations, key, label):
     @given(case=operations[label].as_strategy())
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def check(case):
         # No schema can say how large a picture is: one of 1 px is refused with 422, as described.
         case.call_and_validate(headers={"Authorization": f"Bearer {key}"}, excluded_checks=[positive_data_acceptance])

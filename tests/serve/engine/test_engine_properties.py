@@ -230,8 +230,9 @@ def alone_bfloat16(bundle_folder: Path) -> Alone:
     return Alone(load_bundle(bundle_folder, dtype=torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [None, (2, 4)], ids=["as-they-are", "filled-up"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(pattern=arrivals)
 def test_any_pattern_of_arrivals(bundle: Bundle, alone: Alone, sizes, pattern: list[Arrival]):
     run = Run(bundle, sizes)

@@ -286,6 +286,7 @@ def test_a_version_without_room_leaves_a_replica_healthy(replica, bundle_folder,
     replica.check()
 
 
+@pytest.mark.slow
 def test_compiled_networks_make_the_same_pictures_and_compile_before_the_first_request(
     bundle_folder, sketch, reference, monkeypatch
 ):
@@ -297,7 +298,7 @@ def test_compiled_networks_make_the_same_pictures_and_compile_before_the_first_r
 
     compiled = partial(compile.compiled, backend=backend)
     monkeypatch.setattr("animediffusion.serve.replica.loaded_model.compiled", compiled)
-    plain, faster = Replica(), Replica(compile=True)
+    plain, faster = Replica(max_batch=2), Replica(max_batch=2, compile=True)
     try:
         plain.load("1", bundle_folder)
         faster.load("1", bundle_folder)
