@@ -4,7 +4,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check bench soak
+.PHONY: help install demo test test-fast coverage check bench soak
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test:  ## run all tests; ARGS="tests/serve -x" runs some of them
 
 test-fast: install  ## run the tests that need no Ray, no other program and less than 5 s each
 	@$(PYTEST) -m "not ray and not browser and not slow" $(ARGS)
+
+coverage: install  ## run the fast tests and list the files with lines that none of them runs
+	@$(PYTEST) -m "not ray and not browser and not slow" --cov --cov-report=term $(ARGS)
 
 check: install  ## check style, types and spelling
 	@$(BIN)/ruff check --quiet .
