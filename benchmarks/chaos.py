@@ -132,19 +132,20 @@ class Run:
 
 
 def storm(run: Run, kills: int, interval: int, rng: random.Random) -> dict[str, int]:
-    """Kill a run `kills` times; return the numbers of kills and recoveries, and the most steps repeated."""
-    recovered, most_repeated, at = 0, 0, 0
+    """Kill a run up to `kills` times; return the numbers of kills and recoveries, and the most steps repeated."""
+    killed, recovered, most_repeated, at = 0, 0, 0, 0
     for number in range(kills):
         whom = ("worker", "driver")[number % 2]
         if not run.wait(at + rng.randint(1, 2 * interval)):
             break
         time.sleep(rng.random() * 0.2)
         before, at = run.kill(whom, rng)
+        killed += 1
         back = run.wait(at + 1)
         recovered += back
         most_repeated = max(most_repeated, before - at)
-        print(f"kill {number + 1}: {whom} at step {before}, back at {at}: {'ok' if back else 'LOST'}", file=sys.stderr)
-    return {"kills": number + 1, "recoveries": recovered, "repeated": most_repeated}
+        print(f"kill {killed}: {whom} at step {before}, back at {at}: {'ok' if back else 'LOST'}", file=sys.stderr)
+    return {"kills": killed, "recoveries": recovered, "repeated": most_repeated}
 
 
 def one_phase(phase: int, args: argparse.Namespace, parent: str | None, kills: int) -> tuple[dict[str, Any], str]:
