@@ -383,12 +383,12 @@ def engine_table(bench: Bench) -> None:
 
         for warm in [submit(n) for n in range(places)]:
             warm.result()
-        turns, begun = engine.num_turns, clock(bench.device)
+        turns, begun = engine.num_steps, clock(bench.device)
         for future in [submit(n) for n in range(count)]:
             future.result()
         seconds = clock(bench.device) - begun
         first = first or count / seconds
-        turn = 1e3 * seconds / (engine.num_turns - turns)
+        turn = 1e3 * seconds / (engine.num_steps - turns)
         engine.close()
         lines.append(f"| {places} | {count / seconds:,.1f} | {count / seconds / first:.2f} | {turn:.2f} |")
     bench.show("\n".join(lines))

@@ -14,7 +14,6 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from animediffusion.models.diffusion.sampler import build_sampler, cat_states, s
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.api.app import create_app
-from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.protocol import Answer, ColorizeJob, ModelsStatus, Preview
 from animediffusion.serve.rendering.sketch import Pixels, for_network
 from animediffusion.serve.replica.replica import Replica
 
@@ -65,9 +64,9 @@ class Rival:
         """Yield the answer without previews."""
         yield await self.colorize(job)
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelsStatus:
         """Return no information on models."""
-        return {}
+        return ModelsStatus(desired={}, traffic={}, replicas=[])
 
     async def is_ready(self) -> bool:
         """Return true, because the model is loaded on construction."""

@@ -24,7 +24,7 @@ from PIL import ImageDraw
 from animediffusion.models.bundle import Bundle, BundleConfig, load_bundle
 from animediffusion.models.network.unet import UNetConfig
 from animediffusion.models.sampler_options import SamplerOptions
-from animediffusion.serve.engine.engine import Engine, Request, Turn
+from animediffusion.serve.engine.engine import Engine, EngineStep, Request
 
 SEED = 3
 MAX_BATCH = 8
@@ -65,15 +65,15 @@ def pattern() -> list[Asked]:
     return sorted(asked, key=lambda one: one.came)
 
 
-def trace(bundle: Bundle, asked: Sequence[Asked]) -> list[Turn]:
+def trace(bundle: Bundle, asked: Sequence[Asked]) -> list[EngineStep]:
     """Run the requests, record when each started and ended, and return the engine's turns."""
-    turns: list[Turn] = []
-    engine = Engine(bundle, max_batch=MAX_BATCH, own_thread=False, on_turn=turns.append)
+    turns: list[EngineStep] = []
+    engine = Engine(bundle, max_batch=MAX_BATCH, own_thread=False, on_step=turns.append)
     coming, futures = list(asked), list[Future[Any]]()
     while coming or engine.num_running or engine.num_waiting:
         while coming and coming[0].came <= len(turns):
             futures.append(engine.submit(_request(bundle, coming.pop(0), len(futures))))
-        if not engine.turn():
+        if not engine.step():
             raise RuntimeError("nothing runs, but requests are still to come: let them come closer together")
         running = asked[LEAVES]
         running.started = running.started or next((t.number for t in turns if LEAVES in t.running), None)
@@ -97,7 +97,7 @@ def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
     )
 
 
-def draw(asked: Sequence[Asked], turns: Sequence[Turn]) -> Array:
+def draw(asked: Sequence[Asked], turns: Sequence[EngineStep]) -> Array:
     """Draw the requests as bars over turns, and below them the number of network rows in each turn."""
     width = LEFT + TURN * len(turns) + 2 * EDGE
     bars = len(asked) * (BAR + GAP)
@@ -132,7 +132,7 @@ def _bar(board: Board, asked: Asked, y: int) -> None:
     board.text(f"{asked.key}, {asked.steps}", LEFT + EDGE - 8, y + BAR / 2, 11, "rm")
 
 
-def _rows(board: Board, turns: Sequence[Turn], top: int) -> None:
+def _rows(board: Board, turns: Sequence[EngineStep], top: int) -> None:
     """Draw the number of network rows in each turn, from 0 to MAX_BATCH."""
     bottom = top + STRIP
     for turn in turns:

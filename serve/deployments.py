@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ray
 import torch
@@ -36,7 +36,7 @@ from animediffusion.serve import autoscaling
 from animediffusion.serve.api import access_log
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S
-from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.protocol import Answer, ColorizeJob, EngineStatus, Preview
 from animediffusion.serve.ray_backend import RayBackend
 from animediffusion.serve.replica.device import Precision, usable_device
 from animediffusion.serve.replica.follower import Follower
@@ -223,7 +223,7 @@ class EngineDeployment:
         while not self.replica.can_answer and time.monotonic() < end:
             await asyncio.sleep(0.1)
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self) -> EngineStatus:
         """See Follower.describe."""
         return self.follower.describe()
 

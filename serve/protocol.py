@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +40,55 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Result of a job."""
+    """The result of a job."""
 
     picture: Pixels
     """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStatus:
+    """State of one engine replica: an entry of /v1/models."""
+
+    id: str
+    versions: list[str]
+    """Loaded versions, also those that only finish their requests."""
+    state: Literal["loading", "ready", "failed"]
+    device: str
+    attention: str
+    """Implementation of attention, see models/network/attention.py."""
+    running: int
+    """Requests in a running batch."""
+    queued: int
+    """Requests that wait for a slot."""
+    error: str | None
+    """The reason why a desired version does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsStatus:
+    """The body of /v1/models."""
+
+    desired: dict[str, str | None]
+    """Alias -> version."""
+    traffic: dict[str, float]
+    """Version -> share of the requests."""
+    replicas: list[ReplicaStatus]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    """State of an engine replica, and its view of the registry."""
+
+    replica: ReplicaStatus
+    shares: dict[str, float]
+    """Version -> share of new requests of this replica."""
+    desired: dict[str, str | None]
+    """Alias -> version, when the replica last polled the registry."""
+    age_s: float
+    """Seconds since that poll."""
 
 
 class Backend(Protocol):
@@ -57,7 +100,7 @@ class Backend(Protocol):
     def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """Yield previews, then the answer. Errors and canceling work as in colorize."""
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelsStatus:
         """Return the body of /v1/models."""
 
     async def is_ready(self) -> bool:

@@ -34,17 +34,22 @@ BODY_VARIABLE = "ANIMEDIFFUSION_MAX_BODY_BYTES"
 smaller."""
 
 _REQUEST_ID = b"x-request-id"
-_STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id", "serve-multiplexed-model-id")
+_CONTROLS = (
+    "x-request-timeout-seconds",
+    "x-request-disconnect-disabled",
+    "x-session-id",
+    "serve-multiplexed-model-id",
+)
 """Headers with which a client could change how Serve handles its request."""
 
 _DETAILS = {
     404: "no application answers at this path; it may still be starting",
     429: "too many requests are waiting; try again soon",
-    503: "no process is there to answer; try again soon",
+    503: "no process is running that could answer; try again soon",
     504: "the request was not answered in time",
 }
-_LOST = ProblemError(
-    503, "the process that was to answer is gone; try again soon", headers={"Retry-After": str(RETRY_AFTER_S)}
+_DIED = ProblemError(
+    503, "the process that handled the request has died; try again", headers={"Retry-After": str(RETRY_AFTER_S)}
 )
 
 log = logging.getLogger(__name__)
@@ -93,29 +98,29 @@ class ProxyErrors:
             await self.app(scope, receive, send)
             return
         request_id, started = request_id_of(scope), time.monotonic()
-        scope = {**scope, "headers": _cleaned(scope["headers"], request_id), "state": {"request_id": request_id}}
-        answer = _Answer(send)
+        scope = {**scope, "headers": _safe_headers(scope["headers"], request_id), "state": {"request_id": request_id}}
+        response = _Response(send)
         problem = refusal(scope, self.max_body_bytes)
         if problem is None:
             body = _Body(Body(receive, self.max_body_bytes, self.upload_timeout_s))
-            problem = await self._ask_serve(scope, body, answer)
-        if problem is not None and not answer.is_started:
-            await respond(_named(problem, request_id), scope, receive, send)
+            problem = await self._run_serve(scope, body, response)
+        if problem is not None and not response.is_started:
+            await respond(_with_headers(problem, request_id), scope, receive, send)
             access_log.write(scope, problem.status, started)
 
-    async def _ask_serve(self, scope: Scope, body: _Body, answer: _Answer) -> ProblemError | None:
+    async def _run_serve(self, scope: Scope, body: _Body, response: _Response) -> ProblemError | None:
         """Run the application; return the problem to send if the application has not answered."""
         try:
-            await self.app(scope, body.receive, answer.send)
+            await self.app(scope, body.receive, response.send)
         except Exception:
             log.exception("request %s failed in the proxy", scope["state"]["request_id"])
             return body.problem or ProblemError(500, "the server failed; the request may be tried again")
-        if body.problem is not None or answer.problem is not None:
-            return body.problem or answer.problem
-        if answer.is_started:
+        if body.problem is not None or response.problem is not None:
+            return body.problem or response.problem
+        if response.is_started:
             return None
         # Serve sends nothing if a replica died, and uvicorn would turn that into a plain-text 500.
-        return ProblemError(access_log.CLIENT_LEFT, "the client closed the connection") if body.client_left else _LOST
+        return ProblemError(access_log.CLIENT_LEFT, "the client closed the connection") if body.client_left else _DIED
 
 
 class _Body:
@@ -136,7 +141,7 @@ class _Body:
         return message
 
 
-class _Answer:
+class _Response:
     """Forwards the responses of applications and withholds the error responses of Serve itself."""
 
     def __init__(self, send: Send) -> None:
@@ -149,14 +154,14 @@ class _Answer:
         if message["type"] == "http.response.start":
             headers = Headers(raw=message["headers"])
             if message["status"] >= 400 and headers.get("content-type", "") != MEDIA_TYPE:
-                self.problem = _own_words(message["status"], headers)
+                self.problem = _problem_for(message["status"], headers)
             else:
                 self.is_started = True
         if self.is_started:
             await self._send(message)
 
 
-def _own_words(status: int, headers: Headers) -> ProblemError:
+def _problem_for(status: int, headers: Headers) -> ProblemError:
     """Return a problem in place of Serve's plain-text error; 408, Serve's timeout, becomes 504 (gateway timeout)."""
     status = 504 if status == 408 else status
     kept = {"Retry-After": headers["retry-after"]} if "retry-after" in headers else {}
@@ -165,16 +170,16 @@ def _own_words(status: int, headers: Headers) -> ProblemError:
     return ProblemError(status, _DETAILS.get(status, "the server cannot answer this request"), headers=kept)
 
 
-def _named(problem: ProblemError, request_id: str) -> ProblemError:
+def _with_headers(problem: ProblemError, request_id: str) -> ProblemError:
     headers = {**SECURITY, **problem.headers, "X-Request-Id": request_id}
     return ProblemError(problem.status, problem.detail, problem.errors, headers)
 
 
-def _cleaned(headers: Any, request_id: str) -> list[tuple[bytes, bytes]]:
+def _safe_headers(headers: Any, request_id: str) -> list[tuple[bytes, bytes]]:
     """Return the headers without those that control Serve, and with exactly one request id, which is safe to log."""
-    kept = [(name, value) for name, value in headers if not _steers(name) and name.lower() != _REQUEST_ID]
+    kept = [(name, value) for name, value in headers if not _controls_serve(name) and name.lower() != _REQUEST_ID]
     return [*kept, (_REQUEST_ID, request_id.encode())]
 
 
-def _steers(name: bytes) -> bool:
-    return name.decode("latin-1").lower().replace("_", "-") in _STEERING
+def _controls_serve(name: bytes) -> bool:
+    return name.decode("latin-1").lower().replace("_", "-") in _CONTROLS

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -22,7 +21,7 @@ from animediffusion.platform.errors import (
     UnavailableError,
 )
 from animediffusion.platform.registry.client import ALIASES
-from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.protocol import Answer, ColorizeJob, EngineStatus, ModelsStatus, Preview
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.replica.prometheus import requests_counter
 from animediffusion.serve.retry_after import CompletionRate
@@ -48,13 +47,13 @@ class RayBackend:
         self.engine = engine
         self.source = source
         self.may_sleep = may_sleep
-        self._told: list[dict[str, Any]] = []
-        self._pace = CompletionRate()
+        self._last_states: list[EngineStatus] = []
+        self._rate = CompletionRate()
         self._requests = requests_counter()
 
     async def colorize(self, job: ColorizeJob) -> Answer:
         """See protocol.Backend."""
-        with self._counted():
+        with self._timed():
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 response = self.engine.colorize.remote(job)
                 try:
@@ -64,13 +63,13 @@ class RayBackend:
                     response.cancel()
                     raise
                 except Exception as error:
-                    if attempt == MAX_ATTEMPTS or not _is_the_engines_fault(error):
-                        raise self._translated(error) from error
+                    if attempt == MAX_ATTEMPTS or not _may_work_elsewhere(error):
+                        raise self._to_serve_error(error) from error
         raise AssertionError("unreachable")
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """See protocol.Backend. After a retry on another engine, previews that were sent already are skipped."""
-        with self._counted():
+        with self._timed():
             sent = 0
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 response = self.engine.options(stream=True).stream.remote(job)
@@ -84,35 +83,34 @@ class RayBackend:
                     response.cancel()
                     raise
                 except Exception as error:
-                    if attempt == MAX_ATTEMPTS or not _is_the_engines_fault(error):
-                        raise self._translated(error) from error
+                    if attempt == MAX_ATTEMPTS or not _may_work_elsewhere(error):
+                        raise self._to_serve_error(error) from error
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelsStatus:
         """See protocol.Backend."""
-        found = await self._describe()
-        if not found:
-            return {"desired": await asyncio.to_thread(self._desired), "traffic": {}, "replicas": []}
-        freshest = min(found, key=lambda one: float(one["age_s"]))
-        return {
-            "desired": freshest["desired"],
-            "traffic": mean_shares([one["shares"] for one in found]),
-            "replicas": [one["replica"] for one in found],
-        }
+        states = await self._states()
+        if not states:
+            return ModelsStatus(desired=await asyncio.to_thread(self._desired), traffic={}, replicas=[])
+        return ModelsStatus(
+            desired=min(states, key=lambda state: state.age_s).desired,
+            traffic=mean_shares([state.shares for state in states]),
+            replicas=[state.replica for state in states],
+        )
 
     async def is_ready(self) -> bool:
         """See protocol.Backend. A deployment that is scaled to zero is ready, because a request starts an engine."""
-        found = await self._describe()
-        return any(one["replica"]["state"] == "ready" for one in found) or (self.may_sleep and not found)
+        states = await self._states()
+        return any(state.replica.state == "ready" for state in states) or (self.may_sleep and not states)
 
-    async def _describe(self) -> list[dict[str, Any]]:
+    async def _states(self) -> list[EngineStatus]:
         """Return the state of every running engine; the previous states if an engine does not respond."""
         try:
-            self._told = list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
+            self._last_states = list(await self.engine.broadcast("describe").results_async(timeout_s=STATUS_TIMEOUT_S))
         except DeploymentUnavailableError:  # No engine runs, which is not an error of the request.
-            self._told = []
+            self._last_states = []
         except Exception as error:
-            log.warning("not every engine says how it is: %s", error)
-        return self._told
+            log.warning("an engine did not report its state: %s", error)
+        return self._last_states
 
     def _desired(self) -> dict[str, str | None]:
         try:
@@ -121,26 +119,25 @@ class RayBackend:
             return dict.fromkeys(ALIASES)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _timed(self) -> Iterator[None]:
         """Record the start and the end of a request, from which Retry-After is estimated."""
-        self._pace.started()
+        self._rate.started()
         finished = False
         try:
             yield
             finished = True
-        except BusyError:
-            self._requests.inc(tags={"version": "", "outcome": "busy"})
-            raise
         finally:
-            self._pace.ended(finished=finished)
+            self._rate.ended(finished=finished)
 
-    def _translated(self, error: Exception) -> Exception:
-        """Convert an error of Ray, or one that Ray wraps, to a ServeError if there is one that fits."""
+    def _to_serve_error(self, error: Exception) -> Exception:
+        """Return the ServeError for an error of Ray, or the one that Ray wraps; else the error itself."""
         if isinstance(error, RayTaskError):
             cause = error.cause
             return cause if isinstance(cause, ServeError) else error
         if isinstance(error, BackPressureError):
-            return BusyError("every engine's queue is full", self._pace.retry_after_s())
+            # No engine has seen this request, so it is counted here; an engine counts the requests that it refuses.
+            self._requests.inc(tags={"version": "", "outcome": "busy"})
+            return BusyError("every engine's queue is full", self._rate.retry_after_s())
         if isinstance(error, DeploymentUnavailableError | RayActorError):
             return NoModelError("no engine is running")
         if isinstance(error, TimeoutError):
@@ -148,7 +145,7 @@ class RayBackend:
         return error
 
 
-def _is_the_engines_fault(error: Exception) -> bool:
+def _may_work_elsewhere(error: Exception) -> bool:
     return isinstance(error, RayActorError) or (
         isinstance(error, RayTaskError) and isinstance(error.cause, UnavailableError)
     )

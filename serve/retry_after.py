@@ -25,7 +25,7 @@ class CompletionRate:
         self._busy_s = 0.0
         """Seconds with at least one unanswered request, up to `_since`."""
         self._since = 0.0
-        self._num_here = 0
+        self._num_pending = 0
         self._finished: deque[float] = deque(maxlen=64)
         """Value of `_busy_s` at the end of each of the latest pictures."""
         self._lock = threading.Lock()
@@ -34,29 +34,29 @@ class CompletionRate:
         """Count a request that came in."""
         with self._lock:
             self._advance()
-            self._num_here += 1
+            self._num_pending += 1
 
     def ended(self, *, finished: bool) -> None:
         """Count the end of a request, with or without a finished picture."""
         with self._lock:
             self._advance()
-            self._num_here -= 1
+            self._num_pending -= 1
             if finished:
                 self._finished.append(self._busy_s)
 
     def retry_after_s(self) -> int:
-        """Return the whole seconds until all present requests are finished at the recent rate; 1 to LONGEST_S."""
+        """Return the whole seconds until all pending requests are finished at the recent rate; 1 to LONGEST_S."""
         with self._lock:
             self._advance()
             if len(self._finished) < 2:
                 return UNKNOWN_S
             # The time since the last picture counts, so that the estimate grows if no further picture is finished.
             per_picture = (self._busy_s - self._finished[0]) / (len(self._finished) - 1)
-            return retry_after_s(self._num_here * per_picture)
+            return retry_after_s(self._num_pending * per_picture)
 
     def _advance(self) -> None:
         now = self._clock()
-        if self._num_here:
+        if self._num_pending:
             self._busy_s += now - self._since
         self._since = now
 

@@ -29,6 +29,7 @@ from animediffusion.platform.network import is_uri
 from animediffusion.platform.signals import StopSignals
 from animediffusion.platform.storage.local_files import expanded
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
+from animediffusion.serve.protocol import ReplicaStatus
 from animediffusion.serve.proxy import max_body_bytes
 from animediffusion.serve.replica.model_source import ModelSource
 
@@ -60,11 +61,11 @@ def serve_app(
         AnimeDiffusionError: the model does not exist or is damaged, the port is in use, or Ray cannot start.
     """
     config = _config(settings, model, options)
-    with running(settings, config, host=host, port=port, tell=announce) as url:
+    with running(settings, config, host=host, port=port, report=announce) as url:
         # Ray installs its own handlers when it starts, and they end the process immediately; these replace Ray's.
         with StopSignals() as stop:
             where = config.request_log or "the logs of Ray"
-            announce(f"serving at {url} (page /, API /docs), requests in {where}; Ctrl-C stops it")
+            announce(f"serving at {url} (page /, API /docs); access log in {where}; Ctrl-C stops the server")
             number = stop.wait()
         announce("stopping")
     return 128 + number
@@ -77,7 +78,7 @@ def running(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    tell: Callable[[str], object] = log.warning,
+    report: Callable[[str], object] = log.warning,
 ) -> Iterator[str]:
     """Start the application, wait until it is ready, and yield its URL; stop it at the end of the block.
 
@@ -86,7 +87,7 @@ def running(
         config: settings of the application.
         host: address to listen on.
         port: HTTP port.
-        tell: callback for a message about resources that the cluster lacks, while the start waits for them.
+        report: callback for messages about resources that the cluster lacks, while the start waits for them.
     """
     max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
@@ -94,10 +95,10 @@ def running(
     check_model(settings, config.model)
     cluster.connect(settings)
     try:
-        yield start(config, host=host, port=port, tell=tell)
+        yield start(config, host=host, port=port, report=report)
     finally:
         if cluster.cluster_address() is not None:
-            _quietly(lambda: serve.delete(APP_NAME))
+            _ignoring_errors(lambda: serve.delete(APP_NAME))
         cluster.shutdown()
 
 
@@ -106,7 +107,7 @@ def start(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    tell: Callable[[str], object] = log.warning,
+    report: Callable[[str], object] = log.warning,
 ) -> str:
     """Deploy on the connected Ray cluster, wait until a picture can be made, and return the URL.
 
@@ -120,7 +121,7 @@ def start(
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     url = f"http://{host}:{port}"
-    with cluster.waits(tell):
+    with cluster.waits(report):
         _deploy(config, host, port)
         _wait_until_ready(url)
     return url
@@ -152,8 +153,8 @@ def check_address(host: str, port: int, *, is_open: bool = True) -> None:
     if not 1 <= port <= 65535:
         raise ConfigError("--port", str(port), "1 to 65535")
     if is_open and not _is_loopback(host):
-        found = f"{host!r} would let the whole network in"
-        raise ConfigError("--host", found, "127.0.0.1, or make a key first with `animediffusion keys create NAME`")
+        found = f"{host!r} is reachable from the network, and no API key exists"
+        raise ConfigError("--host", found, "use 127.0.0.1, or make a key with `animediffusion keys create NAME`")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -166,7 +167,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port}", "already in use", "choose another with --port")
     if error.errno == errno.EACCES:
-        return ConfigError(f"port {port}", "this user may not open it", "choose one from 1024 on with --port")
+        return ConfigError(f"port {port}", "this user may not listen on it", "choose a port from 1024 with --port")
     return ConfigError(
         "--host", f"{host!r} ({error.strerror or error})", "an address of this machine, for example 0.0.0.0"
     )
@@ -175,7 +176,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 def check_model(settings: Settings, model: str | None) -> None:
     """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica is started."""
     source = ModelSource(settings, model)
-    verify(source.fetch(source.wanted()), source.model)
+    verify(source.fetch(source.resolve()), source.model)
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
@@ -239,23 +240,23 @@ def _wait_until_ready(url: str) -> None:
                 if client.get("/readyz").status_code == 200:
                     return
                 replicas = _replicas()
-                problem = next((one["error"] for one in replicas if one["error"]), problem)
+                problem = next((replica.error for replica in replicas if replica.error), problem)
             except httpx.HTTPError as error:
                 problem = str(error)
             else:
-                if replicas and all(one["state"] == "failed" for one in replicas):
+                if replicas and all(replica.state == "failed" for replica in replicas):
                     raise BundleError("model", problem, "serve another version, or train it again")
             time.sleep(0.2)
     raise ClusterError("serve", f"not ready after {READY_TIMEOUT_S:.0f} s ({problem})", "see `animediffusion doctor`")
 
 
-def _replicas() -> list[dict[str, Any]]:
+def _replicas() -> list[ReplicaStatus]:
     """Return the states of the engines, requested without HTTP and therefore without a key; empty if none responds."""
     try:
         found = serve.get_deployment_handle("engine", APP_NAME).broadcast("describe").results(timeout_s=5)
     except Exception:  # The engines are still starting, or one has died.
         return []
-    return [one["replica"] for one in found]
+    return [state.replica for state in found]
 
 
 def _last_line(error: Exception) -> str:
@@ -263,8 +264,8 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _quietly(action: Callable[[], object]) -> None:
+def _ignoring_errors(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # If Ray has stopped already, there is nothing left to stop.
-        log.debug("while stopping: %s", error)
+        log.debug("an error while stopping: %s", error)

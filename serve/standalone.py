@@ -120,7 +120,7 @@ def _check_files(given: argparse.Namespace) -> None:
 def _write(file: Path, data: bytes) -> None:
     try:
         file.write_bytes(data)
-    except OSError as error:  # a full disk is not named by the system
+    except OSError as error:  # For a full disk, the system does not name the file.
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 

@@ -20,13 +20,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from animediffusion.platform.api_keys import Keyring
 from animediffusion.platform.errors import DeadlineError, NoModelError
 from animediffusion.serve.api.access_log import CLIENT_LEFT, AccessLog
-from animediffusion.serve.api.auth import KeyGate
+from animediffusion.serve.api.auth import KeyAuthentication
 from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, HeadRequests, RequestLimits
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.api.sse import events
-from animediffusion.serve.protocol import Backend, ColorizeJob
+from animediffusion.serve.protocol import Backend, ColorizeJob, ModelsStatus
 from animediffusion.serve.rendering.render import read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import Drawing, as_gray
 
@@ -70,15 +70,15 @@ def create_app(
         lifespan=lifespan,
         title="AnimeDiffusion",
         version=version("animediffusion"),
-        description="Colors anime line art from a reference image. A server that has API keys wants one with every "
-        "request, as the header Authorization: Bearer KEY.",
+        description="Colors anime line art from a reference image. A server with API keys requires one in every "
+        "request: Authorization: Bearer KEY.",
         docs_url=None,
         redoc_url=None,
         # The URL of a redirect would lack a path prefix that a proxy in front has removed.
         redirect_slashes=False,
     )
     # The middleware that is added last is the outermost.
-    app.add_middleware(KeyGate, keyring=keyring)
+    app.add_middleware(KeyAuthentication, keyring=keyring)
     app.add_middleware(
         RequestLimits,
         max_body_bytes=max_body_bytes,
@@ -103,7 +103,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         if form.output == "both":
             raise unusable("output", "both", ALLOWED["output"])
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
-        answer = await _unless_client_leaves(request, backend.colorize(job), timeout_s)
+        answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
         png = await loop.run_in_executor(
             pool, lambda: render(answer.picture, drawing, output=form.output, size=form.size)[form.output]
@@ -125,7 +125,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
-        first = await _unless_client_leaves(request, _first(items), timeout_s)
+        first = await _unless_disconnected(request, _first(items), timeout_s)
         body = events(first, items, drawing, form, request.state, pool)
         headers = {"Cache-Control": "no-store", "X-Seed": str(form.seed)}
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
@@ -152,27 +152,27 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
     return drawing, job
 
 
-async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
     """Return the result of `work`; cancel it if the client disconnects or the timeout passes."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())  # After the body, the next message is the disconnect.
+    disconnect = asyncio.ensure_future(request.receive())  # After the body, the next message is the disconnect.
     try:
-        done, _ = await asyncio.wait({working, leaving}, timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({working, disconnect}, timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED)
         if working in done:
             return working.result()
-        if leaving in done:
+        if disconnect in done:
             raise ProblemError(CLIENT_LEFT, "the client closed the connection")
         raise DeadlineError("no answer in time")
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnect):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
-            await leaving
+            await disconnect
 
 
 def _add_status(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models", responses=problems(401), dependencies=[KEY])
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelsStatus:
         """Return the desired versions, the traffic of each version, and the state of every replica."""
         return await backend.models()
 
@@ -185,7 +185,7 @@ def _add_status(app: FastAPI, backend: Backend) -> None:
     async def readyz() -> dict[str, str]:
         """Return 200 if pictures can be made, else 503."""
         if not await backend.is_ready():
-            raise NoModelError("none is loaded yet")
+            raise NoModelError("the server is still loading one")
         return {"status": "ready"}
 
 
@@ -205,7 +205,7 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/examples/{name}", include_in_schema=False)
     async def example(name: str) -> Response:
         if name not in EXAMPLES:
-            raise ProblemError(404, f"no example {name[:80]!r}; there are {', '.join(EXAMPLES)}")
+            raise ProblemError(404, f"no example {name[:80]!r}; choose one of {', '.join(EXAMPLES)}")
         return Response(
             (FOLDER / "examples" / name).read_bytes(), media_type="image/png", headers={"Cache-Control": "max-age=3600"}
         )

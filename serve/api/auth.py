@@ -17,8 +17,8 @@ PUBLIC_FOLDER = "/examples/"
 REALM = 'Bearer realm="animediffusion"'
 
 
-class KeyGate:
-    """ASGI middleware that answers 401 without a valid key, and stores the name of the key in the request's state.
+class KeyAuthentication:
+    """ASGI middleware that answers 401 without a valid key, and stores the name of a valid key in the request's state.
 
     Args:
         app: the application.
@@ -54,7 +54,7 @@ def _token(header: str) -> str:
 def _refusal(token: str) -> ProblemError:
     """Return a 401 with an error code only if the request contained a key, as RFC 6750 requires."""
     if not token:
-        detail = "this server asks for a key; send the header Authorization: Bearer KEY"
+        detail = "this server requires a key; send the header Authorization: Bearer KEY"
         return ProblemError(401, detail, headers={"WWW-Authenticate": REALM})
-    detail = "this key is not known, or was revoked; ask whoever runs the server for another"
+    detail = "this key is unknown or revoked; ask the operator of the server for another"
     return ProblemError(401, detail, headers={"WWW-Authenticate": f'{REALM}, error="invalid_token"'})

@@ -11,20 +11,22 @@ from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import MEDIA_TYPE
 
 KEY = Security(
-    HTTPBearer(auto_error=False, description="A key of `animediffusion keys create`, where the server has any.")
+    HTTPBearer(
+        auto_error=False, description="A key made by `animediffusion keys create`; required if the server has keys."
+    )
 )
 """This only describes the key; serve/api/auth.py checks it."""
 
 _REASONS = {
     400: "Not multipart, cut off, or a file is missing",
-    401: "No key, or one that is not known",
+    401: "No key, or a key that is unknown or revoked",
     408: "The body did not arrive in time",
     413: "The body is over the limit",
     415: "An image is not a PNG, JPEG or WebP, or the body is compressed",
-    422: "An image or a parameter is not usable; `errors` says which",
-    429: "Busy; `Retry-After` says when to come back",
+    422: "An image or a parameter is not usable; `errors` names it",
+    429: "Too many requests; `Retry-After` says when to retry",
     431: "The headers are over the limit",
-    503: "No model is loaded, or no engine can make the picture now; `Retry-After` says when to come back",
+    503: "No model is loaded, or no engine can make the picture now; `Retry-After` says when to retry",
     504: "Not finished in time",
 }
 _FIELD_ERROR = {"type": "object", "properties": {name: {"type": "string"} for name in ("field", "found", "allowed")}}
@@ -43,13 +45,13 @@ _PROBLEM = {
 _HEADERS = {
     "X-Model-Version": "Registry number, or sha256 and 12 hex digits",
     "X-Seed": "The seed that was used",
-    "X-Request-Id": "Names this request in logs",
+    "X-Request-Id": "Id of this request in logs",
 }
 
-Answers = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, dict[str, Any]]
 
 
-def problems(*codes: int) -> Answers:
+def problems(*codes: int) -> Responses:
     """Return the descriptions of error responses for the `responses` of an operation."""
     return {
         code: {"description": _REASONS[code], "content": {MEDIA_TYPE: {"schema": _PROBLEM}}} for code in sorted(codes)
@@ -59,7 +61,7 @@ def problems(*codes: int) -> Answers:
 _FORM = {"multipart/form-data": {"schema": ColorizeForm.model_json_schema()}}
 FORM = {"requestBody": {"required": True, "content": _FORM}}
 
-PICTURE: Answers = {
+PICTURE: Responses = {
     200: {
         "description": "The picture",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
@@ -67,7 +69,7 @@ PICTURE: Answers = {
     },
     **problems(*_REASONS),
 }
-EVENTS: Answers = {
+EVENTS: Responses = {
     **PICTURE,
     200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
 }

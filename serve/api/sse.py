@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
 
+from fastapi.sse import format_sse_event
 from starlette.datastructures import State
 
 from animediffusion.platform.images.codec import encode_png
@@ -27,7 +28,7 @@ async def events(
     form: ColorizeForm,
     state: State,
     pool: Executor,
-) -> AsyncIterator[str]:
+) -> AsyncIterator[bytes]:
     """Yield the events of the response; close `rest` at the end, or when the client disconnects.
 
     Args:
@@ -81,5 +82,5 @@ def _inside(picture: Pixels, drawing: Drawing) -> Pixels:
     return picture[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data))

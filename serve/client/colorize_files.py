@@ -183,7 +183,7 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
                 raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
             inside = _pictures(path, SENT) if path.is_dir() else [path]
         if not inside:
-            found = "has no images but those that colorize has made" if list_colored([path]) else "has no images"
+            found = "has only images that colorize has made" if list_own_results([path]) else "has no images"
             found += " itself, its folders have" if list_inner_folders([path]) else ""
             raise DataError(str(path), found, f"give a folder of {', '.join(sorted(SENT))} files")
         for file in inside:
@@ -191,12 +191,12 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
     return list(files.values())
 
 
-def list_left_out(sketches: Sequence[Path]) -> list[Path]:
+def list_unsupported(sketches: Sequence[Path]) -> list[Path]:
     """Return the pictures in the given folders whose formats are not supported, which list_sketches() leaves out."""
     return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - SENT)]
 
 
-def list_colored(sketches: Sequence[Path]) -> list[Path]:
+def list_own_results(sketches: Sequence[Path]) -> list[Path]:
     """Return the pictures in the given folders that `colorize` itself has made, color layers included."""
     return [file for path in sketches if path.is_dir() for file in _pictures(path, SENT, made=True)]
 
@@ -261,7 +261,7 @@ def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, C
 
 def _clash(file: Path, other: Path, written: Path) -> ConfigError:
     found = f"has the same name as {other}: both would become {written}"
-    return ConfigError(str(file), found, "color them into different folders")
+    return ConfigError(str(file), found, "color them in two commands with different --out folders")
 
 
 def _check_length(sketch: Path, layer: Path) -> None:

@@ -33,7 +33,7 @@ class LocalColorizer:
         self.max_concurrent = min(4, os.cpu_count() or 1)
         self._lock = threading.Lock()
         source = ModelSource(settings, model)
-        self.version = source.wanted()
+        self.version = source.resolve()
         folder = source.fetch(self.version)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle: Bundle = load_bundle(folder, device, name=model)

@@ -20,7 +20,7 @@ from animediffusion.serve.client.colorize_files import ColoredDrawing
 from animediffusion.serve.rendering.render import Size
 
 API_KEY = "ANIMEDIFFUSION_API_KEY"
-_KEY_HINT = "set it to a key that `animediffusion keys create` has shown"
+_KEY_HINT = "set it to a key that `animediffusion keys create` printed"
 NAMES = {"steps": "num_inference_steps"}
 """Fields of SamplerOptions that have another name in the HTTP form."""
 BUSY = (429, 503)
@@ -38,13 +38,13 @@ class RemoteColorizer:
 
     def __init__(self, url: str, timeout_s: float = 120, transport: httpx.BaseTransport | None = None) -> None:
         _check_url(url)
-        key = os.environ.get(API_KEY, "").strip()  # files of secrets often end with a line end
+        key = os.environ.get(API_KEY, "").strip()  # Files of secrets often end with a line break.
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError(API_KEY, "holds characters that no key has", _KEY_HINT)
+            raise ConfigError(API_KEY, "contains characters that no key has", _KEY_HINT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.max_concurrent = 4  # The server batches concurrent requests.
         self.url = url.rstrip("/")
-        self.shown = without_password(self.url)
+        self.shown_url = without_password(self.url)
         self.timeout_s = timeout_s
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, headers=headers, transport=transport)
 
@@ -67,7 +67,7 @@ class RemoteColorizer:
                 image, layer = (base64.b64decode(result[kind]) for kind in ("image", "color_layer"))
                 return ColoredDrawing(image, layer, result["model_version"])
             except (ValueError, KeyError, TypeError) as error:
-                raise self._another_server() from error
+                raise self._not_this_api() from error
             except _RefusedError as refused:
                 if refused.status not in BUSY or time.monotonic() > end:
                     raise self._explain(refused, name) from refused
@@ -85,7 +85,7 @@ class RemoteColorizer:
         try:
             return tuple(response.json()["traffic"])
         except (ValueError, KeyError, TypeError) as error:
-            raise self._another_server() from error
+            raise self._not_this_api() from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -111,27 +111,27 @@ class RemoteColorizer:
                     if name == "error":
                         raise _RefusedError(data["status"], data["detail"])
                 if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                    raise self._another_server()
+                    raise self._not_this_api()
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        raise ClusterError(self.shown, "ended the connection before the picture was finished", "try again")
+        raise ClusterError(self.shown_url, "ended the connection before the picture was finished", "try again")
 
     def _unreachable(self, error: httpx.HTTPError) -> ClusterError:
-        return ClusterError(self.shown, f"does not answer ({error})", "start `animediffusion serve`")
+        return ClusterError(self.shown_url, f"does not answer ({error})", "start `animediffusion serve`")
 
-    def _another_server(self) -> ClusterError:
-        return ClusterError(self.shown, "does not answer as this API does", "give the address that `serve` prints")
+    def _not_this_api(self) -> ClusterError:
+        return ClusterError(self.shown_url, "is not an AnimeDiffusion server", "give the address that `serve` prints")
 
     def _explain(self, refused: _RefusedError, thing: str) -> AnimeDiffusionError:
         if refused.status == 401:
             sent = "Authorization" in self._client.headers
-            found = f"{self.shown} does not know this key" if sent else "is not set"
+            found = f"{self.shown_url} rejects this key" if sent else "is not set"
             return ConfigError(API_KEY, found, _KEY_HINT)
         if refused.status in (413, 415, 422):
             return DataError(thing, f"the server refuses it ({refused.detail})", "see its /docs")
         found = f"answers {refused.status} ({refused.detail})"
         hint = "give the address that it names" if 300 <= refused.status < 400 else "try again, or look at its log"
-        return ClusterError(self.shown, found, hint)
+        return ClusterError(self.shown_url, found, hint)
 
 
 def _check_url(text: str) -> None:
@@ -143,7 +143,7 @@ def _check_url(text: str) -> None:
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("--url", repr(without_password(text)), allowed)
     if url.query or url.fragment:
-        raise ConfigError("--url", f"{without_password(text)!r} has more than a path", "leave out what follows ? or #")
+        raise ConfigError("--url", f"{without_password(text)!r} has more than a path", "remove the part from ? or #")
 
 
 class _RefusedError(Exception):

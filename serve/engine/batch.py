@@ -1,16 +1,17 @@
 """The running batch: pictures with different steps, samplers and guidance that share one network evaluation.
 
-A turn is one network evaluation for every row. Rows with the same sampler keep their state in common tensors, so that
-the number of small operations in a turn grows with the number of samplers, not of rows. The arithmetic of a row is that
-of models/colorize.py, element by element; only the network evaluates other rows together with it. engine.py decides
-which requests join, and when.
+An engine step is one network evaluation for every row; a sampler step of heun takes two of them. Rows with the same
+sampler keep their state in common tensors, so that the number of small operations grows with the number of samplers,
+not of rows. The arithmetic of a row is that of models/colorize.py, element by element; only the network evaluates other
+rows together with it. engine.py decides which requests join, and when.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,10 +33,12 @@ from animediffusion.models.diffusion.sampler import (
 from animediffusion.models.network.condition import Condition
 from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
-from animediffusion.serve.engine.condition_cache import ConditionCache, Pair
-from animediffusion.serve.engine.faults import for_log, for_request, is_lost, summary
-from animediffusion.serve.engine.memory_limit import Room
-from animediffusion.serve.engine.network_runner import Evaluator
+from animediffusion.serve.engine.admission import Claim
+from animediffusion.serve.engine.condition_cache import ConditionCache, Pair, pair_of
+from animediffusion.serve.engine.faults import for_log, for_request, is_device_lost, summary
+from animediffusion.serve.engine.memory_limit import MemoryLimit
+from animediffusion.serve.engine.network_runner import NetworkRunner
+from animediffusion.serve.engine.requests import Request
 
 log = logging.getLogger(__name__)
 
@@ -46,38 +49,47 @@ class NotFiniteError(ValueError):
 
 @dataclass(eq=False)
 class Row:
-    """One picture that is being made."""
+    """The state of a request from its submission to its end."""
 
+    request: Request
     pair: Pair
     sampler: Sampler
     settings: SamplerDefaults
     noise: Tensor
     """[3, S, S]: the initial noise."""
     times: Tensor
-    """[N + 1]: the times of the N steps, from start to end."""
+    """[N + 1]: the times of the N sampler steps, from start to end."""
     guided: list[bool]
     """For each evaluation, whether guidance also needs the null condition, which has no reference."""
-    shows_previews: bool = False
+    number: int = -1
+    """Number of the request, counted over all accepted requests."""
     num_done: int = 0
     """Number of finished evaluations."""
     condition: Condition | None = None
     null: Condition | None = None
     preview: NDArray[np.uint8] | None = None
-    """uint8 [S, S, 3]: the estimate after a turn that ended a step other than the last; only if `shows_previews`."""
+    """uint8 [S, S, 3]: the estimate, if this evaluation ended a sampler step and the request has a callback."""
     picture: NDArray[np.uint8] | None = None
     """uint8 [S, S, 3]: the finished picture."""
     error: Exception | None = None
-    """The error that ended the row."""
+    """The error that removed the row from the batch."""
+    future: Future[NDArray[np.uint8]] = field(default_factory=Future)
+    """The result that the client of the engine waits for."""
 
     @property
-    def places(self) -> int:
-        """Slots of the row, that is, the maximum of rows of the network in a turn: 2 if any evaluation is guided."""
+    def slots(self) -> int:
+        """Slots of the row, that is, its largest number of network rows: 2 if any evaluation is guided."""
         return 2 if any(self.guided) else 1
 
     @property
     def num_left(self) -> int:
-        """Turns until the picture is finished."""
+        """Engine steps until the picture is finished."""
         return len(self.guided) - self.num_done
+
+    @property
+    def claim(self) -> Claim:
+        """The slots and the engine steps that the request needs until it is finished."""
+        return self.slots, self.num_left
 
     @property
     def work_left(self) -> int:
@@ -89,14 +101,34 @@ class Row:
         """Number of finished sampler steps."""
         return self.settings.steps if self.num_left == 0 else self.num_done // self.sampler.stages
 
+    @property
+    def has_preview(self) -> bool:
+        """Whether to copy the estimate after the latest evaluation to the CPU."""
+        return self.request.on_progress is not None and self.num_done % self.sampler.stages == 0
 
-def new_row(denoiser: Denoiser, pair: Pair, settings: SamplerDefaults, seed: int, shows_previews: bool = False) -> Row:
-    """Return a new row. The function uses only the CPU, so any thread may call it."""
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, unless it has ended or was canceled."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def finish(self, picture: NDArray[np.uint8]) -> None:
+        """End the request with its picture, unless it has ended or was canceled."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_result(picture)
+
+
+def new_row(denoiser: Denoiser, request: Request, defaults: SamplerDefaults) -> Row:
+    """Return the row of a request. The function uses only the CPU, so any thread may call it.
+
+    Raises:
+        ValueError: the sampler is unknown.
+    """
+    settings = request.options.apply_to(defaults)
     sampler = build_sampler(settings.name, denoiser.path)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift)
     guided = guided_evaluations(denoiser.path, settings)
-    noise = noise_for(seed, pair.sketch.shape[-1])
-    return Row(pair, sampler, settings, noise, times, guided, shows_previews)
+    noise = noise_for(request.options.seed, request.sketch.shape[-1])
+    return Row(request, pair_of(request.sketch, request.reference), sampler, settings, noise, times, guided)
 
 
 @dataclass(eq=False)
@@ -110,7 +142,7 @@ class _Group:
 
 @dataclass(eq=False)
 class _Layout:
-    """Inputs of a network call that stay the same until the rows or their guidance change, so turns reuse them."""
+    """Inputs of network calls that stay the same until the rows or their guidance change, so calls share them."""
 
     rows: list[Row]
     guided: list[int]
@@ -129,19 +161,19 @@ class RunningBatch:
     """Rows that share network evaluations. Use it from one thread, under torch.inference_mode().
 
     Args:
-        evaluator: calls the network.
+        runner: calls the network.
         conditions: encodes the sketches and references of the rows.
     """
 
-    def __init__(self, evaluator: Evaluator, conditions: ConditionCache) -> None:
+    def __init__(self, runner: NetworkRunner, conditions: ConditionCache) -> None:
         self.num_evaluated = 0
-        """Evaluated rows of the network in the latest turn, including null conditions of guidance and padding."""
-        self._evaluator = evaluator
+        """Evaluated rows of the network in the latest engine step, with null conditions of guidance and padding."""
+        self._runner = runner
         self._conditions = conditions
         self._groups: dict[str, _Group] = {}
         self._layouts: list[_Layout] = []
-        """Layouts of the latest turn: one for each network call."""
-        self._room = Room()
+        """Layouts of the latest engine step: one for each network call."""
+        self._memory_limit = MemoryLimit()
 
     @property
     def rows(self) -> list[Row]:
@@ -149,13 +181,11 @@ class RunningBatch:
         return [row for group in self._groups.values() for row in group.rows]
 
     def join(self, rows: Sequence[Row]) -> None:
-        """Add rows, which take part from the next turn on. A row whose conditions cannot be encoded gets an `error`."""
+        """Add rows to the next engine steps. A row whose conditions cannot be encoded gets an `error`."""
         self._encode(rows)
         for row in rows:
             if row.error is None:
-                state = row.sampler.start(
-                    row.noise[None].to(self._evaluator.device), row.times.to(self._evaluator.device)
-                )
+                state = row.sampler.start(row.noise[None].to(self._runner.device), row.times.to(self._runner.device))
                 group = self._groups.get(row.settings.name)
                 if group is None:
                     self._groups[row.settings.name] = _Group(row.sampler, [row], state)
@@ -172,7 +202,7 @@ class RunningBatch:
                 del self._groups[name]
             elif len(kept) < len(group.rows):
                 group.rows = [group.rows[number] for number in kept]
-                state = select_states(group.state, torch.tensor(kept, device=self._evaluator.device))
+                state = select_states(group.state, torch.tensor(kept, device=self._runner.device))
                 longest = max(len(row.times) for row in group.rows)
                 group.state = state._replace(times=state.times[:, :longest])
 
@@ -180,21 +210,21 @@ class RunningBatch:
         """Remove all rows without a call to the device, which may have failed."""
         self._groups, self._layouts = {}, []
 
-    def turn(self) -> list[Row]:
-        """Run one turn; remove and return the rows that ended in it, with a picture or an error."""
+    def step(self) -> list[Row]:
+        """Run one engine step; remove and return the rows that ended in it, with a picture or an error."""
         rows, groups = self.rows, list(self._groups.values())
         queries = [group.sampler.query(group.state) for group in groups]
         x, t = (torch.cat(parts) for parts in zip(*queries, strict=True))
         self.num_evaluated = 0
         before, self._layouts = self._layouts, []
         found = self._estimates(rows, x, t, before)
-        self._room.end_turn()
+        self._memory_limit.end_step()
         estimates = torch.split(found, [len(group.rows) for group in groups])
         for group, x_0 in zip(groups, estimates, strict=True):
             group.state = group.sampler.advance(group.state, x_0)
         for row in rows:
             row.num_done += 1
-        self._show(rows)
+        self._copy_pictures(rows)
         ended = [row for row in rows if row.num_left == 0 or row.error is not None]
         self.leave(ended)
         return ended
@@ -208,18 +238,18 @@ class RunningBatch:
                 row.condition, row.null = next(found), next(found) if any(row.guided) else None
             return
         except Exception as error:
-            self._excuse(error, rows)
+            self._handle_failure(error, rows)
         if len(rows) > 1:
             for row in rows:
                 self._encode([row])
 
     def _estimates(self, rows: list[Row], x: Tensor, t: Tensor, before: list[_Layout]) -> Tensor:
         """Return x_0 [B, 3, S, S] of rows at x, t. A row for which the network fails gets the error and zeros."""
-        if self._room.has(len(rows)):
+        if self._memory_limit.allows(len(rows)):
             try:
                 return self._guided_estimates(self._layout_of(rows, before), x, t)
             except Exception as error:
-                self._excuse(error, rows)
+                self._handle_failure(error, rows)
             # The retry is outside `except`, because the error keeps the memory of the failed call allocated.
             if len(rows) == 1:
                 return torch.zeros_like(x)
@@ -227,18 +257,18 @@ class RunningBatch:
         first = self._estimates(rows[:half], x[:half], t[:half], before)
         return torch.cat([first, self._estimates(rows[half:], x[half:], t[half:], before)])
 
-    def _excuse(self, error: Exception, rows: Sequence[Row]) -> None:
+    def _handle_failure(self, error: Exception, rows: Sequence[Row]) -> None:
         """Handle a failed call for these rows; raise the error if the device has failed, so that no call can work."""
-        if is_lost(error):
+        if is_device_lost(error):
             raise error
         if is_out_of_memory(error):
-            self._room.failed(len(rows))
+            self._memory_limit.add_failure(len(rows))
             self._conditions.clear()  # Running rows keep their own references to the conditions that they need.
         if len(rows) == 1:
-            log.error("a request is given up: %s", for_log(error))
+            log.error("a request failed: %s", for_log(error))
             rows[0].error = for_request(error)
         elif not is_out_of_memory(error):
-            log.warning("a call for %d requests failed, smaller ones are tried: %s", len(rows), summary(error))
+            log.warning("an evaluation of %d requests failed and is retried in halves: %s", len(rows), summary(error))
 
     def _guided_estimates(self, layout: _Layout, x: Tensor, t: Tensor) -> Tensor:
         if not layout.guided:
@@ -251,7 +281,7 @@ class RunningBatch:
         return estimates.index_copy(0, index, mixed)
 
     def _evaluate(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
-        found = self._evaluator(x, t, condition)
+        found = self._runner(x, t, condition)
         self.num_evaluated += len(condition.features)
         return found
 
@@ -264,16 +294,16 @@ class RunningBatch:
     def _new_layout(self, rows: list[Row], guided: list[int]) -> _Layout:
         scales = [rows[number].settings.guidance_scale for number in guided]
         conditions = [*(row.condition for row in rows), *(rows[number].null for number in guided)]
-        device = self._evaluator.device
+        device = self._runner.device
         return _Layout(
             rows=list(rows),
             guided=guided,
             index=torch.tensor(guided, dtype=torch.int64, device=device),
             scale=torch.tensor(scales, device=device),
-            condition=self._evaluator.join([one for one in conditions if one is not None]),
+            condition=self._runner.join([one for one in conditions if one is not None]),
         )
 
-    def _show(self, rows: list[Row]) -> None:
+    def _copy_pictures(self, rows: list[Row]) -> None:
         """Copy pictures and previews to the CPU in one transfer."""
         states = [
             (row, group.state, number) for group in self._groups.values() for number, row in enumerate(group.rows)
@@ -281,7 +311,7 @@ class RunningBatch:
         wanted = [
             (row, state.x[number] if row.num_left == 0 else state.x_0[number])
             for row, state, number in states
-            if row.error is None and (row.num_left == 0 or _has_preview(row))
+            if row.error is None and (row.num_left == 0 or row.has_preview)
         ]
         for row in rows:
             row.preview = None
@@ -300,7 +330,3 @@ class RunningBatch:
 
 def _pairs(row: Row) -> list[Pair]:
     return [row.pair, row.pair.without_reference()] if any(row.guided) else [row.pair]
-
-
-def _has_preview(row: Row) -> bool:
-    return row.shows_previews and row.num_done % row.sampler.stages == 0

@@ -22,7 +22,7 @@ NULL = b""
 """Digest that means: without a reference."""
 
 Key = TypeVar("Key", bound=Hashable)
-Kept = TypeVar("Kept", Condition, Reference)
+Cached = TypeVar("Cached", Condition, Reference)
 
 
 class Pair(NamedTuple):
@@ -57,8 +57,8 @@ class ConditionCache:
     def __init__(self, denoiser: Denoiser, size: int) -> None:
         self._denoiser = denoiser
         self._device = next(denoiser.parameters()).device
-        self._conditions = _Recent[tuple[bytes, bytes], Condition](size)
-        self._references = _Recent[bytes, Reference](size)
+        self._conditions = _LruCache[tuple[bytes, bytes], Condition](size)
+        self._references = _LruCache[bytes, Reference](size)
         self.hits = 0
         """Requested conditions whose reference was encoded already, with this sketch or another; nulls do not count."""
         self.misses = 0
@@ -102,30 +102,30 @@ class ConditionCache:
                 new.add(pair.reference_digest)
 
 
-class _Recent(Generic[Key, Kept]):
+class _LruCache(Generic[Key, Cached]):
     """Cache of rows by key, which drops the least recently used rows."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: OrderedDict[Key, Kept] = OrderedDict()
+        self._rows: OrderedDict[Key, Cached] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._kept
+        return key in self._rows
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._rows.clear()
 
-    def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Kept]) -> list[Kept]:
+    def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Cached]) -> list[Cached]:
         """Return the row of each key; `make` computes the rows of all missing keys."""
-        if missing := [key for key in dict.fromkeys(keys) if key not in self._kept]:
+        if missing := [key for key in dict.fromkeys(keys) if key not in self._rows]:
             made = make(missing)
             for number, key in enumerate(missing):
                 row = select(made, slice(number, number + 1))
                 # A view would keep the neighboring rows in memory, too.
-                self._kept[key] = type(row)(*(part.clone() for part in row))
+                self._rows[key] = type(row)(*(part.clone() for part in row))
         for key in keys:
-            self._kept.move_to_end(key)
-        found = [self._kept[key] for key in keys]
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+            self._rows.move_to_end(key)
+        found = [self._rows[key] for key in keys]
+        while len(self._rows) > self._size:
+            self._rows.popitem(last=False)
         return found

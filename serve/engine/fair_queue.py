@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Line(Generic[T]):
+class _KeyQueue(Generic[T]):
     """The waiting requests of one key."""
 
     items: deque[T] = field(default_factory=deque)
@@ -41,69 +41,69 @@ class FairQueue(Generic[T]):
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self._lines: dict[str, _Line[T]] = {}
+        self._queues: dict[str, _KeyQueue[T]] = {}
         self._served: dict[str, int] = {}
         """Key -> count at which its latest request started, for keys with waiting or running requests."""
         self._count = count()
 
     def __len__(self) -> int:
-        return sum(len(line.items) for line in self._lines.values())
+        return sum(len(queue.items) for queue in self._queues.values())
 
     def __iter__(self) -> Iterator[T]:
-        for line in self._lines.values():
-            yield from line.items
+        for queue in self._queues.values():
+            yield from queue.items
 
     def add(self, item: T, key: str) -> None:
         """Append a request to the queue of its key."""
-        if key not in self._lines:
-            self._lines[key] = _Line(since=next(self._count))
-        self._lines[key].items.append(item)
+        if key not in self._queues:
+            self._queues[key] = _KeyQueue(since=next(self._count))
+        self._queues[key].items.append(item)
 
     def before(self, key: str) -> list[T]:
         """Return the requests that would start before a new request of `key` if all keys simply alternated."""
-        own = len(self._lines[key].items) if key in self._lines else 0
-        return [item for line in self._lines.values() for item in list(line.items)[: own + 1]]
+        own = len(self._queues[key].items) if key in self._queues else 0
+        return [item for queue in self._queues.values() for item in list(queue.items)[: own + 1]]
 
-    def peek(self, places: Mapping[str, int]) -> tuple[T, str] | None:
+    def peek(self, slots: Mapping[str, int]) -> tuple[T, str] | None:
         """Return the next request and its key, given the slots of each key in the running batch."""
-        if not self._lines:
+        if not self._queues:
             return None
-        late = [key for key, line in self._lines.items() if line.passed >= self.patience]
+        late = [key for key, queue in self._queues.items() if queue.passed >= self.patience]
         if late:
             key = min(late, key=self._since)
         else:
-            key = min(self._lines, key=lambda key: (places.get(key, 0), self._served.get(key, -1), self._since(key)))
-        return self._lines[key].items[0], key
+            key = min(self._queues, key=lambda key: (slots.get(key, 0), self._served.get(key, -1), self._since(key)))
+        return self._queues[key].items[0], key
 
-    def take(self, places: Mapping[str, int]) -> T:
+    def take(self, slots: Mapping[str, int]) -> T:
         """Remove and return the request that peek() returns."""
-        found = self.peek(places)
+        found = self.peek(slots)
         if found is None:
-            raise IndexError("nobody waits")
+            raise IndexError("the queue is empty")
         item, key = found
-        self._served = {one: when for one, when in self._served.items() if one in self._lines or places.get(one)}
+        self._served = {one: when for one, when in self._served.items() if one in self._queues or slots.get(one)}
         self._served[key] = next(self._count)
-        for other, line in self._lines.items():
-            line.passed += other != key
+        for other, queue in self._queues.items():
+            queue.passed += other != key
         self._leave(key, item)
         return item
 
     def remove(self, item: T) -> bool:
         """Remove a request that was canceled; return False if it is not in the queue."""
-        for key, line in self._lines.items():
-            if item in line.items:
+        for key, queue in self._queues.items():
+            if item in queue.items:
                 self._leave(key, item)
                 return True
         return False
 
     def _leave(self, key: str, item: T) -> None:
-        line = self._lines[key]
-        was_first = line.items[0] is item
-        line.items.remove(item)
-        if not line.items:
-            del self._lines[key]
+        queue = self._queues[key]
+        was_first = queue.items[0] is item
+        queue.items.remove(item)
+        if not queue.items:
+            del self._queues[key]
         elif was_first:
-            line.since, line.passed = next(self._count), 0
+            queue.since, queue.passed = next(self._count), 0
 
     def _since(self, key: str) -> int:
-        return self._lines[key].since
+        return self._queues[key].since

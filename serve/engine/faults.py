@@ -17,7 +17,7 @@ ADVICE = "lower max_batch, or serve a model of smaller images"
 """Advice in messages about a lack of memory."""
 
 
-def is_lost(error: BaseException) -> bool:
+def is_device_lost(error: BaseException) -> bool:
     """Return whether this process can no longer use the accelerator."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
@@ -29,7 +29,7 @@ def for_log(error: Exception) -> str:
     """
     if is_out_of_memory(error):
         return f"{summary(error)}; {ADVICE}"
-    return summary(error) if is_lost(error) else "".join(traceback.format_exception(error))
+    return summary(error) if is_device_lost(error) else "".join(traceback.format_exception(error))
 
 
 def for_request(error: Exception) -> Exception:
@@ -39,7 +39,7 @@ def for_request(error: Exception) -> Exception:
     whose memory would stay allocated on the device as long as the error exists.
     """
     error.__traceback__ = error.__cause__ = error.__context__ = None
-    if is_lost(error):
+    if is_device_lost(error):
         return UnavailableError(f"the device of this engine failed: {summary(error)}")
     if is_out_of_memory(error):
         return UnavailableError(f"the device of this engine is out of memory: {summary(error)}")

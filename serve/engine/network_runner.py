@@ -2,9 +2,9 @@
 
 The batch size changes whenever a request joins or leaves. CUDA graphs and kernels chosen by shape are prepared for each
 batch size, so the rows are padded to the next of a few sizes. On CUDA, each size is captured once as a graph, and the
-network is then one launch in place of 170 or more. The operations of the sampler, 59 (euler) to 144 (guided heun) in a
-turn, are launched one by one, because the shapes of its state change whenever a request joins or leaves. On a CPU,
-padding has no benefit and is off by default.
+network is then one launch in place of 170 or more. The operations of the sampler, 59 (euler) to 144 (guided heun) in an
+engine step, are launched one by one, because the shapes of its state change whenever a request joins or leaves. On a
+CPU, padding has no benefit and is off by default.
 
 The capture itself has not been tested on a GPU yet; tests on a CPU cover the buffers around it.
 """
@@ -35,7 +35,7 @@ WARM_UP_RUNS = 3
 the first calls."""
 
 
-def few_sizes(largest: int) -> tuple[int, ...]:
+def batch_sizes(largest: int) -> tuple[int, ...]:
     """Return the batch sizes 1, 2, 4, 8, then multiples of 8, up to the first that holds `largest` rows.
 
     If `largest` is at most 4, the last size is `largest`.
@@ -44,15 +44,15 @@ def few_sizes(largest: int) -> tuple[int, ...]:
     return (*small, *range(8, largest + 8, 8)) if largest > 4 else (*small, largest)
 
 
-def build_evaluator(denoiser: Denoiser, max_batch: int, sizes: Sequence[int] | None = None) -> Evaluator:
-    """Return an Evaluator: on CUDA with graphs for a few sizes, on a CPU without padding unless `sizes` is given."""
+def build_runner(denoiser: Denoiser, max_batch: int, sizes: Sequence[int] | None = None) -> NetworkRunner:
+    """Return a NetworkRunner: on CUDA with graphs for a few sizes, on a CPU without padding unless `sizes` is given."""
     if next(denoiser.parameters()).device.type != "cuda":
-        return Evaluator(denoiser, sizes)
+        return NetworkRunner(denoiser, sizes)
     # A guided request needs two rows even if max_batch is 1.
-    return Evaluator(denoiser, sizes or few_sizes(max(2, max_batch)), cuda_capture())
+    return NetworkRunner(denoiser, sizes or batch_sizes(max(2, max_batch)), cuda_capture())
 
 
-class Evaluator:
+class NetworkRunner:
     """Evaluates the network for a batch and returns its estimates of x_0.
 
     Args:
@@ -90,12 +90,12 @@ class Evaluator:
         return self.denoiser.to_x0(output, x, t)
 
     def wait(self) -> None:
-        """Wait for the device; a host that ran ahead could neither time turns nor notice canceled requests."""
+        """Wait for the device; a host that ran ahead could neither time steps nor notice canceled requests."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def prepare(self, make_condition: Callable[[], Condition]) -> None:
-        """Capture all sizes now, for conditions shaped like that of `make_condition`, so that no turn has to.
+        """Capture all sizes now, for conditions shaped like that of `make_condition`, so that no engine step has to.
 
         The largest size is captured first, so that smaller graphs reuse the memory of its pool.
         """
@@ -154,7 +154,7 @@ class _Graphs:
         size, num_rows = len(condition.features), len(x)
         self._x[:num_rows].copy_(x)  # The padding rows may have any values.
         self._t[:num_rows].copy_(t)
-        if condition is not self._holds:  # The batch, and with it the condition, is unchanged in most turns.
+        if condition is not self._holds:  # The batch, and with it the condition, is unchanged in most engine steps.
             self._holds = None
             for own, new in zip(self._condition, condition, strict=True):
                 own[:size].copy_(new)

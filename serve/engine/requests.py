@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from animediffusion.models.sampler_options import SamplerOptions
-from animediffusion.serve.engine.admission import Claim
-from animediffusion.serve.engine.batch import Row
 
 Progress = Callable[[int, int, NDArray[np.uint8]], None]
 """Callback(finished steps, total steps, estimate of the picture); it runs on the engine's thread and must not block."""
@@ -35,8 +32,8 @@ class Request:
     on_progress: Progress | None = None
 
 
-class Turn(NamedTuple):
-    """Record of a turn, which is one network evaluation for every running request. Requests are given by number."""
+class EngineStep(NamedTuple):
+    """Record of one network evaluation for every running request. Requests are given by number."""
 
     number: int
     seconds: float
@@ -59,37 +56,12 @@ class Counts:
     cancelled: int = 0
     late: int = 0
     failed: int = 0
-    turns: int = 0
-    turn_seconds: float = 0.0
+    steps: int = 0
+    """Engine steps."""
+    step_seconds: float = 0.0
     rows_evaluated: int = 0
-    """Evaluated rows of the network in all turns."""
+    """Evaluated rows of the network in all engine steps."""
     reference_hits: int = 0
     """Requests whose reference was encoded already."""
     reference_misses: int = 0
     """Requests whose reference had to be encoded."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """The state of a request from its submission to its end."""
-
-    request: Request
-    row: Row
-    number: int = -1
-    """Number of the request, counted over all accepted requests."""
-    future: Future[NDArray[np.uint8]] = field(default_factory=Future)
-
-    @property
-    def claim(self) -> Claim:
-        """The slots and the turns that the request needs until it is finished."""
-        return self.row.places, self.row.num_left
-
-    def fail(self, error: Exception) -> None:
-        """End the request with an error, unless it has ended or was canceled."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-    def finish(self, picture: NDArray[np.uint8]) -> None:
-        """End the request with its picture, unless it has ended or was canceled."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(picture)

@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
-QUICK = 3
+FAST_COMPRESSION = 3
 """PNG compression level of responses: low, because a client waits for them."""
 
 
@@ -62,12 +62,12 @@ def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size:
             `model` is the square of the network, and `image` is the unchanged picture of the network with its lines.
     """
     if (output, size) == ("image", "model"):
-        return {"image": encode_png(painted, QUICK)}
+        return {"image": encode_png(painted, FAST_COMPRESSION)}
     drawing = drawing if size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
     layer = layer_of(painted, drawing)
     made: dict[str, bytes] = {}
     if output != "color_layer":
-        made["image"] = encode_png(to_picture(layer, drawing) if size == "native" else painted, QUICK)
+        made["image"] = encode_png(to_picture(layer, drawing) if size == "native" else painted, FAST_COMPRESSION)
     if output != "image":
-        made["color_layer"] = encode_png(layer, QUICK)
+        made["color_layer"] = encode_png(layer, FAST_COMPRESSION)
     return made

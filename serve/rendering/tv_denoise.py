@@ -9,8 +9,8 @@ import numpy as np
 
 from animediffusion.serve.rendering.sketch import Floats
 
-MAX_TURNS = 200
-SETTLED = 2e-4
+MAX_ITERATIONS = 200
+TOLERANCE = 2e-4
 """The iteration stops when the energy changes by less than this fraction of the initial energy."""
 STEP = 0.25
 """Step size of the dual variable: the largest one that converges in two dimensions."""
@@ -28,14 +28,14 @@ def without_grain(image: Floats, strength: float) -> Floats:
     """
     across, down = np.zeros_like(image), np.zeros_like(image)
     first = before = None
-    for _ in range(MAX_TURNS):
+    for _ in range(MAX_ITERATIONS):
         change = _divergence(across, down)
         right, below = _gradient(image + change)
         length = np.sqrt(right**2 + below**2)
         energy = float((change**2).sum() + strength * length.sum())
         if first is None:
             first = energy
-        elif before is not None and abs(before - energy) < SETTLED * first:
+        elif before is not None and abs(before - energy) < TOLERANCE * first:
             break
         before = energy
         shrink = 1 + STEP / strength * length

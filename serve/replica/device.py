@@ -49,4 +49,4 @@ def _why_not() -> str:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:
         return summary(error)
-    return "it sees no GPU"
+    return "torch finds no GPU"

@@ -11,18 +11,18 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from animediffusion.platform.errors import AnimeDiffusionError, BundleError, RegistryError, StorageError
 from animediffusion.platform.registry.client import ALIASES
+from animediffusion.serve.protocol import EngineStatus
 from animediffusion.serve.replica.model_source import ModelSource, TrafficPlan
 from animediffusion.serve.replica.replica import Replica
 from animediffusion.serve.replica.stats import SWAPS
-from animediffusion.serve.replica.traffic_split import among
+from animediffusion.serve.replica.traffic_split import loaded_shares
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 900.0
 """First and longest pause before a failed version is retried."""
-MAX_EARLIER = 3
+MAX_FORMER_CHAMPIONS = 3
 """Number of former champions that a new replica tries if the present champion does not work."""
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class _Failure:
     error: str
     pause_s: float
     """Pause before the retry; 0 if the registry or the storage was unreachable, so the version itself may work."""
-    again_at: float
+    retry_at: float
     """time.monotonic() of the earliest retry."""
 
 
@@ -60,11 +60,11 @@ class Follower:
         self.desired: dict[str, str | None] = dict.fromkeys(ALIASES)
         self.missing: list[str] = []
         """Desired versions that this replica has not loaded."""
-        self._looked_at = float("-inf")
+        self._polled_at = float("-inf")
         self._warned = ""
         self._failures: dict[str, _Failure] = {}
-        self._standing: str | None = None
-        """The loaded version that answers as the main version."""
+        self._fallback: str | None = None
+        """The loaded version that gets the traffic of versions that are not loaded."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -83,7 +83,7 @@ class Follower:
         while not self.step() and not any(one.pause_s for one in self._failures.values()):
             if time.monotonic() >= end:
                 raise RegistryError(
-                    self.source.model, f"cannot be had ({self.replica.error})", "see `animediffusion doctor`"
+                    self.source.model, f"no version can be loaded ({self.replica.error})", "see `animediffusion doctor`"
                 )
             self._stop.wait(min(1.0, self.period_s))
         self._thread.start()
@@ -97,63 +97,65 @@ class Follower:
         try:
             plan = self.source.plan()
         except AnimeDiffusionError as error:
-            self._warn(f"cannot follow {self.source.model}: {error}")
+            self._warn(f"the registry cannot be polled for {self.source.model}: {error}")
             if not self.replica.versions:
                 self.replica.error = str(error)
             return bool(self.replica.versions)
-        self.desired, self._looked_at = plan.desired, time.monotonic()
+        self.desired, self._polled_at = plan.desired, time.monotonic()
         if self.replica.versions:  # Without a version, the failures of former champions must be kept, too.
             self._failures = {version: one for version, one in self._failures.items() if version in plan.shares}
         for version in sorted(plan.shares, key=lambda version: version != plan.main):
-            self._try(version)
-        self._settle(plan)
+            self._load(version)
+        self._route(plan)
         return bool(self.replica.versions)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the replica's entry in /v1/models, its shares, the desired versions, and the age of the poll."""
-        return {
-            "replica": self.replica.describe(),
-            "shares": self.replica.shares,
-            "desired": self.desired,
-            "age_s": time.monotonic() - self._looked_at,
-        }
+    def describe(self) -> EngineStatus:
+        """Return the state of the replica and the result of the latest poll."""
+        return EngineStatus(
+            replica=self.replica.describe(),
+            shares=self.replica.shares,
+            desired=self.desired,
+            age_s=time.monotonic() - self._polled_at,
+        )
 
-    def _settle(self, plan: TrafficPlan) -> None:
-        """Route the traffic to the loaded versions."""
+    def _route(self, plan: TrafficPlan) -> None:
+        """Set the traffic of the loaded versions."""
         if plan.main in self.replica.versions:
-            self._standing = plan.main
-        elif self._standing not in self.replica.versions:
-            self._standing = self._an_earlier_one(plan)
+            self._fallback = plan.main
+        elif self._fallback not in self.replica.versions:
+            self._fallback = self._load_former_champion(plan)
         loaded = self.replica.versions
-        shares = among(plan.shares, loaded, self._standing)
+        shares = loaded_shares(plan.shares, loaded, self._fallback)
         if shares:
             self.replica.route(shares)
         self.missing = [version for version in plan.shares if version not in loaded]
         failures = [self._failures[version].error for version in plan.shares if version in self._failures]
         self.replica.error = failures[0] if failures else None
 
-    def _an_earlier_one(self, plan: TrafficPlan) -> str | None:
+    def _load_former_champion(self, plan: TrafficPlan) -> str | None:
         """Load and return the latest former champion that works, since a new replica has no previous version."""
         try:
-            earlier = [version for version in self.source.earlier() if version not in plan.shares]
+            former = [version for version in self.source.former_champions() if version not in plan.shares]
         except RegistryError as error:
             self._warn(f"the history cannot be read: {error}")
             return None
-        return next((version for version in dict.fromkeys(earlier[:MAX_EARLIER]) if self._try(version)), None)
+        return next((version for version in dict.fromkeys(former[:MAX_FORMER_CHAMPIONS]) if self._load(version)), None)
 
-    def _try(self, version: str) -> bool:
+    def _load(self, version: str) -> bool:
         """Load a version unless it is loaded or in its pause after a failure; return whether it is loaded."""
         if version in self.replica.versions:
             return True
         before = self._failures.get(version)
-        if before is not None and time.monotonic() < before.again_at:
+        if before is not None and time.monotonic() < before.retry_at:
             return False
         try:
-            self.replica.host(version, self._fetch(version), self.source.sha256(version))
+            self.replica.add(version, self._fetch(version), self.source.sha256(version))
         except Exception as error:  # The loaded versions must continue to answer, whatever the error is.
             self._warn(f"version {version} does not work here: {error}")
-            away = isinstance(error, RegistryError | StorageError)
-            pause_s = 0.0 if away else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
+            unreachable = isinstance(error, RegistryError | StorageError)
+            pause_s = (
+                0.0 if unreachable else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
+            )
             self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)
             if isinstance(error, BundleError):
                 self._forget(version)
@@ -164,15 +166,15 @@ class Follower:
     def _fetch(self, version: str) -> Path:
         try:
             return self.source.fetch(version)
-        except BundleError:  # The replica counts the failures of host() only.
-            self.replica.measures.count(SWAPS, version, "failed")
+        except BundleError:  # The replica counts the failures of add() only.
+            self.replica.counters.count(SWAPS, version, "failed")
             raise
 
     def _forget(self, version: str) -> None:
         try:
             self.source.forget(version)
         except AnimeDiffusionError as error:
-            self._warn(f"the copy of version {version} stays: {error}")
+            self._warn(f"the local copy of version {version} cannot be removed: {error}")
 
     def _warn(self, text: str) -> None:
         """Log a warning, but not the same warning in every period."""
@@ -185,4 +187,4 @@ class Follower:
             try:
                 self.step()
             except Exception:
-                log.exception("following %s failed", self.source.model)
+                log.exception("a poll for %s failed", self.source.model)

@@ -15,17 +15,17 @@ from animediffusion.models.compile import compiled
 from animediffusion.models.diffusion.sampler import build_sampler
 from animediffusion.models.tensors import from_pixels
 from animediffusion.platform.images.codec import letterbox
-from animediffusion.serve.engine.engine import Engine, Progress, Request, Turn
+from animediffusion.serve.engine.engine import Engine, EngineStep, Progress, Request
 from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.rendering.sketch import Pixels, for_network
 
 STUCK_S = 300.0
-"""An engine counts as hanging if one turn takes longer. The first turn on a GPU may take a minute."""
+"""An engine counts as hanging if one step takes longer. The first step on a GPU may take a minute."""
 
 log = logging.getLogger(__name__)
 
 
-class Hosted:
+class LoadedModel:
     """A loaded version and its engine.
 
     Args:
@@ -38,7 +38,7 @@ class Hosted:
         max_batch: see Engine.
         max_queue: see Engine.
         sha256: expected hash of the bundle, if known.
-        on_turn: see Engine.
+        on_step: see Engine.
 
     Raises:
         BundleError: the bundle is damaged or is not the registered one, or a test picture is not finite.
@@ -55,15 +55,15 @@ class Hosted:
         max_batch: int,
         max_queue: int,
         sha256: str | None = None,
-        on_turn: Callable[[Turn], None] | None = None,
+        on_step: Callable[[EngineStep], None] | None = None,
     ) -> None:
         bundle = load_bundle(folder, device, dtype, sha256=sha256 or None)
         smoke_sample(bundle)
         is_compiled = compile and _compile(bundle)
         self.version = version
-        self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_turn=on_turn, warms_up=is_compiled)
+        self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_step=on_step, warms_up=is_compiled)
         self._seen = (0, time.monotonic())
-        """(number of turns, time) at the latest check at which the engine had run a turn or was idle."""
+        """(number of steps, time) at the latest check at which the engine had run a step or was idle."""
 
     def submit(self, job: ColorizeJob, on_progress: Progress | None) -> Future[Pixels]:
         """Submit a job and return the future of its picture; see Engine.submit."""
@@ -86,14 +86,14 @@ class Hosted:
         return self.engine.work_left / sampler.num_evaluations(defaults.steps)
 
     def check(self) -> None:
-        """Raise RuntimeError if the engine does not work any more or hangs in a turn."""
+        """Raise RuntimeError if the engine does not work any more or hangs in a step."""
         if not self.engine.is_alive:
             raise RuntimeError(f"the engine of version {self.version} has ended")
-        turns, since = self._seen
-        if self.engine.num_turns != turns or not self.engine.num_running:
-            self._seen = (self.engine.num_turns, time.monotonic())
+        steps, since = self._seen
+        if self.engine.num_steps != steps or not self.engine.num_running:
+            self._seen = (self.engine.num_steps, time.monotonic())
         elif time.monotonic() - since > STUCK_S:
-            raise RuntimeError(f"the engine of version {self.version} has been in one turn for {STUCK_S:.0f} s")
+            raise RuntimeError(f"the engine of version {self.version} has been in one step for {STUCK_S:.0f} s")
 
 
 def _compile(bundle: Bundle) -> bool:

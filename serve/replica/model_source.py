@@ -40,7 +40,7 @@ class ModelSource:
         self.model = model or f"models:/{settings.model_name}@{CHAMPION}"
         self.is_registered = self.model.startswith("models:")
 
-    def wanted(self) -> str:
+    def resolve(self) -> str:
         """Return the version to which MODEL refers now: a registry number, or `sha256:` and 12 hex digits.
 
         Raises:
@@ -49,7 +49,7 @@ class ModelSource:
         return str(self._registry.get(self.model).version) if self.is_registered else self._given[0]
 
     def plan(self) -> TrafficPlan:
-        """Return the versions that should answer now and their shares of the requests; raise the errors of wanted()."""
+        """Return the versions that should answer now, and their traffic. The errors are those of resolve()."""
         if not self.is_registered:
             version = self._given[0]
             return TrafficPlan(
@@ -61,11 +61,11 @@ class ModelSource:
         if self.model == f"models:/{self.settings.model_name}@{CHAMPION}" and now.champion is not None:
             shares = {str(version): share for version, share in now.shares.items()}
             return TrafficPlan(main=str(now.champion), shares=shares, desired=desired)
-        version = self.wanted()
+        version = self.resolve()
         return TrafficPlan(main=version, shares={version: 1.0}, desired=desired)
 
     def fetch(self, version: str) -> Path:
-        """Return the local bundle folder of a version from wanted() or plan()."""
+        """Return the local bundle folder of a version from resolve() or plan()."""
         return self._registry.fetch(self._uri(version)) if self.is_registered else self._given[1]
 
     def sha256(self, version: str) -> str | None:
@@ -77,7 +77,7 @@ class ModelSource:
         if self.is_registered:
             self._registry.forget(self._uri(version))
 
-    def earlier(self) -> list[str]:
+    def former_champions(self) -> list[str]:
         """Return the former champions, the latest first; empty if MODEL is not the champion."""
         if self.model != f"models:/{self.settings.model_name}@{CHAMPION}":
             return []

@@ -13,20 +13,19 @@ import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from animediffusion.models.network.attention import attention_used
 from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError
 from animediffusion.serve.engine.engine import Progress
-from animediffusion.serve.engine.faults import is_lost, summary
-from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.engine.faults import is_device_lost, summary
+from animediffusion.serve.protocol import Answer, ColorizeJob, ModelsStatus, Preview, ReplicaStatus
 from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.device import Precision, precision_on
-from animediffusion.serve.replica.loaded_model import Hosted
-from animediffusion.serve.replica.stats import REQUESTS, SWAPS, Measures, ReplicaStats
-from animediffusion.serve.replica.traffic_split import draw, point
+from animediffusion.serve.replica.loaded_model import LoadedModel
+from animediffusion.serve.replica.stats import REQUESTS, SWAPS, ReplicaCounters, ReplicaStats
+from animediffusion.serve.replica.traffic_split import choose_version, hash_position
 
 
 class Replica:
@@ -38,7 +37,7 @@ class Replica:
         device: device of the models; by default CUDA if it is available, else the CPU.
         name: name of this replica in /v1/models.
         precision: precision of the network; see device.precision_on.
-        compile: whether to compile networks; see Hosted.
+        compile: whether to compile networks; see LoadedModel.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Replica:
         self.max_queue = max_queue
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = name
-        self.measures = Measures()
+        self.counters = ReplicaCounters()
         self.precision = precision_on(torch.device(self.device), precision)
         self.compile = compile
         self.error: str | None = None
@@ -63,9 +62,9 @@ class Replica:
         self._lost: str | None = None
         """The reason why the device can no longer be used, if it failed while a version was loaded."""
         # Both dictionaries are replaced and never changed in place, so that requests read them without the lock.
-        self._hosted: dict[str, Hosted] = {}
+        self._loaded: dict[str, LoadedModel] = {}
         self._shares: dict[str, float] = {}
-        self._retiring: list[Hosted] = []
+        self._retiring: list[LoadedModel] = []
         self._lock = threading.Lock()
 
     @property
@@ -76,14 +75,14 @@ class Replica:
     @property
     def versions(self) -> list[str]:
         """The loaded versions, which can get traffic."""
-        return list(self._hosted)
+        return list(self._loaded)
 
     @property
     def shares(self) -> dict[str, float]:
         """Version -> share of new requests; empty if no version is loaded."""
         return dict(self._shares)
 
-    def host(self, version: str, folder: Path, sha256: str | None = None) -> None:
+    def add(self, version: str, folder: Path, sha256: str | None = None) -> None:
         """Load and test a version, which gets no traffic yet. If the version fails, the other versions do not change.
 
         Args:
@@ -95,7 +94,7 @@ class Replica:
             BundleError: the bundle is damaged or is not the registered one, or a test picture is not finite.
         """
         try:
-            hosted = Hosted(
+            model = LoadedModel(
                 version,
                 folder,
                 device=self.device,
@@ -104,17 +103,17 @@ class Replica:
                 max_batch=self.max_batch,
                 max_queue=self.max_queue,
                 sha256=sha256,
-                on_turn=lambda turn: self.measures.turn(version, turn.seconds),
+                on_step=lambda step: self.counters.add_step(version, step.seconds),
             )
         except BaseException as error:
-            self.measures.count(SWAPS, version, "failed")
-            if is_lost(error):
+            self.counters.count(SWAPS, version, "failed")
+            if is_device_lost(error):
                 self._lost = summary(error)
             raise
         with self._lock:
-            before = self._hosted.get(version)
-            self._hosted = {**self._hosted, version: hosted}
-        self.measures.count(SWAPS, version, "ok")
+            before = self._loaded.get(version)
+            self._loaded = {**self._loaded, version: model}
+        self.counters.count(SWAPS, version, "ok")
         if before is not None:
             self._retire(before)
 
@@ -125,19 +124,19 @@ class Replica:
             ValueError: a version in `shares` is not loaded.
         """
         with self._lock:
-            unknown = set(shares) - set(self._hosted)
+            unknown = set(shares) - set(self._loaded)
             if unknown:
                 raise ValueError(f"version {', '.join(sorted(unknown))} is not loaded here")
-            leaving = [hosted for version, hosted in self._hosted.items() if version not in shares]
+            leaving = [model for version, model in self._loaded.items() if version not in shares]
             self._shares = dict(shares)
-            self._hosted = {version: hosted for version, hosted in self._hosted.items() if version in shares}
-        for hosted in leaving:
-            self._retire(hosted)
+            self._loaded = {version: model for version, model in self._loaded.items() if version in shares}
+        for model in leaving:
+            self._retire(model)
 
     def load(self, version: str, folder: Path) -> bool:
         """Load a version and give it all of the traffic; if it does not work, set `error` and return False."""
         try:
-            self.host(version, folder)
+            self.add(version, folder)
         except Exception as error:  # The old version must continue to answer, whatever the error is.
             self.error = f"version {version}: {error}"
             return False
@@ -166,15 +165,15 @@ class Replica:
         finally:
             future.cancel()  # If the client has disconnected, this frees the slot.
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelsStatus:
         """Return the body of /v1/models for this replica alone."""
         desired = {"champion": self.version, "challenger": None}
-        return {"desired": desired, "traffic": self.shares, "replicas": [self.describe()]}
+        return ModelsStatus(desired=desired, traffic=self.shares, replicas=[self.describe()])
 
     @property
     def lost(self) -> str | None:
         """The reason why this process can no longer use the device; None if it can."""
-        return next((hosted.engine.lost for hosted in self._hosted.values() if hosted.engine.lost), self._lost)
+        return next((model.engine.lost for model in self._loaded.values() if model.engine.lost), self._lost)
 
     @property
     def can_answer(self) -> bool:
@@ -185,30 +184,30 @@ class Replica:
         """See can_answer."""
         return self.can_answer
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ReplicaStatus:
         """Return this replica's entry in /v1/models."""
-        all_hosted, error = self._all(), self.lost or self.error
-        return {
-            "id": self.name,
-            "versions": list(dict.fromkeys(hosted.version for hosted in all_hosted)),
-            "state": "ready" if self.can_answer else ("failed" if error else "loading"),
-            "device": self.device,
-            "attention": attention_used(),
-            "running": sum(hosted.engine.num_running for hosted in all_hosted),
-            "queued": sum(hosted.engine.num_waiting for hosted in all_hosted),
-            "error": error,
-        }
+        models, error = self._all(), self.lost or self.error
+        return ReplicaStatus(
+            id=self.name,
+            versions=list(dict.fromkeys(model.version for model in models)),
+            state="ready" if self.can_answer else ("failed" if error else "loading"),
+            device=self.device,
+            attention=attention_used(),
+            running=sum(model.engine.num_running for model in models),
+            queued=sum(model.engine.num_waiting for model in models),
+            error=error,
+        )
 
-    def gauges(self) -> list[ReplicaStats]:
-        """Update `measures` and return the present load of each version."""
+    def stats(self) -> list[ReplicaStats]:
+        """Update `counters` and return the current load of each version."""
         found = []
-        for hosted in self._all():
-            engine = hosted.engine
-            self.measures.collect(hosted.version, engine)
-            share = self._shares.get(hosted.version, 0.0) if hosted.version in self._hosted else 0.0
+        for model in self._all():
+            engine = model.engine
+            self.counters.collect(model.version, engine)
+            share = self._shares.get(model.version, 0.0) if model.version in self._loaded else 0.0
             found.append(
                 ReplicaStats(
-                    version=hosted.version,
+                    version=model.version,
                     share=share,
                     running=engine.num_running,
                     queued=engine.num_waiting,
@@ -218,56 +217,56 @@ class Replica:
         return found
 
     def pending_pictures(self) -> float:
-        """Return the pending work; see Hosted.pending_pictures."""
-        return sum(hosted.pending_pictures for hosted in self._all())
+        """Return the pending work; see LoadedModel.pending_pictures."""
+        return sum(model.pending_pictures for model in self._all())
 
     def check(self) -> None:
-        """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in a turn."""
+        """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in a step."""
         if self.lost is not None:
             raise RuntimeError(self.lost)
-        for hosted in self._hosted.values():
-            hosted.check()
+        for model in self._loaded.values():
+            model.check()
 
     def close(self) -> None:
         """Close all engines; their unfinished requests fail."""
-        for hosted in self._all():
-            hosted.engine.close(drain=False)
+        for model in self._all():
+            model.engine.close(drain=False)
 
-    def _all(self) -> list[Hosted]:
-        return [*self._hosted.values(), *self._retiring]
+    def _all(self) -> list[LoadedModel]:
+        return [*self._loaded.values(), *self._retiring]
 
     def _submit(self, job: ColorizeJob, on_progress: Progress | None) -> tuple[str, Future[Pixels]]:
-        hosted, shares = self._hosted, self._shares
+        loaded, shares = self._loaded, self._shares
         if not shares:
             raise NoModelError(self.error or "the model is being loaded")
-        version = draw(shares, point(job))
-        if version not in hosted:  # The shares changed between the two reads above.
+        version = choose_version(shares, hash_position(job))
+        if version not in loaded:  # The shares changed between the two reads above.
             return self._submit(job, on_progress)
-        chosen = hosted[version]
+        chosen = loaded[version]
         try:
             future = chosen.submit(job, on_progress)
         except BusyError:
-            if self._hosted.get(version) is not chosen:  # The version was retired in the meantime.
+            if self._loaded.get(version) is not chosen:  # The version was retired in the meantime.
                 return self._submit(job, on_progress)
-            self.measures.count(REQUESTS, version, "busy")
+            self.counters.count(REQUESTS, version, "busy")
             raise
         future.add_done_callback(lambda done: self._count(version, done))
         return version, future
 
     def _count(self, version: str, done: Future[Pixels]) -> None:
-        self.measures.count(REQUESTS, version, "cancelled" if done.cancelled() else _outcome(done.exception()))
+        self.counters.count(REQUESTS, version, "cancelled" if done.cancelled() else _outcome(done.exception()))
 
-    def _retire(self, hosted: Hosted) -> None:
+    def _retire(self, model: LoadedModel) -> None:
         """Remove a version after its requests are finished."""
 
         def drain() -> None:
-            hosted.engine.close()
-            self.measures.collect(hosted.version, hosted.engine)
+            model.engine.close()
+            self.counters.collect(model.version, model.engine)
             with self._lock:
-                self._retiring.remove(hosted)
+                self._retiring.remove(model)
 
         with self._lock:
-            self._retiring.append(hosted)
+            self._retiring.append(model)
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
 

@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 from animediffusion.serve.engine.engine import Engine
 
 Labels = tuple[str, ...]
-REQUESTS, SWAPS, TURNS, ROWS, CACHE = "requests", "swaps", "turns", "rows", "cache"
+REQUESTS, SWAPS, STEPS, ROWS, CACHE = "requests", "swaps", "steps", "rows", "cache"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaStats:
-    """Present load of one version in one replica."""
+    """Current load of one version in one replica."""
 
     version: str
     share: float
@@ -25,19 +25,19 @@ class ReplicaStats:
     max_batch: int
 
 
-class Measures:
+class ReplicaCounters:
     """Counters since the start of the replica. They never decrease: the counts of a removed version are kept.
 
     requests  (version, outcome): requests; the outcome is ok, failed, late, cancelled or busy
     swaps     (version, outcome): versions that were loaded and tested; the outcome is ok or failed
-    turns     (version,): network evaluations of a running batch
-    rows      (version,): evaluated rows of the network in these turns
+    steps     (version,): network evaluations of a running batch
+    rows      (version,): evaluated rows of the network in these steps
     cache     (version, outcome): references that were encoded already (hit) or had to be encoded (miss)
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, Counter[Labels]] = {name: Counter() for name in (REQUESTS, SWAPS, TURNS, ROWS, CACHE)}
-        self._turn_seconds: deque[tuple[str, float]] = deque(maxlen=16384)
+        self._totals: dict[str, Counter[Labels]] = {name: Counter() for name in (REQUESTS, SWAPS, STEPS, ROWS, CACHE)}
+        self._step_seconds: deque[tuple[str, float]] = deque(maxlen=16384)
         self._seen: WeakKeyDictionary[Engine, tuple[int, ...]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -46,19 +46,19 @@ class Measures:
         with self._lock:
             self._totals[name][version, outcome] += 1
 
-    def turn(self, version: str, seconds: float) -> None:
-        """Record the duration of a turn."""
-        self._turn_seconds.append((version, seconds))
+    def add_step(self, version: str, seconds: float) -> None:
+        """Record the duration of a step."""
+        self._step_seconds.append((version, seconds))
 
     def collect(self, version: str, engine: Engine) -> None:
         """Add the counts of an engine since the previous call."""
         with self._lock:
             counts = engine.counts
-            now = (counts.turns, counts.rows_evaluated, counts.reference_hits, counts.reference_misses)
+            now = (counts.steps, counts.rows_evaluated, counts.reference_hits, counts.reference_misses)
             before = self._seen.get(engine, (0, 0, 0, 0))
             self._seen[engine] = now
-            turns, rows, hits, misses = (new - old for new, old in zip(now, before, strict=True))
-            self._totals[TURNS][(version,)] += turns
+            steps, rows, hits, misses = (new - old for new, old in zip(now, before, strict=True))
+            self._totals[STEPS][(version,)] += steps
             self._totals[ROWS][(version,)] += rows
             self._totals[CACHE][version, "hit"] += hits
             self._totals[CACHE][version, "miss"] += misses
@@ -68,6 +68,6 @@ class Measures:
         with self._lock:
             return {name: totals.copy() for name, totals in self._totals.items()}
 
-    def take_turn_seconds(self) -> list[tuple[str, float]]:
-        """Return (version, seconds) of the turns since the previous call."""
-        return [self._turn_seconds.popleft() for _ in range(len(self._turn_seconds))]
+    def take_step_seconds(self) -> list[tuple[str, float]]:
+        """Return (version, seconds) of the steps since the previous call."""
+        return [self._step_seconds.popleft() for _ in range(len(self._step_seconds))]

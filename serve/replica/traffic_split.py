@@ -18,7 +18,7 @@ STRIDE = 8
 Mpixel would take tens of milliseconds."""
 
 
-def point(job: ColorizeJob) -> float:
+def hash_position(job: ColorizeJob) -> float:
     """Return the hash of a request as a number in [0, 1], which is uniformly distributed over different requests."""
     digest = hashlib.blake2b(digest_size=8)
     for pixels in (job.lines, job.reference):
@@ -27,28 +27,28 @@ def point(job: ColorizeJob) -> float:
     return int.from_bytes(digest.digest()) / 2**64
 
 
-def draw(shares: Mapping[str, float], place: float) -> str:
-    """Return the version whose part of [0, 1) contains `place`; the parts are in the order of `shares`."""
+def choose_version(shares: Mapping[str, float], position: float) -> str:
+    """Return the version whose part of [0, 1) contains `position`; the parts are in the order of `shares`."""
     end = 0.0
     for version, share in shares.items():
         end += share
-        if place < end:
+        if position < end:
             return version
     return max(shares, key=lambda version: shares[version])  # By rounding, the shares may sum to slightly less than 1.
 
 
-def among(shares: Mapping[str, float], loaded: Iterable[str], stand_in: str | None) -> dict[str, float]:
-    """Return the shares of the loaded versions, where the stand-in gets the shares of versions that are not loaded.
+def loaded_shares(shares: Mapping[str, float], loaded: Iterable[str], fallback: str | None) -> dict[str, float]:
+    """Return the shares of the loaded versions, where the fallback gets the shares of versions that are not loaded.
 
     Args:
         shares: desired shares.
         loaded: versions that can answer.
-        stand_in: loaded version that answers in place of missing versions; None if there is none.
+        fallback: loaded version that answers in place of missing versions; None if there is none.
     """
-    there = set(loaded)
+    available = set(loaded)
     result: dict[str, float] = {}
     for version, share in shares.items():
-        answering = version if version in there else stand_in
+        answering = version if version in available else fallback
         if answering is not None:
             result[answering] = result.get(answering, 0.0) + share
     total = sum(result.values())

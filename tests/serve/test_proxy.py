@@ -82,7 +82,7 @@ def test_a_replica_that_died_silently_is_a_problem():
     async def silent(scope, receive, send):
         await receive()
 
-    assert check_problem(ask(silent), 503)["detail"].startswith("the process that was to answer is gone")
+    assert check_problem(ask(silent), 503)["detail"].startswith("the process that handled the request has died")
 
 
 def test_an_error_of_the_proxy_is_a_problem_without_its_text():

@@ -12,7 +12,7 @@ from animediffusion.models.bundle import identity
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError, UnavailableError
-from animediffusion.serve.protocol import Answer, ColorizeJob, Preview
+from animediffusion.serve.protocol import Answer, ColorizeJob, EngineStatus, ModelsStatus, Preview, ReplicaStatus
 from animediffusion.serve.ray_backend import RayBackend
 from animediffusion.serve.replica.model_source import ModelSource
 
@@ -79,13 +79,22 @@ def backend(tmp_path, bundle_folder):
     return lambda *outcomes, may_sleep=False: RayBackend(Handle(*outcomes), source, may_sleep=may_sleep)
 
 
-def engine(version: str, state: str = "ready", age_s: float = 1.0, desired: str = "1") -> dict:
-    return {
-        "replica": {"versions": [version], "state": state},
-        "shares": {version: 1.0} if state == "ready" else {},
-        "desired": {"champion": desired, "challenger": None},
-        "age_s": age_s,
-    }
+def engine(version: str, state: str = "ready", age_s: float = 1.0, desired: str = "1") -> EngineStatus:
+    return EngineStatus(
+        replica=ReplicaStatus(
+            id=version,
+            versions=[version],
+            state=state,
+            device="cpu",
+            attention="torch",
+            running=0,
+            queued=0,
+            error=None,
+        ),
+        shares={version: 1.0} if state == "ready" else {},
+        desired={"champion": desired, "challenger": None},
+        age_s=age_s,
+    )
 
 
 @pytest.mark.parametrize("fault", [RayActorError(), failed(NoModelError("loading"))])
@@ -154,26 +163,26 @@ def test_a_refused_client_is_told_when_to_come_back(backend):
 
 def test_models_are_told_by_the_engine_that_asked_last(backend):
     told = asyncio.run(backend([engine("1", age_s=2.5), engine("2", age_s=0.1, desired="2")]).models())
-    assert told["desired"] == {"champion": "2", "challenger": None}
-    assert told["traffic"] == {"1": 0.5, "2": 0.5}
-    assert len(told["replicas"]) == 2
+    assert told.desired == {"champion": "2", "challenger": None}
+    assert told.traffic == {"1": 0.5, "2": 0.5}
+    assert len(told.replicas) == 2
 
 
 def test_without_an_engine_the_registry_is_asked(backend, bundle_folder):
     told = asyncio.run(backend(NO_ENGINE).models())
     version = f"sha256:{identity(bundle_folder)[:12]}"
-    assert told == {"desired": {"champion": version, "challenger": None}, "traffic": {}, "replicas": []}
+    assert told == ModelsStatus(desired={"champion": version, "challenger": None}, traffic={}, replicas=[])
 
 
 def test_engines_that_are_too_busy_to_answer_have_said_it_before(backend):
-    async def ask_twice() -> tuple[dict, dict]:
+    async def ask_twice() -> tuple[ModelsStatus, ModelsStatus]:
         asked = backend([engine("1")], TimeoutError(), NO_ENGINE)
         assert await asked.is_ready()
         return await asked.models(), await asked.models()
 
     busy, gone = asyncio.run(ask_twice())
-    assert busy["traffic"] == {"1": 1.0}
-    assert gone["traffic"] == {}
+    assert busy.traffic == {"1": 1.0}
+    assert gone.traffic == {}
 
 
 @pytest.mark.parametrize(
@@ -188,3 +197,17 @@ def test_engines_that_are_too_busy_to_answer_have_said_it_before(backend):
 )
 def test_ready_means_that_a_request_would_be_answered(backend, outcome, may_sleep, ready):
     assert asyncio.run(backend(outcome, may_sleep=may_sleep).is_ready()) is ready
+
+
+def test_a_refusal_is_counted_once_by_the_process_that_refuses(backend, monkeypatch):
+    class Counter:
+        def inc(self, tags):
+            counted.append(tags)
+
+    counted = []
+    monkeypatch.setattr("animediffusion.serve.ray_backend.requests_counter", Counter)
+    full = BackPressureError(num_queued_requests=9, max_queued_requests=8)
+    for refusal in (full, failed(BusyError("the engine counts this one"))):
+        with pytest.raises(BusyError):
+            asyncio.run(backend(refusal).colorize(JOB))
+    assert counted == [{"version": "", "outcome": "busy"}]

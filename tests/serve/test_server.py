@@ -213,7 +213,7 @@ def test_a_start_that_waits_for_cpus_says_so(ray_cluster, tmp_path, bundle_folde
     config = ServeConfig(model=str(bundle_folder), workspace=tmp_path)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            starting = pool.submit(start, config, port=free_port(), tell=told.put)
+            starting = pool.submit(start, config, port=free_port(), report=told.put)
             line = told.get(timeout=120)
         finally:
             ray.util.remove_placement_group(group)

@@ -24,11 +24,18 @@ def colorize(
     out: Annotated[Path, typer.Option(help="Output folder for STEM.png and STEM.color.png.")],
     model: Annotated[str | None, typer.Option(help="Model to use; the champion by default.")] = None,
     url: Annotated[str | None, typer.Option(help="Use a running server instead of a local model.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise; the same seed gives the same picture.")
+    ] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_STEPS, help="Sampling steps; the model's default if omitted.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, max=MAX_GUIDANCE_SCALE)] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=MAX_GUIDANCE_SCALE, help="Guidance by the reference; the model's default if omitted; 1 is off."
+        ),
+    ] = None,
     size: Annotated[str, typer.Option(help="Output size: native (the sketch's size) or model.")] = "native",
 ) -> int:
     """Color drawings with the colors of a reference image.
@@ -38,10 +45,10 @@ def colorize(
     from animediffusion.platform.errors import ConfigError
     from animediffusion.serve.client.colorize_files import (
         colorize_files,
-        list_colored,
         list_inner_folders,
-        list_left_out,
+        list_own_results,
         list_sketches,
+        list_unsupported,
     )
 
     if size not in ("native", "model"):
@@ -50,10 +57,10 @@ def colorize(
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = common.console(), common.settings()
     options = SamplerOptions(seed=seed, steps=steps, guidance_scale=guidance_scale)
-    files, left_out, done, failed = list_sketches(sketches), list_left_out(sketches), [], 0
-    if left_out:
-        console.note(f"left out {_named(left_out)}; save them as PNG, JPEG or WebP")
-    if colored := list_colored(sketches):
+    files, unsupported, done, failed = list_sketches(sketches), list_unsupported(sketches), [], 0
+    if unsupported:
+        console.note(f"left out {_named(unsupported)}; save them as PNG, JPEG or WebP")
+    if colored := list_own_results(sketches):
         console.note(f"left out {_named(colored)}, made by colorize; give them by name to color them again")
     if inner := list_inner_folders(sketches):
         console.note(f"left out {_named(inner, 'folder')}; give them by name to color what they hold")
@@ -94,8 +101,10 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Model to serve; the champion and its successors by default.")
     ] = None,
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback requires an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
 ) -> int:
     """Serve the HTTP API and the page until Ctrl-C."""
     from animediffusion.serve.server import serve_app

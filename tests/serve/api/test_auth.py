@@ -141,7 +141,7 @@ def test_our_client_sends_its_key_and_says_what_is_wrong_with_it(closed_url, fil
     with pytest.raises(ConfigError, match=f"{API_KEY}: is not set"):
         paint()
     monkeypatch.setenv(API_KEY, "ad_wrong")
-    with pytest.raises(ConfigError, match="does not know this key") as caught:
+    with pytest.raises(ConfigError, match="rejects this key") as caught:
         paint()
     assert "ad_wrong" not in str(caught.value)
     monkeypatch.setenv(API_KEY, key)

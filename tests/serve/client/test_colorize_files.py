@@ -219,7 +219,7 @@ def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
     assert "left out 4 files: c.color.png, c.png, ink.color.color.png, ink.color.png, made by colorize" in captured.err
     for name in ("c.jpg", "ink.color.webp"):
         (drawings / name).unlink()
-    with pytest.raises(DataError, match="no images but those that colorize has made"):
+    with pytest.raises(DataError, match="only images that colorize has made"):
         color(colorizer, [drawings], tmp_path)
 
 
@@ -316,11 +316,11 @@ ANOTHER_SERVER = {
 def test_a_server_of_something_else_is_one_line_without_its_password(kind):
     transport = httpx.MockTransport(lambda _: ANOTHER_SERVER[kind])
     remote = RemoteColorizer("HTTP://me:secret@x/", transport=transport)
-    with pytest.raises(ClusterError, match="does not answer as this API does") as caught:
+    with pytest.raises(ClusterError, match="is not an AnimeDiffusion server") as caught:
         remote.colorize(b"", b"", SamplerOptions(), name="a")
     assert "secret" not in str(caught.value)
     if kind == "a web page":
-        with pytest.raises(ClusterError, match="does not answer as this API does"):
+        with pytest.raises(ClusterError, match="is not an AnimeDiffusion server"):
             remote.versions()
 
 
@@ -347,7 +347,7 @@ def test_a_key_with_a_line_end_is_sent_without_it_and_one_with_other_characters_
     assert asked[0].headers["Authorization"] == "Bearer ad_secret"
     for key in ("ad_\nsecret", "\N{HIRAGANA LETTER KA}secret"):
         monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", key)
-        with pytest.raises(ConfigError, match="ANIMEDIFFUSION_API_KEY: holds characters that no key has") as caught:
+        with pytest.raises(ConfigError, match="ANIMEDIFFUSION_API_KEY: contains characters that no key has") as caught:
             RemoteColorizer("http://x")
         assert "secret" not in str(caught.value)
 

@@ -15,8 +15,8 @@ from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine import batch
-from animediffusion.serve.engine.admission import MIN_TURNS
-from animediffusion.serve.engine.engine import Engine, Request, Turn
+from animediffusion.serve.engine.admission import MIN_STEPS
+from animediffusion.serve.engine.engine import Engine, EngineStep, Request
 
 SIZE = 32
 
@@ -41,21 +41,21 @@ def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
-def by_hand(bundle: Bundle, **options) -> tuple[Engine, list[Turn]]:
-    """An engine whose turns the test makes, and what it says of them."""
-    turns: list[Turn] = []
-    return Engine(bundle, own_thread=False, on_turn=turns.append, **options), turns
+def by_hand(bundle: Bundle, **options) -> tuple[Engine, list[EngineStep]]:
+    """An engine whose steps the test makes, and what it says of them."""
+    steps: list[EngineStep] = []
+    return Engine(bundle, own_thread=False, on_step=steps.append, **options), steps
 
 
-def turn_once(engine: Engine, count: int) -> None:
+def step_once(engine: Engine, count: int) -> None:
     for number in range(count):
         engine.submit(request(number, steps=1, sampler="euler", guidance_scale=1.0))
-        assert engine.turn()
+        assert engine.step()
 
 
 @pytest.fixture
 def ticks(bundle: Bundle):
-    """A clock [seconds] that every turn moves by one."""
+    """A clock [seconds] that every step moves by one."""
     now = [0]
     hook = bundle.denoiser.network.input.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
     yield now
@@ -86,10 +86,10 @@ def test_a_result_is_that_of_the_request_alone_whatever_its_neighbours(bundle: B
 def test_requests_share_turns(bundle: Bundle):
     engine, _ = by_hand(bundle, max_batch=4)
     futures = [engine.submit(request(number, steps=10, guidance_scale=1.0, sampler="euler")) for number in range(4)]
-    while engine.turn():
+    while engine.step():
         pass
     assert all(future.done() for future in futures)
-    assert engine.num_turns < 20
+    assert engine.num_steps < 20
 
 
 def test_the_second_picture_of_a_reference_needs_no_second_encoding_of_it(engine: Engine):
@@ -113,32 +113,32 @@ def test_the_bundles_shift_and_guidance_interval_count(bundle: Bundle):
     sampler = replace(bundle.config.sampler, shift=2.5, guidance_interval=(0.2, 0.7), steps=6)
     other = replace(bundle, config=replace(bundle.config, sampler=sampler))
     asked = [request(number, sampler=name, guidance_scale=3.0) for number, name in enumerate(SAMPLERS)]
-    engine, turns = by_hand(other)
+    engine, steps = by_hand(other)
     futures = [engine.submit(one) for one in asked]
-    while engine.turn():
+    while engine.step():
         pass
     for one, future in zip(asked, futures, strict=True):
         assert levels_apart(future.result(0), alone(other, one)) <= 1
         assert levels_apart(future.result(0), alone(bundle, replace(one, options=replace(one.options, steps=6)))) > 1
-    assert len({turn.num_evaluated for turn in turns}) > 1  # outside of the interval a request costs one row
+    assert len({step.num_evaluated for step in steps}) > 1  # outside of the interval a request costs one row
 
 
 def test_a_guided_request_takes_two_places(bundle: Bundle):
-    engine, turns = by_hand(bundle, max_batch=4)
+    engine, steps = by_hand(bundle, max_batch=4)
     for number, scale in enumerate((2.0, 1.0, 2.0, 1.0)):
         engine.submit(request(number, steps=2, sampler="euler", guidance_scale=scale))
-    while engine.turn():
+    while engine.step():
         pass
     # The third holds the place that is free for it, and the fourth does not pass it.
-    assert [turn.running for turn in turns] == [(0, 1), (0, 1), (2, 3), (2, 3)]
-    assert {turn.num_evaluated for turn in turns} == {3}
+    assert [step.running for step in steps] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert {step.num_evaluated for step in steps} == {3}
 
 
 def test_a_guided_request_runs_where_there_is_one_place(bundle: Bundle):
     engine, _ = by_hand(bundle, max_batch=1)
     future = engine.submit(request(1, steps=2, sampler="euler", guidance_scale=2.0))
-    engine.turn()
-    engine.turn()
+    engine.step()
+    engine.step()
     assert levels_apart(future.result(0), alone(bundle, request(1, steps=2, sampler="euler", guidance_scale=2.0))) <= 1
 
 
@@ -166,7 +166,7 @@ def test_a_request_that_makes_the_network_fail_does_not_take_others_with_it(bund
     engine, _ = by_hand(replace(bundle, denoiser=denoiser), max_batch=8)
     asked = [request(number, steps=3, guidance_scale=scale) for number, scale in enumerate((1.0, 2.0, 1.0, 1.0, 2.0))]
     futures = [engine.submit(one) for one in asked]
-    while engine.turn():
+    while engine.step():
         pass
     with pytest.raises(UnavailableError, match="out of memory"):
         futures[2].result(0)
@@ -183,29 +183,29 @@ def test_an_engine_whose_every_request_fails_says_so(bundle: Bundle):
     for number in range(3):
         assert engine.is_alive
         future = engine.submit(request(number))
-        engine.turn()
+        engine.step()
         assert isinstance(future.exception(0), TypeError)
     assert not engine.is_alive
 
 
 def test_a_request_that_cannot_meet_its_deadline_is_told_at_once(bundle: Bundle, ticks: list[int]):
     engine, _ = by_hand(bundle, clock=lambda: ticks[0], max_batch=1)
-    turn_once(engine, MIN_TURNS)
+    step_once(engine, MIN_STEPS)
     hopeless = engine.submit(request(1, steps=5, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 4))
     assert isinstance(hopeless.exception(0), DeadlineError)
-    assert not engine.turn()
+    assert not engine.step()
     assert (engine.counts.late, engine.num_waiting) == (1, 0)
 
 
 def test_a_request_whose_deadline_the_work_before_it_uses_up_is_refused(bundle: Bundle, ticks: list[int]):
     engine, _ = by_hand(bundle, clock=lambda: ticks[0], max_batch=1)
-    turn_once(engine, MIN_TURNS)
+    step_once(engine, MIN_STEPS)
     first = engine.submit(request(1, steps=10, sampler="euler", guidance_scale=1.0))
     with pytest.raises(BusyError, match="it would take 13") as refusal:
         engine.submit(request(2, steps=3, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 8))
     assert refusal.value.retry_after_s == 5
     second = engine.submit(request(2, steps=3, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 13))
-    while engine.turn():
+    while engine.step():
         pass
     assert first.exception(0) is second.exception(0) is None
 
@@ -237,7 +237,7 @@ def test_a_key_with_many_requests_does_not_keep_another_waiting(bundle: Bundle):
     modest = engine.submit(request(9, steps=30, key="modest"))
     for name, future in [*(("greedy", one) for one in greedy), ("modest", modest)]:
         future.add_done_callback(lambda _, name=name: order.append(name))
-    while engine.turn():
+    while engine.step():
         pass
     assert order.index("modest") <= 3
 

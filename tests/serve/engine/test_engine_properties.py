@@ -1,4 +1,4 @@
-"""What holds under any arrival pattern. Turns are made by hand and are the clock's unit, so nothing here sleeps."""
+"""What holds under any arrival pattern. Steps are made by hand and are the clock's unit, so nothing here sleeps."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from animediffusion.models.diffusion.sampler import build_sampler
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError
-from animediffusion.serve.engine.engine import Engine, Request, Turn
+from animediffusion.serve.engine.engine import Engine, EngineStep, Request
 
 SIZE = 32
 MAX_BATCH, MAX_QUEUE = 4, 6
@@ -29,7 +29,7 @@ LEVELS_BFLOAT16 = 8
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, in turns: how long after the one before, when its client leaves, how long it can wait."""
+    """A request, in steps: how long after the one before, when its client leaves, how long it can wait."""
 
     gap: int
     steps: int
@@ -86,16 +86,16 @@ class Run:
     bundle: Bundle
     sizes: tuple[int, ...] | None = None
     now: float = 0.0
-    turns: list[Turn] = field(default_factory=list)
+    steps: list[EngineStep] = field(default_factory=list)
     futures: dict = field(default_factory=dict)
     refused: int = 0
     left_at: dict = field(default_factory=dict)
-    """Turns that had been made when a client left."""
+    """Steps that had been made when a client left."""
     deadline: dict = field(default_factory=dict)
     ended_at: dict = field(default_factory=dict)
 
     def go(self, pattern: list[Arrival]) -> None:
-        # A turn takes one second of this clock: the network's first layer moves it.
+        # A step takes one second of this clock: the network's first layer moves it.
         hook = self.bundle.denoiser.network.input.register_forward_pre_hook(
             lambda *_: setattr(self, "now", self.now + 1)
         )
@@ -105,7 +105,7 @@ class Run:
             max_queue=MAX_QUEUE,
             own_thread=False,
             clock=lambda: self.now,
-            on_turn=self.turns.append,
+            on_step=self.steps.append,
             sizes=self.sizes,
         )
         try:
@@ -114,7 +114,7 @@ class Run:
             hook.remove()
 
     def _tick(self, *_: object) -> None:
-        """A turn takes one second of this clock: the network's first layer moves it."""
+        """A step takes one second of this clock: the network's first layer moves it."""
         self.now += 1
 
     def _go(self, pattern: list[Arrival]) -> None:
@@ -125,9 +125,9 @@ class Run:
                 self._submit(coming.pop(0)[1], passes, leaving)
             for when, future in leaving:
                 if when <= passes and future.cancel():
-                    self.left_at[future] = len(self.turns)
+                    self.left_at[future] = len(self.steps)
             leaving = [(when, future) for when, future in leaving if when > passes]
-            self.engine.turn()
+            self.engine.step()
             passes += 1
             assert passes < 300
 
@@ -162,11 +162,11 @@ def settings_of(bundle: Bundle, asked: Arrival) -> SamplerDefaults:
     )
 
 
-def num_turns(bundle: Bundle, asked: Arrival) -> int:
+def num_steps(bundle: Bundle, asked: Arrival) -> int:
     return build_sampler(asked.sampler, bundle.denoiser.path).num_evaluations(asked.steps)
 
 
-def places(asked: Arrival) -> int:
+def slots(asked: Arrival) -> int:
     return 1 if asked.guidance == 1 else 2
 
 
@@ -179,38 +179,38 @@ def check_everyone_is_answered(run: Run) -> None:
 
 
 def check_turns(run: Run) -> None:
-    """Each request runs without a gap, for as many turns as its sampler needs, and never once nobody waits for it."""
+    """Each request runs without a gap, for as many steps as its sampler needs, and never once nobody waits for it."""
     for future, (number, asked) in run.futures.items():
-        ran = [turn.number for turn in run.turns if number in turn.running]
+        ran = [step.number for step in run.steps if number in step.running]
         assert ran == list(range(ran[0], ran[0] + len(ran))) if ran else True
         if future in run.left_at:
-            assert all(turn <= run.left_at[future] for turn in ran)
+            assert all(step <= run.left_at[future] for step in ran)
         elif future.exception() is None:
-            assert len(ran) == num_turns(run.bundle, asked)
+            assert len(ran) == num_steps(run.bundle, asked)
         else:
             assert isinstance(future.exception(), DeadlineError)
-            assert len(ran) < num_turns(run.bundle, asked)
+            assert len(ran) < num_steps(run.bundle, asked)
         if run.deadline[future] is not None and not future.cancelled():
             assert run.ended_at[future] <= run.deadline[future] + 1
 
 
 def check_places(run: Run) -> None:
-    """Never more rows than there are places for, and none free that the next in line could use."""
+    """Never more rows than there are slots for, and none free that the next in line could use."""
     asked = dict(run.futures.values())
-    for turn in run.turns:
-        used = sum(places(asked[number]) for number in turn.running)
-        assert used <= MAX_BATCH or len(turn.running) == 1
-        assert not turn.waiting or used >= MAX_BATCH - 1
+    for step in run.steps:
+        used = sum(slots(asked[number]) for number in step.running)
+        assert used <= MAX_BATCH or len(step.running) == 1
+        assert not step.waiting or used >= MAX_BATCH - 1
 
 
 def check_first_come_first_served_within_a_key(run: Run) -> None:
-    first_turn = {}
-    for turn in run.turns:
-        for number in turn.running:
-            first_turn.setdefault(number, turn.number)
+    first_step = {}
+    for step in run.steps:
+        for number in step.running:
+            first_step.setdefault(number, step.number)
     for key in "abc":
-        started = [number for number, asked in run.futures.values() if asked.key == key and number in first_turn]
-        assert [first_turn[number] for number in started] == sorted(first_turn[number] for number in started)
+        started = [number for number, asked in run.futures.values() if asked.key == key and number in first_step]
+        assert [first_step[number] for number in started] == sorted(first_step[number] for number in started)
 
 
 def check_pictures(run: Run, alone: Alone, levels: int) -> None:
@@ -261,6 +261,6 @@ def test_a_key_that_asks_for_little_waits_for_one_place_only(bundle: Bundle, num
     run = Run(bundle)
     run.go([*greedy[: MAX_BATCH + MAX_QUEUE - 1], modest])
     number = len(run.futures) - 1
-    waited = [turn.number for turn in run.turns if number in turn.waiting]
+    waited = [step.number for step in run.steps if number in step.waiting]
     assert len(waited) < steps
-    assert Counter(turn.running.count(number) for turn in run.turns)[1] == 1
+    assert Counter(step.running.count(number) for step in run.steps)[1] == 1

@@ -10,7 +10,7 @@ from animediffusion.serve.engine.fair_queue import FairQueue
 PATIENCE = 3
 KEYS = "abcde"
 
-# Somebody comes, with a key; somebody starts, while keys have so many places; somebody gives up.
+# Somebody comes, with a key; somebody starts, while keys have so many slots; somebody gives up.
 comes = st.tuples(st.just("comes"), st.sampled_from(KEYS))
 starts = st.tuples(st.just("starts"), st.dictionaries(st.sampled_from(KEYS), st.integers(0, 4)))
 leaves = st.tuples(st.just("leaves"), st.integers(0, 30))
@@ -31,9 +31,9 @@ class Watched:
         self.queue.add(number, key)
         self.watch()
 
-    def start(self, places):
-        shown = self.queue.peek(places)
-        number = self.queue.take(places)
+    def start(self, slots):
+        shown = self.queue.peek(slots)
+        number = self.queue.take(slots)
         assert shown == (number, self.key_of[number])
         assert self.lines[self.key_of[number]].pop(0) == number
         self.started.append(number)

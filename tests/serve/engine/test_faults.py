@@ -18,8 +18,8 @@ from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import UnavailableError
 from animediffusion.serve.engine.engine import Engine, Request
-from animediffusion.serve.engine.faults import for_log, for_request, is_lost
-from animediffusion.serve.engine.memory_limit import TURNS_UNTIL_RETRY, Room
+from animediffusion.serve.engine.faults import for_log, for_request, is_device_lost
+from animediffusion.serve.engine.memory_limit import STEPS_UNTIL_RETRY, MemoryLimit
 
 SIZE = 32
 LOST = "CUDA error: device-side assert triggered"
@@ -78,7 +78,7 @@ def too_large(most: int):
 
 
 def drive(engine: Engine) -> None:
-    while engine.turn():
+    while engine.step():
         pass
 
 
@@ -105,34 +105,34 @@ def drive(engine: Engine) -> None:
     ],
 )
 def test_errors_of_a_device_are_told_apart(error, out_of_memory, is_fatal):
-    assert (is_out_of_memory(error), is_lost(error)) == (out_of_memory, is_fatal)
+    assert (is_out_of_memory(error), is_device_lost(error)) == (out_of_memory, is_fatal)
     assert isinstance(for_request(error), UnavailableError) == (out_of_memory or is_fatal)
     if out_of_memory or is_fatal:
         assert "\n" not in for_log(error)
 
 
-@pytest.mark.parametrize("moment", ["join", "turn", "cached condition", "wait"])
+@pytest.mark.parametrize("moment", ["join", "step", "cached condition", "wait"])
 def test_a_lost_device_ends_the_engine_and_every_request_at_once(device, monkeypatch, caplog, moment):
     engine = Engine(device.bundle, own_thread=False, max_batch=2)
-    if moment in ("cached condition", "turn"):
+    if moment in ("cached condition", "step"):
         engine.submit(request(0, steps=1))
         drive(engine)
     futures = [engine.submit(request(0 if moment == "cached condition" else number)) for number in range(4)]
-    if moment == "turn":
-        engine.turn()
+    if moment == "step":
+        engine.step()
     if moment == "wait":  # a kernel's failure shows when the host waits for it
-        monkeypatch.setattr(engine._evaluator, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+        monkeypatch.setattr(engine._runner, "wait", lambda: (_ for _ in ()).throw(lost(0)))
     else:
         device.fault = lost
     device.calls.clear()
-    assert engine.turn()
+    assert engine.step()
     assert len(device.calls) <= (1 if moment != "wait" else 10)  # no halves of what cannot work
     for future in futures:
         assert type(future.exception(0)) is UnavailableError
         assert LOST in str(future.exception(0))
     assert not engine.is_alive
     assert LOST in engine.lost
-    assert (engine.num_running, engine.num_waiting, engine.turn()) == (0, 0, False)
+    assert (engine.num_running, engine.num_waiting, engine.step()) == (0, 0, False)
     with pytest.raises(UnavailableError, match="device-side assert"):
         engine.submit(request(5))
     assert [record.levelname for record in caplog.records] == ["ERROR"]
@@ -159,8 +159,8 @@ def test_a_lost_device_ends_the_engines_thread(device):
 def test_a_picture_that_was_finished_before_the_device_failed_is_delivered(device, monkeypatch):
     engine = Engine(device.bundle, own_thread=False)
     done, other = engine.submit(request(1, steps=1, sampler="euler")), engine.submit(request(2, steps=9))
-    monkeypatch.setattr(engine._evaluator, "wait", lambda: (_ for _ in ()).throw(lost(0)))
-    engine.turn()
+    monkeypatch.setattr(engine._runner, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+    engine.step()
     assert done.result(0).shape == (SIZE, SIZE, 3)
     assert isinstance(other.exception(0), UnavailableError)
 
@@ -172,12 +172,12 @@ def test_a_network_that_fails_for_every_request_is_noticed_wherever_it_fails(dev
     for number in range(3):
         assert engine.is_alive
         future = engine.submit(request(number))
-        engine.turn()
+        engine.step()
         assert str(future.exception(0)) == "no kernel"
     assert not engine.is_alive
     device.fault = lambda _rows: None
     engine.submit(request(7, steps=1, sampler="euler"))
-    engine.turn()
+    engine.step()
     assert engine.is_alive  # nothing was lost
 
 
@@ -187,7 +187,7 @@ def test_an_error_in_the_engine_itself_is_counted_and_leaves_nobody_waiting(devi
     for number in range(3):
         assert engine.is_alive
         future = engine.submit(request(number))
-        engine.turn()
+        engine.step()
         assert isinstance(future.exception(0), ZeroDivisionError)
     assert not engine.is_alive
 
@@ -196,19 +196,19 @@ def test_a_batch_without_room_is_made_in_parts_and_then_in_smaller_ones(device, 
     engine = Engine(device.bundle, own_thread=False, max_batch=8)
     asked = [request(number, steps=6, sampler="euler", guidance_scale=1.0) for number in range(8)]
     futures = [engine.submit(one) for one in asked]
-    engine.turn()
+    engine.step()
     device.fault, made = too_large(3), []
     for _ in range(5):
         device.calls.clear()
-        engine.turn()
+        engine.step()
         made.append([rows for _, rows in device.calls])
-    # Two turns find out that 8 and 4 are too many; then no such call is tried.
+    # Two steps find out that 8 and 4 are too many; then no such call is tried.
     assert made == [[8, 4, 2, 2, 4, 2, 2]] * 2 + [[2, 2, 2, 2]] * 3
     for one, future in zip(asked, futures, strict=True):
         assert is_right(future.result(0), bundle, one)
     assert engine.is_alive
     assert len(caplog.records) == 2
-    assert "no memory for 8 requests in one evaluation; lower max_batch" in caplog.records[0].getMessage()
+    assert "an evaluation of 8 requests ran out of memory; lower max_batch" in caplog.records[0].getMessage()
 
 
 def test_without_room_for_one_request_the_engine_continues(device, bundle, caplog):
@@ -231,8 +231,8 @@ def test_a_lack_of_memory_beside_the_network_costs_that_batch_only(device, monke
     engine = Engine(device.bundle, own_thread=False)
     first = engine.submit(request(1))
     with monkeypatch.context() as patch:
-        patch.setattr(engine._batch, "_show", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
-        engine.turn()
+        patch.setattr(engine._batch, "_copy_pictures", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
+        engine.step()
     assert isinstance(first.exception(0), UnavailableError)
     assert not engine._conditions._conditions._kept
     second = engine.submit(request(2))
@@ -270,23 +270,23 @@ def test_conditions_are_dropped_when_memory_is_short(device):
 
 
 def test_one_lack_of_memory_limits_nothing_and_a_limit_is_lifted_after_a_while():
-    room = Room()
-    room.failed(8)
-    room.end_turn()
-    assert room.has(8)
-    room.end_turn()
+    room = MemoryLimit()
+    room.add_failure(8)
+    room.end_step()
+    assert room.allows(8)
+    room.end_step()
     for _ in range(2):
-        room.failed(8)
-        room.failed(4)
-        room.end_turn()
-    assert [room.has(count) for count in (1, 2, 3)] == [True, True, False]
-    for _ in range(TURNS_UNTIL_RETRY):
-        assert not room.has(3)
-        room.end_turn()
-    assert room.has(8)
-    room.failed(8)
-    room.end_turn()
-    assert (room.has(8), room.has(4)) == (False, True)
+        room.add_failure(8)
+        room.add_failure(4)
+        room.end_step()
+    assert [room.allows(count) for count in (1, 2, 3)] == [True, True, False]
+    for _ in range(STEPS_UNTIL_RETRY):
+        assert not room.allows(3)
+        room.end_step()
+    assert room.allows(8)
+    room.add_failure(8)
+    room.end_step()
+    assert (room.allows(8), room.allows(4)) == (False, True)
 
 
 def test_pictures_of_a_limited_engine_mix_samplers_and_guidance(device, bundle):

@@ -7,7 +7,7 @@ import torch
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.network.condition import cat_conditions, select
-from animediffusion.serve.engine.network_runner import Evaluator, cuda_capture, few_sizes
+from animediffusion.serve.engine.network_runner import NetworkRunner, batch_sizes, cuda_capture
 
 SIZE = 32
 
@@ -35,39 +35,39 @@ def failing(_run):
     [(1, (1,)), (3, (1, 2, 3)), (4, (1, 2, 4)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 16)), (24, (1, 2, 4, 8, 16, 24))],
 )
 def test_sizes_are_few_and_hold_all_rows(largest, sizes):
-    assert few_sizes(largest) == sizes
+    assert batch_sizes(largest) == sizes
 
 
 @pytest.mark.parametrize("capture", [None, again, failing])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_rows_are_filled_up_and_come_out_as_they_are(bundle: Bundle, capture, rows):
-    evaluator = Evaluator(bundle.denoiser, (2, 4), capture)
+    runner = NetworkRunner(bundle.denoiser, (2, 4), capture)
     for seed in range(3):
         x, t, conditions = inputs(bundle, rows, seed)
-        joined = evaluator.join(conditions)
+        joined = runner.join(conditions)
         assert len(joined.features) == {1: 2, 3: 4, 5: 5}[rows]
         for _ in range(2):
             expected = bundle.denoiser(x, t, cat_conditions(conditions))
-            torch.testing.assert_close(evaluator(x, t, joined), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(runner(x, t, joined), expected, atol=1e-5, rtol=1e-4)
             x = x.flip(0)
 
 
 def test_a_result_survives_the_next_replay(bundle: Bundle):
-    evaluator = Evaluator(bundle.denoiser, (2,), again)
+    runner = NetworkRunner(bundle.denoiser, (2,), again)
     x, t, conditions = inputs(bundle, 2)
-    joined = evaluator.join(conditions)
-    first = evaluator(x, t, joined)
+    joined = runner.join(conditions)
+    first = runner(x, t, joined)
     kept = first.clone()
-    evaluator(-x, t, joined)
+    runner(-x, t, joined)
     assert torch.equal(first, kept)
 
 
 def test_every_size_is_captured_before_the_first_turn(bundle: Bundle):
     captured = []
-    evaluator = Evaluator(bundle.denoiser, (1, 2, 4), lambda run: captured.append(1) or again(run))
+    runner = NetworkRunner(bundle.denoiser, (1, 2, 4), lambda run: captured.append(1) or again(run))
     x, t, conditions = inputs(bundle, 3)
-    evaluator.prepare(lambda: conditions[0])
-    evaluator(x, t, evaluator.join(conditions))
+    runner.prepare(lambda: conditions[0])
+    runner(x, t, runner.join(conditions))
     assert len(captured) == 3
 
 
@@ -90,45 +90,45 @@ class Captures:
 
 def test_graphs_of_all_sizes_share_the_tensors_of_the_largest(bundle: Bundle):
     captures = Captures()
-    evaluator = Evaluator(bundle.denoiser, few_sizes(32), captures)
-    evaluator.prepare(lambda: inputs(bundle, 1)[2][0])
-    assert captures.rows == sorted(few_sizes(32), reverse=True)  # smaller graphs fit into the largest's memory
+    runner = NetworkRunner(bundle.denoiser, batch_sizes(32), captures)
+    runner.prepare(lambda: inputs(bundle, 1)[2][0])
+    assert captures.rows == sorted(batch_sizes(32), reverse=True)  # smaller graphs fit into the largest's memory
     assert len({result.untyped_storage().data_ptr() for result in captures.results}) == 1
-    buffers = evaluator._graphs
+    buffers = runner._graphs
     held = [*buffers._condition, buffers._x, buffers._t, buffers._result]
     one = sum(part.nbytes for part in [*inputs(bundle, 1)[2][0], *inputs(bundle, 1)[:2]]) + 4 * 3 * SIZE**2
     assert sum(part.untyped_storage().nbytes() for part in held) == 32 * one
 
 
 def test_sizes_in_any_order_do_not_disturb_each_other(bundle: Bundle):
-    evaluator = Evaluator(bundle.denoiser, (2, 4, 8), Captures())
+    runner = NetworkRunner(bundle.denoiser, (2, 4, 8), Captures())
     batches = [inputs(bundle, rows, rows) for rows in (7, 2, 3, 1, 8)]
-    joined = [evaluator.join(conditions) for _, _, conditions in batches]
+    joined = [runner.join(conditions) for _, _, conditions in batches]
     for number in (0, 1, 0, 2, 2, 4, 1, 3, 0, 3):
         x, t, conditions = batches[number]
-        found = evaluator(x, t, joined[number])
+        found = runner(x, t, joined[number])
         torch.testing.assert_close(found, bundle.denoiser(x, t, cat_conditions(conditions)), atol=1e-5, rtol=1e-4)
 
 
 def test_sizes_without_memory_for_a_graph_are_evaluated_as_they_are(bundle: Bundle, caplog):
     captures = Captures(most=4)
-    evaluator = Evaluator(bundle.denoiser, (1, 2, 4, 8, 16), captures)
-    evaluator.prepare(lambda: inputs(bundle, 1)[2][0])
+    runner = NetworkRunner(bundle.denoiser, (1, 2, 4, 8, 16), captures)
+    runner.prepare(lambda: inputs(bundle, 1)[2][0])
     assert captures.rows == [16, 8, 4, 2, 1]
     assert len(caplog.records) == 2
-    assert [evaluator.padded(rows) for rows in (3, 5, 9)] == [4, 5, 9]
+    assert [runner.padded(rows) for rows in (3, 5, 9)] == [4, 5, 9]
     for rows in (3, 5):
         x, t, conditions = inputs(bundle, rows)
-        found = evaluator(x, t, evaluator.join(conditions))
+        found = runner(x, t, runner.join(conditions))
         torch.testing.assert_close(found, bundle.denoiser(x, t, cat_conditions(conditions)), atol=1e-5, rtol=1e-4)
     assert len(captures.rows) == 5
     assert all("out of memory" in record.getMessage() for record in caplog.records)
 
 
 def test_a_failed_capture_gives_its_memory_back(bundle: Bundle):
-    evaluator = Evaluator(bundle.denoiser, (1, 2), failing)
-    evaluator.prepare(lambda: inputs(bundle, 1)[2][0])
-    assert evaluator._graphs is None
+    runner = NetworkRunner(bundle.denoiser, (1, 2), failing)
+    runner.prepare(lambda: inputs(bundle, 1)[2][0])
+    assert runner._graphs is None
 
 
 @pytest.mark.parametrize("moment", ["begin", "run", "end"])

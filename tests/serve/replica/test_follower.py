@@ -74,11 +74,11 @@ def answers(follower: Follower, sketch: np.ndarray, reference: np.ndarray, seed:
 def test_a_bundle_folder_is_named_by_its_hash(registry, bundle_folder):
     source = ModelSource(registry.settings, str(bundle_folder))
     version = f"sha256:{identity(bundle_folder)[:12]}"
-    assert source.wanted() == version
+    assert source.resolve() == version
     assert source.plan().shares == {version: 1.0}
     assert source.fetch(version) == bundle_folder
     with pytest.raises(BundleError):
-        ModelSource(registry.settings, str(bundle_folder / "nothing")).wanted()
+        ModelSource(registry.settings, str(bundle_folder / "nothing")).resolve()
 
 
 def test_a_bundle_folder_is_served_without_a_registry(replicas, registry, bundle_folder):
@@ -96,7 +96,7 @@ def test_one_version_may_be_pinned(replicas, registry):
 
 def test_an_alias_that_does_not_exist_lists_those_that_do(registry):
     with pytest.raises(RegistryError, match="champion"):
-        ModelSource(registry.settings, "models:/animediffusion@nobody").wanted()
+        ModelSource(registry.settings, "models:/animediffusion@nobody").resolve()
 
 
 def test_a_promotion_moves_the_traffic(follower, registry, sketch, reference):
@@ -104,7 +104,7 @@ def test_a_promotion_moves_the_traffic(follower, registry, sketch, reference):
     follower.step()
     assert answers(follower, sketch, reference) == "2"
     assert follower.replica.versions == ["2"]
-    assert follower.describe()["desired"] == {"champion": "2", "challenger": None}
+    assert follower.describe().desired == {"champion": "2", "challenger": None}
 
 
 def test_a_canary_gives_the_challenger_its_share_and_ends(follower, registry, sketch, reference):
@@ -128,15 +128,15 @@ def test_a_champion_that_does_not_work_leaves_the_one_before(follower, registry,
     follower.step()
     assert answers(follower, sketch, reference) == "1"
     described = follower.describe()
-    assert described["desired"]["champion"] == str(version)
-    assert described["replica"]["state"] == "ready"
-    assert described["replica"]["versions"] == ["1"]
-    assert described["replica"]["error"].startswith(f"version {version}: ")
-    assert why in described["replica"]["error"]
+    assert described.desired["champion"] == str(version)
+    assert described.replica.state == "ready"
+    assert described.replica.versions == ["1"]
+    assert described.replica.error.startswith(f"version {version}: ")
+    assert why in described.replica.error
     assert follower.missing == [str(version)]
     registry.set_alias("champion", GOOD)
     follower.step()
-    assert follower.describe()["replica"]["error"] is None
+    assert follower.describe().replica.error is None
     assert follower.missing == []
 
 
@@ -166,7 +166,7 @@ def test_a_version_registered_as_another_one_is_refused(follower, registry, monk
 
 def test_a_version_that_failed_is_tried_again_later_with_a_fresh_copy(follower, registry, monkeypatch):
     def tried() -> int:
-        return follower.replica.measures.totals()["swaps"]["3", "failed"]
+        return follower.replica.counters.totals()["swaps"]["3", "failed"]
 
     registry.set_alias("champion", CHANGED)
     follower.step()
@@ -175,7 +175,7 @@ def test_a_version_that_failed_is_tried_again_later_with_a_fresh_copy(follower, 
     assert not list(registry.settings.workspace.glob(f"cache/animediffusion/{CHANGED}-*"))
     failure = follower._failures["3"]
     assert failure.pause_s == FIRST_PAUSE_S
-    follower._failures["3"] = replace(failure, again_at=0.0)
+    follower._failures["3"] = replace(failure, retry_at=0.0)
     follower.step()
     assert tried() == 2
     assert follower._failures["3"].pause_s == 2 * FIRST_PAUSE_S
@@ -193,10 +193,10 @@ def test_a_replica_born_while_the_registry_is_away_loads_when_it_is_back(replica
     follower = replicas(registry)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        with pytest.raises(RegistryError, match=r"cannot be had .*does not answer"):
+        with pytest.raises(RegistryError, match=r"no version can be loaded .*does not answer"):
             follower.start()
     assert follower.step()
-    assert follower.replica.describe()["error"] is None
+    assert follower.replica.describe().error is None
 
 
 def test_replicas_born_in_the_middle_of_a_promotion_agree_in_the_end(follower, replicas, registry):
@@ -215,7 +215,7 @@ def test_a_replica_born_under_a_broken_champion_serves_the_one_before(replicas, 
     follower = replicas(registry)
     assert follower.step()
     assert answers(follower, sketch, reference) == "1"
-    assert follower.replica.describe()["state"] == "ready"
+    assert follower.replica.describe().state == "ready"
     assert "version 5" in follower.replica.error
     registry.set_alias("champion", OTHER)
     follower.step()
@@ -226,7 +226,7 @@ def test_without_any_version_that_works_a_replica_says_why(replicas, registry, s
     follower = replicas(registry, f"models:/animediffusion/{NAN}")
     follower.start(patience_s=60)
     follower.stop()
-    assert follower.replica.describe()["state"] == "failed"
+    assert follower.replica.describe().state == "failed"
     with pytest.raises(NoModelError, match="not a finite"):
         answers(follower, sketch, reference)
 

@@ -28,7 +28,7 @@ def wait_for(condition, seconds: float = 60) -> bool:
 
 async def taken(replica: Replica, *tasks: asyncio.Task) -> None:
     """Return when every one of these jobs waits, runs or is done."""
-    while (found := replica.describe())["running"] + found["queued"] + sum(map(asyncio.Task.done, tasks)) < len(tasks):
+    while (found := replica.describe()).running + found.queued + sum(map(asyncio.Task.done, tasks)) < len(tasks):
         await asyncio.sleep(0.001)
 
 
@@ -48,7 +48,7 @@ def test_a_new_version_answers_and_the_old_one_leaves(replica, bundle_folder, sk
     assert replica.load("1", bundle_folder)
     assert replica.load("2", bundle_folder)
     assert asyncio.run(replica.colorize(job(sketch, reference))).model_version == "2"
-    assert wait_for(lambda: replica.describe()["versions"] == ["2"])
+    assert wait_for(lambda: replica.describe().versions == ["2"])
 
 
 def test_jobs_that_run_during_a_promotion_are_finished_by_the_old_version(replica, bundle_folder, sketch, reference):
@@ -70,8 +70,8 @@ def test_a_version_that_does_not_load_changes_nothing_but_the_error(
     assert not replica.load("2", tmp_path / "nothing")
     assert asyncio.run(replica.colorize(job(sketch, reference))).model_version == "1"
     description = replica.describe()
-    assert description["state"] == "ready"
-    assert "version 2" in description["error"]
+    assert description.state == "ready"
+    assert "version 2" in description.error
 
 
 def test_a_full_replica_is_busy(replica, bundle_folder, sketch, reference):
@@ -92,7 +92,7 @@ def test_a_stream_that_nobody_reads_any_more_frees_its_place(replica, bundle_fol
         first = await anext(stream)
         await stream.aclose()
         for _ in range(500):
-            if not replica.describe()["running"]:
+            if not replica.describe().running:
                 break
             await asyncio.sleep(0.01)
         return first
@@ -100,15 +100,15 @@ def test_a_stream_that_nobody_reads_any_more_frees_its_place(replica, bundle_fol
     first = asyncio.run(read_one())
     assert isinstance(first, Preview)
     assert first.total == 1000
-    assert replica.describe()["running"] == 0
+    assert replica.describe().running == 0
 
 
 def test_a_canary_gets_its_share_and_the_same_request_the_same_version(replica, bundle_folder, sketch, reference):
     async def color(seeds) -> list[str]:
         return [(await replica.colorize(job(sketch, reference, seed=seed, steps=1))).model_version for seed in seeds]
 
-    replica.host("1", bundle_folder)
-    replica.host("2", bundle_folder)
+    replica.add("1", bundle_folder)
+    replica.add("2", bundle_folder)
     replica.route({"2": 0.25, "1": 0.75})
     first = asyncio.run(color(range(60)))
     assert 5 <= first.count("2") <= 25  # 15 expected; four standard deviations are 13
@@ -117,7 +117,7 @@ def test_a_canary_gets_its_share_and_the_same_request_the_same_version(replica, 
     more = asyncio.run(color(range(60)))
     assert {two for one, two in zip(first, more, strict=True) if one == "2"} == {"2"}
     assert more.count("2") > first.count("2")
-    assert replica.describe()["versions"] == ["1", "2"]
+    assert replica.describe().versions == ["1", "2"]
 
 
 def test_a_version_that_comes_back_while_it_drains_answers_again(replica, bundle_folder, sketch, reference):
@@ -126,14 +126,14 @@ def test_a_version_that_comes_back_while_it_drains_answers_again(replica, bundle
         slow = asyncio.create_task(replica.colorize(job(sketch, reference, steps=200, guidance_scale=1.0)))
         await taken(replica, slow)
         await asyncio.to_thread(replica.load, "2", bundle_folder)
-        assert replica.describe()["versions"] == ["2", "1"]
+        assert replica.describe().versions == ["2", "1"]
         await asyncio.to_thread(replica.load, "1", bundle_folder)
         fast = await replica.colorize(job(sketch, reference))
         return [fast.model_version, (await slow).model_version]
 
     assert asyncio.run(back_and_forth()) == ["1", "1"]
     assert wait_for(lambda: not replica._retiring)
-    assert replica.describe()["versions"] == ["1"]
+    assert replica.describe().versions == ["1"]
 
 
 def test_traffic_goes_to_loaded_versions_only(replica, bundle_folder):
@@ -145,7 +145,7 @@ def test_traffic_goes_to_loaded_versions_only(replica, bundle_folder):
 
 def test_another_bundle_than_the_registered_one_is_refused(replica, bundle_folder):
     with pytest.raises(BundleError, match="not the registered 000000000000"):
-        replica.host("1", bundle_folder, sha256="0" * 64)
+        replica.add("1", bundle_folder, sha256="0" * 64)
     assert replica.versions == []
 
 
@@ -164,30 +164,30 @@ def test_everything_is_counted_by_version_and_outcome(replica, bundle_folder, tm
         await replica.colorize(job(sketch, reference))
 
     asyncio.run(use())
-    assert wait_for(lambda: [one.version for one in replica.gauges()] == ["3"])
-    totals = replica.measures.totals()
+    assert wait_for(lambda: [one.version for one in replica.stats()] == ["3"])
+    totals = replica.counters.totals()
     assert totals["requests"] == {("1", "ok"): 2, ("1", "late"): 1, ("1", "cancelled"): 1, ("3", "ok"): 1}
     assert totals["swaps"] == {("1", "ok"): 1, ("2", "failed"): 1, ("3", "ok"): 1}
-    assert totals["turns"]["1",] >= 6
+    assert totals["steps"]["1",] >= 6
     assert totals["rows"]["1",] >= 12  # the default is guided: two rows a picture
     assert totals["cache"]["1", "hit"] >= 1
     assert totals["cache"]["3", "miss"] >= 1
-    taken = replica.measures.take_turn_seconds()
-    assert len(taken) == sum(totals["turns"].values())
+    taken = replica.counters.take_step_seconds()
+    assert len(taken) == sum(totals["steps"].values())
     assert {version for version, _ in taken} == {"1", "3"}
-    assert replica.measures.take_turn_seconds() == []
+    assert replica.counters.take_step_seconds() == []
 
 
 def test_pending_work_is_counted_in_pictures_of_the_default_steps(replica, bundle_folder, sketch, reference):
     async def measure() -> tuple[float, float]:
         replica.load("1", bundle_folder)
         long = asyncio.create_task(replica.colorize(job(sketch, reference, steps=300, guidance_scale=1.0)))
-        while not replica.describe()["running"]:
+        while not replica.describe().running:
             await asyncio.sleep(0.001)
         there = replica.pending_pictures()
         long.cancel()
         await asyncio.gather(long, return_exceptions=True)
-        await asyncio.to_thread(wait_for, lambda: not replica.describe()["running"])
+        await asyncio.to_thread(wait_for, lambda: not replica.describe().running)
         return there, replica.pending_pictures()
 
     there, after = asyncio.run(measure())
@@ -199,14 +199,14 @@ def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, refer
     async def look_while_it_runs() -> None:
         replica.load("1", bundle_folder)
         running = asyncio.create_task(replica.colorize(job(sketch, reference, steps=300)))
-        while not replica.describe()["running"]:
+        while not replica.describe().running:
             await asyncio.sleep(0.001)
         replica.check()
-        hosted = replica._hosted["1"]
-        monkeypatch.setattr(type(hosted.engine), "num_turns", hosted.engine.num_turns)  # the turn that never ends
+        loaded = replica._loaded["1"]
+        monkeypatch.setattr(type(loaded.engine), "num_steps", loaded.engine.num_steps)  # the step that never ends
         replica.check()
         monkeypatch.setattr("animediffusion.serve.replica.loaded_model.STUCK_S", -1.0)
-        with pytest.raises(RuntimeError, match="version 1 has been in one turn"):
+        with pytest.raises(RuntimeError, match="version 1 has been in one step"):
             replica.check()
         running.cancel()
 
@@ -216,7 +216,7 @@ def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, refer
 def test_an_engine_that_has_ended_is_unhealthy(replica, bundle_folder):
     replica.load("1", bundle_folder)
     replica.check()
-    replica._hosted["1"].engine.close()
+    replica._loaded["1"].engine.close()
     with pytest.raises(RuntimeError, match="the engine of version 1 has ended"):
         replica.check()
 
@@ -240,26 +240,26 @@ def failing(error: Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_lost"),
+    ("error", "is_device_lost"),
     [
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
     ],
 )
 def test_what_the_device_did_to_a_job_can_be_tried_elsewhere(
-    replica, bundle_folder, sketch, reference, monkeypatch, error, is_lost
+    replica, bundle_folder, sketch, reference, monkeypatch, error, is_device_lost
 ):
     replica.load("1", bundle_folder)
-    engine = replica._hosted["1"].engine
+    engine = replica._loaded["1"].engine
     monkeypatch.setattr(engine.bundle.denoiser.network, "denoise", failing(error))
     for _ in range(2):  # the second one is refused by an engine that has failed
         with pytest.raises(UnavailableError, match="CUDA"):
             asyncio.run(replica.colorize(job(sketch, reference)))
-    assert asyncio.run(replica.is_ready()) is not is_lost
+    assert asyncio.run(replica.is_ready()) is not is_device_lost
     description = replica.describe()
-    assert description["state"] == ("failed" if is_lost else "ready")
-    if is_lost:
-        assert "illegal memory access" in description["error"]
+    assert description.state == ("failed" if is_device_lost else "ready")
+    if is_device_lost:
+        assert "illegal memory access" in description.error
         with pytest.raises(RuntimeError, match="illegal memory access"):
             replica.check()
     else:
@@ -271,7 +271,7 @@ def test_a_device_that_fails_while_a_version_is_loaded_is_unhealthy(replica, bun
     with monkeypatch.context() as patch:
         patch.setattr("animediffusion.serve.replica.loaded_model.smoke_sample", failing(error))
         assert not replica.load("1", bundle_folder)
-    assert replica.describe()["state"] == "failed"
+    assert replica.describe().state == "failed"
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         replica.check()
 
@@ -282,7 +282,7 @@ def test_a_version_without_room_leaves_a_replica_healthy(replica, bundle_folder,
         "animediffusion.serve.replica.loaded_model.smoke_sample", failing(torch.OutOfMemoryError("out of memory"))
     )
     assert not replica.load("2", bundle_folder)
-    assert replica.describe()["state"] == "ready"
+    assert replica.describe().state == "ready"
     replica.check()
 
 

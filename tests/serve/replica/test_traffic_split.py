@@ -3,7 +3,7 @@ import pytest
 
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.serve.protocol import ColorizeJob
-from animediffusion.serve.replica.traffic_split import among, draw, point
+from animediffusion.serve.replica.traffic_split import choose_version, hash_position, loaded_shares
 from animediffusion.serve.retry_after import LONGEST_S, UNKNOWN_S, CompletionRate
 
 WHITE = np.full((64, 48), 255, np.uint8)
@@ -11,7 +11,7 @@ GRAY = np.full((32, 32, 3), 128, np.uint8)
 
 
 def place(seed: int, lines: np.ndarray = WHITE, reference: np.ndarray = GRAY) -> float:
-    return point(ColorizeJob(lines=lines, reference=reference, options=SamplerOptions(seed=seed)))
+    return hash_position(ColorizeJob(lines=lines, reference=reference, options=SamplerOptions(seed=seed)))
 
 
 def test_requests_that_differ_are_spread_evenly():
@@ -28,15 +28,15 @@ def test_what_is_drawn_and_with_which_colors_matters():
 
 
 def test_a_version_is_drawn_as_often_as_its_share_says():
-    places = np.linspace(0, 1, 1000, endpoint=False)
-    drawn = [draw({"2": 0.2, "1": 0.8}, place) for place in places]
+    slots = np.linspace(0, 1, 1000, endpoint=False)
+    drawn = [choose_version({"2": 0.2, "1": 0.8}, place) for place in slots]
     assert drawn.count("2") == 200
-    assert {draw({"2": 1.0, "1": 0.0}, place) for place in places} == {"2"}
-    assert draw({"3": 0.1, "2": 0.2, "1": 0.7}, np.nextafter(1, 0)) == "1"
+    assert {choose_version({"2": 1.0, "1": 0.0}, place) for place in slots} == {"2"}
+    assert choose_version({"3": 0.1, "2": 0.2, "1": 0.7}, np.nextafter(1, 0)) == "1"
 
 
 @pytest.mark.parametrize(
-    ("loaded", "stand_in", "expected"),
+    ("loaded", "fallback", "expected"),
     [
         ({"1", "2"}, "1", {"2": 0.2, "1": 0.8}),
         ({"1"}, "1", {"1": 1.0}),
@@ -45,8 +45,8 @@ def test_a_version_is_drawn_as_often_as_its_share_says():
         (set(), None, {}),
     ],
 )
-def test_the_share_of_a_version_that_is_not_there_goes_to_the_stand_in(loaded, stand_in, expected):
-    assert among({"2": 0.2, "1": 0.8}, loaded, stand_in) == pytest.approx(expected)
+def test_the_share_of_a_version_that_is_not_there_goes_to_the_fallback(loaded, fallback, expected):
+    assert loaded_shares({"2": 0.2, "1": 0.8}, loaded, fallback) == pytest.approx(expected)
 
 
 def test_a_client_is_told_to_wait_for_what_is_here_at_the_pace_so_far():
