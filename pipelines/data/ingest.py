@@ -192,20 +192,20 @@ def prepare(
         raise ConfigError("val_fraction", str(val_fraction), "0 to below 1")
     source, destination = storage.absolute(source), storage.absolute(destination)
     if _inside(destination, source):
-        raise DataError(destination, "lies inside the source", "choose a place outside of it")
+        raise DataError(destination, "lies inside the source", "choose a folder outside of it")
     if not storage.exists(source):
         raise DataError(source, "no such folder", f"expected {LAYOUTS}")
     sizes, faults = storage.survey(source)
     rejects = _unusable(source, sizes, faults)
-    aside = {reject.path for reject in rejects}
-    paths = [path for path in sizes if path not in aside]
+    rejected = {reject.path for reject in rejects}
+    paths = [path for path in sizes if path not in rejected]
     if pairs is None:
         plan = plan_folder(source, paths, val_fraction)
     else:
         plan = plan_pairs(source, _read_pairs(source, pairs), paths, val_fraction)
     plan = replace(plan, rejects=plan.rejects + rejects)
     job = IngestJob(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
-    return _compare(job)
+    return _resume(job)
 
 
 def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tuple[Reject, ...]:
@@ -229,24 +229,24 @@ def choose_part_rows(plan: IngestPlan, size: int) -> int:
     return max(1, min(most, max(MIN_PART_ROWS, rows // MANY_PARTS)))
 
 
-def _compare(job: IngestJob) -> IngestJob:
+def _resume(job: IngestJob) -> IngestJob:
     """Return the job, updated with the finished or unfinished ingest that the destination holds."""
     listed = storage.list_files(job.destination) if storage.exists(job.destination) else []
-    there = [path for path in listed if not is_junk(path)]
-    if MANIFEST in there:
+    existing = [path for path in listed if not is_junk(path)]
+    if MANIFEST in existing:
         manifest = Manifest.load(job.destination)
         if manifest.fingerprint == job.fingerprint:
             return replace(job, done=manifest)
-        raise DataError(job.destination, f"holds another dataset (from {manifest.source})", "choose an empty place")
-    if _PLAN in there:
+        raise DataError(job.destination, f"holds another dataset (from {manifest.source})", "choose an empty folder")
+    if _PLAN in existing:
         state = json.loads(storage.read_bytes(storage.join(job.destination, _PLAN)))
         if state.get("fingerprint") == job.fingerprint:
             # The number of rows must match the existing parts.
             return replace(job, continues=True, part_rows=state.get("part_rows", _OLD_PART_ROWS))
         found = f"holds an unfinished ingest of other content (from {state.get('source')})"
-        raise DataError(job.destination, found, "choose an empty place, or delete it")
-    if there:
-        raise DataError(job.destination, f"holds other files ({there[0]})", "choose an empty place")
+        raise DataError(job.destination, found, "choose an empty folder, or delete this one")
+    if existing:
+        raise DataError(job.destination, f"holds other files ({existing[0]})", "choose an empty folder")
     return job
 
 
@@ -256,13 +256,13 @@ def _inside(inner: str, outer: str) -> bool:
 
 
 def _read_pairs(source: str, pairs: str) -> str:
-    place = pairs
+    uri = pairs
     if not storage.is_remote(pairs) and not Path(pairs).is_file():
-        place = storage.join(source, pairs)
-    if not storage.exists(place):
+        uri = storage.join(source, pairs)
+    if not storage.exists(uri):
         raise DataError(pairs, "no such pairs CSV", "give a file with a column `target`")
     try:
-        return storage.read_bytes(place).decode("utf-8")
+        return storage.read_bytes(uri).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(pairs, "is not UTF-8 text", "save the CSV as UTF-8") from error
 
@@ -345,10 +345,10 @@ def _finish(job: IngestJob, summary: IngestSummary) -> Manifest:
 
 def _clear(job: IngestJob) -> None:
     """Delete the state folder and the partial files of killed runs."""
-    left = storage.list_files(job.destination)
-    if any(name.startswith(f"{STATE}/") for name in left):
+    files = storage.list_files(job.destination)
+    if any(name.startswith(f"{STATE}/") for name in files):
         storage.delete(storage.join(job.destination, STATE))
-    for name in left:
+    for name in files:
         if storage.is_partial(name):
             storage.delete(storage.join(job.destination, name))
 

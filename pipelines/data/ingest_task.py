@@ -105,8 +105,8 @@ class MakePart:
             rows=tuple(entry for _, entry, _ in made if entry is not None),
             rejects=tuple(reject for _, _, rejects in made for reject in rejects),
         )
-        place = storage.join(self.destination, STATE, self.part.record_name)
-        storage.write_bytes(place, record.model_dump_json().encode())
+        uri = storage.join(self.destination, STATE, self.part.record_name)
+        storage.write_bytes(uri, record.model_dump_json().encode())
         return record
 
 
@@ -122,11 +122,11 @@ class DropRows:
     def __call__(self) -> tuple[PartKey, Shard | None]:
         """Return the part and its rewritten shard, which is None if no row is left."""
         storage.expect(self.destination)
-        place = storage.join(self.destination, self.shard.path)
-        rows = [row for row in read_shard(place) if row.id not in self.ids] if storage.exists(place) else []
+        uri = storage.join(self.destination, self.shard.path)
+        rows = [row for row in read_shard(uri) if row.id not in self.ids] if storage.exists(uri) else []
         if rows:
             return self.part, write_shard(self.destination, self.part.split, self.part.number, rows)
-        storage.delete(place)
+        storage.delete(uri)
         return self.part, None
 
 

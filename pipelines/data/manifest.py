@@ -73,16 +73,16 @@ class Manifest(_Part):
             DataError: if there is no dataset, or its manifest has another format.
             StorageError: if the store is unreachable.
         """
-        place = storage.join(uri, MANIFEST)
-        if not storage.exists(place):
+        path = storage.join(uri, MANIFEST)
+        if not storage.exists(path):
             raise DataError(uri, f"no dataset (no {MANIFEST})", "make one with `animediffusion data ingest`")
         try:
-            return cls.model_validate_json(storage.read_bytes(place))
+            return cls.model_validate_json(storage.read_bytes(path))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"]) or "the file"
             found = f"is not a dataset manifest ({key}: {first['msg']})"
-            raise DataError(place, found, "ingest the source again, into a new place") from error
+            raise DataError(path, found, "ingest the source again, into a new folder") from error
 
     def save(self, uri: str) -> None:
         """Write the manifest of the dataset at `uri`."""
@@ -95,8 +95,10 @@ class Manifest(_Part):
             DataError: if the split does not exist or is empty; the message names the splits with rows.
         """
         if name not in self.splits or not self.splits[name].rows:
-            there = ", ".join(repr(key) for key, value in self.splits.items() if value.rows)
-            raise DataError(f"split {name!r}", f"is not in the dataset from {self.source}", f"one of {there or 'none'}")
+            existing = ", ".join(repr(key) for key, value in self.splits.items() if value.rows)
+            raise DataError(
+                f"split {name!r}", f"is not in the dataset from {self.source}", f"one of {existing or 'none'}"
+            )
         return self.splits[name]
 
 

@@ -59,9 +59,9 @@ def plan_pairs(source: str, text: str, paths: Iterable[str], val_fraction: float
         first = f" (the first is {missed!r})" if missed else ""
         raise DataError(source, f"no target of the pairs CSV exists{first}", "paths are relative to the source folder")
     used = {path for row in rows for path in row.files}
-    aside = tuple(reject for path, reject in rejects.items() if path not in used)
+    unused = tuple(reject for path, reject in rejects.items() if path not in used)
     return IngestPlan(
-        Samples(_named(rows, val_fraction)), aside, shared=True, hashed=not any(row.split for row in rows)
+        Samples(_named(rows, val_fraction)), unused, shared=True, hashed=not any(row.split for row in rows)
     )
 
 
@@ -97,11 +97,11 @@ def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
             surplus = next((cell for column, cell in pairs if cell and not column), None)
             if surplus is not None:
                 where = f"pairs CSV, line {reader.line_num}"
-                raise DataError(where, f"{surplus!r} is in no column", "quote paths that hold a comma")
+                raise DataError(where, f"{surplus!r} is in no column", "quote paths that contain a comma")
             yield reader.line_num, dict(pairs)
     except csv.Error as error:
         where = f"pairs CSV, line {reader.line_num}"
-        raise DataError(where, str(error), "one row a line, paths with commas or quotes in quotes") from error
+        raise DataError(where, str(error), "write one row per line, and quote paths with commas or quotes") from error
 
 
 def _columns(header: list[str]) -> list[str]:
@@ -115,18 +115,18 @@ def _columns(header: list[str]) -> list[str]:
         if column and column not in (*ROLES, "split"):
             raise DataError("pairs CSV", f"column {name!r} is not known", _ALLOWED)
         if column and columns.count(column) > 1:
-            raise DataError("pairs CSV", f"column {name!r} is there twice as {column}", "give each column once")
+            raise DataError("pairs CSV", f"column {name!r} is given twice, as {column}", "give each column once")
     return columns
 
 
 def _finder(source: str, paths: Iterable[str]) -> Callable[[str], str | None]:
     """Return a function from the text of a cell to the path of its file, or to None if the file does not exist."""
-    there = set(paths)
-    by_composed = {composed(path): path for path in there if not path.isascii()}
+    existing = set(paths)
+    by_composed = {composed(path): path for path in existing if not path.isascii()}
 
     def find(cell: str) -> str | None:
         inside = posixpath.normpath(cell.replace("\\", "/").removeprefix(source.rstrip("/") + "/"))
-        return next((path for path in (cell, inside) if path in there), by_composed.get(composed(inside)))
+        return next((path for path in (cell, inside) if path in existing), by_composed.get(composed(inside)))
 
     return find
 

@@ -53,7 +53,7 @@ class _Named(NamedTuple):
     split: str | None
 
 
-_PLACE = {role: place for place, role in enumerate(ROLES, start=1)}
+_INDEX = {role: index for index, role in enumerate(ROLES, start=1)}
 _Row = list[str | None]
 """The split, followed by a path for each of ROLES."""
 _Naming = Callable[[str], _Named]
@@ -72,23 +72,23 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Inges
     Raises:
         DataError: if no file can be a target, or if line art and targets have no stem in common.
     """
-    seen = [path for path in sorted(paths) if not is_junk(path)]
-    pictures = [path for path in seen if _is_picture(path)]
-    others = sorted(set(seen).difference(pictures)) if len(pictures) < len(seen) else []
+    files = [path for path in sorted(paths) if not is_junk(path)]
+    pictures = [path for path in files if _is_picture(path)]
+    others = sorted(set(files).difference(pictures)) if len(pictures) < len(files) else []
     rejects = [Reject(path, "not_an_image", "no picture by its name") for path in others]
     name = _naming(pictures)
     copies = _shuffled_copies(pictures)
     rejects += [Reject(path, "duplicate", "a shuffled copy of the test pictures") for path in copies]
-    rows, aside = _pair([path for path in pictures if path not in copies] if copies else pictures, name)
+    rows, unpaired = _pair([path for path in pictures if path not in copies] if copies else pictures, name)
     if not rows:
-        found = f"none of its {len(seen)} files can be a target" if seen else "holds no files"
+        found = f"none of its {len(files)} files can be a target" if files else "holds no files"
         raise DataError(source, found, f"expected {LAYOUTS}")
-    if not any(row[_PLACE["sketch"]] for row in rows.values()) and any(
+    if not any(row[_INDEX["sketch"]] for row in rows.values()) and any(
         name(path).role == "sketch" for path in pictures
     ):
         raise DataError(source, "no line art has the name of a target", "give both the same file name, or a pairs CSV")
     hashed = all(row[0] is None for row in rows.values())
-    return IngestPlan(_samples(rows, val_fraction), tuple(rejects + aside), hashed=hashed)
+    return IngestPlan(_samples(rows, val_fraction), tuple(rejects + unpaired), hashed=hashed)
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -113,20 +113,20 @@ def _is_picture(path: str) -> bool:
 
 
 def _shuffled_copies(pictures: Sequence[str]) -> dict[str, None]:
-    """The pictures in folders NAME_shuffled next to a folder NAME that has pictures, too."""
+    """Return the pictures in folders NAME_shuffled that are next to a folder NAME with pictures."""
     originals = {
         path: path[: path.lower().index("_shuffled/")] + "/" for path in pictures if "_shuffled/" in path.lower()
     }
-    there = {folder for folder in set(originals.values()) if any(path.startswith(folder) for path in pictures)}
-    return {path: None for path, folder in originals.items() if folder in there}
+    existing = {folder for folder in set(originals.values()) if any(path.startswith(folder) for path in pictures)}
+    return {path: None for path, folder in originals.items() if folder in existing}
 
 
 @functools.lru_cache(maxsize=4096)
 def _folder(path: str) -> tuple[str, str | None, str | None]:
     """Return the path without the role's folder, the role, and the split; of several names the last one decides."""
     folders = path.split("/")[:-1]
-    places = [index for index, folder in enumerate(folders) if folder.lower() in ROLE_OF]
-    role = ROLE_OF[folders.pop(places[-1]).lower()] if places else None
+    indices = [index for index, folder in enumerate(folders) if folder.lower() in ROLE_OF]
+    role = ROLE_OF[folders.pop(indices[-1]).lower()] if indices else None
     splits = [SPLIT_OF.get(folder.lower().removesuffix("_data")) for folder in folders]
     split = next((split for split in reversed(splits) if split), None)
     return "/".join([*folders, ""]), role, split
@@ -186,12 +186,12 @@ def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list
             rejects.append(Reject(item.path, "orphan", "in none of the folders target, sketch, reference"))
             continue
         row = rows.setdefault(item.key, [None] * (1 + len(ROLES)))
-        place = _PLACE[item.role]
-        first = row[place]
+        index = _INDEX[item.role]
+        first = row[index]
         if first is not None and natural(item.path) < natural(first):
-            row[place], item, first = item.path, name(first), item.path
+            row[index], item, first = item.path, name(first), item.path
         if first is None:
-            row[place] = item.path
+            row[index] = item.path
         elif alone:
             key = item.key + _stem_and_suffix(item.path)[1]
             while key in rows:
@@ -199,9 +199,9 @@ def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list
             rows[key] = [item.split, item.path, None, None, None]
         else:
             rejects.append(Reject(item.path, "duplicate", f"same name as {first}"))
-        if item.role == "target" and row[place] == item.path:
+        if item.role == "target" and row[index] == item.path:
             row[0] = item.split
-    for key in [key for key, row in rows.items() if row[_PLACE["target"]] is None]:
+    for key in [key for key, row in rows.items() if row[_INDEX["target"]] is None]:
         rejects += [Reject(path, "orphan", "no target of this name") for path in rows.pop(key)[1:] if path]
     return rows, rejects
 

@@ -137,7 +137,7 @@ def _read_block(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
 def _read(uri: str, shards: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
     """Read the given rows of the dataset in the given order; each row is fetched once, and shards in parallel."""
     ends = np.cumsum([shard.rows for shard in shards])
-    unique, places = np.unique(rows, return_inverse=True)
+    unique, positions = np.unique(rows, return_inverse=True)
     shard_of = np.searchsorted(ends, unique, side="right")
 
     def fetch(index: int) -> pa.Table:
@@ -147,7 +147,7 @@ def _read(uri: str, shards: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Tabl
 
     needed = np.unique(shard_of).tolist()
     if not needed:
-        raise StorageError(uri, "no rows asked for", "ask for at least one")
+        raise StorageError(uri, "no rows were requested", "request at least one")
     with ThreadPoolExecutor(min(_PARALLEL_READS, len(needed))) as pool:
         tables = list(pool.map(fetch, needed))
-    return pa.concat_tables(tables).select(list(STREAMED)).take(pa.array(places))
+    return pa.concat_tables(tables).select(list(STREAMED)).take(pa.array(positions))

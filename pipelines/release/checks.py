@@ -77,12 +77,12 @@ def _check_not_worse(name: str, ours: dict[str, float], theirs: dict[str, float]
         if key not in theirs:
             continue
         if key not in ours:
-            raise RegistryError(name, f"has no {label}, the champion has", "evaluate it again, or use --force")
+            raise RegistryError(name, f"has no {label}, but the champion has", "evaluate it again, or use --force")
         # Round, so that a difference of exactly the margin passes in spite of floating-point errors.
         gain = round(sign * (ours[key] - theirs[key]), 6)
         if not gain >= -margin:
             found = f"{label} {ours[key]:.2f} against the champion's {theirs[key]:.2f}"
-            raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train on, or use --force")
+            raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train longer, or use --force")
 
 
 def _evaluate(version: Version, data: str, split: str = "val") -> str:

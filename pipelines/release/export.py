@@ -67,15 +67,15 @@ def export(settings: Settings, model: str, folder: Path) -> ExportedModel:
     with explained(str(folder)):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(str(folder), "exists and is not empty", "give a new folder")
-    place = folder.resolve()  # an empty folder is replaced, not a link to it
-    if place == Path.cwd():
+    target = folder.resolve()  # an empty folder is replaced, not a link to it
+    if target == Path.cwd():
         raise ConfigError(str(folder), "is the folder in which the command runs", "give a new folder")
     registry = Registry(settings)
     source = registry.fetch(registry.reference(model))
     bundle = check_bundle(source)
     with explained(str(folder)):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".export.", dir=place.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".export.", dir=target.parent)
     with temporary as name:
         whole = Path(name) / "whole"
         whole.mkdir()
@@ -85,7 +85,7 @@ def export(settings: Settings, model: str, folder: Path) -> ExportedModel:
         (whole / "colorize.py").write_text(SCRIPT)
         (whole / "requirements.txt").write_text(code_archive.requirements())
         with explained(str(folder)):
-            whole.replace(place)
+            whole.replace(target)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return ExportedModel(
         model=model,

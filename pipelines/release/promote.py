@@ -146,9 +146,9 @@ def _before(registry: Registry, alias: str, present: int | None) -> Version:
     earlier = [version for version in stack if version in existing and version != present]
     if not earlier:
         gone = [version for version in stack if version not in existing]
-        found = f"there is no version before {present}" if present is not None else "no version was ever promoted"
+        found = f"there is no version before {present}" if present is not None else "no version was promoted yet"
         if gone:
-            found = f"its version {gone[-1]} was deleted, and no other is before it"
+            found = f"its previous version {gone[-1]} was deleted, and no other version was promoted before"
         raise RegistryError(f"alias {alias}", found, "use `models promote V`")
     return existing[earlier[-1]]
 

@@ -100,8 +100,8 @@ def test_rows_of_one_target_stay_in_one_split() -> None:
     ("text", "found"),
     [
         ("target,artist\na.png,me\n", "column 'artist' is not known"),
-        ("target,target\na.png,b.png\n", "column 'target' is there twice"),
-        ("target,color\na.png,b.png\n", "column 'target' is there twice"),
+        ("target,target\na.png,b.png\n", "column 'target' is given twice"),
+        ("target,color\na.png,b.png\n", "column 'target' is given twice"),
         ("target,sketch\nwith,comma.png,s/a.png\n", "line 2: 's/a.png' is in no column; quote paths"),
         ("target,,\na.png,x,y\n", "line 2: 'x' is in no column"),
         ('target,sketch\na.png,\n"b.png,s/b.png\n', "line 3: unexpected end of data"),

@@ -259,7 +259,7 @@ def test_rollback_names_the_version_that_was_deleted(settings, bundle):
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)
     Registry(settings).client.delete_model_version(settings.model_name, "1")
-    with pytest.raises(RegistryError, match="alias champion: its version 1 was deleted, and no other is before it"):
+    with pytest.raises(RegistryError, match="its previous version 1 was deleted, and no other version was promoted"):
         release.rollback(settings)
 
 
