@@ -137,7 +137,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         name="ingress",
         num_replicas=args.num_ingress_replicas,
         ray_actor_options={"num_cpus": 0.25},
-        # The limit is far above what the engines hold, so that the engine's queue refuses requests, with a problem.
+        # This limit is far above what the engines hold: a full queue of the engines must refuse requests, not this one.
         max_ongoing_requests=max(100, 16 * args.max_batch * args.max_replicas),
         graceful_shutdown_timeout_s=args.timeout_s + 5,
     )

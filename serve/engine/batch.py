@@ -142,7 +142,7 @@ class _Group:
 
 @dataclass(eq=False)
 class _Layout:
-    """Inputs of network calls that stay the same until the rows or their guidance change, so calls share them."""
+    """Inputs of a network call that depend only on the rows and on their guidance, so that engine steps reuse them."""
 
     rows: list[Row]
     guided: list[int]

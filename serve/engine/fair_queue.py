@@ -1,9 +1,9 @@
 """Queue of waiting requests that is fair between API keys. It uses no torch, no clock and no threads.
 
 The key with the fewest slots in the running batch is served first. Among equal keys, the least recently served key is
-first, so that keys alternate even in a batch of one slot. Within a key, the order is first come, first served. New keys
-alone could starve the oldest request of a busy key. Therefore a request that is the first of its key and was passed
-`patience` times is served before all requests that were passed less often.
+first, so that keys alternate even in a batch of one slot. Within a key, the order is first come, first served. With
+this rule, a sequence of new keys could starve the oldest request of a busy key. Therefore a request that is the first
+of its key and was passed `patience` times is served before all requests that were passed less often.
 
 The bound: once a request is the first of its key, at most patience + K requests of other keys start before it, where K
 is the number of keys that wait at that moment. With n requests of its own key before it, the bound is (n + 1) times as
@@ -27,7 +27,7 @@ class _KeyQueue(Generic[T]):
 
     items: deque[T] = field(default_factory=deque)
     since: int = 0
-    """Count at which the present first request became the first."""
+    """Count at which the current first request became the first."""
     passed: int = 0
     """Number of requests of other keys that started since then."""
 

@@ -10,15 +10,15 @@ import logging
 from animediffusion.serve.engine.faults import ADVICE
 
 FAILED_STEPS = 2
-"""Number of consecutive steps out of memory after which evaluations are limited; loading a version may cause one."""
+"""Consecutive engine steps out of memory after which evaluations are limited; loading a version may cause one."""
 STEPS_UNTIL_RETRY = 1000
-"""Number of steps within the limit after which the limit is lifted to try a larger evaluation again."""
+"""Engine steps within the limit after which the limit is lifted to try a larger evaluation again."""
 
 log = logging.getLogger(__name__)
 
 
 class MemoryLimit:
-    """The largest evaluation to try, in requests. There is no limit until several steps in a row run out of memory."""
+    """The largest evaluation to try, in requests. A limit is set after consecutive engine steps run out of memory."""
 
     def __init__(self) -> None:
         self.most: int | None = None

@@ -24,7 +24,7 @@ PAPER_GRID_PX = 64
 FAINT_LINE = 0.08
 """Darkness below this value counts as grain of the paper."""
 NEARLY_BLACK = 64
-"""A picture whose median is below this value is refused, whatever its lines are."""
+"""A picture whose median brightness is below this value is refused."""
 DARK_GROUND = 128
 """On ground darker than this, lines may be lighter than the ground."""
 LIGHT_GROUND = 208

@@ -20,7 +20,7 @@ from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.rendering.sketch import Pixels, for_network
 
 STUCK_S = 300.0
-"""An engine counts as hanging if one step takes longer. The first step on a GPU may take a minute."""
+"""An engine counts as hanging if one engine step takes longer. The first one on a GPU may take a minute."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class LoadedModel:
         self.version = version
         self.engine = Engine(bundle, max_batch=max_batch, max_queue=max_queue, on_step=on_step, warms_up=is_compiled)
         self._seen = (0, time.monotonic())
-        """(number of steps, time) at the latest check at which the engine had run a step or was idle."""
+        """(number of engine steps, time) at the latest check that found the engine idle or a further step finished."""
 
     def submit(self, job: ColorizeJob, on_progress: Progress | None) -> Future[Pixels]:
         """Submit a job and return the future of its picture; see Engine.submit."""
@@ -86,14 +86,14 @@ class LoadedModel:
         return self.engine.work_left / sampler.num_evaluations(defaults.steps)
 
     def check(self) -> None:
-        """Raise RuntimeError if the engine does not work any more or hangs in a step."""
+        """Raise RuntimeError if the engine does not work any more or hangs in an engine step."""
         if not self.engine.is_alive:
             raise RuntimeError(f"the engine of version {self.version} has ended")
         steps, since = self._seen
         if self.engine.num_steps != steps or not self.engine.num_running:
             self._seen = (self.engine.num_steps, time.monotonic())
         elif time.monotonic() - since > STUCK_S:
-            raise RuntimeError(f"the engine of version {self.version} has been in one step for {STUCK_S:.0f} s")
+            raise RuntimeError(f"the engine of version {self.version} has been in one engine step for {STUCK_S:.0f} s")
 
 
 def _compile(bundle: Bundle) -> bool:

@@ -221,7 +221,7 @@ class Replica:
         return sum(model.pending_pictures for model in self._all())
 
     def check(self) -> None:
-        """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in a step."""
+        """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in an engine step."""
         if self.lost is not None:
             raise RuntimeError(self.lost)
         for model in self._loaded.values():

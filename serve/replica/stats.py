@@ -30,8 +30,8 @@ class ReplicaCounters:
 
     requests  (version, outcome): requests; the outcome is ok, failed, late, cancelled or busy
     swaps     (version, outcome): versions that were loaded and tested; the outcome is ok or failed
-    steps     (version,): network evaluations of a running batch
-    rows      (version,): evaluated rows of the network in these steps
+    steps     (version,): engine steps, that is, network evaluations of a running batch
+    rows      (version,): evaluated rows of the network in these engine steps
     cache     (version, outcome): references that were encoded already (hit) or had to be encoded (miss)
     """
 
@@ -47,7 +47,7 @@ class ReplicaCounters:
             self._totals[name][version, outcome] += 1
 
     def add_step(self, version: str, seconds: float) -> None:
-        """Record the duration of a step."""
+        """Record the duration of an engine step."""
         self._step_seconds.append((version, seconds))
 
     def collect(self, version: str, engine: Engine) -> None:
@@ -69,5 +69,5 @@ class ReplicaCounters:
             return {name: totals.copy() for name, totals in self._totals.items()}
 
     def take_step_seconds(self) -> list[tuple[str, float]]:
-        """Return (version, seconds) of the steps since the previous call."""
+        """Return (version, seconds) of the engine steps since the previous call."""
         return [self._step_seconds.popleft() for _ in range(len(self._step_seconds))]

@@ -1,6 +1,7 @@
 """The engines as the HTTP side sees them, over a handle of our own that answers what it is told to."""
 
 import asyncio
+import pickle
 
 import numpy as np
 import pytest
@@ -211,3 +212,13 @@ def test_a_refusal_is_counted_once_by_the_process_that_refuses(backend, monkeypa
         with pytest.raises(BusyError):
             asyncio.run(backend(refusal).colorize(JOB))
     assert counted == [{"version": "", "outcome": "busy"}]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BusyError("full", 2.5), BusyError("full"), DeadlineError("late"), UnavailableError("x"), NoModelError("y")],
+)
+def test_an_error_is_the_same_after_it_crosses_to_another_process(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.args, str(copy)) == (type(error), error.args, error.args[0])
+    assert getattr(copy, "retry_after_s", None) == getattr(error, "retry_after_s", None)

@@ -206,7 +206,7 @@ def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, refer
         monkeypatch.setattr(type(loaded.engine), "num_steps", loaded.engine.num_steps)  # the step that never ends
         replica.check()
         monkeypatch.setattr("animediffusion.serve.replica.loaded_model.STUCK_S", -1.0)
-        with pytest.raises(RuntimeError, match="version 1 has been in one step"):
+        with pytest.raises(RuntimeError, match="version 1 has been in one engine step"):
             replica.check()
         running.cancel()
 
