@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 from ray import serve
-from ray.serve.context import _get_global_client
 
 from animediffusion.models.bundle import verify
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster.ray_compat import serve_host
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
@@ -214,7 +214,7 @@ def _for_host(config: ServeConfig, host: str) -> ServeConfig:
 
 def _check_proxy(host: str) -> None:
     """Refuse a loopback host if Serve runs at a public address already: Serve would keep that address."""
-    running_at = _get_global_client().http_config.host
+    running_at = serve_host()
     if _is_loopback(host) and not _is_loopback(running_at):
         raise ConfigError("--host", f"Serve runs on this cluster already, at {running_at}", "use `serve deploy` there")
 

@@ -58,6 +58,13 @@ def dashboard_address() -> str | None:
     return get_dashboard_url() or None
 
 
+def serve_host() -> str:
+    """Return the host that Ray Serve's proxies listen on; serve.status() does not contain it."""
+    from ray.serve.context import _get_global_client  # not at the top: slow to import
+
+    return str(_get_global_client().http_config.host)
+
+
 def pause_scheduling(context: DataContext, pause_s: float) -> None:
     """Add a pause to every step of the scheduling loop of a Ray Data execution.
 
