@@ -38,7 +38,7 @@ def alias_lock(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
     try:
         _acquire(registry, name, stale_s)
     except MlflowException as error:
-        found = f"{tracking.place(registry.tracking_uri)} refused ({tracking.first_line(error)})"
+        found = f"{tracking.store_name(registry.tracking_uri)} refused the request ({tracking.first_line(error)})"
         raise RegistryError(f"lock for the aliases of {registry.name}", found, "nothing was changed") from error
     try:
         yield

@@ -81,5 +81,5 @@ def _percent(text: str) -> int:
 
 
 def _refused(registry: Registry, error: MlflowException) -> RegistryError:
-    found = f"refused ({tracking.first_line(error)})"
-    return RegistryError(tracking.place(registry.tracking_uri), found, "see `animediffusion doctor`")
+    found = f"refused the request ({tracking.first_line(error)})"
+    return RegistryError(tracking.store_name(registry.tracking_uri), found, "see `animediffusion doctor`")

@@ -95,7 +95,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         if tracking_uri.startswith(("http://", "https://")):
             reason = why_unreachable(tracking_uri)
             if reason is not None:
-                raise RegistryError(place(tracking_uri), reason, "check MLFLOW_TRACKING_URI, or unset it")
+                raise RegistryError(store_name(tracking_uri), reason, "check MLFLOW_TRACKING_URI, or unset it")
         with one_creator(tracking_uri):
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
@@ -112,9 +112,9 @@ def _opening(tracking_uri: str) -> Iterator[None]:
     except Exception as error:  # includes the errors of database drivers
         if "error code 401" in str(error):
             allowed = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            raise RegistryError(place(tracking_uri), "requires a user and password", allowed) from error
+            raise RegistryError(store_name(tracking_uri), "requires a user and password", allowed) from error
         found = f"cannot be opened ({first_line(error)})"
-        raise RegistryError(place(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
+        raise RegistryError(store_name(tracking_uri), found, "check MLFLOW_TRACKING_URI and the workspace") from error
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_root: Path | None) -> str:
@@ -286,7 +286,7 @@ class Run:
         left = self._spool.close(patience_s)
         if left:
             where = f"wait in {self._unsent}; the same command sends them" if self._unsent is not None else "are lost"
-            self._warn(f"{place(self.tracking_uri)} still does not answer: {left} records {where}")
+            self._warn(f"{store_name(self.tracking_uri)} still does not answer: {left} records {where}")
         return left
 
     def _send(self, entries: list[Entry]) -> int:
@@ -299,7 +299,7 @@ class Run:
             except Exception as error:  # of any kind: tracking errors must never stop training
                 if not is_permanent(error):
                     return self._unreachable(sent, error)
-                self._warn(f"{place(self.tracking_uri)}: a record is dropped ({first_line(error)})")
+                self._warn(f"{store_name(self.tracking_uri)}: a record is dropped ({first_line(error)})")
             sent += len(group)
             self._warned = False
         return sent
@@ -307,7 +307,7 @@ class Run:
     def _unreachable(self, sent: int, error: Exception) -> int:
         if not self._warned:
             self._warned = True
-            self._warn(f"{place(self.tracking_uri)} does not answer ({first_line(error)}); records are sent later")
+            self._warn(f"{store_name(self.tracking_uri)} does not answer ({first_line(error)}); records are sent later")
         return sent
 
 
@@ -328,7 +328,7 @@ def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def place(tracking_uri: str) -> str:
+def store_name(tracking_uri: str) -> str:
     """Return the name of a store for messages, without its password."""
     return f"MLflow at {without_password(tracking_uri)}"
 

@@ -216,4 +216,5 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    # Ray's workers inherit the variable; warnings of libraries do not help users.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
