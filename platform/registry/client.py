@@ -30,6 +30,7 @@ from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder, whole_folder
 from animediffusion.platform.registry.model_version import (
     ASIDE,
+    EvaluationJson,
     Version,
     bundle_files,
     damage,
@@ -70,7 +71,7 @@ class Registry:
         sha256: str,
         run_id: str | None = None,
         parent: int | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: EvaluationJson | None = None,
         tags: dict[str, str] | None = None,
         files: dict[str, bytes] | None = None,
     ) -> int:
@@ -228,7 +229,7 @@ class Registry:
             held = mlflow.artifacts.list_artifacts(self.location(version), tracking_uri=self.tracking_uri)
         return {Path(item.path).name for item in held}
 
-    def add_evaluation(self, version: int, result: dict[str, Any]) -> None:
+    def add_evaluation(self, version: int, result: EvaluationJson) -> None:
         """Store an evaluation of a version in its tags, so that a promotion can compare versions."""
         with self._reported(f"version {version}"):
             for key, value in evaluation_tags(result, own=False).items():
@@ -306,7 +307,7 @@ class Registry:
             raise
         return self.client.finalize_logged_model(model.model_id, "READY")
 
-    def _log_headline(self, run_id: str, model_id: str, metrics: dict[str, Any]) -> None:
+    def _log_headline(self, run_id: str, model_id: str, metrics: EvaluationJson) -> None:
         now = int(datetime.now(UTC).timestamp() * 1000)
         numbers = [Metric(key, value, now, 0, model_id=model_id) for key, value in headline(metrics).items()]
         if numbers:

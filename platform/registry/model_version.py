@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+EvaluationJson = dict[str, Any]
+"""An evaluation as `evaluate --json` prints it and as metrics.json and the tags of a version keep it."""
+
 _EVALUATION = "evaluation."
 """Beginning of the names of the tags that hold evaluations, each as JSON."""
 
@@ -30,9 +33,9 @@ class Version:
     sha256: str
     created: str
     """Time of registration, ISO 8601, UTC."""
-    metrics: dict[str, Any]
+    metrics: EvaluationJson
     """metrics.json of the bundle, else a later evaluation; empty if the version was never evaluated."""
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[EvaluationJson] = field(default_factory=list)
     """All evaluations of the version, the bundle's own first, in the format that `evaluate` prints."""
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -42,7 +45,7 @@ class Version:
         return {key: value for key, value in asdict(self).items() if key in keys}
 
 
-def headline(metrics: dict[str, Any]) -> dict[str, float]:
+def headline(metrics: EvaluationJson) -> dict[str, float]:
     """Return the numbers of an evaluation as flat metrics such as `same.psnr`."""
     return {
         f"{track}.{name}": float(value)
@@ -72,11 +75,11 @@ def read_version(item: Any, aliases: dict[str, str]) -> Version:
     )
 
 
-def _evaluations(tags: dict[str, str]) -> list[dict[str, Any]]:
+def _evaluations(tags: dict[str, str]) -> list[EvaluationJson]:
     return [json.loads(value) for key, value in sorted(tags.items()) if key.startswith(_EVALUATION)]
 
 
-def evaluation_tags(metrics: dict[str, Any], *, own: bool) -> dict[str, str]:
+def evaluation_tags(metrics: EvaluationJson, *, own: bool) -> dict[str, str]:
     """Encode an evaluation as tags: `metrics` for the bundle's own evaluation, else one tag per data set and split."""
     if not metrics:
         return {}
