@@ -65,14 +65,14 @@ class Run:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
-            told = json.loads(line)
-            self.step = told.get("step", self.step)
-            self.result = told.get("result", self.result)
+            message = json.loads(line)
+            self.step = message.get("step", self.step)
+            self.result = message.get("result", self.result)
 
-    def wait(self, step: int) -> bool:
-        """Wait until the run reports this step; return False if it ended or did not get there in time."""
+    def wait(self, step: int | None) -> bool:
+        """Wait until the run reports this step (None: until it ends); return False if it does not get there in time."""
         end = time.monotonic() + STUCK_S
-        while self.step < step:
+        while step is None or self.step < step:
             if self.result is not None or time.monotonic() > end or self.process.poll() not in (None, -9):
                 return False
             time.sleep(0.005)
@@ -157,10 +157,10 @@ def one_phase(phase: int, args: argparse.Namespace, parent: str | None, kills: i
     common = [f"max_steps={2 * args.interval * (kills + 2)}", f"max_failures={kills}"]
     common += [f"init_from={parent}"] if parent else []
     calm = Run(workspace, recipe, [f"name=calm-{phase}", *common])
-    calm.wait(1 << 40)
+    calm.wait(None)
     stormy = Run(workspace, recipe, [f"name=storm-{phase}", *common])
     counts = storm(stormy, kills, args.interval, random.Random(args.seed + phase))
-    stormy.wait(1 << 40)
+    stormy.wait(None)
     if calm.result is None or stormy.result is None:
         return {"phase": phase, **counts, "equal": False}, ""
     states = [
@@ -175,6 +175,7 @@ def drive(workspace: str, recipe: str, *overrides: str) -> None:
     """Train in this process, and print one JSON line for each progress report."""
     from animediffusion.pipelines.training import driver as training
     from animediffusion.pipelines.training.recipe import load_recipe
+    from animediffusion.pipelines.training.reporting import TrainProgress
     from animediffusion.platform.cluster import connect as cluster
     from animediffusion.platform.config import Settings
 
@@ -184,11 +185,11 @@ def drive(workspace: str, recipe: str, *overrides: str) -> None:
     sys.stdout = sys.stderr
     cluster.connect(settings)
 
-    def report(now: dict[str, Any]) -> None:
-        print(json.dumps({"step": now.get("step", 0)}), file=out, flush=True)
+    def report(now: TrainProgress) -> None:
+        print(json.dumps({"step": now.step}), file=out, flush=True)
 
     result = training.train(settings, load_recipe(recipe, list(overrides)), report)
-    print(json.dumps({"result": result}), file=out, flush=True)
+    print(json.dumps({"result": result.to_json()}), file=out, flush=True)
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ from PIL import Image
 from animediffusion.models.augmentation.augment import make_batch
 from animediffusion.models.augmentation.lineart import xdog
 from animediffusion.models.bundle import SamplerDefaults
+from animediffusion.models.device import data_parallel
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.models.training.loop import Rows, TrainState, fit, step_generator
 from animediffusion.pipelines.data.ingest import ingest
@@ -56,7 +57,6 @@ from animediffusion.pipelines.data.shards import PICTURES
 from animediffusion.pipelines.data.stream import _read, decode_rows, training_dataset
 from animediffusion.pipelines.synthetic.dataset import synthesize
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.pipelines.training.worker import _ddp
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.images.codec import decode_rgb, fit_square
@@ -237,7 +237,7 @@ def _bare_process(uri: str, size: int, steps: int, workers: int, rank: int, meet
     trainer = Trainer(size, load_recipe("phase1").batch_size // workers)
     if meeting is not None:
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=workers)
-        trainer.objective = _ddp(trainer.objective, torch.device("cpu"))
+        trainer.objective = data_parallel(trainer.objective, torch.device("cpu"))
     kept = itertools.repeat(next(decoded(uri, trainer.batch_rows)))
     trainer.steps(kept, 5)
     begun = time.perf_counter()

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def strict_images(denoiser: Denoiser, batch: Batch, noise: torch.Tensor) -> torc
 def measure(result: NDArray[np.uint8], batch: Batch, weights: Path | None) -> Scores:
     """Return all metrics of result images [B, S, S, 3]; LPIPS and FID only if their weights are given."""
     truth, sketch = (to_uint8(x.cpu()).numpy() for x in (batch.target, batch.sketch.expand(-1, 3, -1, -1)))
-    scores: Scores = {**score(result, truth), **detail(result, truth, sketch)}
+    scores: Scores = {**asdict(score(result, truth)), **detail(result, truth, sketch)}
     return scores if weights is None else {**scores, **perceptual(result, truth, weights)}
 
 

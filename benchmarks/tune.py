@@ -37,16 +37,15 @@ from animediffusion.models.diffusion.sampler import SAMPLERS
 from animediffusion.models.training.ema import Averages, read_averages
 from animediffusion.pipelines.data.ingest import prepare
 from animediffusion.pipelines.evaluation.evaluate import evaluate
-from animediffusion.pipelines.evaluation.measure import Rows, load_rows, measure
-from animediffusion.pipelines.evaluation.point import Point
+from animediffusion.pipelines.evaluation.measure import MeasuredRows, Measurement, load_rows, measure
 from animediffusion.pipelines.synthetic.dataset import synthesize
 from animediffusion.pipelines.training.driver import train
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.pipelines.tuning.optuna_searcher import TrialLog
+from animediffusion.pipelines.tuning.optuna_searcher import SearchConfig, TrialEntry, TrialLog
 from animediffusion.pipelines.tuning.pareto import describe, pareto_front
 from animediffusion.pipelines.tuning.plots import draw_front
 from animediffusion.pipelines.tuning.sampler_search import search
-from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
+from animediffusion.pipelines.tuning.sampler_space import SamplerSpace, to_point
 from animediffusion.pipelines.tuning.schedule_search import tune_schedule
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
@@ -82,14 +81,16 @@ def grid(space: SamplerSpace) -> list[SamplerDefaults]:
     return list(found)
 
 
-def measure_all(bundle: Bundle, averages: Averages, rows: Rows, settings: list[Setting], log: TrialLog) -> list[Point]:
+def measure_all(
+    bundle: Bundle, averages: Averages, rows: MeasuredRows, settings: list[Setting], log: TrialLog
+) -> list[Measurement]:
     """Measure all settings on Ray, except those that the trial log already contains."""
-    found = [Point.of(entry["measured"]) for entry in log.read()]
+    found = [Measurement.of(entry.details["measured"]) for entry in log.read()]
     known = {(point.settings, point.ema_length): point for point in found}
     shared = ray.put((bundle, averages, rows.searched))
 
     @ray.remote(num_cpus=1)
-    def one(task: Any, some: list[Setting]) -> list[Point]:
+    def one(task: Any, some: list[Setting]) -> list[Measurement]:
         model, weights, batch = task
         return [measure(weights.use(model, length), batch, sampler, length) for sampler, length in some]
 
@@ -98,13 +99,16 @@ def measure_all(bundle: Bundle, averages: Averages, rows: Rows, settings: list[S
     while tasks:
         [done], tasks = ray.wait(tasks)
         for point in ray.get(done):
-            log.write({"measured": asdict(point)})
+            values = [point.psnr, float(point.evaluations)]
+            log.write(
+                TrialEntry(to_point(point.settings, point.ema_length), values, details={"measured": asdict(point)})
+            )
             known[point.settings, point.ema_length] = point
         print(f"grid: {len(known)} of {len(settings)}", file=sys.stderr, flush=True)
     return [known[setting] for setting in settings]
 
 
-def best_at(points: list[Point], cost: int) -> Point:
+def best_at(points: list[Measurement], cost: int) -> Measurement:
     """Return the best of the points with at most this cost."""
     return max((point for point in points if point.evaluations <= cost), key=lambda point: point.psnr)
 
@@ -122,7 +126,7 @@ def sampler_table(model: str, data: str, images: int, searches: int, out: Path) 
     for seed in range(searches):
         folder = out / f"search-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        found.append(search(bundle, averages, rows.searched, folder, trials=trials, progress=note, seed=seed))
+        found.append(search(bundle, averages, rows.searched, folder, SearchConfig(trials, progress=note), seed))
         (folder / "front.png").write_bytes(draw_front(found[-1], found[-1][0]))
     seconds = (time.monotonic() - begun) / searches
     path, made = bundle.config.path, bundle.config.provenance
@@ -167,12 +171,12 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
     seconds = time.monotonic() - begun
     print("| training steps | trials that reached them | best, dB | the bad recipe, dB |")
     print("|---|---|---|---|")
-    for rung in result["front"]:
-        base = "stopped early" if rung["base_psnr"] is None else f"{rung['base_psnr']:.2f}"
-        print(f"| {rung['steps']} | {rung['trials']} | {rung['psnr']:.2f} | {base} |")
+    for rung in result.front:
+        base = "stopped early" if rung.base_psnr is None else f"{rung.base_psnr:.2f}"
+        print(f"| {rung.steps} | {rung.trials} | {rung.psnr:.2f} | {base} |")
     print(
-        f"\n{result['trials']} trials in {seconds:.0f} s: {result['finished']} to the end, {result['stopped_early']} "
-        f"stopped early, {result['failed']} failed, {result['cut']} cut by the clock.\n"
+        f"\n{result.trials} trials in {seconds:.0f} s: {result.finished} finished, "
+        f"{result.stopped_early} stopped early, {result.failed} failed, {result.cut} ended by the time limit.\n"
     )
     # Restart Ray, because it keeps the CPUs of trials that ran out of time reserved for minutes.
     cluster.shutdown()
@@ -180,12 +184,12 @@ def schedule_table(settings: Settings, data: str, minutes: float, steps: int, re
     scores = {}
     for name, path in (("the bad recipe", recipe), ("the found recipe", found)):
         run = train(settings, load_recipe(str(path), [f"data={data}", f"max_steps={steps}", "num_workers=1"]))
-        scores[name] = evaluate(settings, run["bundle"], data)["tracks"]
+        scores[name] = evaluate(settings, run.bundle, data).tracks
     print(f"Both trained by `train` for {steps} steps, all rows of val:\n")
     print("| | PSNR same | PSNR cross |\n|---|---|---|")
     for name, tracks in scores.items():
-        print(f"| {name} | {tracks['same']['psnr']:.2f} | {tracks['cross']['psnr']:.2f} |")
-    gain = scores["the found recipe"]["cross"]["psnr"] - scores["the bad recipe"]["cross"]["psnr"]
+        print(f"| {name} | {tracks['same'].psnr:.2f} | {tracks['cross'].psnr:.2f} |")
+    gain = scores["the found recipe"]["cross"].psnr - scores["the bad recipe"]["cross"].psnr
     print(f"\nGain {gain:+.2f} dB, wanted {GAIN_DB:+.2f}: {'ok' if gain >= GAIN_DB else 'NOT ok'}\n")
     print(f"```yaml\n{found.read_text().rstrip()}\n```")
     return gain >= GAIN_DB
@@ -202,7 +206,7 @@ def drawn_faces(out: Path, size: int) -> str:
 def trained(settings: Settings, data: str) -> str:
     """Train the recipe `demo` for TRAIN_MINUTES and return its bundle."""
     overrides = [f"data={data}", f"max_minutes={TRAIN_MINUTES}", "name=model"]
-    return str(train(settings, load_recipe("demo", overrides))["bundle"])
+    return train(settings, load_recipe("demo", overrides)).bundle
 
 
 def main() -> int:

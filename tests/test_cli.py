@@ -189,7 +189,9 @@ def test_a_run_of_the_same_name_with_other_settings_is_refused_with_their_names(
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(old)))
     code, _, err = command("train", "demo", f"data={faces_dataset}", "name=x", "seed=1", "log_every=3")
     assert code == 2
-    assert err == ["error: run x: exists with another augment.flip, seed; choose another name=, or the old values"]
+    assert err == [
+        "error: run x: already exists with a different augment.flip, seed; choose another name=, or the old values"
+    ]
 
 
 def test_json_is_the_last_line_and_the_only_one_on_stdout(command, bundle, faces_dataset):

@@ -31,6 +31,8 @@ Rows = Mapping[str, Tensor]
 
 WEIGHTS, NUMBERS = "state.safetensors", "state.json"
 """File names of a saved state."""
+OLD_UNKNOWN_LENGTH = 1 << 40
+"""The max_steps that version 0.1 saved while the length of the run was unknown."""
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """Environment variables of a training process: glibc keeps freed memory for the next step instead of requesting zeroed
@@ -100,7 +102,7 @@ class Snapshot(NamedTuple):
 
     tensors: dict[str, Tensor]
     """Tensors in the host's memory, by their names in the file."""
-    numbers: dict[str, int]
+    numbers: dict[str, int | None]
     """The values of step and max_steps."""
 
 
@@ -110,10 +112,10 @@ class TrainState:
     Args:
         denoiser: the model to train, already on its device.
         config: optimizer settings.
-        max_steps: length of the run, which the learning rate's schedule needs.
+        max_steps: length of the run, which the learning rate's schedule needs; None while it is unknown.
     """
 
-    def __init__(self, denoiser: Denoiser, config: OptimizerConfig, max_steps: int) -> None:
+    def __init__(self, denoiser: Denoiser, config: OptimizerConfig, max_steps: int | None) -> None:
         self.denoiser = denoiser
         self.config = config
         self.max_steps = max_steps
@@ -142,7 +144,7 @@ class TrainState:
         if c.cosine_after_warmup:
             return c.final_learning_rate + (1 - c.final_learning_rate) * self._share()
         warm = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / max(1, self.max_steps))))
+        cosine = 0.5 * (1 + math.cos(math.pi * self._done()))
         return warm * (c.final_learning_rate + (1 - c.final_learning_rate) * cosine)
 
     def _share(self) -> float:
@@ -150,8 +152,13 @@ class TrainState:
         warmup = self.config.warmup_steps
         if self.step < warmup:
             return self.step / warmup
-        done = min(1.0, (self.step - warmup) / max(1, self.max_steps - warmup))
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * self._done(warmup)))
+
+    def _done(self, begin: int = 0) -> float:
+        """Return the fraction of the steps from `begin` on that are done; 0 while the length is unknown."""
+        if self.max_steps is None:
+            return 0.0
+        return min(1.0, (self.step - begin) / max(1, self.max_steps - begin))
 
     def apply_gradients(self, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients, step the optimizers and update the averages; return the gradient norm before clipping.
@@ -244,7 +251,8 @@ class TrainState:
         """
         tensors = load_file(folder / WEIGHTS)
         numbers = json.loads((folder / NUMBERS).read_text())
-        self.step, self.max_steps = numbers["step"], numbers["max_steps"]
+        self.step, length = numbers["step"], numbers["max_steps"]
+        self.max_steps = None if length == OLD_UNKNOWN_LENGTH else length
         with torch.no_grad():
             for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
                 if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != parameter.shape:
@@ -317,14 +325,14 @@ def fit(
     state: TrainState,
     objective: nn.Module,
     batches: Iterable[Rows],
-    until_step: int,
+    until_step: int | None,
     on_step: Callable[[Step], bool | None],
     *,
     augment: AugmentConfig,
     seed: int,
     rank: int = 0,
 ) -> None:
-    """Train until `until_step`, until `batches` ends, or until `on_step` returns True.
+    """Train until `until_step` (None: no limit), until `batches` ends, or until `on_step` returns True.
 
     Args:
         state: the state to train, updated in place.
@@ -343,7 +351,7 @@ def fit(
     device = state.parameters[0].device
     reduced = state.config.precision == "bf16" and has_bfloat16(device)
     for rows in batches:
-        if state.step >= until_step:
+        if until_step is not None and state.step >= until_step:
             return
         drawn = step_generator(seed, state.step, rank)
         batch = make_batch(rows, augment, drawn)
@@ -355,7 +363,7 @@ def fit(
         torch.autograd.backward(loss.total, 0 * loss.total.detach() + 1)
         learning_rate = state.learning_rate()
         norm = state.apply_gradients(loss.total)
-        if on_step(Step(state.step, loss, norm, learning_rate)) or state.step >= until_step:
+        if on_step(Step(state.step, loss, norm, learning_rate)) or state.step == until_step:
             return
 
 

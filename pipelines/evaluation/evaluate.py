@@ -8,27 +8,30 @@ recolored together. All seeds are fixed, so two models get the same inputs and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from animediffusion.models.augmentation.augment import Batch, fixed_batch
-from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_uint8
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
-from animediffusion.pipelines.evaluation.metrics import Images, score, trivial_results
+from animediffusion.pipelines.evaluation.metrics import Images, ImageScores, score, trivial_results
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images.codec import contact_sheet, encode_png
 
 TRACKS = ("same", "cross")
 SEED = 20240
+SplitRows = Mapping[str, NDArray[Any]]
+"""Rows of a split as read_split() returns them, without `id`."""
 CHUNK = 25
 """Images per batch, which bounds memory and the time between progress reports."""
 GRID_ROWS = 8
@@ -44,6 +47,37 @@ class Track:
     truth: Images
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Quality of a model on the rows of a dataset."""
+
+    model: str
+    """Bundle folder, URI or models:/ reference, as it was given."""
+    model_sha256: str
+    data: str
+    data_hash: str
+    """content_hash of the dataset."""
+    split: str
+    num_images: int
+    image_size: int
+    """Side of the images in pixels."""
+    sampler: SamplerDefaults
+    tracks: dict[str, ImageScores]
+    """Scores of the model, by track."""
+    baselines: dict[str, dict[str, ImageScores]]
+    """Scores of the trivial baselines, by baseline and track."""
+    cross_truth: Literal["second_view", "recolored"]
+    """Truth of the track `cross`; second_view if all rows have a cross reference."""
+    grid: str | None
+    """Path of the picture; None if none was written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `evaluate` prints, which is also OUT/metrics.json."""
+        interval = list(self.sampler.guidance_interval)
+        values = asdict(self)
+        return {**values, "sampler": {**values["sampler"], "guidance_interval": interval}}
+
+
 def evaluate(
     settings: Settings,
     model: str,
@@ -52,8 +86,8 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure a model, return its metrics, and write OUT/metrics.json and OUT/grid.png if `out` is given.
+) -> Evaluation:
+    """Measure a model, and write OUT/metrics.json and OUT/grid.png if `out` is given.
 
     Raises:
         ConfigError: if the image sizes of data and model differ.
@@ -69,31 +103,28 @@ def evaluate(
         raise ConfigError(data, found, "ingest the source at the model's size")
     rows = {key: value for key, value in read_split(data, split, limit).items() if key != "id"}
     tracks = run_tracks(bundle, rows, progress)
-    result: dict[str, Any] = {
-        "model": model,
-        "model_sha256": bundle.sha256,
-        "data": data,
-        "data_hash": manifest.content_hash,
-        "split": split,
-        "num_images": len(rows["target"]),
-        "image_size": manifest.image_size,
-        "sampler": _sampler(bundle),
-        "tracks": {name: score(track.result, track.truth) for name, track in tracks.items()},
-        "baselines": _baselines(tracks),
-        "cross_truth": "second_view" if rows["has_cross"].all() else "recolored",
-        "grid": None,
-    }
+    result = Evaluation(
+        model=model,
+        model_sha256=bundle.sha256,
+        data=data,
+        data_hash=manifest.content_hash,
+        split=split,
+        num_images=len(rows["target"]),
+        image_size=manifest.image_size,
+        sampler=bundle.config.sampler,
+        tracks={name: score(track.result, track.truth) for name, track in tracks.items()},
+        baselines=_baselines(tracks),
+        cross_truth="second_view" if rows["has_cross"].all() else "recolored",
+        grid=None if out is None else str(out / "grid.png"),
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        result["grid"] = str(out / "grid.png")
         (out / "grid.png").write_bytes(encode_png(grid(tracks)))
-        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "metrics.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
     return result
 
 
-def run_tracks(
-    bundle: Bundle, rows: dict[str, Any], progress: Callable[[int, int], None] | None = None
-) -> dict[str, Track]:
+def run_tracks(bundle: Bundle, rows: SplitRows, progress: Callable[[int, int], None] | None = None) -> dict[str, Track]:
     """Color all rows on both tracks with fixed references and fixed noise."""
     chunks, results, done = fixed_chunks(rows), [], 0
     for chunk in chunks:
@@ -114,7 +145,7 @@ class TrackChunk:
     """Seed of each row's noise."""
 
 
-def fixed_chunks(rows: dict[str, Any]) -> list[TrackChunk]:
+def fixed_chunks(rows: SplitRows) -> list[TrackChunk]:
     """Divide both tracks of the rows into chunks of at most CHUNK images."""
     chunks = []
     for number, name in enumerate(TRACKS):
@@ -149,14 +180,9 @@ def grid(tracks: dict[str, Track], rows: int = GRID_ROWS) -> Images:
     return contact_sheet(lines, labels)
 
 
-def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, Any]]:
-    table: dict[str, dict[str, Any]] = {}
+def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, ImageScores]]:
+    table: dict[str, dict[str, ImageScores]] = {}
     for name, track in tracks.items():
         for baseline, images in trivial_results(track.sketch, track.reference).items():
             table.setdefault(baseline, {})[name] = score(images, track.truth)
     return table
-
-
-def _sampler(bundle: Bundle) -> dict[str, Any]:
-    sampler = asdict(bundle.config.sampler)
-    return {**sampler, "guidance_interval": list(sampler["guidance_interval"])}

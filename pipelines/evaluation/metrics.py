@@ -5,6 +5,7 @@ pipelines/evaluation/perceptual.py computes LPIPS and FID, which need third-part
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,22 @@ _INK = 0.5
 """Threshold between black (0) and white (1): darker pixels of a sketch belong to a line."""
 
 
-def score(result: Images, truth: Images) -> dict[str, float | None]:
-    """Return the means over images of psnr (dB), ssim, ms_ssim and ciede2000.
+@dataclass(frozen=True, slots=True)
+class ImageScores:
+    """Means over images of the metrics of results against their truth."""
 
-    ms_ssim is None for images smaller than MS_SSIM_MIN_SIDE; ciede2000 is 0 for equal colors, and 1 is just visible.
-    """
+    psnr: float
+    """dB; 100 for equal images."""
+    ssim: float
+    """1 for equal images."""
+    ms_ssim: float | None
+    """1 for equal images; None for images smaller than MS_SSIM_MIN_SIDE."""
+    ciede2000: float
+    """Color difference; 0 for equal colors, and 1 is just visible."""
+
+
+def score(result: Images, truth: Images) -> ImageScores:
+    """Return the scores of results against their truth."""
     # This import takes a second of CPU time, and training workers do not need it.
     from torchmetrics.functional.image import (
         multiscale_structural_similarity_index_measure,
@@ -46,12 +58,12 @@ def score(result: Images, truth: Images) -> dict[str, float | None]:
     ms_ssim = None
     if result.shape[1] >= MS_SSIM_MIN_SIDE:
         ms_ssim = round(_mean(multiscale_structural_similarity_index_measure(a, b, data_range=1.0)), 4)
-    return {
-        "psnr": round(float(psnr(result, truth).mean()), 3),
-        "ssim": round(_mean(structural_similarity_index_measure(a, b, data_range=1.0)), 4),
-        "ms_ssim": ms_ssim,
-        "ciede2000": round(ciede2000(result, truth), 3),
-    }
+    return ImageScores(
+        psnr=round(float(psnr(result, truth).mean()), 3),
+        ssim=round(_mean(structural_similarity_index_measure(a, b, data_range=1.0)), 4),
+        ms_ssim=ms_ssim,
+        ciede2000=round(ciede2000(result, truth), 3),
+    )
 
 
 def ciede2000(result: Images, truth: Images) -> float:

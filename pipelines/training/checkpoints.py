@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,8 +30,6 @@ from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
 
 CHECKSUMS, SCORE = "checksums.json", "score.json"
-BEST_BY = "ciede2000"
-"""The entry of a score that decides which checkpoint is best; lower is better."""
 OUTLAST_S = 300.0
 """Seconds for which a run retries what it cannot skip: reading its last checkpoint and writing its result."""
 PAUSE_S = 5.0
@@ -42,6 +41,20 @@ Save = Callable[[Path], None]
 """Function that writes the files of a copied state into a folder; it runs outside the training thread."""
 Take = Callable[[], Save]
 """Function that copies the current state, so that training can continue while the copy is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointScore:
+    """Quality of a checkpoint on the first rows of `val`."""
+
+    psnr: float
+    """PSNR of the cross track in dB."""
+    ssim: float
+    """SSIM of the cross track, at most 1."""
+    ciede2000: float
+    """Color difference (CIEDE2000) on the cross track; the checkpoint with the lowest is the best."""
+    psnr_same: float
+    """PSNR of the same track in dB."""
 
 
 def step_name(step: int) -> str:
@@ -107,20 +120,21 @@ def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
     return 0
 
 
-def read_scores(place: str) -> dict[int, dict[str, float]]:
+def read_scores(place: str) -> dict[int, CheckpointScore]:
     """Return the scores of all scored checkpoints, by step, ascending."""
     scored = sorted(step for step, names in _files(place).items() if SCORE in names)
-    return {step: json.loads(storage.read_bytes(storage.join(place, step_name(step), SCORE))) for step in scored}
+    files = {step: storage.read_bytes(storage.join(place, step_name(step), SCORE)) for step in scored}
+    return {step: CheckpointScore(**json.loads(content)) for step, content in files.items()}
 
 
-def write_score(place: str, step: int, score: dict[str, float]) -> None:
+def write_score(place: str, step: int, score: CheckpointScore) -> None:
     """Write a score into the folder of its checkpoint."""
-    storage.write_bytes(storage.join(place, step_name(step), SCORE), json.dumps(score).encode() + b"\n")
+    storage.write_bytes(storage.join(place, step_name(step), SCORE), json.dumps(asdict(score)).encode() + b"\n")
 
 
-def best_step(scores: dict[int, dict[str, float]]) -> int | None:
-    """Return the step with the lowest cross-reference CIEDE2000 (the later step of a tie), or None without scores."""
-    return min(scores, key=lambda step: (scores[step][BEST_BY], -step), default=None)
+def best_step(scores: dict[int, CheckpointScore]) -> int | None:
+    """Return the step with the lowest CIEDE2000 (the later step of a tie), or None without scores."""
+    return min(scores, key=lambda step: (scores[step].ciede2000, -step), default=None)
 
 
 def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:

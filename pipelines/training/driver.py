@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,18 +21,21 @@ import ray.train
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
-from animediffusion.models.bundle import identity, load_bundle, save_bundle
+from animediffusion.models.bundle import load_bundle
 from animediffusion.models.network.attention import attention_used
-from animediffusion.models.training.ema import pack
-from animediffusion.models.training.loop import MALLOC, averaged_weights, kept_averages
+from animediffusion.models.training.loop import MALLOC
 from animediffusion.pipelines.data.stream import read_split, training_dataset
-from animediffusion.pipelines.training.checkpoints import best_step, fetch, latest_step, outlast, read_scores
-from animediffusion.pipelines.training.model_card import model_card
+from animediffusion.pipelines.evaluation.evaluate import SplitRows
+from animediffusion.pipelines.training.checkpoints import best_step, latest_step, outlast, read_scores
 from animediffusion.pipelines.training.plan import RunPlan, plan, read_json, write_json
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
+from animediffusion.pipelines.training.reporting import ProgressActor, RunAddress, RunFailure, TrainProgress
+from animediffusion.pipelines.training.result import TrainResult, write_bundle
 from animediffusion.pipelines.training.scaling import scaling_for, worker_threads
-from animediffusion.pipelines.training.worker import Progress, train_worker
+from animediffusion.pipelines.training.trial_report import TrialContext
+from animediffusion.pipelines.training.worker import WorkerContext, train_worker
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
@@ -55,21 +55,20 @@ TORCHS_ADVICE = (
     "Device-side assertion",
     "Set TORCHDYNAMO_VERBOSE=1",
 )
-"""How lines begin that torch puts behind the reason of an error: equal for all of them, so they say nothing."""
+"""Beginnings of the lines that torch appends to every error, whatever its cause."""
 
-OTHERS = ("/gloo/", "NCCL error", "Connection closed by peer", "Connection reset by peer")
-"""In the error of a worker that was exchanging gradients with one that failed."""
+LOST_PEER = ("/gloo/", "NCCL error", "Connection closed by peer", "Connection reset by peer")
+"""Parts of the errors of a worker that was exchanging gradients with a worker that failed."""
 
 UNSENT = "unsent"
 """Subfolder of a run with the records that MLflow has not received yet."""
 
-Report = Callable[[dict[str, Any]], None]
-"""Callback for progress, with the latest step, max_steps, elapsed, loss, images_per_s, data_wait, best_step, warnings
-and further values of Progress (pipelines/training/worker.py)."""
+Report = Callable[[TrainProgress], None]
+"""Callback for the state of a run, which the driver calls when the state has changed."""
 
 
-def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> dict[str, Any]:
-    """Train to the end of the budget and return the JSON object that `train --json` prints.
+def train(settings: Settings, config: TrainConfig, report: Report | None = None) -> TrainResult:
+    """Train to the end of the budget.
 
     The caller must have connected to Ray.
 
@@ -80,9 +79,9 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     """
     work = plan(settings, config)
     if work.finished:
-        summary: dict[str, Any] = read_json(work.folder / "run.json")["result"]
-        send_left(settings, summary["mlflow_run_id"], work.folder / UNSENT)
-        return summary
+        result = TrainResult.from_json(read_json(work.folder / "run.json")["result"])
+        send_left(settings, result.mlflow_run_id, work.folder / UNSENT)
+        return result
     scaling, notes = scaling_for(work.config, *cluster.resources())
     work.folder.mkdir(parents=True, exist_ok=True)
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
@@ -91,7 +90,7 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     tags, unsent = {"data_hash": work.data_hash}, work.folder / UNSENT
     run = Run.start(settings, TRAINING, work.run, params, run_id=previous, tags=tags, unsent=unsent)
     write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": run.run_id, "finished": False})
-    progress = _progress()
+    progress = _progress_actor()
     for line in notes:
         progress.warn.remote(line)
     begun = time.monotonic()
@@ -107,49 +106,71 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
 
 def _fit(
     work: RunPlan, scaling: ray.train.ScalingConfig, run: Run, progress: Any, report: Report | None
-) -> dict[str, Any]:
+) -> TrainProgress:
     weights = None if work.parent_folder is None else ray.put(load_bundle(work.parent_folder).denoiser.state_dict())
-    shared = {"init_weights": weights, "progress": progress, "samples": _samples(work.config)}
+    context = worker_context(work, run, progress, init_weights=weights, samples=_samples(work.config))
     while True:
         begun = latest_step(work.checkpoints)
-        trainer = build_trainer(work, scaling, run, shared, worker_threads(scaling))
+        trainer = build_trainer(work, scaling, context, worker_threads(scaling))
         latest = _run_and_watch(trainer, work, progress, report)
         # One Ray Data execution delivers a bounded number of rows; if they run out, continue as a resumed run does.
-        if not begun < latest.get("step", 0) < latest.get("max_steps", 0):
+        complete = latest.max_steps is not None and latest.step >= latest.max_steps
+        if complete or latest.step <= begun:
             return latest
+
+
+def worker_context(
+    work: RunPlan,
+    run: Run,
+    progress: Any,
+    *,
+    init_weights: ray.ObjectRef[dict[str, Tensor]] | None = None,
+    samples: SplitRows | None = None,
+    trial: TrialContext | None = None,
+) -> WorkerContext:
+    """Return what the workers of a run get.
+
+    Args:
+        work: plan of the run.
+        run: the run in MLflow.
+        progress: handle of a ProgressActor.
+        init_weights: weights to start from.
+        samples: rows on which checkpoints are scored.
+        trial: set if the run is a trial of a search.
+    """
+    return WorkerContext(
+        config=work.config,
+        run_name=work.run,
+        image_size=work.image_size,
+        checkpoints=work.checkpoints,
+        mlflow=RunAddress(run.tracking_uri, run.run_id, work.folder / UNSENT),
+        progress=progress,
+        init_weights=init_weights,
+        samples=samples,
+        trial=trial,
+    )
 
 
 def build_trainer(
     work: RunPlan,
     scaling: ray.train.ScalingConfig,
-    run: Run,
-    shared: dict[str, Any],
+    context: WorkerContext,
     threads: int,
-    callbacks: list[Any] | None = None,
+    callbacks: list[ray.train.UserCallback] | None = None,
 ) -> TorchTrainer:
     """Build Ray Train's trainer of a run.
 
     Args:
         work: plan of the run.
         scaling: number of workers and resources of each.
-        run: the run in MLflow.
-        shared: init_weights, progress, samples and, in a search, rungs; train_worker describes them.
+        context: what every worker gets.
         threads: OpenMP threads of each worker.
         callbacks: Ray Train callbacks.
     """
     config = work.config
     return TorchTrainer(
         train_worker,
-        train_loop_config={
-            "run": config.model_dump(mode="json"),
-            "run_name": work.run,
-            "checkpoints": work.checkpoints,
-            "image_size": work.image_size,
-            "tracking_uri": run.tracking_uri,
-            "mlflow_run_id": run.run_id,
-            "unsent": str(work.folder / UNSENT),
-            **shared,
-        },
+        train_loop_config={"context": context},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
@@ -166,7 +187,7 @@ def build_trainer(
     )
 
 
-def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> dict[str, Any]:
+def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> TrainProgress:
     """Run fit() in a thread, report progress and handle signals meanwhile, and return the last progress report."""
     outcome: list[BaseException | None] = []
 
@@ -178,7 +199,7 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
             outcome.append(error)
 
     thread = threading.Thread(target=body, name="fit", daemon=True)
-    latest: dict[str, Any] = {}
+    latest = TrainProgress()
     with (
         StopSignals(lambda: progress.stop.remote()) as stop,
         cluster.waits(progress.warn.remote) as moved,
@@ -186,16 +207,16 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
-            now = ray.get(progress.look.remote())
-            if now.get("elapsed") != latest.get("elapsed"):
+            now: TrainProgress = ray.get(progress.latest.remote())
+            if now.elapsed_s != latest.elapsed_s:
                 moved()
-            if report is not None and now and now != latest:
+            if report is not None and now != latest:
                 report(now)
             latest = now
             if stop.number is not None and not _has_workers(now):
                 break  # the workers wait for room, at first or after a node was lost: none of them would receive it
-    if latest.get("failed"):
-        raise _hopeless(work, latest["failed"], latest["advice"])
+    if latest.failure is not None:
+        raise _recurring(work, latest.failure)
     if stop.number is not None:
         raise Interrupted(stop.number, work.run, latest_step(work.checkpoints))
     error = outcome[0]
@@ -204,15 +225,15 @@ def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: 
     return latest
 
 
-def _has_workers(latest: dict[str, Any]) -> bool:
-    """Return whether the actor of the worker that reported last still runs; Ray ends all workers if one fails."""
-    return "worker" in latest and ray_compat.is_alive(latest["worker"])
+def _has_workers(latest: TrainProgress) -> bool:
+    """Return whether the worker that started last still runs; Ray ends all workers if one fails."""
+    return latest.worker is not None and ray_compat.is_alive(latest.worker)
 
 
-def _progress() -> Any:
-    """Start the Progress actor on this node, so that it lives as long as the driver even if other nodes fail."""
+def _progress_actor() -> Any:
+    """Start a ProgressActor on this node, so that it lives as long as the driver even if other nodes fail."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class _TrainingData(ray.train.DataConfig):
@@ -246,7 +267,7 @@ def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
     """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
     storage.expect(work.checkpoints, work.config.data)
     config, start = work.config, outlast(lambda: latest_step(work.checkpoints))
-    rows = config.batch_size // world_size
+    rows = config.rows_per_worker(world_size)
     if config.max_steps is not None:
         steps = config.max_steps - start
     else:
@@ -260,7 +281,8 @@ def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
     )
 
 
-def _samples(config: TrainConfig) -> Any:
+def _samples(config: TrainConfig) -> SplitRows | None:
+    """Return the rows on which checkpoints are scored; None if scoring is disabled or the dataset has no `val`."""
     if not config.num_samples:
         return None
     try:
@@ -271,78 +293,52 @@ def _samples(config: TrainConfig) -> Any:
     return rows
 
 
-def _finish(work: RunPlan, run: Run, latest: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Write the bundle (from the last or the best checkpoint) and run.json; return the summary."""
+def _finish(work: RunPlan, run: Run, latest: TrainProgress, seconds: float) -> TrainResult:
+    """Write the bundle (from the last or the best checkpoint) and run.json."""
     config, steps, scores = work.config, latest_step(work.checkpoints), read_scores(work.checkpoints)
     if not steps:
         raise TrainingError(f"run {work.run}", f"no checkpoint in {work.checkpoints}", "set storage= to a common place")
     best = best_step(scores)
     chosen = best if config.bundle == "best" and best else steps
-    bundle, parameters = _write_bundle(work, chosen, latest, seconds)
-    summary = {
-        "run": work.run,
-        "run_dir": str(work.folder),
-        "bundle": str(bundle),
-        "steps": steps,
-        "resumed_from": work.start_step or None,
-        "seconds": round(seconds, 1),
-        "images_per_s": round(latest.get("images_per_s", 0.0), 1),
-        "num_parameters": parameters,
-        "device": latest.get("device", "cpu"),
-        "attention": latest.get("attention", attention_used()),
-        "mlflow_run_id": run.run_id,
-        "metrics": {key: latest[key] for key in ("loss", "grad_norm", "data_wait") if key in latest},
-        "scores": {str(step): scores[step] for step in sorted(scores)},
-        "best_step": best,
-        "bundle_step": chosen,
-        "num_workers": latest.get("workers", 1),
-        "peak_memory_mb": round(latest.get("peak_memory_mb", 0.0), 1),
-    }
+    bundle, parameters = write_bundle(work, chosen, latest.attention, seconds)
+    metrics = latest.metrics
+    kept = {} if metrics is None else {name: getattr(metrics, name) for name in ("loss", "grad_norm", "data_wait")}
+    result = TrainResult(
+        run=work.run,
+        run_dir=str(work.folder),
+        bundle=str(bundle),
+        steps=steps,
+        resumed_from=work.start_step or None,
+        seconds=round(seconds, 1),
+        images_per_s=round(metrics.images_per_s, 1) if metrics is not None else 0.0,
+        num_parameters=parameters,
+        device=latest.device,
+        attention=latest.attention or attention_used(),
+        mlflow_run_id=run.run_id,
+        metrics=kept,
+        scores=scores,
+        best_step=best,
+        bundle_step=chosen,
+        num_workers=latest.workers,
+        peak_memory_mb=round(latest.peak_memory_mb, 1),
+    )
     run.log_artifact(work.folder / "config.yaml")
     run.log_artifact(bundle / "card.md")
     run.finish()
-    record = {"run": work.run, "mlflow_run_id": run.run_id, "finished": True, "result": summary}
+    record = {"run": work.run, "mlflow_run_id": run.run_id, "finished": True, "result": result.to_json()}
     budget = {"max_steps": config.max_steps, "max_minutes": config.max_minutes}
     write_json(work.folder / "run.json", {**record, "budget": budget})
-    return summary
-
-
-def _write_bundle(work: RunPlan, step: int, latest: dict[str, Any], seconds: float) -> tuple[Path, int]:
-    config = work.config
-    bundle_config = config.bundle_config(work.image_size)
-    denoiser = bundle_config.build()
-    with tempfile.TemporaryDirectory() as folder:
-        outlast(lambda: fetch(work.checkpoints, step, Path(folder)))
-        denoiser.load_state_dict(averaged_weights(Path(folder)))
-        averages = pack(kept_averages(Path(folder), config.optimizer.ema_lengths))
-    provenance = {
-        "run": work.run,
-        "recipe": config.recipe,
-        "objective": config.objective.name,
-        "steps": step,
-        "batch_size": config.batch_size,
-        "attention": latest.get("attention", ""),
-        "data": config.data,
-        "data_hash": work.data_hash,
-        "parent": None if work.parent_folder is None else identity(work.parent_folder),
-    }
-    bundle_config = replace(bundle_config, provenance=provenance)
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    # The full duration of a resumed run is unknown. The provenance has no duration: equal runs must give equal bundles.
-    card = model_card(bundle_config, parameters, None if work.start_step else seconds)
-    folder_path = work.folder / "bundle"
-    save_bundle(folder_path, denoiser.eval(), bundle_config, {}, card, averages=averages)
-    return folder_path, parameters
+    return result
 
 
 def reason(error: BaseException) -> str:
     """Return in one line why fit() failed: the last line of the error of the worker that failed first."""
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     # Prefer a worker that did not merely lose the connection to another one.
-    cause = min(failures.values(), key=lambda failure: any(sign in str(failure) for sign in OTHERS), default=error)
+    cause = min(failures.values(), key=lambda failure: any(sign in str(failure) for sign in LOST_PEER), default=error)
     lines = [line.strip() for line in str(cause).splitlines()]
-    said = [line for line in lines if line and not line.startswith(TORCHS_ADVICE)]
-    return said[-1] if said else type(cause).__name__
+    stated = [line for line in lines if line and not line.startswith(TORCHS_ADVICE)]
+    return stated[-1] if stated else type(cause).__name__
 
 
 def _explain(error: BaseException, work: RunPlan) -> BaseException:
@@ -352,10 +348,10 @@ def _explain(error: BaseException, work: RunPlan) -> BaseException:
     )
 
 
-def _hopeless(work: RunPlan, reason: str, advice: str) -> TrainingError:
+def _recurring(work: RunPlan, failure: RunFailure) -> TrainingError:
     """Return the error for a failure that would recur if the same command resumed the run."""
     kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
-    return TrainingError(f"run {work.run}", reason, f"{kept}; {advice}")
+    return TrainingError(f"run {work.run}", failure.reason, f"{kept}; {failure.advice}")
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

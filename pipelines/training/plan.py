@@ -84,23 +84,40 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     return RunPlan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
 
 
-def describe(work: RunPlan) -> dict[str, Any]:
-    """Return the facts that `train --dry-run` prints: the resolved config, number of parameters and resume step."""
-    config = work.config
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """What `train --dry-run` prints about a run, except the estimate."""
+
+    work: RunPlan
+    num_parameters: int
+
+    @property
+    def yaml(self) -> str:
+        """The resolved config as a recipe."""
+        work, resolved = self.work, yaml.safe_dump(plain(self.work.config), sort_keys=False)
+        head = f"# run {work.run}, {self.num_parameters / 1e6:.1f} M parameters, {work.image_size} px"
+        return f"{head}\n{resolved}".rstrip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `train --dry-run` prints."""
+        return {
+            "run": self.work.run,
+            "run_dir": str(self.work.folder),
+            "image_size": self.work.image_size,
+            "num_parameters": self.num_parameters,
+            "data_hash": self.work.data_hash,
+            "resume_step": self.work.start_step,
+            "finished": self.work.finished,
+            "yaml": self.yaml,
+            "config": plain(self.work.config),
+        }
+
+
+def describe(work: RunPlan) -> RunDescription:
+    """Describe a run; the model is built on the meta device, which allocates no memory."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in config.bundle_config(work.image_size).build().parameters())
-    resolved = yaml.safe_dump(plain(config), sort_keys=False)
-    return {
-        "run": work.run,
-        "run_dir": str(work.folder),
-        "image_size": work.image_size,
-        "num_parameters": parameters,
-        "data_hash": work.data_hash,
-        "resume_step": work.start_step,
-        "finished": work.finished,
-        "yaml": f"# run {work.run}, {parameters / 1e6:.1f} M parameters, {work.image_size} px\n{resolved}".rstrip(),
-        "config": plain(config),
-    }
+        model = work.config.bundle_config(work.image_size).build()
+    return RunDescription(work, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _require_fit(config: TrainConfig, size: int) -> None:
@@ -117,6 +134,7 @@ def _require_fit(config: TrainConfig, size: int) -> None:
 
 
 def _refuse_another(folder: Path, config: TrainConfig) -> None:
+    """Raise ConfigError if the folder belongs to a run with other settings."""
     path = folder / "config.yaml"
     if not path.exists():
         return
@@ -127,7 +145,9 @@ def _refuse_another(folder: Path, config: TrainConfig) -> None:
     changed = changed_keys(old, new)
     if changed:
         raise ConfigError(
-            f"run {folder.name}", f"exists with another {', '.join(changed)}", "choose another name=, or the old values"
+            f"run {folder.name}",
+            f"already exists with a different {', '.join(changed)}",
+            "choose another name=, or the old values",
         )
 
 

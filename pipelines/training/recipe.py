@@ -118,6 +118,10 @@ class TrainConfig(Config):
         number = next(number for number in range(most, 0, -1) if self.batch_size % number == 0)
         return number, number
 
+    def rows_per_worker(self, workers: int) -> int:
+        """Return the number of rows in a worker's part of a batch."""
+        return self.batch_size // workers
+
     @property
     def run_name(self) -> str:
         """`name` if set, else RECIPE-XXXXXXXX with the first 8 hex digits of fingerprint()."""

@@ -1,4 +1,4 @@
-"""Score a checkpoint while training continues: on CPUs in a separate task, on GPUs on all ranks between two steps.
+"""Score checkpoints while training continues: on CPUs in a separate task, on GPUs on all ranks between two steps.
 
 A score measures the first rows of `val` on both tracks, colored with the sampler that the bundle will have. It is
 written into the checkpoint (score.json) and to MLflow (score/METRIC, and the image `samples`), and reported to the
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,51 +20,68 @@ import ray
 import torch
 import torch.distributed as dist
 
-from animediffusion.models.bundle import Bundle
+from animediffusion.models.bundle import Bundle, BundleConfig
 from animediffusion.models.colorize import colorize
 from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
-from animediffusion.models.training.loop import TrainState, averaged_weights
-from animediffusion.pipelines.evaluation.evaluate import Track, TrackChunk, as_tracks, fixed_chunks, grid, run_tracks
+from animediffusion.models.training.loop import Snapshot, TrainState, averaged_weights, write
+from animediffusion.pipelines.evaluation.evaluate import (
+    SplitRows,
+    Track,
+    TrackChunk,
+    as_tracks,
+    fixed_chunks,
+    grid,
+    run_tracks,
+)
 from animediffusion.pipelines.evaluation.metrics import score
-from animediffusion.pipelines.training.checkpoints import fetch, write_score
-from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.pipelines.training.checkpoints import (
+    CheckpointScore,
+    CheckpointWriter,
+    Save,
+    Take,
+    best_step,
+    fetch,
+    read_scores,
+    write_score,
+)
+from animediffusion.pipelines.training.reporting import RunAddress
 from animediffusion.platform.errors import StorageError
 
 if TYPE_CHECKING:
     from animediffusion.platform.tracking.run import Run
 
-Score = dict[str, float]
-"""The psnr, ssim and ciede2000 of the cross track, and psnr_same, the PSNR of the same track."""
+SEND_S = 3.0
+"""Seconds that a scoring task waits for MLflow; the driver sends the remaining records."""
+SCORING_S = 120.0
+"""Seconds that a run waits at its end for each score that is still missing."""
 
 
-def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> Score:
+def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> CheckpointScore:
     """Score colored rows, write the score into the checkpoint, and log it to MLflow with an image of some rows."""
     cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
-    kept = {key: float(cross[key] or 0.0) for key in ("psnr", "ssim", "ciede2000")}
-    found = {**kept, "psnr_same": float(same["psnr"] or 0.0)}
+    found = CheckpointScore(cross.psnr, cross.ssim, cross.ciede2000, psnr_same=same.psnr)
     write_score(place, step, found)
-    log.log({f"score/{key}": value for key, value in found.items()}, step)
+    log.log({f"score/{key}": value for key, value in asdict(found).items()}, step)
     log.log_image(grid(tracks), "samples", step)
     return found
 
 
-class SharedPainter:
-    """Colorizer of the scoring rows on the training devices, between two steps; each rank colors a share.
+class SharedColorizer:
+    """Colors the scoring rows on the training devices, between two steps; each rank colors a share.
 
     A CPU core would take minutes for large networks. The thread that writes the checkpoint computes the metrics, so the
     ranks do not wait for them.
 
     Args:
-        run: settings of the run.
-        image_size: side of the images in pixels.
-        rows: rows of val, as read_split returns them.
+        config: configuration of the bundle that the run produces.
+        rows: rows of val.
     """
 
-    def __init__(self, run: TrainConfig, image_size: int, rows: dict[str, Any]) -> None:
-        self._config, self._chunks = run.bundle_config(image_size), fixed_chunks(rows)
+    def __init__(self, config: BundleConfig, rows: SplitRows) -> None:
+        self._config, self._chunks = config, fixed_chunks(rows)
 
-    def paint(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track] | None:
+    def color(self, state: TrainState, rank: int, world_size: int) -> dict[str, Track] | None:
         """Color the rows with the averaged weights; all ranks must call this, and each gets all rows.
 
         Returns None on all ranks if one of them has no memory for it, so that a missing score does not end the run.
@@ -77,7 +96,7 @@ class SharedPainter:
         return as_tracks(self._chunks, [_interleave(parts) for parts in zip(*shares, strict=True)])
 
     def _own(self, state: TrainState, own: slice) -> list[torch.Tensor] | None:
-        """This rank's share; None where memory is short. An error would leave the other ranks waiting."""
+        """Color this rank's share; return None if memory is short: an error would leave the other ranks waiting."""
         try:
             bundle = Bundle(self._config, state.averaged(), {}, "", Path())
             return [self._share(bundle, chunk, own) for chunk in self._chunks]
@@ -99,26 +118,30 @@ def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return rows
 
 
-SEND_S = 3.0
-"""Seconds that a scoring task waits for MLflow; the driver sends the remaining records."""
+@dataclass(frozen=True, slots=True)
+class ScoringTask:
+    """What a scoring task needs."""
+
+    config: BundleConfig
+    """Configuration of the bundle that the run produces."""
+    rows: SplitRows
+    """Rows of val."""
+    mlflow: RunAddress
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def _score(place: str, step: int, shared: dict[str, Any]) -> Score | None:
-    from animediffusion.platform.tracking.run import Run  # here, because MLflow takes seconds to import
-
+def _score(place: str, step: int, task: ScoringTask) -> CheckpointScore | None:
     torch.set_num_threads(1)  # the task shares the cores with the workers and must not slow them down
-    config = TrainConfig.check(shared["run"]).bundle_config(shared["image_size"])
-    denoiser = config.build()
+    denoiser = task.config.build()
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetch(place, step, Path(folder))
         except (StorageError, ValueError):
             return None  # e.g. newer checkpoints have replaced this one
         denoiser.load_state_dict(averaged_weights(Path(folder)))
-    bundle = Bundle(config, denoiser.eval().requires_grad_(False), {}, "", Path())
-    log = Run.attach(shared["tracking_uri"], shared["mlflow_run_id"], unsent=Path(shared["unsent"]))
-    found = record_score(place, step, run_tracks(bundle, shared["samples"]), log)
+    bundle = Bundle(task.config, denoiser.eval().requires_grad_(False), {}, "", Path())
+    log = task.mlflow.attach()
+    found = record_score(place, step, run_tracks(bundle, task.rows), log)
     log.leave(SEND_S)
     return found
 
@@ -128,14 +151,12 @@ class Scorer:
 
     Args:
         place: URI of the folder with the checkpoints.
-        shared: run (TrainConfig as a dictionary), image_size, tracking_uri, mlflow_run_id, unsent, samples
-            (rows of val).
+        task: what the tasks need.
     """
 
-    def __init__(self, place: str, shared: dict[str, Any]) -> None:
-        self.place, self.scores = place, dict[int, Score]()
-        wanted = ("run", "image_size", "tracking_uri", "mlflow_run_id", "unsent", "samples")
-        self._shared = ray.put({key: shared[key] for key in wanted})
+    def __init__(self, place: str, task: ScoringTask) -> None:
+        self.place, self.scores = place, dict[int, CheckpointScore]()
+        self._task = ray.put(task)
         self._lock = threading.Lock()
         self._running: tuple[int, Any] | None = None
         self._next: int | None = None
@@ -150,9 +171,9 @@ class Scorer:
         """Queue a checkpoint for scoring; it replaces the one that is still queued, if any."""
         with self._lock:
             self._next = step
-        self.look(0)
+        self.poll()
 
-    def look(self, timeout_s: float) -> None:
+    def poll(self, timeout_s: float = 0.0) -> None:
         """Collect the running task's result if it is ready within `timeout_s`, and start the queued task."""
         with self._lock:
             if self._running is not None:
@@ -160,20 +181,105 @@ class Scorer:
                 if not ray.wait([task], timeout=timeout_s)[0]:
                     return
                 self._running = None
-                self._take(step, task)
+                self._collect(step, task)
             if self._next is not None:
-                self._running = (self._next, _score.remote(self.place, self._next, self._shared))
+                self._running = (self._next, _score.remote(self.place, self._next, self._task))
                 self._next = None
 
     def finish(self, timeout_s: float) -> None:
         """Wait for the running and the queued task, up to `timeout_s` each."""
-        self.look(timeout_s)
-        self.look(timeout_s)
+        self.poll(timeout_s)
+        self.poll(timeout_s)
 
-    def _take(self, step: int, task: Any) -> None:
+    def _collect(self, step: int, task: Any) -> None:
         try:
             found = ray.get(task)
         except ray.exceptions.RayError:
             return  # a missing score must not end the run
         if found is not None:
             self.scores[step] = found
+
+
+@dataclass(frozen=True)
+class _ColoredState:
+    """A copied state that is to be saved, and the scoring rows as that state colored them, if it did."""
+
+    snapshot: Snapshot
+    tracks: dict[str, Track] | None
+
+    def __call__(self, folder: Path) -> None:
+        write(self.snapshot, folder)
+
+
+class ScoredCheckpoints:
+    """Checkpoints of a run, written in the background and then scored.
+
+    Args:
+        place: URI of the folder with the checkpoints.
+        keep: number of newest checkpoints to keep.
+        log: the run in MLflow.
+        warn: called with one line for each checkpoint that could not be saved.
+        task: what a scoring task needs; None if the ranks color the rows, or nothing is scored.
+    """
+
+    def __init__(
+        self, place: str, keep: int, log: Run, warn: Callable[[str], None], task: ScoringTask | None = None
+    ) -> None:
+        self._place, self._log = place, log
+        self._scorer = Scorer(place, task) if task is not None else None
+        awaited = self._scorer.awaited if self._scorer is not None else tuple
+        self._writer = CheckpointWriter(place, keep, warn, self._score, awaited)
+        self._scores: dict[int, CheckpointScore] = {}
+
+    def resume(self) -> None:
+        """Read the scores of the checkpoints that are there."""
+        self._scores = read_scores(self._place)
+
+    def save(self, state: TrainState, tracks: dict[str, Track] | None = None) -> None:
+        """Save the state in the background, and score it afterwards; a failure only causes a warning.
+
+        Args:
+            state: the state to copy now.
+            tracks: the scoring rows as this state colored them; None if a task colors them.
+        """
+        self._writer.save(state.step, self._copier(state, tracks))
+
+    def save_last(self, state: TrainState, tracks: dict[str, Track] | None = None) -> None:
+        """Save the last state and wait until it is written.
+
+        Raises:
+            StorageError: the state could not be saved.
+        """
+        self._writer.finish(state.step, self._copier(state, tracks))
+
+    def poll(self) -> None:
+        """Collect the results of scoring tasks that have ended."""
+        if self._scorer is not None:
+            self._scorer.poll()
+
+    def wait_for_scores(self) -> None:
+        """Wait for the missing scores, up to SCORING_S each, and delete the checkpoints that are not to be kept."""
+        if self._scorer is not None:
+            self._scorer.finish(SCORING_S)
+            self._writer.prune()
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written."""
+        self._writer.wait()
+
+    def best(self) -> tuple[int, CheckpointScore] | tuple[None, None]:
+        """Return the step and the score of the best checkpoint so far, or None twice without scores."""
+        scores = {**self._scores, **(self._scorer.scores if self._scorer is not None else {})}
+        step = best_step(scores)
+        return (None, None) if step is None else (step, scores[step])
+
+    def _copier(self, state: TrainState, tracks: dict[str, Track] | None) -> Take:
+        return lambda: _ColoredState(state.snapshot(), tracks)
+
+    def _score(self, step: int, saved: Save) -> None:
+        """Score a saved checkpoint; called in the thread that wrote it."""
+        if self._scorer is not None:
+            self._scorer.start(step)
+        if isinstance(saved, _ColoredState) and saved.tracks is not None:
+            with suppress(StorageError):  # a missing score must not end the run
+                self._scores[step] = record_score(self._place, step, saved.tracks, self._log)

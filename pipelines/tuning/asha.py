@@ -5,29 +5,29 @@ pipelines/tuning/schedule_search.py runs the search itself.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
-from animediffusion.pipelines.tuning.optuna_searcher import Study
+from animediffusion.pipelines.training.trial_report import TrialReport
+from animediffusion.pipelines.tuning.optuna_searcher import Point, SearchConfig, Study, TrialEntry, Verdict
 from animediffusion.platform.tracking.run import Run
 
 REDUCTION = 3
 """One in this many trials at a rung continues to the next rung, which has this many times the steps."""
 
 
-class Halving(AsyncHyperBandScheduler):
+class AshaScheduler(AsyncHyperBandScheduler):
     """ASHA scheduler that asks trials to end instead of killing them, and remembers which ones it asked.
 
     Args:
         rungs: steps at which trials report.
-        stops: the actor Stops, which passes the requests on.
+        stops: handle of the actor TrialStops, which passes the requests on.
     """
 
-    def __init__(self, rungs: list[int], stops: Any) -> None:
+    def __init__(self, rungs: tuple[int, ...], stops: Any) -> None:
         super().__init__(
             time_attr="step",
             metric="psnr",
@@ -49,52 +49,55 @@ class Halving(AsyncHyperBandScheduler):
                 self._stops.add.remote(result["mlflow_run_id"])
         return str(self.CONTINUE)
 
-    def judge(
-        self,
-        trial_id: str,
-        point: dict[str, Any],  # noqa: ARG002
-        result: dict[str, Any],
-    ) -> tuple[list[float], dict[str, Any]] | None:
-        """Return the PSNR and the trial log's further values for a trial that ended, or None if it never reported.
+    def judge(self, trial_id: str, result: Mapping[str, Any]) -> Verdict | None:
+        """Return the PSNR of a trial that ended, or None if it never reported.
 
         A trial that the time limit cut off is marked as open: the next search tries it again.
         """
-        if "psnr" not in result:
+        report = TrialReport.of(result)
+        if report is None:
             return None
-        kept = {key: result[key] for key in ("step", "sampler_steps", "mlflow_run_id")}
-        kept["history"] = json.loads(result["history"])
         early = "stopped early" if trial_id in self._ended else "cut"
-        ended = "finished" if result["step"] >= self._last else early
-        return [result["psnr"]], {**kept, "ended": ended, "open": ended == "cut"}
+        ended = "finished" if report.step >= self._last else early
+        details = {
+            "step": report.step,
+            "sampler_steps": report.sampler_steps,
+            "mlflow_run_id": report.mlflow_run_id,
+            "history": report.history,
+            "ended": ended,
+            "open": ended == "cut",
+        }
+        return Verdict([report.psnr], details)
 
 
-class RungReport(tune.Callback):
+class TrialOutcomes(tune.Callback):
     """Tune callback that reports each trial's outcome to the caller and MLflow, and logs failures in the trial log."""
 
-    def __init__(self, total: int, study: Study, record: Run, progress: Callable[[str], None] | None) -> None:
-        self._total, self._study, self._progress = total, study, progress
+    def __init__(self, config: SearchConfig, study: Study, record: Run) -> None:
+        self._config, self._study = config, study
         self._tracking_uri = record.tracking_uri
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        result = trial.last_result
-        if "psnr" not in result:
+        report = TrialReport.of(trial.last_result)
+        if report is None:
             return
-        [entry] = [e for e in self._study.journal.read() if e.get("mlflow_run_id") == result["mlflow_run_id"]]
-        run = Run.attach(self._tracking_uri, result["mlflow_run_id"])
-        run.log({"psnr": result["psnr"]}, result["step"])
-        run.set_tags({"ended": entry["ended"]})
-        run.finish("KILLED" if entry["ended"] == "cut" else "FINISHED")
-        self._say(f"{entry['ended']} at step {result['step']}: {result['psnr']:.2f} dB  {_short(trial.config)}")
+        entries = self._study.log.read()
+        [details] = [e.details for e in entries if e.details.get("mlflow_run_id") == report.mlflow_run_id]
+        ended = details["ended"]
+        run = Run.attach(self._tracking_uri, report.mlflow_run_id)
+        run.log({"psnr": report.psnr}, report.step)
+        run.set_tags({"ended": ended})
+        run.finish("KILLED" if ended == "cut" else "FINISHED")
+        self._report(f"{ended} at step {report.step}: {report.psnr:.2f} dB  {_short(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        said = str(trial.get_error() or "").strip().splitlines() or ["no reason given"]
-        self._study.journal.write({"point": trial.config, "values": None, "ended": "failed", "reason": said[-1]})
-        self._say(f"failed: {said[-1]}  {_short(trial.config)}")
+        lines = str(trial.get_error() or "").strip().splitlines() or ["no reason given"]
+        self._study.log.write(TrialEntry(trial.config, None, details={"ended": "failed", "reason": lines[-1]}))
+        self._report(f"failed: {lines[-1]}  {_short(trial.config)}")
 
-    def _say(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress(f"trial {self._study.num_known}/{self._total}  {line}")
+    def _report(self, line: str) -> None:
+        self._config.progress(f"trial {self._study.num_known}/{self._config.trials}  {line}")
 
 
-def _short(point: dict[str, Any]) -> str:
+def _short(point: Point) -> str:
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())

@@ -1,7 +1,9 @@
 """Run Optuna's suggestions as Ray Tune trials: no point is measured twice, and a signal loses no finished trial.
 
-    study = Study(new_study(...), distributions, meaning, judge, TrialLog(path))
-    run_trials("search-1234abcd", trainable, study, trials=50, at_once=2, place=folder)     # resumes when repeated
+    study = Study(new_study(...), distributions, to_point, judge, TrialLog(path))
+    run_trials("search-1234abcd", trainable, study, SearchConfig(trials=50), at_once=2, folder=folder)
+
+The same call resumes a search that was interrupted.
 
 Every result is in the trial log, a file of JSON lines that outlives the search. A later search with the same log reads
 it first and gives its results to Optuna, without measuring them again. pipelines/tuning/sampler_search.py and
@@ -18,7 +20,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +28,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from animediffusion.platform.cluster import connect as cluster
@@ -39,32 +42,84 @@ Direction = Literal["maximize", "minimize"]
 
 Point = dict[str, Any]
 """The settings that one trial measures, as plain values. Equal points give equal results."""
-Meaning = Callable[[Mapping[str, Any]], Point]
-"""Function that converts Optuna's parameters to a point; different parameters may give the same point."""
-Judge = Callable[[str, Point, dict[str, Any]], tuple[list[float], dict[str, Any]] | None]
-"""Function (trial, point, last report) -> (values for Optuna, further values for the trial log); None if the trial was
-cut short."""
+Parameters = Mapping[str, Any]
+"""Values that Optuna chose, by the names of its distributions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How good a trial was."""
+
+    values: list[float]
+    """Objective values for Optuna."""
+    details: dict[str, Any]
+    """Further JSON values for the trial log."""
+
+
+Judge = Callable[[str, Mapping[str, Any]], Verdict | None]
+"""Function (id of a trial, its last report) -> verdict; None if the trial was cut short."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchConfig:
+    """How long a search runs, and whom it informs."""
+
+    trials: int
+    """Number of known points at which the search ends, those of earlier searches included."""
+    minutes: float | None = None
+    """Time limit; None means no limit."""
+    progress: Callable[[str], None] = lambda _line: None
+    """Callback for one line of text: the result of a trial, or that the cluster has no room for a trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEntry:
+    """A trial in a trial log."""
+
+    point: Point
+    values: list[float] | None
+    """Objective values; None if the trial failed."""
+    params: Parameters = field(default_factory=dict)
+    """Optuna's parameters; empty if the trial failed."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further JSON values, which depend on the kind of search."""
+
+    @property
+    def open(self) -> bool:
+        """Whether the trial was cut short, so that the next search tries the point again."""
+        return bool(self.details.get("open"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the trial's line."""
+        params = {"params": dict(self.params)} if self.params else {}
+        return {**params, "point": self.point, "values": self.values, **self.details}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the entry from its JSON object."""
+        details = {key: item for key, item in value.items() if key not in ("params", "point", "values")}
+        return cls(value["point"], value["values"], value.get("params", {}), details)
 
 
 class TrialLog:
-    """File of a search's finished trials, one JSON object per line: `params` (Optuna's), `point`, `values` and more."""
+    """File of a search's finished trials, one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[TrialEntry]:
         """Return all entries, the oldest first, without a line that a kill cut short."""
         if not self.path.exists():
             return []
         entries = []
         for line in self.path.read_text().splitlines():
             try:
-                entries.append(json.loads(line))
+                entries.append(TrialEntry.from_json(json.loads(line)))
             except ValueError:
                 continue
         return entries
 
-    def write(self, entry: Mapping[str, Any]) -> None:
+    def write(self, entry: TrialEntry) -> None:
         """Append an entry with a single write."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
@@ -72,12 +127,12 @@ class TrialLog:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
             whole = not file.tell() or file.read(1) == b"\n"
-            file.write((b"" if whole else b"\n") + json.dumps(entry).encode() + b"\n")
+            file.write((b"" if whole else b"\n") + json.dumps(entry.to_json()).encode() + b"\n")
 
 
 @dataclass
-class _Asked:
-    """A trial that is running."""
+class _RunningTrial:
+    """A trial that is running, and its point."""
 
     trial: optuna.Trial
     point: Point
@@ -89,7 +144,7 @@ def new_study(sampler: optuna.samplers.BaseSampler, directions: Sequence[Directi
     return optuna.create_study(sampler=sampler, directions=list(directions))
 
 
-class _Live:
+class _NotCopied:
     """Base of objects that Ray Tune must not copy or pickle for its restarts: a search resumes from the trial log."""
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -99,15 +154,15 @@ class _Live:
         return {}
 
 
-class Study(_Live, Searcher):
+class Study(_NotCopied, Searcher):
     """Ray Tune searcher that suggests what Optuna chooses, skipping points that are known or being measured.
 
     Args:
         study: Optuna's study, with its sampler and directions; it should hold no trials yet.
         distributions: Optuna's parameters.
-        meaning: converts parameters to a point.
-        judge: converts the last report of a trial to its values.
-        journal: trial log with the known results; new results are appended.
+        to_point: converts parameters to a point; different parameters may give the same point.
+        judge: converts the last report of a trial to a verdict.
+        log: trial log with the known results; new results are appended.
         first: parameters of the points to begin with.
         metric: name of a value in every report of a trial; Ray Tune requires one.
     """
@@ -116,19 +171,19 @@ class Study(_Live, Searcher):
         self,
         study: optuna.Study,
         distributions: Mapping[str, BaseDistribution],
-        meaning: Meaning,
+        to_point: Callable[[Parameters], Point],
         judge: Judge,
-        journal: TrialLog,
-        first: Sequence[Mapping[str, Any]] = (),
+        log: TrialLog,
+        first: Sequence[Parameters] = (),
         metric: str | None = None,
     ) -> None:
         super().__init__(metric=metric, mode="max")
-        self.study, self.journal = study, journal
-        self._distributions, self._meaning, self._judge = dict(distributions), meaning, judge
+        self.study, self.log = study, log
+        self._distributions, self._to_point, self._judge = dict(distributions), to_point, judge
         self._known: dict[str, list[float] | None] = {}
-        self._asked: dict[str, _Asked] = {}
-        for entry in journal.read():
-            self._remember(entry)
+        self._running: dict[str, _RunningTrial] = {}
+        for entry in log.read():
+            self._add_known(entry)
         for params in first:
             study.enqueue_trial(dict(params))
 
@@ -145,10 +200,10 @@ class Study(_Live, Searcher):
                 if attempt == REPEATS:
                     self.study.sampler = optuna.samplers.RandomSampler(seed=len(self._known))
                 trial = self.study.ask(fixed_distributions=self._distributions)
-                point = self._meaning(trial.params)
+                point = self._to_point(trial.params)
                 key = _key(point)
-                if key not in self._known and all(key != _key(asked.point) for asked in self._asked.values()):
-                    self._asked[trial_id] = _Asked(trial, point)
+                if key not in self._known and all(key != _key(other.point) for other in self._running.values()):
+                    self._running[trial_id] = _RunningTrial(trial, point)
                     return point
                 self._tell(trial, self._known.get(key))
             return Searcher.FINISHED
@@ -157,16 +212,16 @@ class Study(_Live, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Pass the result of a trial to Optuna and the trial log."""
-        asked = self._asked.pop(trial_id, None)
-        if asked is None:
+        ended = self._running.pop(trial_id, None)
+        if ended is None:
             return
-        verdict = None if error else self._judge(trial_id, asked.point, result or {})
+        verdict = None if error else self._judge(trial_id, result or {})
+        values = verdict.values if verdict is not None else None
         if error or verdict is not None:
-            self._known[_key(asked.point)] = verdict[0] if verdict else None
-        self._tell(asked.trial, verdict[0] if verdict else None)
+            self._known[_key(ended.point)] = values
+        self._tell(ended.trial, values)
         if verdict is not None:
-            values, more = verdict
-            self.journal.write({"params": asked.trial.params, "point": asked.point, "values": values, **more})
+            self.log.write(TrialEntry(ended.point, values, ended.trial.params, verdict.details))
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the trial log has everything."""
@@ -180,12 +235,13 @@ class Study(_Live, Searcher):
         else:
             self.study.tell(trial, values)
 
-    def _remember(self, entry: Mapping[str, Any]) -> None:
-        values, params = entry["values"], entry.get("params", {})
-        if entry.get("open"):
+    def _add_known(self, entry: TrialEntry) -> None:
+        """Give a result of an earlier search to Optuna, or enqueue the trial if it was cut short."""
+        values, params = entry.values, dict(entry.params)
+        if entry.open:
             self.study.enqueue_trial(params)
             return
-        self._known[_key(entry["point"])] = values
+        self._known[_key(entry.point)] = values
         if values is not None and params.keys() == self._distributions.keys():
             with contextlib.suppress(ValueError):  # out of range: an earlier search had a different space
                 done = optuna.create_trial(values=values, params=params, distributions=self._distributions)
@@ -196,39 +252,35 @@ def run_trials(
     name: str,
     trainable: Any,
     study: Study,
+    config: SearchConfig,
     *,
-    trials: int,
     at_once: int,
-    minutes: float | None = None,
-    scheduler: Any = None,
+    folder: Path,
+    scheduler: TrialScheduler | None = None,
     callback: tune.Callback | None = None,
     reuse: bool = False,
-    place: Path,
-    tell: Callable[[str], None] | None = None,
 ) -> None:
-    """Run trials until the study knows `trials` points, the time is over, or a signal arrives.
+    """Run trials until the study knows enough points, the time is over, or a signal arrives.
 
     Args:
         name: name of the search, for messages.
         trainable: Ray Tune's trainable with its resources; it gets a point.
         study: chooses the points.
-        trials: number of known points at which the search ends.
+        config: when the search ends, and whom it informs.
         at_once: number of trials in parallel; a new one starts when another ends.
-        minutes: stop all trials after this many minutes.
+        folder: folder for Ray Tune's own files, which are deleted at the end.
         scheduler: Ray Tune scheduler, which may stop a trial early.
         callback: Ray Tune callback, called with every result.
         reuse: use the process of a finished trial for the next one.
-        place: folder for Ray Tune's own files, which are deleted at the end.
-        tell: called with one line when the cluster has no room for a trial.
 
     Raises:
         Interrupted: the process got SIGINT or SIGTERM; finished trials are in the trial log.
     """
-    missing = trials - study.num_known
+    missing = config.trials - study.num_known
     if missing <= 0:
         return
-    _be_quiet()
-    notes = place / f"ray-{uuid.uuid4().hex[:8]}"
+    _silence_tune()
+    ray_folder = folder / f"ray-{uuid.uuid4().hex[:8]}"
     stop = threading.Event()
     tuner = tune.Tuner(
         trainable,
@@ -237,26 +289,26 @@ def run_trials(
             scheduler=scheduler,
             num_samples=missing,
             max_concurrent_trials=at_once,
-            time_budget_s=minutes * 60 if minutes else None,
+            time_budget_s=config.minutes * 60 if config.minutes else None,
             reuse_actors=reuse,
         ),
         run_config=tune.RunConfig(
             name="trials",
-            storage_path=str(notes),
+            storage_path=str(ray_folder),
             verbose=0,
             stop=_Stop(stop),
             callbacks=[callback] if callback else [],
         ),
     )
     try:
-        signum = _watch(tuner, stop, study, tell or (lambda _: None))
+        signum = _watch(tuner, stop, study, config.progress)
     finally:
-        shutil.rmtree(notes, ignore_errors=True)
+        shutil.rmtree(ray_folder, ignore_errors=True)
     if signum is not None:
         raise Interrupted(signum, name, study.num_known, unit="trial")
 
 
-def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callable[[str], None]) -> int | None:
+def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, warn: Callable[[str], None]) -> int | None:
     """Run fit() in a thread, handle signals meanwhile, and return the number of the first signal, if any."""
     failed: list[BaseException] = []
 
@@ -268,7 +320,7 @@ def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callabl
 
     thread = threading.Thread(target=body, name="tune", daemon=True)
     known = study.num_known
-    with StopSignals(stop.set) as signals, cluster.waits(tell) as moved:
+    with StopSignals(stop.set) as signals, cluster.waits(warn) as moved:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
@@ -280,13 +332,13 @@ def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, tell: Callabl
     return signals.number
 
 
-class _Stop(_Live, tune.Stopper):
+class _Stop(_NotCopied, tune.Stopper):
     """Tune stopper that ends all trials once its event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self._event = event
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:  # noqa: ARG002
         return False
 
     def stop_all(self) -> bool:
@@ -297,7 +349,7 @@ def _key(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def _be_quiet() -> None:
+def _silence_tune() -> None:
     # Only Tune's old output obeys verbose=0; the new one prints tables.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")

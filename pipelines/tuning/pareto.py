@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from animediffusion.pipelines.evaluation.point import Point
+from animediffusion.pipelines.evaluation.measure import Measurement
 
 Prefer = Literal["knee", "fast", "best"]
 
@@ -14,16 +14,16 @@ FAST_LOSS = 0.2
 """PSNR in dB that `prefer=fast` may lose compared with the defaults; equal to the margin of the promotion gate."""
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
+def pareto_front(points: Sequence[Measurement]) -> list[Measurement]:
     """Return the points that no other point beats in both quality and cost, by rising cost."""
-    front: list[Point] = []
+    front: list[Measurement] = []
     for point in sorted(points, key=lambda p: (p.evaluations, -p.psnr)):
         if not front or point.psnr > front[-1].psnr:
             front.append(point)
     return front
 
 
-def knee(front: Sequence[Point]) -> Point:
+def knee(front: Sequence[Measurement]) -> Measurement:
     """Return the point of a front that lies farthest above the line from its cheapest to its best point.
 
     The cost axis is logarithmic: from 1 to 2 evaluations is as far as from 4 to 8.
@@ -32,7 +32,7 @@ def knee(front: Sequence[Point]) -> Point:
     span_cost = math.log(last.evaluations / first.evaluations) or 1.0
     span_psnr = (last.psnr - first.psnr) or 1.0
 
-    def height(point: Point) -> float:
+    def height(point: Measurement) -> float:
         return (point.psnr - first.psnr) / span_psnr - math.log(point.evaluations / first.evaluations) / span_cost
 
     return max(front, key=height)
@@ -43,7 +43,7 @@ def floor(defaults: float, prefer: Prefer) -> float:
     return defaults - (FAST_LOSS if prefer == "fast" else 0.0)
 
 
-def choose(points: Sequence[Point], prefer: Prefer) -> Point:
+def choose(points: Sequence[Measurement], prefer: Prefer) -> Measurement:
     """Choose a point from all trials; `points[0]` are the defaults.
 
     The PSNR for `best` and `knee` is never below that of the defaults, for `fast` at most FAST_LOSS below. If the knee
@@ -56,7 +56,7 @@ def choose(points: Sequence[Point], prefer: Prefer) -> Point:
     return knee(front) if prefer == "knee" and knee(front) in allowed else allowed[0]
 
 
-def describe(point: Point) -> str:
+def describe(point: Measurement) -> str:
     """Describe a point in one line."""
     average = "" if point.ema_length is None else f", average over {100 * point.ema_length:.3g}% of the run"
     return (

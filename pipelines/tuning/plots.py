@@ -15,7 +15,7 @@ from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_uint8
 from animediffusion.models.training.ema import Averages
-from animediffusion.pipelines.evaluation.point import Point
+from animediffusion.pipelines.evaluation.measure import Measurement
 from animediffusion.pipelines.tuning.pareto import pareto_front
 from animediffusion.platform.images.codec import contact_sheet, encode_png
 
@@ -27,7 +27,7 @@ SHOWN_DB = 3.0
 compress the scale."""
 
 
-def draw_front(points: Sequence[Point], chosen: Point) -> bytes:
+def draw_front(points: Sequence[Measurement], chosen: Measurement) -> bytes:
     """Return a PNG of PSNR against cost, with the front as a line and labels at the defaults (points[0]) and choice."""
     figure = Figure(figsize=(8, 5), dpi=110, facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER)
@@ -65,7 +65,7 @@ def draw_front(points: Sequence[Point], chosen: Point) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_steps(axes: Axes, front: Sequence[Point], most: int) -> None:
+def _draw_steps(axes: Axes, front: Sequence[Measurement], most: int) -> None:
     """Draw the front as steps: the best PSNR up to each cost."""
     cost, quality = [float(front[0].evaluations)], [front[0].psnr]
     for before, after in pairwise(front):
@@ -74,7 +74,7 @@ def _draw_steps(axes: Axes, front: Sequence[Point], most: int) -> None:
     axes.plot([*cost, max(most, cost[-1])], [*quality, quality[-1]], color=INK, linewidth=1.2, alpha=0.7, zorder=2)
 
 
-def _name(axes: Axes, point: Point, text: str, below: int) -> None:
+def _name(axes: Axes, point: Measurement, text: str, below: int) -> None:
     place = (point.evaluations, point.psnr)
     axes.scatter(*place, s=150, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
     arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.8}
@@ -83,7 +83,9 @@ def _name(axes: Axes, point: Point, text: str, below: int) -> None:
     )
 
 
-def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence[Point], chosen: Point) -> bytes:
+def draw_strip(
+    bundle: Bundle, averages: Averages, batch: Batch, front: Sequence[Measurement], chosen: Measurement
+) -> bytes:
     """Return a PNG with one line per row: sketch, reference, the colors from points along the front, and the truth."""
     some = Batch(*(part[:STRIP_ROWS] for part in batch))
     points = _along(front, chosen)
@@ -101,7 +103,7 @@ def draw_strip(bundle: Bundle, averages: Averages, batch: Batch, front: Sequence
     return encode_png(contact_sheet([list(row) for row in zip(*pictures, strict=True)], labels, cell=160))
 
 
-def _along(front: Sequence[Point], chosen: Point) -> list[Point]:
+def _along(front: Sequence[Measurement], chosen: Measurement) -> list[Measurement]:
     """Return at most STRIP_POINTS evenly spaced points of the front, its ends included, and the chosen point."""
     points = {*front, chosen}
     if len(points) > STRIP_POINTS:
@@ -110,6 +112,6 @@ def _along(front: Sequence[Point], chosen: Point) -> list[Point]:
     return sorted(points, key=lambda point: (point.evaluations, point.psnr))
 
 
-def _label(point: Point, chosen: Point) -> str:
+def _label(point: Measurement, chosen: Measurement) -> str:
     mark = "choice: " if point == chosen else ""
     return f"{mark}{point.evaluations} at {point.psnr:.2f} dB"

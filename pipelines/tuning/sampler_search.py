@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,11 +28,19 @@ from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
 from animediffusion.models.network.attention import Backend, chosen_attention, use_attention
 from animediffusion.models.training.ema import Averages, read_averages
-from animediffusion.pipelines.evaluation.measure import Rows, load_rows, measure
-from animediffusion.pipelines.evaluation.point import Point
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.evaluation.evaluate import Evaluation
+from animediffusion.pipelines.evaluation.measure import MeasuredRows, Measurement, load_rows, measure
+from animediffusion.pipelines.release import promote
 from animediffusion.pipelines.release.checks import check_bundle
-from animediffusion.pipelines.tuning.optuna_searcher import Study, TrialLog, new_study, run_trials
+from animediffusion.pipelines.tuning.optuna_searcher import (
+    Point,
+    SearchConfig,
+    Study,
+    TrialLog,
+    Verdict,
+    new_study,
+    run_trials,
+)
 from animediffusion.pipelines.tuning.pareto import Prefer, choose, describe, floor, pareto_front
 from animediffusion.pipelines.tuning.plots import draw_front, draw_strip
 from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
@@ -42,13 +50,54 @@ from animediffusion.platform.errors import ClusterError, ConfigError, Interrupte
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.tracking.run import TUNING, Run
 
-Progress = Callable[[str], None]
-"""Callback for one line of text: how many trials are done, and the result of the last one."""
-
 FORMAT = 1
 """Version of the trial log; it must change when the same settings would be measured differently."""
+MOST_TAG_CHARS = 4900
+"""MLflow refuses longer tags."""
 CONFIRM_DB = 0.05
 """PSNR in dB that a chosen point may lack on unseen rows; these rows cannot resolve smaller differences."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnseenPsnr:
+    """PSNR in dB on rows that a search did not see."""
+
+    defaults: float
+    """With the model's own settings."""
+    best: float
+    """With the chosen settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerResult:
+    """Result of `tune sampler`; the field order is that of its JSON."""
+
+    trials: int
+    """Number of known measurements, those of earlier searches included."""
+    measured: int
+    """Number of measurements of this call."""
+    defaults: Measurement
+    """The model's own settings."""
+    best: Measurement
+    """The chosen settings."""
+    front: tuple[Measurement, ...]
+    """The Pareto front, by rising cost."""
+    unseen: UnseenPsnr | None
+    """None if the split is too small."""
+    folder: str
+    picture: str
+    """Path of the plot of quality against cost."""
+    strip: str
+    """Path of the rows that points of the front have colored."""
+    version: int | None = None
+    """Registered version with the chosen settings; None if it was not registered."""
+    changed: bool = False
+    """Whether the version is a new one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `tune sampler` prints."""
+        unregistered = ("version", "changed") if self.version is None else ()
+        return {key: value for key, value in asdict(self).items() if key not in unregistered}
 
 
 @dataclass(frozen=True)
@@ -72,9 +121,9 @@ def tune_sampler(
     register: bool = True,
     num_images: int = 64,
     split: str = "val",
-    progress: Progress | None = None,
-    evaluate: Callable[[Path], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
+    progress: Callable[[str], None] = lambda _line: None,
+    evaluate: Callable[[Path], Evaluation] | None = None,
+) -> SamplerResult:
     """Search for sampler defaults of a model and register the model with them.
 
     Args:
@@ -88,14 +137,8 @@ def tune_sampler(
         register: register the model with the chosen defaults as the next version.
         num_images: number of rows of the split to measure on.
         split: name of the split.
-        progress: called after every trial.
+        progress: called with one line after every trial.
         evaluate: measures the new bundle, so that the promotion gate can compare the version immediately.
-
-    Returns:
-        `{trials, measured, defaults, best, front, unseen, folder, picture, strip}`, and `version, changed` if the model
-        is registered. Points have the fields of `Point`, and the front is sorted by rising cost. `measured` is the
-        number of trials of this call; `unseen` is the PSNR of defaults and best on rows that the search did not see,
-        or None.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -116,20 +159,26 @@ def tune_sampler(
     record = Run.start(settings, TUNING, name, {"model": str(model), "data": data, "trials": trials, "prefer": prefer})
     try:
         known = len(read_points(folder))
-        points = search(bundle, averages, rows.searched, folder, trials=trials, minutes=minutes, progress=progress)
-        chosen, unseen, strip = _conclude(bundle, averages, rows, points, prefer, progress)
-        result = {
-            "trials": len(points),
-            "measured": len(points) - known,
-            "defaults": asdict(points[0]),
-            "best": asdict(chosen),
-            "front": [asdict(point) for point in pareto_front(points)],
-            "unseen": unseen,
-            **_show(points, chosen, strip, folder),
-        }
+        points = search(bundle, averages, rows.searched, folder, SearchConfig(trials, minutes, progress))
+        conclusion = _conclude(bundle, averages, rows, points, prefer, progress)
+        picture, strip = folder / "front.png", folder / "strip.png"
+        picture.write_bytes(draw_front(points, conclusion.chosen))
+        strip.write_bytes(conclusion.strip)
+        result = SamplerResult(
+            trials=len(points),
+            measured=len(points) - known,
+            defaults=points[0],
+            best=conclusion.chosen,
+            front=tuple(pareto_front(points)),
+            unseen=conclusion.unseen,
+            folder=str(folder),
+            picture=str(picture),
+            strip=str(strip),
+        )
         _record(record, points, result)
         if register:
-            result |= _register(registry, bundle, averages, chosen, record.run_id, evaluate)
+            version, changed = _register(registry, bundle, averages, conclusion.chosen, record.run_id, evaluate)
+            result = replace(result, version=version, changed=changed)
     except BaseException as error:
         record.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
@@ -142,13 +191,10 @@ def search(
     averages: Averages,
     batch: Batch,
     folder: Path,
-    *,
-    trials: int,
-    minutes: float | None = None,
-    progress: Progress | None = None,
+    config: SearchConfig,
     seed: int = 0,
-) -> list[Point]:
-    """Measure until `trials` points are known, one trial per device in parallel, and return them, defaults first.
+) -> list[Measurement]:
+    """Measure one trial per device in parallel until enough points are known, and return them, defaults first.
 
     `seed` seeds Optuna. The order in which parallel trials end also affects what Optuna suggests.
     """
@@ -170,13 +216,11 @@ def search(
         tune.with_resources(tune.with_parameters(_trial, task=_SamplerTask(bundle, averages, batch)), {device: 1}),
         study,
         # A model that was tuned before may have all points known except its new defaults.
-        trials=max(trials, study.num_known + (not known)),
+        replace(config, trials=max(config.trials, study.num_known + (not known))),
         at_once=at_once,
-        minutes=minutes,
-        callback=_Report(trials, study, progress),
+        folder=folder,
+        callback=_TrialProgress(config, study),
         reuse=True,
-        place=folder,
-        tell=progress,
     )
     points = read_points(folder)
     first = next((point for point in points if (point.settings, point.ema_length) == own), None)
@@ -198,43 +242,56 @@ def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-def read_points(folder: Path) -> list[Point]:
-    """Return all points in the trial log of a search's folder, in the order of their measurement."""
-    return [Point.of(entry["measured"]) for entry in TrialLog(folder / "points.jsonl").read() if "measured" in entry]
+def read_points(folder: Path) -> list[Measurement]:
+    """Return all measurements in the trial log of a search's folder, in their order."""
+    entries = TrialLog(folder / "points.jsonl").read()
+    return [Measurement.of(entry.details["measured"]) for entry in entries if "measured" in entry.details]
 
 
-Conclusion = tuple[Point, dict[str, float] | None, bytes]
-"""The two results of confirm(), and the strip of colored rows as PNG."""
+@dataclass(frozen=True, slots=True)
+class _Conclusion:
+    """What follows from the measurements of a search."""
+
+    chosen: Measurement
+    unseen: UnseenPsnr | None
+    strip: bytes
+    """PNG of rows that points of the front have colored."""
 
 
 def _conclude(
-    bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer, tell: Progress | None
-) -> Conclusion:
+    bundle: Bundle,
+    averages: Averages,
+    rows: MeasuredRows,
+    points: list[Measurement],
+    prefer: Prefer,
+    warn: Callable[[str], None],
+) -> _Conclusion:
     """Choose a point and draw the strip on the kind of device that measured the trials; the driver may have no GPU."""
     if _device()[0] == "CPU":
-        return _conclude_here(bundle, averages, rows, points, prefer)
-    with cluster.waits(tell or (lambda _: None)):
-        task = ray.remote(num_gpus=1)(_conclude_there).remote(
-            chosen_attention(), bundle, averages, rows, points, prefer
-        )
-        conclusion: Conclusion = ray.get(task)
+        return _conclude_here(chosen_attention(), bundle, averages, rows, points, prefer)
+    with cluster.waits(warn):
+        task = ray.remote(num_gpus=1)(_conclude_here).remote(chosen_attention(), bundle, averages, rows, points, prefer)
+        conclusion: _Conclusion = ray.get(task)
     return conclusion
 
 
-def _conclude_there(attention: Backend, *conclusion: Any) -> Conclusion:
+def _conclude_here(
+    attention: Backend,
+    bundle: Bundle,
+    averages: Averages,
+    rows: MeasuredRows,
+    points: list[Measurement],
+    prefer: Prefer,
+) -> _Conclusion:
     use_attention(attention)
-    return _conclude_here(*conclusion)
-
-
-def _conclude_here(bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer) -> Conclusion:
     bundle.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     chosen, unseen = confirm(bundle, averages, rows, points, prefer)
-    return chosen, unseen, draw_strip(bundle, averages, rows.searched, pareto_front(points), chosen)
+    return _Conclusion(chosen, unseen, draw_strip(bundle, averages, rows.searched, pareto_front(points), chosen))
 
 
 def confirm(
-    bundle: Bundle, averages: Averages, rows: Rows, points: list[Point], prefer: Prefer
-) -> tuple[Point, dict[str, float] | None]:
+    bundle: Bundle, averages: Averages, rows: MeasuredRows, points: list[Measurement], prefer: Prefer
+) -> tuple[Measurement, UnseenPsnr | None]:
     """Return the point to use, and the PSNR of that point and the defaults on rows that the search did not see.
 
     A point that is too much worse than the defaults on those rows was good by chance; the next best replaces it.
@@ -249,65 +306,52 @@ def confirm(
         same = chosen == defaults
         found = own if same else _measure(unseen, chosen.settings, chosen.ema_length).psnr
         if same or found >= floor(own, prefer) - CONFIRM_DB:
-            return chosen, {"defaults": own, "best": found}
+            return chosen, UnseenPsnr(own, found)
         points = [point for point in points if point != chosen]
 
 
-def _trial(config: dict[str, Any], *, task: _SamplerTask) -> None:
+def _trial(point: Point, *, task: _SamplerTask) -> None:
     """Measure one trial, in a worker process that later trials reuse."""
     use_attention(task.attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
-    sampler = SamplerDefaults(**{key: value for key, value in config.items() if key != "ema_length"})
-    tune.report({"measured": json.dumps(asdict(_measure(task, sampler, config.get("ema_length"))))})
+    sampler = SamplerDefaults(**{key: value for key, value in point.items() if key != "ema_length"})
+    tune.report({"measured": json.dumps(asdict(_measure(task, sampler, point.get("ema_length"))))})
 
 
-def _measure(task: _SamplerTask, sampler: SamplerDefaults, length: float | None) -> Point:
+def _measure(task: _SamplerTask, sampler: SamplerDefaults, length: float | None) -> Measurement:
     return measure(task.averages.use(task.bundle, length), task.batch, sampler, length)
 
 
-def _judge(
-    trial_id: str,  # noqa: ARG001
-    point: dict[str, Any],  # noqa: ARG001
-    result: dict[str, Any],
-) -> tuple[list[float], dict[str, Any]] | None:
+def _judge(trial_id: str, result: Mapping[str, Any]) -> Verdict | None:  # noqa: ARG001
     if "measured" not in result:
         return None
     measured = json.loads(result["measured"])
-    return [measured["psnr"], measured["evaluations"]], {"measured": measured}
+    return Verdict([measured["psnr"], measured["evaluations"]], {"measured": measured})
 
 
-class _Report(tune.Callback):
-    """Tune callback that calls `progress` after every trial, finished or failed."""
+class _TrialProgress(tune.Callback):
+    """Tune callback that reports every trial, finished or failed."""
 
-    def __init__(self, total: int, study: Study, progress: Progress | None) -> None:
-        self._total = total
-        self._study = study
-        self._progress = progress
+    def __init__(self, config: SearchConfig, study: Study) -> None:
+        self._config, self._study = config, study
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        if self._progress is not None and "measured" in trial.last_result:
-            point = Point.of(json.loads(trial.last_result["measured"]))
-            self._progress(f"trial {self._study.num_known}/{self._total}  {describe(point)}")
+        if "measured" in trial.last_result:
+            self._report(describe(Measurement.of(json.loads(trial.last_result["measured"]))))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        if self._progress is not None:
-            self._progress(f"trial {self._study.num_known}/{self._total}  {trial.config} failed")
+        self._report(f"{trial.config} failed")
 
-
-def _show(points: list[Point], chosen: Point, strip: bytes, folder: Path) -> dict[str, str]:
-    """Write front.png and strip.png into the search's folder and return the paths."""
-    pictures = {"picture": folder / "front.png", "strip": folder / "strip.png"}
-    pictures["picture"].write_bytes(draw_front(points, chosen))
-    pictures["strip"].write_bytes(strip)
-    return {"folder": str(folder), **{name: str(path) for name, path in pictures.items()}}
+    def _report(self, line: str) -> None:
+        self._config.progress(f"trial {self._study.num_known}/{self._config.trials}  {line}")
 
 
 def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:
     return SamplerSpace(bundle.denoiser.path, bundle.config.sampler, averages.range, averages.length)
 
 
-def _search_key(bundle: Bundle, averages: Averages, rows: Rows) -> str:
+def _search_key(bundle: Bundle, averages: Averages, rows: MeasuredRows) -> str:
     """Return 12 hex digits that identify what decides a measurement: weights, config and rows, not sampler defaults."""
     config = asdict(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
     facts = [FORMAT, averages.sha256(), config, rows.key]
@@ -318,15 +362,18 @@ def _register(
     registry: Registry,
     bundle: Bundle,
     averages: Averages,
-    chosen: Point,
+    chosen: Measurement,
     run_id: str,
-    evaluate: Callable[[Path], dict[str, Any]] | None,
-) -> dict[str, Any]:
-    """Register the model itself if the chosen settings are its own, else a copy with them as a new version."""
+    evaluate: Callable[[Path], Evaluation] | None,
+) -> tuple[int, bool]:
+    """Register the model itself if the chosen settings are its own, else a copy with them as a new version.
+
+    Returns the version, and whether it is a new one.
+    """
     settings, sampler = registry.settings, chosen.settings
     same_weights = chosen.ema_length == averages.length
     if same_weights and sampler == _space(bundle, averages).simplest(bundle.config.sampler):
-        return {"version": release.register(settings, bundle.folder).version, "changed": False}
+        return promote.register(settings, bundle.folder).version, False
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
@@ -336,14 +383,15 @@ def _register(
         else:
             sha256 = averages.save(bundle, copy, chosen.ema_length, sampler)
         if evaluate is not None:
-            with_metrics(copy, {**evaluate(copy), "model": f"sha256:{sha256[:12]}"})
-        version = release.register(settings, copy, run_id=run_id, parent=known.version if known else None)
-    return {"version": version.version, "changed": True}
+            with_metrics(copy, replace(evaluate(copy), model=f"sha256:{sha256[:12]}").to_json())
+        version = promote.register(settings, copy, run_id=run_id, parent=known.version if known else None)
+    return version.version, True
 
 
-def _record(record: Run, points: list[Point], result: dict[str, Any]) -> None:
+def _record(record: Run, points: list[Measurement], result: SamplerResult) -> None:
     for step, point in enumerate(points):
         record.log({"psnr": point.psnr, "sharpness": point.sharpness, "evaluations": point.evaluations}, step)
-    record.set_tags({"best": json.dumps(result["best"]), "front": json.dumps(result["front"])[:4900]})
-    for name in ("picture", "strip"):
-        record.log_artifact(result[name])
+    front = json.dumps([asdict(point) for point in result.front])
+    record.set_tags({"best": json.dumps(asdict(result.best)), "front": front[:MOST_TAG_CHARS]})
+    record.log_artifact(result.picture)
+    record.log_artifact(result.strip)

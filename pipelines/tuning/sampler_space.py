@@ -7,9 +7,7 @@ averages of its weights, the length of the average is a setting, too. pipelines/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -18,6 +16,7 @@ from animediffusion.models.colorize import guided_evaluations
 from animediffusion.models.diffusion.guidance import EVERYWHERE
 from animediffusion.models.diffusion.path import Path
 from animediffusion.models.diffusion.sampler import SAMPLERS
+from animediffusion.pipelines.tuning.optuna_searcher import Parameters, Point
 
 MOST_STEPS = 8
 SCALES = (1.1, 4.0)
@@ -69,7 +68,7 @@ class SamplerSpace:
             self.distributions["averaged"] = CategoricalDistribution(["as trained", "over ema_length"])
             self.distributions["ema_length"] = FloatDistribution(*lengths, step=LENGTH_STEP)
 
-    def point(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def point(self, chosen: Parameters) -> Point:
         """Convert Optuna's parameters to a point."""
         settings = SamplerDefaults(
             name=chosen["sampler"],
@@ -81,14 +80,14 @@ class SamplerSpace:
         length = round(chosen["ema_length"], 4) if chosen.get("averaged") == "over ema_length" else None
         return to_point(self.simplest(settings), length)
 
-    def first(self) -> list[dict[str, Any]]:
+    def first(self) -> list[Parameters]:
         """Return the parameters of the points to begin with: the model's own settings, then the ladders."""
         plain = [SamplerDefaults(name="euler", steps=steps, guidance_scale=1.0) for steps in LADDER]
         guided = [SamplerDefaults(name="euler", steps=steps, guidance_scale=GUIDED_SCALE) for steps in GUIDED_LADDER]
         own = self.parameters(self.defaults, self.length)
         return [own, *map(self.parameters, [*plain, *guided])]
 
-    def parameters(self, settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
+    def parameters(self, settings: SamplerDefaults, length: float | None = None) -> Parameters:
         """Convert settings and the length of an average to Optuna's parameters."""
         guided = settings.guidance_scale != 1
         return {
@@ -101,7 +100,7 @@ class SamplerSpace:
             **self._average(length),
         }
 
-    def _average(self, length: float | None) -> dict[str, Any]:
+    def _average(self, length: float | None) -> Parameters:
         if self.lengths is None:
             return {}
         if length is None:
@@ -124,7 +123,7 @@ class SamplerSpace:
         return settings
 
 
-def to_point(settings: SamplerDefaults, length: float | None = None) -> dict[str, Any]:
+def to_point(settings: SamplerDefaults, length: float | None = None) -> Point:
     """Return settings as plain values, with the length of the average unless it is the one that training chose."""
     point = {**asdict(settings), "guidance_interval": list(settings.guidance_interval)}
     return point if length is None else {**point, "ema_length": length}

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,27 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from animediffusion.models.augmentation.augment import Batch
 from animediffusion.pipelines.evaluation.measure import load_rows
-from animediffusion.pipelines.training.driver import build_trainer, reason
+from animediffusion.pipelines.training.driver import build_trainer, reason, worker_context
 from animediffusion.pipelines.training.plan import RunPlan, plan
 from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe, plain
+from animediffusion.pipelines.training.reporting import ProgressActor
 from animediffusion.pipelines.training.scaling import scaling_for, threads_per_worker
-from animediffusion.pipelines.training.trial_report import Stops
-from animediffusion.pipelines.training.worker import Progress as RunProgress
-from animediffusion.pipelines.tuning.asha import REDUCTION, Halving, RungReport
-from animediffusion.pipelines.tuning.optuna_searcher import Study, TrialLog, new_study, run_trials
+from animediffusion.pipelines.training.trial_report import TrialContext, TrialStops
+from animediffusion.pipelines.tuning.asha import REDUCTION, AshaScheduler, TrialOutcomes
+from animediffusion.pipelines.tuning.optuna_searcher import (
+    Point,
+    SearchConfig,
+    Study,
+    TrialEntry,
+    TrialLog,
+    new_study,
+    run_trials,
+)
 from animediffusion.pipelines.tuning.schedule_space import ScheduleSpace, as_recipe, changed
 from animediffusion.platform.cluster import connect as cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, Interrupted, TrainingError
 from animediffusion.platform.tracking.run import TUNING, Run
-
-Progress = Callable[[str], None]
-"""Callback for one line of text: how a trial ended."""
 
 NUM_RUNGS = 3
 CPUS_PER_TRIAL, CPUS_TO_WATCH = 0.4, 0.01
@@ -50,19 +57,80 @@ NUM_ROWS = 32
 """Number of val rows on which trials are measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrialSummary:
+    """Settings and result of one trial."""
+
+    point: Point
+    psnr: float
+    """PSNR in dB at its last step."""
+    steps: int
+    """Number of training steps."""
+    sampler_steps: int
+    """Number of steps of the sampler with which it was measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings and the result as one JSON object."""
+        return {**self.point, "psnr": self.psnr, "steps": self.steps, "sampler_steps": self.sampler_steps}
+
+
+@dataclass(frozen=True, slots=True)
+class RungSummary:
+    """The trials that reached one rung."""
+
+    steps: int
+    """Training steps of the rung."""
+    psnr: float
+    """Best PSNR in dB at this rung."""
+    base_psnr: float | None
+    """PSNR in dB of the recipe with which the search began; None if that trial ended before this rung."""
+    trials: int
+    """Number of trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleResult:
+    """Result of `tune schedule`; the field order is that of its JSON."""
+
+    trials: int
+    """Number of tried settings, those of earlier searches included."""
+    finished: int
+    """Number of trials that trained all steps."""
+    stopped_early: int
+    failed: int
+    cut: int
+    """Number of trials that the time limit ended."""
+    best: TrialSummary
+    base: TrialSummary | None
+    """The recipe with which the search began; None if it has not been measured."""
+    front: tuple[RungSummary, ...]
+    recipe: str
+    """Path of the new recipe."""
+    folder: str
+    """Folder of the search."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `tune schedule` prints."""
+        base = self.base.to_json() if self.base is not None else None
+        return {**asdict(self), "best": self.best.to_json(), "base": base}
+
+
 @dataclass(frozen=True)
 class _ScheduleTask:
     """Inputs that all trials share."""
 
     work: RunPlan
+    """Plan of a run; a trial changes its config, name and folder."""
     base: TrainConfig
     scaling: ray.train.ScalingConfig
     threads: int
-    rungs: dict[str, Any]
+    """OpenMP threads of each worker."""
+    trial: TrialContext
     settings: Settings
     tracking_uri: str
     parent_run_id: str
     progress: Any
+    """Handle of a ProgressActor; all trials report to it, and nobody reads it."""
 
 
 def tune_schedule(
@@ -74,8 +142,8 @@ def tune_schedule(
     minutes: float | None = None,
     steps: int = 270,
     out: Path | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    progress: Callable[[str], None] = lambda _line: None,
+) -> ScheduleResult:
     """Search for a better recipe and write it to a file.
 
     Args:
@@ -86,12 +154,7 @@ def tune_schedule(
         minutes: stop after this many minutes.
         steps: steps of the longest trials; the others end after a third or a ninth of them.
         out: file for the new recipe; recipe.yaml in the search's folder if None.
-        progress: called after every trial.
-
-    Returns:
-        `{trials, finished, stopped_early, failed, cut, best, base, recipe, front, folder}`. `finished` to `cut` (by the
-        time limit) count the trials that ended in this way. `best` and `base` (the recipe to begin with) are settings
-        with psnr and steps. `front` has the best PSNR and that of `base` at each rung.
+        progress: called with one line after every trial.
 
     Raises:
         ConfigError: the recipe is not a phase 1 recipe from scratch, or an argument is out of range.
@@ -108,37 +171,41 @@ def tune_schedule(
     params = {"recipe": recipe, "data": data, "trials": trials, "steps": steps}
     record = Run.start(settings, TUNING, name, params, tags={"data_hash": work.data_hash})
     try:
-        _search(settings, replace(work, folder=folder), base, rows, rungs, record, trials, minutes, progress)
-        entries = TrialLog(folder / "trials.jsonl").read()
-        result = _result(entries, ScheduleSpace(base).own(), rungs)
+        search = SearchConfig(trials, minutes, progress)
+        _search(settings, replace(work, folder=folder), rows, rungs, record, search)
         path = out or folder / "recipe.yaml"
+        result = summarize(TrialLog(folder / "trials.jsonl").read(), ScheduleSpace(base).own(), rungs, path, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(as_recipe(recipe, base, result["best"], path.stem, _headline(result, name)))
+        best, headline = result.best, _headline(result, name)
+        path.write_text(as_recipe(recipe, base, best.point, best.sampler_steps, path.stem, headline))
         record.log_artifact(path)
-        record.set_tags({"best": json.dumps(result["best"]), "front": json.dumps(result["front"])})
+        values = result.to_json()
+        record.set_tags({"best": json.dumps(values["best"]), "front": json.dumps(values["front"])})
     except BaseException as error:
         record.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     record.finish()
-    return {**result, "recipe": str(path), "folder": str(folder)}
+    return result
 
 
-def rung_steps(steps: int) -> list[int]:
+def rung_steps(steps: int) -> tuple[int, ...]:
     """Return the steps at which trials report: about a ninth, a third and all of `steps`."""
     if steps < REDUCTION ** (NUM_RUNGS - 1):
         raise ConfigError("--steps", str(steps), f"at least {REDUCTION ** (NUM_RUNGS - 1)}")
     least = steps // REDUCTION ** (NUM_RUNGS - 1)
-    return [least * REDUCTION**i for i in range(NUM_RUNGS)]
+    return tuple(least * REDUCTION**i for i in range(NUM_RUNGS))
 
 
 def _base(recipe: str, data: str) -> TrainConfig:
     base = load_recipe(recipe, [f"data={data}", "max_steps=1"])
     if base.objective.name != "denoising" or base.objective.strict or base.init_from is not None:
-        raise ConfigError(f"recipe {recipe!r}", "is no phase 1 from scratch", "begin with phase1, demo, small, ...")
+        raise ConfigError(
+            f"recipe {recipe!r}", "is not a phase 1 recipe from scratch", "begin with phase1, demo, small, ..."
+        )
     return base
 
 
-def trial_config(base: TrainConfig, point: dict[str, Any], rungs: list[int], name: str) -> TrainConfig:
+def trial_config(base: TrainConfig, point: Point, rungs: Sequence[int], name: str) -> TrainConfig:
     """Return the config of one trial's run: one worker, as many steps as the last rung, no checkpoints."""
     values = changed(base, point)
     once = {"max_steps": rungs[-1], "max_minutes": None, "num_workers": 1, "max_failures": 0, "num_samples": 0}
@@ -147,18 +214,12 @@ def trial_config(base: TrainConfig, point: dict[str, Any], rungs: list[int], nam
 
 
 def _search(
-    settings: Settings,
-    work: RunPlan,
-    base: TrainConfig,
-    rows: Batch,
-    rungs: list[int],
-    record: Run,
-    trials: int,
-    minutes: float | None,
-    progress: Progress | None,
+    settings: Settings, work: RunPlan, rows: Batch, rungs: tuple[int, ...], record: Run, search: SearchConfig
 ) -> None:
-    stops = Stops.remote()  # type: ignore[attr-defined]
-    space, scheduler = ScheduleSpace(base), Halving(rungs, stops)
+    """Run the trials of a search in the folder of `work`, whose config is the recipe to begin with."""
+    base = work.config
+    stops = TrialStops.remote()  # type: ignore[attr-defined]
+    space, scheduler = ScheduleSpace(base), AshaScheduler(rungs, stops)
     study = Study(
         new_study(optuna.samplers.TPESampler(seed=0), ["maximize"]),
         space.distributions,
@@ -177,11 +238,11 @@ def _search(
         base=base,
         scaling=scaling,
         threads=threads_per_worker(at_once, len(ray.nodes())),
-        rungs={"steps": rungs, "rows": ray.put(rows), "stops": stops},
+        trial=TrialContext(rungs, ray.put(rows), stops),
         settings=settings,
         tracking_uri=record.tracking_uri,
         parent_run_id=record.run_id,
-        progress=RunProgress.remote(),  # type: ignore[attr-defined]
+        progress=ProgressActor.remote(),  # type: ignore[attr-defined]
     )
     try:
         run_trials(
@@ -189,13 +250,11 @@ def _search(
             # The trial's process only waits for its worker; Ray Train requests the worker's resources separately.
             tune.with_resources(tune.with_parameters(_trial, task=task), {"CPU": CPUS_TO_WATCH}),
             study,
-            trials=trials,
+            search,
             at_once=at_once,
-            minutes=minutes,
+            folder=work.folder,
             scheduler=scheduler,
-            callback=RungReport(trials, study, record, progress),
-            place=work.folder,
-            tell=progress,
+            callback=TrialOutcomes(search, study, record),
         )
     finally:
         ray.kill(task.progress)
@@ -210,69 +269,83 @@ def trials_at_once(scaling: ray.train.ScalingConfig, has: Mapping[str, float]) -
     return max(1, int(has.get("CPU", 0) / 2 / max((scaling.resources_per_worker or {})["CPU"], 0.5)))
 
 
-def _trial(point: dict[str, Any], *, task: _ScheduleTask) -> None:
+def _trial(point: Point, *, task: _ScheduleTask) -> None:
     """Run one trial, in a separate process that starts the run and waits for it."""
     name = f"trial-{tune.get_context().get_trial_id()}"
     os.environ["MLFLOW_TRACKING_URI"] = task.tracking_uri  # the driver's URI replaces a setting of this node
-    config = trial_config(task.base, point, task.rungs["steps"], name)
+    config = trial_config(task.base, point, task.trial.steps, name)
     folder = task.work.folder / "runs" / name
     work = replace(task.work, config=config, run=name, folder=folder, storage=str(folder), start_step=0)
     tags = {"mlflow.parentRunId": task.parent_run_id, "data_hash": task.work.data_hash}
     run = Run.start(task.settings, TUNING, name, plain(config), tags=tags)
-    shared = {"init_weights": None, "progress": task.progress, "samples": None, "rungs": task.rungs}
+    context = worker_context(work, run, task.progress, trial=task.trial)
     try:
-        build_trainer(work, task.scaling, run, shared, task.threads, [TuneReportCallback()]).fit()
+        build_trainer(work, task.scaling, context, task.threads, [TuneReportCallback()]).fit()
     except Exception as error:
         run.set_tags({"ended": "failed", "reason": reason(error)})
         run.finish("FAILED")
         raise RuntimeError(reason(error)) from None
 
 
-def _result(entries: list[dict[str, Any]], own: dict[str, Any], rungs: list[int]) -> dict[str, Any]:
-    """Summarize the trial log: counts, the best trial, the base recipe and the front."""
-    measured = [entry for entry in entries if entry["values"] is not None]
+def summarize(
+    entries: Sequence[TrialEntry], own: Point, rungs: Sequence[int], recipe: Path, folder: Path
+) -> ScheduleResult:
+    """Summarize the trial log of a search.
+
+    Args:
+        entries: entries of the trial log.
+        own: point of the recipe with which the search began.
+        rungs: steps at which trials report.
+        recipe: file of the new recipe.
+        folder: folder of the search.
+
+    Raises:
+        TrainingError: no trial reached a rung.
+    """
+    measured = [entry for entry in entries if entry.values is not None]
     if not measured:
-        why = next((entry["reason"] for entry in entries if "reason" in entry), "the time was too short")
-        raise TrainingError("tune schedule", f"no trial came to its first report ({why})", "give more --minutes")
-    best = max(measured, key=lambda entry: float(entry["values"][0]))
-    mine = max((e for e in measured if e["point"] == own), key=lambda e: int(e["step"]), default=None)
-    latest = {json.dumps(entry["point"]): entry["ended"] for entry in entries}
-    counts = {key: sum(ended == said for ended in latest.values()) for key, said in ENDS.items()}
-    return {
-        "trials": len(latest),
-        **counts,
-        "best": _summary(best),
-        "base": _summary(mine) if mine is not None else None,
-        "front": _front(measured, mine, rungs),
-    }
-
-
-ENDS = {"finished": "finished", "stopped_early": "stopped early", "failed": "failed", "cut": "cut"}
-
-
-def _summary(entry: dict[str, Any]) -> dict[str, Any]:
-    found = {"psnr": entry["values"][0], "steps": entry["step"], "sampler_steps": entry["sampler_steps"]}
-    return {**entry["point"], **found}
-
-
-def _front(measured: list[dict[str, Any]], mine: dict[str, Any] | None, rungs: list[int]) -> list[dict[str, Any]]:
-    front = []
-    for rung in rungs:
-        there = [psnr for entry in measured for step, psnr in entry["history"] if step == rung]
-        base = next((psnr for step, psnr in mine["history"] if step == rung), None) if mine is not None else None
-        if there:
-            front.append({"steps": rung, "psnr": max(there), "base_psnr": base, "trials": len(there)})
-    return front
-
-
-def _headline(result: dict[str, Any], name: str) -> str:
-    best = result["best"]
-    return (
-        f"Found by `animediffusion tune schedule` ({name}): {best['psnr']:.2f} dB after {best['steps']} steps, the "
-        f"best of {result['trials']} trials"
+        reasons = (str(entry.details["reason"]) for entry in entries if "reason" in entry.details)
+        why = next(reasons, "the time was too short")
+        raise TrainingError("tune schedule", f"no trial reached its first report ({why})", "give more --minutes")
+    best = max(measured, key=lambda entry: _summary(entry).psnr)
+    base = max((e for e in measured if e.point == own), key=lambda e: _summary(e).steps, default=None)
+    ended = Counter({json.dumps(entry.point): str(entry.details["ended"]) for entry in entries}.values())
+    return ScheduleResult(
+        trials=ended.total(),
+        finished=ended["finished"],
+        stopped_early=ended["stopped early"],
+        failed=ended["failed"],
+        cut=ended["cut"],
+        best=_summary(best),
+        base=_summary(base) if base is not None else None,
+        front=tuple(_front(measured, base, rungs)),
+        recipe=str(recipe),
+        folder=str(folder),
     )
 
 
-def _search_key(base: TrainConfig, work: RunPlan, rungs: list[int]) -> str:
-    facts = [base.identity() | {"data": None}, work.data_hash, rungs, NUM_ROWS]
+def _summary(entry: TrialEntry) -> TrialSummary:
+    [psnr] = entry.values or [math.nan]
+    return TrialSummary(entry.point, psnr, entry.details["step"], entry.details["sampler_steps"])
+
+
+def _front(measured: Sequence[TrialEntry], base: TrialEntry | None, rungs: Sequence[int]) -> Iterator[RungSummary]:
+    histories = [dict(entry.details["history"]) for entry in measured]
+    own = dict(base.details["history"]) if base is not None else {}
+    for rung in rungs:
+        reached = [history[rung] for history in histories if rung in history]
+        if reached:
+            yield RungSummary(rung, max(reached), own.get(rung), len(reached))
+
+
+def _headline(result: ScheduleResult, name: str) -> str:
+    best = result.best
+    return (
+        f"Found by `animediffusion tune schedule` ({name}): {best.psnr:.2f} dB after {best.steps} steps, the "
+        f"best of {result.trials} trials"
+    )
+
+
+def _search_key(base: TrainConfig, work: RunPlan, rungs: Sequence[int]) -> str:
+    facts = [base.identity() | {"data": None}, work.data_hash, list(rungs), NUM_ROWS]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -7,7 +7,6 @@ loss_weight, learning_rate, drop_reference}`. pipelines/tuning/schedule_search.p
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.diffusion.denoiser import MIN_ALPHA_FOR_EPS
 from animediffusion.models.diffusion.path import PathConfig, build_path
 from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.pipelines.tuning.optuna_searcher import Parameters, Point
 
 PATHS = {
     "flow": {"name": "flow", "zero_terminal": False},
@@ -58,7 +58,7 @@ class ScheduleSpace:
             "drop_reference": _range(DROPS, own["drop_reference"]),
         }
 
-    def first(self) -> dict[str, Any]:
+    def first(self) -> Point:
         """Return the parameters of the unchanged recipe."""
         path, how = self.base.path, self.base.objective.denoising
         linear = "linear_to_noise" if path.zero_terminal else "linear"
@@ -73,11 +73,11 @@ class ScheduleSpace:
             "drop_reference": how.drop_reference,
         }
 
-    def own(self) -> dict[str, Any]:
+    def own(self) -> Point:
         """Return the point of the unchanged recipe."""
         return self.point(self.first())
 
-    def point(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def point(self, chosen: Parameters) -> Point:
         """Convert Optuna's parameters to a point; v replaces eps on a path whose noise eps cannot start from."""
         point = {key: _short(value) if isinstance(value, float) else value for key, value in chosen.items()}
         if point["path"] != "flow":
@@ -91,7 +91,7 @@ class ScheduleSpace:
         return point
 
 
-def changed(base: TrainConfig, point: Mapping[str, Any]) -> dict[str, Any]:
+def changed(base: TrainConfig, point: Point) -> dict[str, Any]:
     """Return the values of a recipe, with those of a point replaced."""
     values: dict[str, Any] = base.model_dump(mode="json")
     values["path"] = asdict(path_of(base.path, point))
@@ -101,19 +101,20 @@ def changed(base: TrainConfig, point: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def as_recipe(recipe: str, base: TrainConfig, best: Mapping[str, Any], name: str, headline: str) -> str:
+def as_recipe(recipe: str, base: TrainConfig, best: Point, sampler_steps: int, name: str, headline: str) -> str:
     """Return the text of a recipe file that trains like the best trial; it only overrides the base recipe.
 
     Args:
         recipe: name or YAML file of the base recipe, with which the search began.
         base: the base recipe, resolved.
-        best: the best point, with sampler_steps.
+        best: the best point.
+        sampler_steps: number of steps of the sampler with which it was measured.
         name: name of the new recipe.
         headline: comment at the top of the file, without the period.
     """
     path = path_of(base.path, best)
     sampler = base.sampler or SamplerDefaults()
-    if best["sampler_steps"] == 1:
+    if sampler_steps == 1:
         sampler = SamplerDefaults(steps=1)
     values = {
         "base": str(Path(recipe).absolute()) if recipe.endswith((".yaml", ".yml")) else recipe,
@@ -129,14 +130,14 @@ def as_recipe(recipe: str, base: TrainConfig, best: Mapping[str, Any], name: str
     return f"{comment}\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)}"
 
 
-def path_of(base: PathConfig, point: Mapping[str, Any]) -> PathConfig:
+def path_of(base: PathConfig, point: Point) -> PathConfig:
     """Return the path of a point; `base`, the recipe's path, gives the values that the point does not set."""
     flow = point["path"] == "flow"
     values = asdict(base) | PATHS[point["path"]] | {"sigma_max": base.sigma_max if flow else None}
     return PathConfig(**values | ({"shift": point["shift"]} if flow else {}))
 
 
-def _denoising(point: Mapping[str, Any]) -> dict[str, Any]:
+def _denoising(point: Point) -> Point:
     mean = {"time_mean": point["time_mean"]} if "time_mean" in point else {}
     return {
         "time_distribution": point["times"],
@@ -146,7 +147,7 @@ def _denoising(point: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rates(base: TrainConfig, point: Mapping[str, Any]) -> dict[str, Any]:
+def _rates(base: TrainConfig, point: Point) -> dict[str, float]:
     rate, muon = point["learning_rate"], base.optimizer.muon_learning_rate
     if muon is None:
         return {"learning_rate": rate}

@@ -1,6 +1,6 @@
 """Output of commands: progress bars on a terminal, plain lines elsewhere, and one JSON object at the end with --json.
 
-Progress and notes go to stderr, results to stdout.
+Progress and notes go to stderr, results to stdout. src/animediffusion/reports.py formats the results of the commands.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from animediffusion.platform.errors import one_line
+
+if TYPE_CHECKING:
+    from animediffusion.pipelines.training.reporting import TrainProgress
 
 PLAIN_EVERY_S = 5.0
 """Seconds between two plain progress lines."""
@@ -51,32 +54,30 @@ class Console:
                 began.append((time.monotonic(), done))
             started, before = began[0]
             rate = (done - before) / max(time.monotonic() - started, 1e-6)
-            aside = f", {rejected} rejected" if rejected else ""
-            return f"{what} {done}/{total} {unit}, {rate:.{0 if rate >= 10 else 1}f} {unit}/s{aside}"
+            rejects = f", {rejected} rejected" if rejected else ""
+            return f"{what} {done}/{total} {unit}, {rate:.{0 if rate >= 10 else 1}f} {unit}/s{rejects}"
 
         with self._bar(what) as move:
             yield lambda done, total, rejected=0: move(done, total, line(done, total, rejected))
 
     @contextmanager
-    def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Yield a function that shows a training report (pipelines/training/driver.py)."""
+    def training(self) -> Iterator[Callable[[TrainProgress], None]]:
+        """Yield a function that shows the state of a run, and each of its warnings once."""
         with self._bar("training") as move:
             shown = 0
 
-            def report(now: Mapping[str, Any]) -> None:
+            def report(now: TrainProgress) -> None:
                 nonlocal shown
-                lines = now.get("warnings", [])
-                for line in lines[shown:]:
+                for line in now.warnings[shown:]:
                     self.note(f"warning: {line}")
-                shown = len(lines)
-                step = int(now.get("step", 0))
-                last = int(now.get("max_steps", 0))
-                move(step, last if last < 1 << 40 else 0, training_line(now))
+                shown = len(now.warnings)
+                move(now.step, now.max_steps, training_line(now))
 
             yield report
 
     @contextmanager
-    def _bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+    def _bar(self, what: str) -> Iterator[Callable[[int, int | None, str], None]]:
+        """Yield a function (done, total, line) that moves a bar or prints lines; `total` is None if it is unknown."""
         if not self.terminal:
             yield _plain()
             return
@@ -86,134 +87,15 @@ class Console:
         columns = (BarColumn(bar_width=30), TextColumn("{task.description}"))
         with Progress(*columns, console=RichConsole(stderr=True), transient=False) as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total, line: bar.update(task, completed=done, total=total or None, description=line)
+            yield lambda done, total, line: bar.update(task, completed=done, total=total, description=line)
 
     def facts(self, values: Mapping[str, Any]) -> str:
         """Format values as lines of `name   value`; the names of nested values are dotted."""
-        flat = dict(_flat(values))
-        width = max((len(key) for key in flat), default=0)
-        return "\n".join(f"{key:{width}}  {value}" for key, value in flat.items())
+        return facts(values)
 
     def table(self, rows: Sequence[Mapping[str, Any]], empty: str) -> str:
         """Format rows as aligned columns; return `empty` if there are no rows."""
-        if not rows:
-            return empty
-        names = list(rows[0])
-        cells = [names, *([one_line(_cell(row.get(name))) for name in names] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-        return "\n".join(
-            "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-        )
-
-    def metrics(self, result: Mapping[str, Any]) -> str:
-        """Format the table of `evaluate`: the model and the baselines on both tracks."""
-        rows = [{"": "model", **_columns(result["tracks"])}]
-        rows += [{"": name, **_columns(tracks)} for name, tracks in result["baselines"].items()]
-        sampler = result["sampler"]
-        head = (
-            f"{result['num_images']} images of {result['data']} ({result['split']}, {result['image_size']} px), "
-            f"{sampler['name']} {sampler['steps']} steps, guidance {sampler['guidance_scale']:g}"
-        )
-        tail = f"\npicture: {result['grid']}" if result["grid"] else ""
-        return f"{head}\n{self.table(rows, '')}{tail}"
-
-    def version(self, found: Mapping[str, Any]) -> str:
-        """Format the output of `models show`: facts, ancestors, metrics, history and configuration of a version."""
-        tags, made = found["tags"], found["training"]
-        aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
-        steps = f", {made['steps']} steps of {made.get('batch_size', '?')} images" if "steps" in made else ""
-        facts = {
-            "sha256": found["sha256"],
-            "created": found["created"],
-            "made": found["lineage"][0]["made"],
-            "training": f"{made.get('run', '-')}, recipe {made.get('recipe', '-')}{steps}",
-            "MLflow run": found["run"],
-            "data": f"{found['dataset']['uri'] or '-'}, hash {(found['dataset']['hash'] or '-')[:12]}",
-            "network": f"{int(tags.get('num_parameters', 0)) / 1e6:.1f} M parameters, {tags.get('image_size')} px",
-            "path": f"{tags.get('path')}, predicts {tags.get('prediction')}",
-            "sampler": tags.get("sampler"),
-            "samples": found["samples"],
-        }
-        parts = [f"version {found['version']} of {found['name']}{aliases}\n{self.facts(facts)}"]
-        ancestors = [
-            {**one, "metrics": {k: v for k, v in one["metrics"].items() if k.endswith("psnr")}}
-            for one in found["lineage"]
-        ]
-        parts.append(f"from\n{self.table(ancestors, '')}")
-        parts.append(f"metrics\n{self.table(_evaluation_rows(found['evaluations']), 'not evaluated')}")
-        events = [_without(event, "metrics") for event in found["history"]]
-        parts.append(f"history\n{self.table(events, 'never promoted')}")
-        if found["config"]:
-            groups = {key: _cell(value) for key, value in found["config"].items()}
-            parts.append(f"configuration of the training run\n{self.facts(groups)}")
-        return "\n\n".join(parts)
-
-    def comparison(self, found: Mapping[str, Any]) -> str:
-        """Format the output of `models compare`: one line per metric with the better version."""
-        a, b = (version["version"] for version in found["versions"])
-        rows = [
-            {
-                "data": f"{str(row['data_hash'])[:12]} {row['split']}, {row['num_images']} images",
-                "track": row["track"],
-                "metric": row["metric"],
-                f"version {a}": row["a"],
-                f"version {b}": row["b"],
-                "difference": row["difference"] if row["difference"] is None else f"{row['difference']:+.4g}",
-                "better": row["better"],
-            }
-            for row in found["metrics"]
-        ]
-        heads = [f"version {v['version']}: {v['sampler']}, sha256 {v['sha256'][:12]}" for v in found["versions"]]
-        table = self.table(rows, "neither was evaluated; run `animediffusion evaluate models:/... DATA`")
-        return "\n".join([*heads, "", table, "", f"picture: {found['picture']}"])
-
-    def front(self, result: Mapping[str, Any]) -> str:
-        """Format the table of `tune sampler`: the Pareto front by rising cost, with the defaults and the choice."""
-        own, best = result["defaults"], result["best"]
-        rows = [
-            {
-                "": "choice" if point == best else "defaults" if point == own else "",
-                "rows/image": point["evaluations"],
-                "PSNR": f"{point['psnr']:.2f}",
-                "sharpness": f"{point['sharpness']:.2f}",
-                **{key: point[key] for key in ("sampler", "steps", "shift", "guidance_scale")},
-                "interval": "-" if point["guidance_scale"] == 1 else "{:g} to {:g}".format(*point["guidance_interval"]),
-                "average": "trained" if point["ema_length"] is None else f"{point['ema_length']:.0%} of the run",
-            }
-            for point in [*([] if own in result["front"] else [own]), *result["front"]]
-        ]
-        keys = ("trials", "measured", "version", "changed", "picture", "strip")
-        facts = {key: result[key] for key in keys if key in result}
-        if result["unseen"]:
-            facts["PSNR on unseen rows"] = "choice {best:.2f}, defaults {defaults:.2f}".format(**result["unseen"])
-        return f"{self.table(rows, '')}\n\n{self.facts(facts)}"
-
-    def schedule(self, result: Mapping[str, Any]) -> str:
-        """Format the result of `tune schedule`: the best trial at each rung, how the trials ended, and the recipe."""
-        rows = [
-            {
-                "steps": rung["steps"],
-                "trials": rung["trials"],
-                "best PSNR": f"{rung['psnr']:.2f}",
-                "began with": "-" if rung["base_psnr"] is None else f"{rung['base_psnr']:.2f}",
-            }
-            for rung in result["front"]
-        ]
-        ends = (
-            f"{result['trials']} trials: {result['finished']} to the end, {result['stopped_early']} stopped early, "
-            f"{result['failed']} failed, {result['cut']} cut by the clock"
-        )
-        facts = self.facts({"best": result["best"], "recipe": result["recipe"]})
-        return f"{self.table(rows, '')}\n\n{ends}\n{facts}"
-
-    def run(self, result: Mapping[str, Any]) -> str:
-        """Format the summary of `train`: facts, and a line for each checkpoint that has a score."""
-        facts = self.facts({key: value for key, value in result.items() if key != "scores"})
-        rows = [
-            {"checkpoint": step, **_columns({"cross": score}), "PSNR same": f"{score['psnr_same']:.2f}"}
-            for step, score in result.get("scores", {}).items()
-        ]
-        return f"{facts}\n\n{self.table(rows, '')}" if rows else facts
+        return table(rows, empty)
 
 
 def _print(text: str, stream: TextIO) -> None:
@@ -225,34 +107,54 @@ def _print(text: str, stream: TextIO) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
-def training_line(now: Mapping[str, Any]) -> str:
-    """Format a training report as one line.
+def training_line(now: TrainProgress) -> str:
+    """Format the state of a run as one line.
 
     step 40/200  loss 0.0812  75 images/s  data wait 1%  best dE00 5.91 at 20  ETA 1:20
     """
-    step, last = int(now.get("step", 0)), int(now.get("max_steps", 0))
-    parts = [f"step {step}/{last}" if last < 1 << 40 else f"step {step}"]
-    if "loss" in now:
-        parts += [f"loss {now['loss']:.4f}", f"{now['images_per_s']:.0f} images/s", f"data wait {now['data_wait']:.0%}"]
-    if now.get("best_score"):
-        parts.append(f"best dE00 {now['best_score']['ciede2000']:.2f} at {now['best_step']}")
-    if last < 1 << 40 and step:
-        per_step = now.get("seconds_per_step", 0.0)
-        left = int((last - step) * per_step)
-        parts.append(f"ETA {left // 60}:{left % 60:02d}")
+    parts = [f"step {now.step}/{now.max_steps}" if now.max_steps is not None else f"step {now.step}"]
+    if (metrics := now.metrics) is not None:
+        parts.append(f"loss {metrics.loss:.4f}")
+        parts.append(f"{metrics.images_per_s:.0f} images/s")
+        parts.append(f"data wait {metrics.data_wait:.0%}")
+    if now.best_score is not None:
+        parts.append(f"best dE00 {now.best_score.ciede2000:.2f} at {now.best_step}")
+    if now.max_steps is not None and metrics is not None:
+        left_s = int((now.max_steps - now.step) * metrics.seconds_per_step)
+        parts.append(f"ETA {left_s // 60}:{left_s % 60:02d}")
     return "  ".join(parts)
 
 
-def _plain() -> Callable[[int, int, str], None]:
-    shown = [float("-inf")]
+def _plain() -> Callable[[int, int | None, str], None]:
+    shown = float("-inf")
 
-    def move(done: int, total: int, line: str) -> None:
+    def move(done: int, total: int | None, line: str) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - shown[0] >= PLAIN_EVERY_S or (total and done >= total):
-            shown[0] = now
+        if now - shown >= PLAIN_EVERY_S or (total is not None and done >= total):
+            shown = now
             print(line, file=sys.stderr, flush=True)
 
     return move
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Format values as lines of `name   value`; the names of nested values are dotted."""
+    flat = dict(_flat(values))
+    width = max((len(key) for key in flat), default=0)
+    return "\n".join(f"{key:{width}}  {value}" for key, value in flat.items())
+
+
+def table(rows: Sequence[Mapping[str, Any]], empty: str = "") -> str:
+    """Format rows as aligned columns, with the keys of the first row as names; return `empty` if there are no rows."""
+    if not rows:
+        return empty
+    names = list(rows[0])
+    cells = [names, *([one_line(cell(row.get(name))) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -263,40 +165,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             for number, item in enumerate(value):
                 yield f"{prefix}{key}[{number}]", ", ".join(f"{k} {v}" for k, v in _flat(item))
         else:
-            yield f"{prefix}{key}", _cell(value)
+            yield f"{prefix}{key}", cell(value)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Format one value in a line: `-` for an empty one, four digits of a float, nested values by commas."""
     if value is None or value == [] or value == {}:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_cell(item)}" for key, item in _flat(value))
+        return ", ".join(f"{key} {cell(item)}" for key, item in _flat(value))
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
+        return ", ".join(cell(item) for item in value)
     return str(value)
-
-
-def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each track of each evaluation (checks.evaluation_line), with a column for each metric."""
-    rows: list[dict[str, Any]] = []
-    for found in evaluations:
-        numbers = {key: value for key, value in found.items() if "." in key}
-        for track in dict.fromkeys(key.partition(".")[0] for key in numbers):
-            where = f"{str(found['data_hash'])[:12]} {found['split']}, {found['num_images']} images"
-            own = {key.partition(".")[2]: v for key, v in numbers.items() if key.startswith(f"{track}.")}
-            rows.append({"data": where, "track": track, **own})
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
-
-
-def _columns(tracks: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
-    names = (("psnr", "PSNR", ".2f"), ("ssim", "SSIM", ".3f"), ("ciede2000", "dE00", ".2f"))
-    return {
-        f"{title} {track}": f"{values[key]:{form}}" for track, values in tracks.items() for key, title, form in names
-    }

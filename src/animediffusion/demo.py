@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from animediffusion import reports
 from animediffusion.console import Console
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.pipelines.data.ingest import prepare
-from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.evaluation.evaluate import Evaluation, evaluate
 from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.record import evaluate_and_record
 from animediffusion.pipelines.synthetic.dataset import DrawnRow, make_row, synthesize
@@ -90,14 +90,14 @@ def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int,
         made = DemoResult(
             seconds=round(time.monotonic() - started, 1),
             version=version,
-            psnr_same=result["tracks"]["same"]["psnr"],
-            psnr_cross=result["tracks"]["cross"]["psnr"],
-            baseline_psnr_same=max(tracks["same"]["psnr"] for tracks in result["baselines"].values()),
+            psnr_same=result.tracks["same"].psnr,
+            psnr_cross=result.tracks["cross"].psnr,
+            baseline_psnr_same=max(tracks["same"].psnr for tracks in result.baselines.values()),
             picture=str(picture),
             url=url,
             mlflow=settings.tracking_uri,
         )
-        console.result(asdict(made), _summary(made, console.metrics(result), stay=stay))
+        console.result(asdict(made), _summary(made, reports.evaluation(result), stay=stay))
         return _wait() if stay else 0
 
 
@@ -112,29 +112,29 @@ def _dataset(settings: Settings, rows: int, console: Console) -> str:
     return data
 
 
-def _model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, dict[str, Any]]:
+def _model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, Evaluation]:
     budget = [f"data={data}", f"max_minutes={minutes * PHASE_1_SHARE}"]
     with _stage("phase 1: denoising", console), console.training() as report:
         first = train(settings, load_recipe("demo", budget), report)
     with _stage("tune the sampler", console):
         tuned = tune_sampler(
             settings,
-            first["bundle"],
+            first.bundle,
             data,
             trials=TUNE_TRIALS,
             num_images=32,
             progress=console.note,
             evaluate=lambda bundle: evaluate(settings, str(bundle), data, limit=64),
         )
-    parent = f"models:/{settings.model_name}/{tuned['version']}"
+    parent = f"models:/{settings.model_name}/{tuned.version}"
     budget = [f"data={data}", f"init_from={parent}", f"max_minutes={minutes * (1 - PHASE_1_SHARE)}"]
     with _stage("phase 2: reconstruction through the sampler", console), console.training() as report:
         second = train(settings, load_recipe("demo-phase2", budget), report)
     with _stage("evaluate", console), console.progress("coloring", "images") as progress:
         out = settings.workspace / "demo" / "evaluation"
-        result = evaluate_and_record(settings, second["bundle"], data, out=out, progress=progress)
+        result = evaluate_and_record(settings, second.bundle, data, out=out, progress=progress)
     with _stage("register and promote", console):
-        version = release.register(settings, second["bundle"], parent=tuned["version"]).version
+        version = release.register(settings, second.bundle, parent=tuned.version).version
         try:
             release.promote(settings, version, why="demo")
         except RegistryError as error:

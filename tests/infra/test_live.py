@@ -33,7 +33,7 @@ from tiny import NETWORK
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, identity, save_bundle
 from animediffusion.models.network.unet import UNetConfig
 from animediffusion.pipelines.synthetic.dataset import synthesize
-from animediffusion.pipelines.training.prometheus import GAUGES, PREFIX
+from animediffusion.pipelines.training.reporting import GAUGES, PREFIX
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import jobs
 from animediffusion.platform.config import Settings

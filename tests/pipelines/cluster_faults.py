@@ -88,7 +88,7 @@ class Stage:
 
         def report(now):
             reports.append(now)
-            seen[0] = now.get("step", 0)
+            seen[0] = now.step
 
         result = training.train(self.settings, config, report)
         if thread:
@@ -155,11 +155,11 @@ def main(data, workspace):
     print(
         json.dumps(
             {
-                "equal": stage.weights("calm", calm["steps"]) == stage.weights("storm", stormy["steps"]),
-                "steps": [calm["steps"], stormy["steps"], shrunk["steps"]],
+                "equal": stage.weights("calm", calm.steps) == stage.weights("storm", stormy.steps),
+                "steps": [calm.steps, stormy.steps, shrunk.steps],
                 "off_the_beat": [step for step in stage.steps("storm")[:-1] if step % EVERY],
-                "warnings": reports[-1]["warnings"],
-                "workers": [shrunk_reports[0].get("workers", 2), shrunk["num_workers"]],
+                "warnings": reports[-1].warnings,
+                "workers": [next(now.workers for now in shrunk_reports if now.metrics), shrunk.num_workers],
             }
         )
     )

@@ -32,7 +32,7 @@ def test_a_run_that_loses_a_worker_and_a_node_ends_with_the_bits_of_one_that_los
 
 
 def test_a_node_that_is_taken_away_with_a_notice_costs_no_step(found):
-    assert [line.startswith("a node will be taken away; saving step") for line in found["warnings"]] == [True]
+    assert [line.startswith("a node is about to be preempted; saving step") for line in found["warnings"]] == [True]
     assert len(found["off_the_beat"]) == 1
     assert f"saving step {found['off_the_beat'][0]}" in found["warnings"][0]
 

@@ -95,14 +95,14 @@ def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_be
 
     replace_worker(monkeypatch, between_steps)
     result = train(settings, load_recipe(recipe, ["bundle=best"]))
-    assert sorted(result["scores"], key=int)[-1] == "12"
-    assert result["bundle_step"] == result["best_step"]
-    assert load_bundle(result["bundle"]).config.provenance["steps"] == result["best_step"]
-    found = evaluate(settings, result["bundle"], load_recipe(recipe).data, limit=5)["tracks"]
-    score = result["scores"][str(result["best_step"])]
-    for key, value in (("psnr", found["cross"]["psnr"]), ("psnr_same", found["same"]["psnr"])):
-        assert score[key] == pytest.approx(value, abs=0.01)
-    assert score["ciede2000"] == pytest.approx(found["cross"]["ciede2000"], abs=0.01)
+    assert max(result.scores) == 12
+    assert result.bundle_step == result.best_step
+    assert load_bundle(result.bundle).config.provenance["steps"] == result.best_step
+    found = evaluate(settings, result.bundle, load_recipe(recipe).data, limit=5).tracks
+    score = result.scores[result.best_step]
+    assert score.psnr == pytest.approx(found["cross"].psnr, abs=0.01)
+    assert score.psnr_same == pytest.approx(found["same"].psnr, abs=0.01)
+    assert score.ciede2000 == pytest.approx(found["cross"].ciede2000, abs=0.01)
 
 
 def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(ray_cluster, settings, recipe):
@@ -116,13 +116,13 @@ def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(
     lines = []
 
     def report(now):
-        if now["warnings"] and not lines:
+        if now.warnings and not lines:
             ray.kill(server)
-        lines[:] = now["warnings"]
+        lines[:] = now.warnings
 
     result = train(settings, load_recipe(recipe, ["name=patient", "num_samples=0"]), report)
     assert re.fullmatch(r"waiting: the cluster has no room for \d x \(0.5 CPU\); 0.75 of 2 CPU free", lines[0])
-    assert result["steps"] == 12
+    assert result.steps == 12
 
 
 def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(
@@ -142,4 +142,4 @@ def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_an
     monkeypatch.setattr(module, "_dataset", few)
     monkeypatch.setattr(module, "build_trainer", lambda *args: fits.append(1) or fit(*args))
     result = train(settings, load_recipe(recipe, ["max_steps=40", "num_samples=0", "checkpoint_every=100"]))
-    assert (result["steps"], len(fits)) == (40, 2)
+    assert (result.steps, len(fits)) == (40, 2)

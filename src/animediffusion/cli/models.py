@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from animediffusion import reports
 from animediffusion.cli import common
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def models_show(
 
     console = common.console()
     found = release.show(common.settings(), version, out)
-    console.result(found, console.version(found))
+    console.result(found, reports.version(found))
 
 
 @models.command("compare")
@@ -59,8 +60,8 @@ def models_compare(
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
-    found = compare(settings, first, second, data=data, out=out).to_json()
-    console.result(found, console.comparison(found))
+    found = compare(settings, first, second, data=data, out=out)
+    console.result(found.to_json(), reports.comparison(found))
 
 
 @models.command("register")

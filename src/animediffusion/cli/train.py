@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from animediffusion import reports
 from animediffusion.cli import common
 from animediffusion.console import Console
 
@@ -52,7 +53,7 @@ def train(
         common.connect(settings)
     with console.training() as report:
         result = run_training(settings, config, report)
-    console.result(result, console.run(result))
+    console.result(result.to_json(), reports.training(result))
 
 
 def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
@@ -60,15 +61,15 @@ def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
     from animediffusion.pipelines.estimate.estimate import estimate, lines
     from animediffusion.pipelines.training.plan import describe
 
-    facts = describe(work)
+    described = describe(work)
     if not measure:
-        console.result(facts, facts["yaml"])
+        console.result(described.to_json(), described.yaml)
         return
     if not console.as_json:
-        console.say(facts["yaml"])
-    console.note("trying some steps, about 15 s; --no-estimate leaves that out")
+        console.say(described.yaml)
+    console.note("timing some steps, which takes about 15 s; --no-estimate skips this")
     found = estimate(work)
-    console.result({**facts, "estimate": found}, "\n".join(lines(found)))
+    console.result({**described.to_json(), "estimate": found.to_json()}, "\n".join(lines(found)))
 
 
 def evaluate(
@@ -85,4 +86,4 @@ def evaluate(
     common.use_attention(settings)
     with console.progress("coloring", "images") as progress:
         result = evaluate_and_record(settings, model, data, split, limit, out, progress)
-    console.result(result, console.metrics(result))
+    console.result(result.to_json(), reports.evaluation(result))

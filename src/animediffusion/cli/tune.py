@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from animediffusion import reports
 from animediffusion.cli import common
 
 tune = common.group(help="Search for better settings with Ray Tune.")
@@ -25,12 +26,12 @@ def tune_sampler(
 
     The search covers sampler, steps, guidance, shift and the averaging length of the weights.
     """
-    from animediffusion.pipelines.evaluation.evaluate import evaluate as measure
-    from animediffusion.pipelines.tuning.sampler_search import tune_sampler as search
+    from animediffusion.pipelines.evaluation.evaluate import evaluate
+    from animediffusion.pipelines.tuning import sampler_search
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
-    result = search(
+    result = sampler_search.tune_sampler(
         settings,
         model,
         data,
@@ -39,9 +40,9 @@ def tune_sampler(
         prefer=prefer,  # type: ignore[arg-type]
         register=register,
         progress=console.note,
-        evaluate=lambda folder: measure(settings, str(folder), data),
+        evaluate=lambda folder: evaluate(settings, str(folder), data),
     )
-    console.result(result, console.front(result))
+    console.result(result.to_json(), reports.sampler_search(result))
 
 
 @tune.command("schedule")
@@ -58,11 +59,11 @@ def tune_schedule(
     The search covers path, times, prediction, loss weight and learning rates. The best settings are written as a
     recipe.
     """
-    from animediffusion.pipelines.tuning.schedule_search import tune_schedule as search
+    from animediffusion.pipelines.tuning import schedule_search
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
-    result = search(
+    result = schedule_search.tune_schedule(
         settings,
         data,
         recipe=recipe,
@@ -72,4 +73,4 @@ def tune_schedule(
         out=out,
         progress=console.note,
     )
-    console.result(result, console.schedule(result))
+    console.result(result.to_json(), reports.schedule_search(result))

@@ -64,6 +64,21 @@ def test_a_checkpoint_is_safetensors_and_json(new_denoiser, tmp_path):
     assert json.loads((tmp_path / "state.json").read_text()) == {"step": 0, "max_steps": 6}
 
 
+def test_a_run_of_unknown_length_decays_nothing_and_its_old_checkpoints_are_read(new_denoiser, tmp_path):
+    values = {"warmup_steps": 0, "learning_rate": 1e-3}
+    unknown, endless = (new_state(new_denoiser, length, **values) for length in (None, 1 << 40))
+    for step in (0, 1, 40, 4000):
+        unknown.step = endless.step = step
+        assert unknown.learning_rate() == endless.learning_rate() == 1e-3
+    unknown.step = endless.step = 0
+    unknown.save(tmp_path / "new")
+    endless.save(tmp_path / "old")  # version 0.1 wrote 1 << 40
+    for name in ("new", "old"):
+        restored = new_state(new_denoiser)
+        restored.restore(tmp_path / name)
+        assert restored.max_steps is None
+
+
 def test_a_snapshot_stays_as_it_is_while_training_continues(new_denoiser, new_rows, tmp_path):
     state = new_state(new_denoiser, muon_learning_rate=0.02)
     train(state, new_rows, 2)

@@ -12,7 +12,17 @@ import yaml
 from tiny import NETWORK
 
 from animediffusion.cli import app as cli
-from animediffusion.pipelines.estimate.estimate import derive, duration, estimate, layout, lines
+from animediffusion.pipelines.estimate.estimate import (
+    Estimate,
+    NoEstimate,
+    TrialLayout,
+    derive,
+    duration,
+    estimate,
+    lines,
+    trial_layout,
+)
+from animediffusion.pipelines.estimate.estimate_worker import CheckpointCost, StepCost, TrialAnswer
 from animediffusion.pipelines.training.plan import plan
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.platform.config import Settings
@@ -23,21 +33,25 @@ num_workers: 2
 max_steps: 20
 """
 
-ANSWER = {
-    "device": "cpu",
-    "import_s": 4.0,
-    "one": {"seconds": 0.1, "memory_mb": 600.0},
-    "row_mb": 20.0,
-    "rows": 8,
-    "steps": 12,
-    "seconds": 0.8,
-    "others": 0.0,
-    "memory_mb": 740.0,
-    "memory_saving_mb": 600.0,
-    "checkpoint_s": 1.0,
-    "checkpoint_mb": 40.0,
-    "weights_mb": 10.0,
-}
+ANSWER = TrialAnswer(
+    ready=0.0,
+    one=StepCost(seconds=0.1, memory_mb=600.0),
+    row_mb=20.0,
+    rows=8,
+    steps=12,
+    timed=StepCost(seconds=0.8, memory_mb=740.0),
+    others=0.0,
+    memory_saving_mb=600.0,
+    device="cpu",
+    gpu_memory_mb=None,
+    checkpoint=CheckpointCost(seconds=1.0, size_mb=40.0, weights_mb=10.0),
+)
+
+
+def derived(work, workers, *answers, slowdown=1.0):
+    """The estimate of a run with one thread per worker, from the answers of its processes."""
+    trial = TrialLayout(workers, len(answers), cuda=answers[0].device != "cpu", slowdown=slowdown)
+    return derive(work, trial, 1, answers, import_s=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -101,77 +115,77 @@ def test_memory_and_disk_are_those_of_the_network(tried, work):
 @pytest.mark.slow
 def test_many_rows_take_longer_and_need_more_memory(tried, work):
     more = estimate(work("num_workers=1", "batch_size=512"), timed_s=0.5)
-    assert more["rows_per_worker"] == 512
-    assert more["seconds_per_step"] > 2 * tried["seconds_per_step"]
-    assert more["memory_per_worker_mb"] > tried["memory_per_worker_mb"]
+    assert more.rows_per_worker == 512
+    assert more.seconds_per_step > 2 * tried["seconds_per_step"]
+    assert more.memory_per_worker_mb > tried["memory_per_worker_mb"]
 
 
 def test_a_trial_that_fails_is_told_in_one_line(work, tmp_path):
     planned = work("num_workers=1")
     lost = replace(planned, config=planned.config.model_copy(update={"data": str(tmp_path)}))
     found = estimate(lost)
-    assert found == {"possible": False, "note": found["note"]}
-    assert lines(found) == [f"# no estimate: {found['note']}"]
-    assert "no dataset" in found["note"]
+    assert isinstance(found, NoEstimate)
+    assert lines(found) == [f"# no estimate: {found.note}"]
+    assert "no dataset" in found.note
 
 
 def test_minutes_become_the_steps_that_fit_in_them(work):
-    found = derive(work("max_minutes=10"), 2, [{**ANSWER, "rows": 2}])
-    assert found["steps"] * found["seconds_per_step"] == pytest.approx(600, rel=0.01)
-    assert found["training_s"] == pytest.approx(600, rel=0.01)
+    found = derived(work("max_minutes=10"), 2, replace(ANSWER, rows=2))
+    assert found.steps * found.seconds_per_step == pytest.approx(600, rel=0.01)
+    assert found.training_s == pytest.approx(600, rel=0.01)
 
 
 def test_a_run_that_is_resumed_has_only_the_rest_to_do(work):
-    found = derive(replace(work("max_steps=100"), start_step=60), 2, [ANSWER])
-    assert found["steps"] == 40
+    found = derived(replace(work("max_steps=100"), start_step=60), 2, ANSWER)
+    assert found.steps == 40
 
 
 @pytest.mark.parametrize(("rows", "seconds", "memory"), [(8, 0.8, 740), (1, 0.1, 600), (32, 3.2, 1220)])
 def test_rows_that_were_not_tried_follow_from_one_and_the_most(work, rows, seconds, memory):
-    one = derive(work(f"batch_size={8 * 2}"), 2, [ANSWER])
-    found = derive(work(f"batch_size={rows * 2}"), 2, [ANSWER])
-    assert found["seconds_per_step"] / one["seconds_per_step"] == pytest.approx(seconds / 0.8)
-    assert found["memory_per_worker_mb"] - one["memory_per_worker_mb"] == pytest.approx(memory - 740)
+    one = derived(work(f"batch_size={8 * 2}"), 2, ANSWER)
+    found = derived(work(f"batch_size={rows * 2}"), 2, ANSWER)
+    assert found.seconds_per_step / one.seconds_per_step == pytest.approx(seconds / 0.8)
+    assert found.memory_per_worker_mb - one.memory_per_worker_mb == pytest.approx(memory - 740)
 
 
-def test_the_slowest_worker_counts_and_workers_that_take_turns_take_longer(work):
-    slow = {**ANSWER, "seconds": 1.6}
-    alone, both = derive(work("batch_size=16"), 2, [ANSWER]), derive(work("batch_size=16"), 2, [ANSWER, slow])
-    turns = derive(work("batch_size=16"), 2, [ANSWER], turns=3.0)
-    assert both["seconds_per_step"] == pytest.approx(2 * alone["seconds_per_step"])
-    assert turns["seconds_per_step"] == pytest.approx(3 * alone["seconds_per_step"])
+def test_the_slowest_worker_counts_and_workers_that_share_cores_take_longer(work):
+    slow = replace(ANSWER, timed=replace(ANSWER.timed, seconds=1.6))
+    alone, both = derived(work("batch_size=16"), 2, ANSWER), derived(work("batch_size=16"), 2, ANSWER, slow)
+    shared = derived(work("batch_size=16"), 2, ANSWER, slowdown=3.0)
+    assert both.seconds_per_step == pytest.approx(2 * alone.seconds_per_step)
+    assert shared.seconds_per_step == pytest.approx(3 * alone.seconds_per_step)
 
 
-def test_what_other_programs_took_meanwhile_is_told(work):
-    busy = {**ANSWER, "others": 0.5}
-    found = {"possible": True, "note": None, "threads_per_worker": 1, **derive(work(), 2, [busy])}
-    assert found["images_per_s_alone"] == pytest.approx(2 * found["images_per_s"])
-    assert lines(found)[-1].startswith("#   note    other programs took 50% of the CPUs meanwhile; alone about ")
-    assert len(lines({**found, "others_share": 0.0})) == len(lines(found)) - 1
+def test_the_estimate_names_the_share_that_other_programs_used(work):
+    found = derived(work(), 2, replace(ANSWER, others=0.5))
+    assert found.images_per_s_alone == pytest.approx(2 * found.images_per_s)
+    note = "#   note    other programs used 50% of the CPUs during the trial; alone about "
+    assert lines(found)[-1].startswith(note)
+    assert len(lines(replace(found, others_share=0.0))) == len(lines(found)) - 1
 
 
 def test_a_run_that_is_too_large_for_the_gpu_says_how_many_workers_it_needs(work):
-    gpu = {**ANSWER, "device": "NVIDIA X", "gpu_memory_mb": 24_000.0, "row_mb": 5000.0, "rows": 1}
-    config = work("batch_size=16", "num_workers=2")
-    derived = derive(config, 2, [{**gpu, "memory_mb": 6000.0, "memory_saving_mb": 6000.0}])
+    gpu = replace(ANSWER, device="NVIDIA X", gpu_memory_mb=24_000.0, row_mb=5000.0, rows=1)
+    gpu = replace(gpu, timed=replace(gpu.timed, memory_mb=6000.0), memory_saving_mb=6000.0)
+    found = derived(work("batch_size=16", "num_workers=2"), 2, gpu)
     # 8 rows: 6000 + 7 * 5000 MB and the allowance; with 4 rows 21,000 MB fit.
-    assert (derived["workers_that_fit"], derived["gpu_memory_mb"]) == (4, 24_000.0)
-    shown = lines({"possible": True, "note": None, "threads_per_worker": 1, **derived})
+    assert (found.workers_that_fit, found.gpu_memory_mb) == (4, 24_000.0)
+    shown = lines(found)
     assert "41.5 GB of GPU memory (1.5 GB allowed for CUDA and NCCL) per worker" in shown[3]
     way = "use 4 workers (num_workers=4) or lower batch_size"
     assert shown[-1] == f"#   note    a worker does not fit: the GPU has 23.4 GB; {way}"
-    fits = derive(work("batch_size=16", "num_workers=4"), 4, [{**gpu, "memory_mb": 6000.0, "memory_saving_mb": 6000.0}])
-    assert "does not fit" not in lines({"possible": True, "note": None, "threads_per_worker": 1, **fits})[-1]
+    fits = derived(work("batch_size=16", "num_workers=4"), 4, gpu)
+    assert "does not fit" not in lines(fits)[-1]
 
 
 def test_on_cpus_nothing_is_compared_with_a_card(work):
-    found = derive(work(), 2, [ANSWER])
-    assert (found["gpu_memory_mb"], found["workers_that_fit"]) == (None, None)
+    found = derived(work(), 2, ANSWER)
+    assert (found.gpu_memory_mb, found.workers_that_fit) == (None, None)
 
 
 @pytest.mark.slow
 def test_every_number_that_is_printed_has_a_unit(tried):
-    shown = lines(tried)
+    shown = lines(Estimate(**{key: value for key, value in tried.items() if key != "possible"}))
     assert yaml.safe_load("\n".join(shown)) is None
     assert "2 x 2 rows, " in shown[0]
     assert re.search(r"speed +[\d.e+]+ images/s, [\d.e-]+ s per step$", shown[1])
@@ -188,14 +202,14 @@ def test_workers_with_gpus_are_not_guessed_on_a_machine_without(work):
 
 def test_on_a_cluster_one_worker_is_tried_and_the_estimate_says_so(work, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
-    workers, processes, _, note = layout(work("use_gpu=false").config)
-    assert (workers, processes) == (2, 1)
-    assert note.startswith("one worker on this machine was measured, not the cluster at ray.example:6379")
+    trial = trial_layout(work("use_gpu=false").config)
+    assert (trial.workers, trial.processes) == (2, 1)
+    assert trial.note.startswith("one worker on this machine was measured, not the cluster at ray.example:6379")
 
 
 def test_a_finished_run_takes_nothing(work):
     found = estimate(replace(work(), finished=True))
-    assert found == {"possible": False, "note": "the run is finished, nothing is left to do"}
+    assert found.to_json() == {"possible": False, "note": "the run is finished, nothing is left to do"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_it_names_the_rows_that_were_tried(monkeypatch, tmp_path, cuda, tried, e
     monkeypatch.setattr(estimate_worker, "_Probe", Probe)
     monkeypatch.setattr(estimate_worker, "_end_with_parent", lambda _parent: None)
     monkeypatch.setattr(os, "_exit", lambda _code: None)
-    (tmp_path / "order.json").write_text(json.dumps({"parent": os.getppid(), "cuda": cuda}))
+    order = estimate_worker.TrialOrder(os.getppid(), {}, 32, rows=16, timed_s=1.0, world_size=1, cuda=cuda)
+    (tmp_path / "order.json").write_text(json.dumps(asdict(order)))
     estimate_worker.main(tmp_path, 0)
     assert json.loads((tmp_path / "0.json").read_text())["error"].startswith(line)

@@ -41,30 +41,31 @@ def test_an_evaluation_has_the_keys_of_the_contract(settings, bundle, faces_data
     result = evaluate(
         settings, str(bundle), faces_dataset, out=tmp_path / "out", progress=lambda done, _total: seen.append(done)
     )
+    values = result.to_json()
     contract = {"model", "data", "data_hash", "split", "num_images", "image_size", "sampler", "tracks", "baselines"}
-    assert contract | {"grid"} <= set(result)
+    assert contract | {"grid"} <= set(values)
     own = {"name": "dpmpp_2m", "steps": 2, "guidance_scale": 1.0, "shift": 1.0, "guidance_interval": [0.0, 1.0]}
-    assert result["sampler"] == own
-    assert (result["num_images"], result["image_size"], result["split"]) == (8, 32, "val")
-    assert result["data_hash"] == Manifest.load(faces_dataset).content_hash
-    assert result["model_sha256"] == load_bundle(bundle).sha256
-    assert set(result["baselines"]) == {"copy_reference", "mean_color", "sketch"}
-    for tracks in (result["tracks"], *result["baselines"].values()):
+    assert values["sampler"] == own
+    assert (result.num_images, result.image_size, result.split) == (8, 32, "val")
+    assert result.data_hash == Manifest.load(faces_dataset).content_hash
+    assert result.model_sha256 == load_bundle(bundle).sha256
+    assert set(result.baselines) == {"copy_reference", "mean_color", "sketch"}
+    for tracks in (values["tracks"], *values["baselines"].values()):
         assert set(tracks) == {"same", "cross"}
         for numbers in tracks.values():
             assert set(numbers) == NUMBERS
             assert numbers["ms_ssim"] is None
             assert 0 < numbers["psnr"] < 60
     assert seen[-1] == 16
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
-    assert result["grid"] == str(tmp_path / "out" / "grid.png")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == values
+    assert result.grid == str(tmp_path / "out" / "grid.png")
     assert decode_rgb((tmp_path / "out" / "grid.png").read_bytes()).shape[1] > 8 * 32
 
 
 def test_two_evaluations_are_equal(settings, bundle, faces_dataset):
     first, again = (evaluate(settings, str(bundle), faces_dataset, limit=4) for _ in range(2))
     assert first == again
-    assert first["num_images"] == 4
+    assert first.num_images == 4
 
 
 def test_the_tracks_compare_with_the_target_and_show_what_the_dataset_has(bundle, faces_dataset):
@@ -75,7 +76,7 @@ def test_the_tracks_compare_with_the_target_and_show_what_the_dataset_has(bundle
         assert np.array_equal(tracks[name].truth, rows["target"])
         assert np.array_equal(tracks[name].reference, rows[reference])
         assert np.array_equal(tracks[name].sketch[..., 0], rows["sketch"])
-        assert score(tracks[name].truth, rows["target"])["psnr"] == 100
+        assert score(tracks[name].truth, rows["target"]).psnr == 100
 
 
 def test_rows_without_a_second_view_are_recolored_for_the_cross_track(bundle, faces_dataset):
@@ -93,7 +94,7 @@ def test_what_was_measured_is_kept_in_the_bundle_whose_identity_stays(settings, 
     result = evaluate_and_record(settings, str(bundle), faces_dataset, limit=2)
     after = load_bundle(bundle)
     assert after.sha256 == before
-    assert after.metrics["tracks"] == result["tracks"]
+    assert after.metrics == result.to_json()
 
 
 def test_data_of_another_size_is_refused(settings, tmp_path, faces_dataset):

@@ -5,6 +5,7 @@ from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 
 from animediffusion.pipelines.evaluation.metrics import (
+    ImageScores,
     detail,
     edge_f1,
     haarpsi,
@@ -43,7 +44,7 @@ def test_psnr_is_the_formula_at_255_for_each_image():
 
 
 def test_equal_images_have_the_best_of_every_number():
-    assert score(images(), images()) == {"psnr": 100.0, "ssim": 1.0, "ms_ssim": None, "ciede2000": 0.0}
+    assert score(images(), images()) == ImageScores(psnr=100.0, ssim=1.0, ms_ssim=None, ciede2000=0.0)
 
 
 def test_ssim_is_scikit_images_with_the_papers_window():
@@ -56,18 +57,18 @@ def test_ssim_is_scikit_images_with_the_papers_window():
         )
         for a, b in zip(result, truth, strict=True)
     ]
-    assert score(result, truth)["ssim"] == pytest.approx(np.mean(theirs), abs=2e-3)
+    assert score(result, truth).ssim == pytest.approx(np.mean(theirs), abs=2e-3)
 
 
 def test_a_difference_in_lightness_alone_is_that_many_ciede2000():
     black, white = np.zeros((1, 16, 16, 3), np.uint8), np.full((1, 16, 16, 3), 255, np.uint8)
-    assert score(black, white)["ciede2000"] == pytest.approx(100, abs=0.1)
+    assert score(black, white).ciede2000 == pytest.approx(100, abs=0.1)
 
 
 @pytest.mark.parametrize(("size", "there"), [(161, False), (175, False), (176, True)])
 def test_the_multiscale_number_needs_five_scales_of_the_window(size, there):
     large = images(size=size, count=1)
-    assert score(large, large)["ms_ssim"] == (1.0 if there else None)
+    assert score(large, large).ms_ssim == (1.0 if there else None)
 
 
 def test_results_and_truths_of_different_shapes_are_refused():

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from animediffusion.pipelines.training.checkpoints import (
+    CheckpointScore,
     CheckpointWriter,
     best_step,
     fetch,
@@ -19,6 +20,10 @@ from animediffusion.pipelines.training.checkpoints import (
 )
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
+
+
+def scored(ciede2000):
+    return CheckpointScore(psnr=20.0, ssim=0.9, ciede2000=ciede2000, psnr_same=21.0)
 
 
 def state(text):
@@ -66,13 +71,13 @@ def test_what_was_saved_is_fetched_again(writer, place, tmp_path, warnings):
 
 def test_the_newest_stay_and_the_best(writer, place):
     save(writer, 10)
-    write_score(place, 10, {"ciede2000": 3.0})
+    write_score(place, 10, scored(3.0))
     save(writer, 20)
-    write_score(place, 20, {"ciede2000": 9.0})
+    write_score(place, 20, scored(9.0))
     save(writer, 30, 40, 50)
     assert list_steps(place) == [10, 40, 50]
-    assert read_scores(place) == {10: {"ciede2000": 3.0}}
-    write_score(place, 50, {"ciede2000": 2.0})
+    assert read_scores(place) == {10: scored(3.0)}
+    write_score(place, 50, scored(2.0))
     prune(place, 2)
     assert list_steps(place) == [40, 50]
 
@@ -88,7 +93,7 @@ def test_a_checkpoint_that_waits_for_its_score_stays(place, warnings):
 
 
 def test_of_equal_scores_the_later_is_best():
-    assert best_step({1: {"ciede2000": 2.0}, 3: {"ciede2000": 2.0}, 2: {"ciede2000": 5.0}}) == 3
+    assert best_step({1: scored(2.0), 3: scored(2.0), 2: scored(5.0)}) == 3
     assert best_step({}) is None
 
 

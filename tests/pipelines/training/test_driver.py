@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import mlflow
@@ -18,10 +19,11 @@ from animediffusion.cli import app as cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
 from animediffusion.models.training.ema import read_averages
 from animediffusion.pipelines.evaluation.evaluate import evaluate
-from animediffusion.pipelines.training.checkpoints import fetch, latest_step
+from animediffusion.pipelines.training.checkpoints import CheckpointScore, fetch, latest_step
 from animediffusion.pipelines.training.driver import Interrupted, train
 from animediffusion.pipelines.training.plan import plan
 from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.training.result import TrainResult
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 from animediffusion.platform.storage import files as storage
@@ -83,17 +85,17 @@ def crash_back_to(folder, step):
 
 def test_a_run_leaves_its_settings_checkpoints_and_a_bundle_that_colors(straight, settings, recipe):
     result, _ = straight
-    folder = settings.workspace / "runs" / result["run"]
-    assert result["run"].startswith("tiny-")
-    assert result["run_dir"] == str(folder)
+    folder = settings.workspace / "runs" / result.run
+    assert result.run.startswith("tiny-")
+    assert result.run_dir == str(folder)
     assert {path.name for path in folder.iterdir()} >= {"config.yaml", "run.json", "checkpoints", "bundle"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 4
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000020"]
-    bundle = load_bundle(result["bundle"])
+    bundle = load_bundle(result.bundle)
     smoke_sample(bundle)
     assert bundle.config.sampler.steps == 2
     assert {"recipe": "tiny", "steps": 20, "parent": None}.items() <= bundle.config.provenance.items()
-    average = weights(settings, result["run"], 20)
+    average = weights(settings, result.run, 20)
     for name, parameter in bundle.denoiser.named_parameters():
         assert torch.equal(parameter, average[f"average.{name}"])
     averages = read_averages(bundle)
@@ -106,26 +108,28 @@ def test_the_result_has_the_keys_of_the_contract(straight):
     result, reports = straight
     contract = {"run", "run_dir", "bundle", "steps", "resumed_from", "seconds", "images_per_s", "num_parameters"}
     contract |= {"device", "attention", "mlflow_run_id", "metrics"}
-    assert set(result) == contract | {"scores", "best_step", "bundle_step", "num_workers", "peak_memory_mb"}
-    assert 100 < result["peak_memory_mb"] < 4000
-    assert (result["steps"], result["resumed_from"], result["device"], result["attention"]) == (20, None, "cpu", "sdpa")
-    assert result["images_per_s"] > 0
-    assert reports[-1]["step"] == reports[-1]["max_steps"] == 20
+    values = result.to_json()
+    assert set(values) == contract | {"scores", "best_step", "bundle_step", "num_workers", "peak_memory_mb"}
+    assert set(values["metrics"]) == {"loss", "grad_norm", "data_wait"}
+    assert TrainResult.from_json(json.loads(json.dumps(values))) == result
+    assert 100 < result.peak_memory_mb < 4000
+    assert (result.steps, result.resumed_from, result.device, result.attention) == (20, None, "cpu", "sdpa")
+    assert result.images_per_s > 0
+    assert reports[-1].step == reports[-1].max_steps == 20
 
 
 def test_checkpoints_are_scored_beside_training_and_the_scores_are_those_of_evaluate(straight, settings, recipe):
     result, reports = straight
-    folder = settings.workspace / "runs" / result["run"]
+    folder = settings.workspace / "runs" / result.run
     written = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("checkpoints/*/score.json")}
-    assert {f"step-{int(step):08d}": score for step, score in result["scores"].items()} == written
-    assert "20" in result["scores"]
-    best = min(result["scores"].values(), key=lambda score: score["ciede2000"])
-    assert result["scores"][str(result["best_step"])] == best
-    assert reports[-1]["best_score"] == best
-    found = evaluate(settings, result["bundle"], load_recipe(recipe).data, limit=2)
-    cross, same = found["tracks"]["cross"], found["tracks"]["same"]
-    expected = {key: cross[key] for key in ("psnr", "ssim", "ciede2000")} | {"psnr_same": same["psnr"]}
-    assert result["scores"]["20"] == expected
+    assert {f"step-{step:08d}": asdict(score) for step, score in result.scores.items()} == written
+    assert 20 in result.scores
+    best = min(result.scores.values(), key=lambda score: score.ciede2000)
+    assert result.scores[result.best_step] == best
+    assert reports[-1].best_score == best
+    found = evaluate(settings, result.bundle, load_recipe(recipe).data, limit=2)
+    cross, same = found.tracks["cross"], found.tracks["same"]
+    assert result.scores[20] == CheckpointScore(cross.psnr, cross.ssim, cross.ciede2000, same.psnr)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
@@ -140,7 +144,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line_that_names_step_and
 def test_mlflow_has_parameters_steps_and_the_sample_grid(straight, settings):
     result, _ = straight
     client = mlflow.MlflowClient(settings.tracking_uri)
-    run = client.get_run(result["mlflow_run_id"])
+    run = client.get_run(result.mlflow_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.warmup_steps"] == "3"
     history = client.get_metric_history(run.info.run_id, "loss")
@@ -153,23 +157,23 @@ def test_mlflow_has_parameters_steps_and_the_sample_grid(straight, settings):
 def test_a_finished_run_says_so_and_is_not_trained_again(straight, settings, recipe, capsys):
     assert cli.run(["train", recipe, "--workspace", str(settings.workspace), "--json"]) == 0
     captured = capsys.readouterr()
-    assert f"{straight[0]['run']} is finished" in captured.err
-    assert json.loads(captured.out.splitlines()[-1]) == straight[0]
+    assert f"{straight[0].run} is finished" in captured.err
+    assert json.loads(captured.out.splitlines()[-1]) == straight[0].to_json()
 
 
 def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_not(straight, settings, recipe):
     result, _ = straight
-    folder = settings.workspace / "runs" / result["run"]
-    expected = weights(settings, result["run"], 20)
-    bundle = load_bundle(result["bundle"]).sha256
+    folder = settings.workspace / "runs" / result.run
+    expected = weights(settings, result.run, 20)
+    bundle = load_bundle(result.bundle).sha256
     crash_back_to(folder, 16)
     assert plan(settings, load_recipe(recipe)).start_step == 16
     again = train(settings, load_recipe(recipe))
-    assert (again["resumed_from"], again["steps"], again["mlflow_run_id"]) == (16, 20, result["mlflow_run_id"])
-    found = weights(settings, result["run"], 20)
+    assert (again.resumed_from, again.steps, again.mlflow_run_id) == (16, 20, result.mlflow_run_id)
+    found = weights(settings, result.run, 20)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert load_bundle(again["bundle"]).sha256 == bundle
+    assert load_bundle(again.bundle).sha256 == bundle
 
 
 def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(
@@ -181,28 +185,28 @@ def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(
     away = []
 
     def cut(now):
-        if now.get("step", 0) >= 8 and not away:
-            away.append(now["step"])
+        if now.step >= 8 and not away:
+            away.append(now.step)
             store.fail("refuse", seconds=12)
 
     runs = f"s3://bucket/runs?endpoint_override={url}"
     overrides = [f"data={data}", f"storage={runs}", "name=afar", "log_every=1"]
     result = train(settings, load_recipe(recipe, overrides), cut)
-    assert (result["steps"], len(away)) == (20, 1)
-    found = load_file(fetched(settings, runs, result["steps"]))
-    expected = weights(settings, straight[0]["run"], 20)
+    assert (result.steps, len(away)) == (20, 1)
+    found = load_file(fetched(settings, runs, result.steps))
+    expected = weights(settings, straight[0].run, 20)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_phase_2_starts_from_phase_1_and_ctrl_c_saves_a_checkpoint(straight, settings, faces_dataset):
-    parent = straight[0]["bundle"]
+    parent = straight[0].bundle
     overrides = [f"data={faces_dataset}", f"init_from={parent}", "max_steps=3000", "batch_size=4", "num_samples=0"]
     config = load_recipe("phase2", [*overrides, "log_every=1", "name=second"])
     sent = []
 
     def interrupt(now):
-        if now.get("step", 0) > 0 and not sent:
-            sent.append(now["step"])
+        if now.step > 0 and not sent:
+            sent.append(now.step)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted) as stopped:
@@ -217,7 +221,7 @@ def test_phase_2_starts_from_phase_1_and_ctrl_c_saves_a_checkpoint(straight, set
     changed = [name for name in first if not torch.equal(trained[f"model.{name}"], first[name])]
     assert len(changed) == len(first)
     assert all(torch.isfinite(trained[f"model.{name}"]).all() for name in first)
-    # It did not start anew: the network is still near its parent.
+    # It did not start again: the network is still near its parent.
     apart = sum(float((trained[f"model.{name}"] - first[name]).square().sum()) for name in first)
     assert apart < 0.5 * sum(float(value.square().sum()) for value in first.values())
 

@@ -26,9 +26,9 @@ def test_a_run_of_a_workspace_that_was_moved_is_the_same_run(faces_dataset: str,
     old.rename(new)
     assert planned(new, new / "data" / "faces").folder == new / "runs" / "first"
     for data in (new / "data" / "others", Path(faces_dataset)):
-        with pytest.raises(ConfigError, match="run first: exists with another data"):
+        with pytest.raises(ConfigError, match="run first: already exists with a different data"):
             planned(new, data)
-    with pytest.raises(ConfigError, match="run first: exists with another seed"):
+    with pytest.raises(ConfigError, match="run first: already exists with a different seed"):
         planned(new, new / "data" / "faces", seed="7")
 
 

@@ -10,7 +10,9 @@ import pytest
 import ray
 
 from animediffusion.pipelines.training import driver
+from animediffusion.pipelines.training.reporting import TrainProgress
 from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.errors import Interrupted
 
 ALIVE, DEAD = "a" * 32, "d" * 32
@@ -29,7 +31,7 @@ def watch(monkeypatch, tmp_path, latest):
 
     def stop():
         asked.set()
-        if latest.get("worker") == ALIVE:
+        if latest.worker == ALIVE:
             given.set()
 
     @contextmanager
@@ -37,9 +39,9 @@ def watch(monkeypatch, tmp_path, latest):
         yield lambda: None
 
     monkeypatch.setattr(cluster, "waits", waits)
-    monkeypatch.setattr(cluster, "is_alive", ALIVE.__eq__)
+    monkeypatch.setattr(ray_compat, "is_alive", ALIVE.__eq__)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
-    calls = {"look": lambda: latest, "stop": stop, "warn": lambda _line: None}
+    calls = {"latest": lambda: latest, "stop": stop, "warn": lambda _line: None}
     progress = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
     try:
         with pytest.raises(Interrupted, match="run patient: stopped at step 0"):
@@ -50,12 +52,12 @@ def watch(monkeypatch, tmp_path, latest):
 
 
 def test_without_workers_it_ends_at_once(monkeypatch, tmp_path):
-    assert watch(monkeypatch, tmp_path, {"warnings": []}) == (True, False)
+    assert watch(monkeypatch, tmp_path, TrainProgress()) == (True, False)
 
 
 def test_after_its_workers_were_lost_it_ends_at_once(monkeypatch, tmp_path):
-    assert watch(monkeypatch, tmp_path, {"warnings": [], "worker": DEAD}) == (True, False)
+    assert watch(monkeypatch, tmp_path, TrainProgress(worker=DEAD)) == (True, False)
 
 
 def test_with_workers_it_ends_when_they_have_saved(monkeypatch, tmp_path):
-    assert watch(monkeypatch, tmp_path, {"warnings": [], "worker": ALIVE}) == (True, True)
+    assert watch(monkeypatch, tmp_path, TrainProgress(worker=ALIVE)) == (True, True)

@@ -1,5 +1,6 @@
 """A worker of a run without Ray: what it does when memory is short, or fails otherwise."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,31 +11,36 @@ from tiny import NETWORK
 
 from animediffusion.pipelines.training import worker
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.pipelines.training.validation import SharedPainter
+from animediffusion.pipelines.training.reporting import RunAddress
+from animediffusion.pipelines.training.trial_report import TrialContext
+from animediffusion.pipelines.training.validation import SharedColorizer
 
 
 @pytest.fixture
-def told(monkeypatch, tmp_path):
-    """(what the driver hears, a function that fails a worker with an error, the worker's config)."""
-    path, heard = tmp_path / "tiny.yaml", []
-
-    def tell(**values):
-        heard.extend([values] if "failed" in values else [])
-
+def context(tmp_path):
+    """What a worker gets; the progress actor only collects failures."""
+    path, failures = tmp_path / "tiny.yaml", []
     path.write_text(f"data: here\n{NETWORK}max_steps: 4\n")
-    monkeypatch.setattr(ray, "get", lambda answer: answer)
-    progress = SimpleNamespace(look=SimpleNamespace(remote=dict), tell=SimpleNamespace(remote=tell))
-    config = {"run": load_recipe(str(path)).model_dump(mode="json"), "progress": progress}
+    calls = {"start": lambda _worker: None, "fail": failures.append, "latest": lambda: failures}
+    progress = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+    address = RunAddress("uri", "id", tmp_path / "unsent")
+    return worker.WorkerContext(load_recipe(str(path)), "tiny", 32, str(tmp_path), address, progress)
 
-    def fail(error, **more):
-        def rank(_config):
+
+@pytest.fixture
+def failing(monkeypatch, context):
+    """(failures that the driver learns, a function that fails a worker with an error)."""
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+
+    def fail(error, **changes):
+        def rank(_context):
             raise error
 
         monkeypatch.setattr(worker, "_Rank", rank)
         with pytest.raises(type(error)):
-            worker.train_worker({**config, **more})
+            worker.train_worker({"context": replace(context, **changes)})
 
-    return heard, fail, config
+    return context.progress.latest.remote(), fail
 
 
 @pytest.mark.parametrize(
@@ -46,14 +52,14 @@ def told(monkeypatch, tmp_path):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
     ],
 )
-def test_whoever_says_that_memory_is_short_the_run_is_not_tried_again(told, error):
-    heard, fail, _ = told
+def test_whoever_says_that_memory_is_short_the_run_is_not_tried_again(failing, error):
+    failures, fail = failing
     fail(error)
-    assert heard[0]["failed"].startswith("out of memory on ")
-    assert heard[0]["advice"] == "lower batch_size or use more workers (num_workers)"
-    heard.clear()
-    fail(error, rungs={"steps": [2]})
-    assert not heard, "a search goes on with other settings"
+    assert failures[0].reason.startswith("out of memory on ")
+    assert failures[0].advice == "lower batch_size or use more workers (num_workers)"
+    failures.clear()
+    fail(error, trial=TrialContext((2,), None, None))
+    assert not failures, "a search continues with other settings"
 
 
 @pytest.mark.parametrize(
@@ -63,38 +69,39 @@ def test_whoever_says_that_memory_is_short_the_run_is_not_tried_again(told, erro
         ray.exceptions.RayError("a read task was out of memory"),
     ],
 )
-def test_what_may_pass_is_tried_again(told, error):
-    heard, fail, _ = told
+def test_what_may_pass_is_tried_again(failing, error):
+    failures, fail = failing
     fail(error)
-    assert not heard
+    assert not failures
 
 
-def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(told):
-    heard, _, config = told
+def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(monkeypatch, context):
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    wanted = replace(context, config=context.config.model_copy(update={"attention": "xformers"}))
     with pytest.raises(ValueError, match="attention is 'xformers'"):
-        worker.train_worker({**config, "run": {**config["run"], "attention": "xformers"}})
-    assert heard[0]["failed"].startswith("attention is 'xformers', which cannot run: it needs CUDA")
-    assert heard[0]["advice"] == "set attention=auto"
+        worker.train_worker({"context": wanted})
+    [failure] = context.progress.latest.remote()
+    assert failure.reason.startswith("attention is 'xformers', which cannot run: it needs CUDA")
+    assert failure.advice == "set attention=auto"
 
 
-def test_rows_of_a_score_for_which_there_is_no_memory_cost_the_score_and_not_the_run(
-    monkeypatch,
-):
+def test_rows_of_a_score_for_which_there_is_no_memory_cost_the_score_and_not_the_run(monkeypatch, context):
     lines, config = [], load_recipe("demo", ["num_samples=3"])
+    context.progress.warn = SimpleNamespace(remote=lines.append)
     pictures = np.zeros((3, 16, 16, 3), np.uint8)
     rows = {"target": pictures, "reference": pictures, "cross_reference": pictures, "sketch": pictures[..., 0]}
     rows |= {flag: np.zeros(3, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
     rank = worker._Rank.__new__(worker._Rank)
-    rank.painter, rank.run_config, rank.rank, rank.world_size = SharedPainter(config, 16, rows), config, 0, 1
-    rank.state, rank._warn = SimpleNamespace(averaged=lambda: None), lines.append
+    rank.context, rank.config, rank.rank, rank.world_size = context, config, 0, 1
+    rank.colorizer, rank.state = SharedColorizer(config.bundle_config(16), rows), SimpleNamespace(averaged=lambda: None)
 
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("animediffusion.pipelines.training.validation.colorize", full)
-    assert [rank._paint(), rank._paint()] == [None, None]
-    assert [line.partition(" on ")[0] for line in lines] == ["no more scores: out of memory"]
-    assert lines[0].endswith("beside what trains; set num_samples below 3")
+    assert [rank._color_samples(), rank._color_samples()] == [None, None]
+    assert [line.partition(" on ")[0] for line in lines] == ["checkpoints are no longer scored: out of memory"]
+    assert lines[0].endswith("; set num_samples below 3")
 
 
 def raising(error):
@@ -105,7 +112,7 @@ def raising(error):
 
 
 def test_any_other_error_of_a_score_is_not_hidden(monkeypatch):
-    painter = SharedPainter.__new__(SharedPainter)
-    painter._config, painter._chunks = None, []
+    colorizer = SharedColorizer.__new__(SharedColorizer)
+    colorizer._config, colorizer._chunks = None, []
     with pytest.raises(RuntimeError, match="illegal"):
-        painter.paint(SimpleNamespace(averaged=raising(torch.AcceleratorError("CUDA error: illegal access"))), 0, 1)
+        colorizer.color(SimpleNamespace(averaged=raising(torch.AcceleratorError("CUDA error: illegal access"))), 0, 1)

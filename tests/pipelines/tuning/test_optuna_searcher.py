@@ -8,7 +8,7 @@ from optuna import create_study
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import RandomSampler
 
-from animediffusion.pipelines.tuning.optuna_searcher import Study, TrialLog
+from animediffusion.pipelines.tuning.optuna_searcher import Study, TrialEntry, TrialLog, Verdict
 
 SPACE = {"a": IntDistribution(0, 3), "b": CategoricalDistribution(["x", "y"])}
 
@@ -18,8 +18,8 @@ def meaning(params):
     return {"a": params["a"], "b": params["b"] if params["a"] == 3 else "-"}
 
 
-def judge(trial_id, point, result):
-    return ([float(result["got"])], {"got": result["got"]}) if result else None
+def judge(trial_id, result):
+    return Verdict([float(result["got"])], {"got": result["got"]}) if result else None
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def new_study(tmp_path):
 
 
 def points(path):
-    return [entry["point"] for entry in TrialLog(path).read()]
+    return [entry.point for entry in TrialLog(path).read()]
 
 
 def test_no_point_is_asked_twice_and_all_are_found(new_study):
@@ -99,9 +99,9 @@ def test_a_trial_that_was_cut_short_is_as_if_it_had_not_been(new_study, tmp_path
 
 
 def test_what_was_found_in_another_space_is_known_but_teaches_nothing(new_study, tmp_path):
-    journal = TrialLog(tmp_path / "known" / "points.jsonl")
-    journal.write({"params": {"a": 7, "b": "x"}, "point": {"a": 7, "b": "-"}, "values": [1.0]})
-    journal.write({"params": {"c": 7}, "point": {"c": 7}, "values": [1.0]})
+    log = TrialLog(tmp_path / "known" / "points.jsonl")
+    log.write(TrialEntry({"a": 7, "b": "-"}, [1.0], {"a": 7, "b": "x"}))
+    log.write(TrialEntry({"c": 7}, [1.0], {"c": 7}))
     study = new_study()
     assert (study.num_known, len(study.study.trials)) == (2, 0)
 

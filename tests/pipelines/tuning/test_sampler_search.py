@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +25,8 @@ from animediffusion.models.network.unet import UNetConfig
 from animediffusion.models.training.ema import pack, read_averages
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
 from animediffusion.pipelines.data.shards import StoredRow
-from animediffusion.pipelines.evaluation.measure import load_rows, measure
-from animediffusion.pipelines.evaluation.point import Point
+from animediffusion.pipelines.evaluation.evaluate import Evaluation
+from animediffusion.pipelines.evaluation.measure import Measurement, load_rows, measure
 from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.pipelines.tuning import plots
@@ -42,8 +41,8 @@ from animediffusion.platform.tracking import run as tracking
 SIZE = 16
 
 
-def point(evaluations: int, psnr: float, sampler: str = "euler") -> Point:
-    return Point(
+def point(evaluations: int, psnr: float, sampler: str = "euler") -> Measurement:
+    return Measurement(
         sampler=sampler,
         steps=evaluations,
         guidance_scale=1.0,
@@ -150,9 +149,9 @@ def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothi
 ) -> None:
     first = release.register(settings, bundle)
     lines: list[str] = []
-    measured = {"data_hash": "0" * 64, "tracks": {"same": {"psnr": 9.0}}}
+    measured = Evaluation("m", "", data, "0" * 64, "val", 4, SIZE, SamplerDefaults(), {}, {}, "recolored", None)
 
-    def search(model: str, progress: Callable[[str], None] = lines.append) -> dict[str, Any]:
+    def search(model: str, progress: Callable[[str], None] = lines.append) -> tune.SamplerResult:
         return tune.tune_sampler(
             settings,
             model,
@@ -160,7 +159,7 @@ def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothi
             trials=6,
             num_images=4,
             progress=progress,
-            evaluate=lambda folder: {**measured, "steps": load_bundle(folder).config.sampler.steps},
+            evaluate=lambda folder: replace(measured, sampler=load_bundle(folder).config.sampler),
         )
 
     def interrupt(line: str) -> None:
@@ -173,34 +172,36 @@ def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothi
     assert stopped.value.exit_code == 130
     known = len(lines)
     result = search("models:/animediffusion/1")
-    assert (result["trials"], result["measured"]) == (6, 6 - known)
+    assert (result.trials, result.measured) == (6, 6 - known)
     assert [line.split()[1] for line in lines] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
     assert capsys.readouterr().out.strip() == ""
-    own = result["defaults"]
-    assert (own["sampler"], own["steps"], own["guidance_scale"], own["evaluations"]) == ("heun", 12, 3.0, 46)
-    best = result["best"]
-    assert best in result["front"]
-    assert best["psnr"] >= own["psnr"]
-    assert result["unseen"]["best"] >= result["unseen"]["defaults"] - tune.CONFIRM_DB
-    version = Registry(settings).get(result["version"])
+    own = result.defaults
+    assert (own.sampler, own.steps, own.guidance_scale, own.evaluations) == ("heun", 12, 3.0, 46)
+    best = result.best
+    assert best in result.front
+    assert best.psnr >= own.psnr
+    assert result.unseen is not None
+    assert result.unseen.best >= result.unseen.defaults - tune.CONFIRM_DB
+    version = Registry(settings).get(result.version)
     assert (version.version, version.parent) == (2, 1)
-    assert version.metrics == {**measured, "steps": best["steps"], "model": f"sha256:{version.sha256[:12]}"}
+    stored = replace(measured, sampler=best.settings, model=f"sha256:{version.sha256[:12]}").to_json()
+    assert version.metrics == stored
     tuned = load_bundle(Registry(settings).fetch("models:/animediffusion/2"))
-    assert tuned.config.sampler == Point.of(best).settings
-    assert tuned.config.provenance.get("ema_length") == best["ema_length"]
+    assert tuned.config.sampler == best.settings
+    assert tuned.config.provenance.get("ema_length") == best.ema_length
     assert tuned.sha256 != first.sha256
     run = tracking.setup(settings).get_run(version.run)
     assert (run.info.status, run.data.params["trials"]) == ("FINISHED", "6")
     folder = settings.workspace / "tune"
-    assert {path.name for path in Path(result["folder"]).iterdir()} == {"points.jsonl", "front.png", "strip.png"}
-    assert [path.name for path in folder.iterdir()] == [Path(result["folder"]).name]
+    assert {path.name for path in Path(result.folder).iterdir()} == {"points.jsonl", "front.png", "strip.png"}
+    assert [path.name for path in folder.iterdir()] == [Path(result.folder).name]
     for name in ("picture", "strip"):
-        assert min(decode_rgb(Path(result[name]).read_bytes()).shape[:2]) > 100
+        assert min(decode_rgb(Path(getattr(result, name)).read_bytes()).shape[:2]) > 100
 
     # Other defaults on the same weights: what is known stays known, and the choice is where it was.
     again = search("models:/animediffusion/2")
-    assert (again["trials"], again["measured"], again["changed"], again["version"]) == (6, 0, False, 2)
-    assert again["best"] == best
+    assert (again.trials, again.measured, again.changed, again.version) == (6, 0, False, 2)
+    assert again.best == best
     assert len(lines) == 6
 
 
@@ -218,7 +219,7 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     assert "average over 10% of the run" in describe(chosen)
     run = tracking.Run.start(settings, tracking.TUNING, "test", {})
     made = tune._register(registry, loaded, averages, chosen, run.run_id, None)
-    assert made == {"version": 2, "changed": True}
+    assert made == (2, True)
 
     # Who only colors gets the weights that were measured, and not the others.
     folder = registry.fetch("models:/animediffusion/2")
@@ -234,9 +235,9 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     found = read_averages(again)
     assert (again.folder, found.length) == (folder, 0.1)
     assert tune._search_key(again, found, rows) == tune._search_key(loaded, averages, rows)
-    assert tune._register(registry, again, found, chosen, run.run_id, None) == {"version": 2, "changed": False}
-    back = tune._register(registry, again, found, trained, run.run_id, None)
-    assert load_bundle(registry.fetch(f"models:/animediffusion/{back['version']}")).config == replace(
+    assert tune._register(registry, again, found, chosen, run.run_id, None) == (2, False)
+    back, _ = tune._register(registry, again, found, trained, run.run_id, None)
+    assert load_bundle(registry.fetch(f"models:/animediffusion/{back}")).config == replace(
         loaded.config, sampler=sampler
     )
     run.finish()
@@ -267,7 +268,7 @@ def test_a_point_that_is_good_by_chance_is_not_chosen(bundle: Path, data: str) -
     worst, defaults = replace(unseen[0], psnr=99.0), replace(unseen[1], psnr=20.0)
     chosen, found = tune.confirm(loaded, averages, rows, [defaults, worst], "best")
     assert chosen == defaults
-    assert found == {"defaults": unseen[1].psnr, "best": unseen[1].psnr}
+    assert found == tune.UnseenPsnr(defaults=unseen[1].psnr, best=unseen[1].psnr)
 
 
 def test_wrong_arguments_are_named(settings: Settings, bundle: Path, tmp_path: Path) -> None:

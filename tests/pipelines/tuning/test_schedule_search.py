@@ -1,6 +1,5 @@
 """The search with training: what may be changed, how trials are judged, and one small search on Ray."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tiny import NETWORK
 from animediffusion.models.training.loop import TrainState
 from animediffusion.pipelines.evaluation.measure import load_rows
 from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe
-from animediffusion.pipelines.training.trial_report import Rungs
+from animediffusion.pipelines.training.trial_report import TrialContext, TrialReport, TrialReporter
 from animediffusion.pipelines.tuning.schedule_search import rung_steps, trial_config, tune_schedule
 from animediffusion.pipelines.tuning.schedule_space import ScheduleSpace, as_recipe, changed
 from animediffusion.platform.config import Settings
@@ -45,7 +44,7 @@ def test_every_choice_of_parameters_is_a_recipe_that_can_be_built_and_read_back(
             config.objective.build(bundle.build(), bundle.sampler, 0)
         assert space.point({**space.first(), **point}) == point
         path = tmp_path / "found.yaml"
-        path.write_text(as_recipe(recipe, base, {**point, "sampler_steps": 1}, "found", "Found in a test"))
+        path.write_text(as_recipe(recipe, base, point, 1, "found", "Found in a test"))
         written = load_recipe(str(path), ["max_steps=9"])
         for key in ("network", "path", "prediction", "objective", "optimizer", "augment", "batch_size", "data"):
             assert getattr(written, key) == getattr(config, key), key
@@ -82,8 +81,8 @@ def test_the_rate_for_muon_goes_with_the_learning_rate():
 
 
 def test_rungs_are_a_ninth_a_third_and_all_of_the_steps():
-    assert rung_steps(270) == [30, 90, 270]
-    assert rung_steps(9) == [1, 3, 9]
+    assert rung_steps(270) == (30, 90, 270)
+    assert rung_steps(9) == (1, 3, 9)
     with pytest.raises(ConfigError, match="--steps: 8; at least 9"):
         rung_steps(8)
 
@@ -108,14 +107,14 @@ def test_a_rung_reports_what_the_averaged_weights_do_on_fixed_rows(recipe, faces
     config = trial_config(base, ScheduleSpace(base).own(), [1, 3, 9], "trial")
     assert (config.max_steps, config.num_workers, config.max_failures, config.num_samples) == (9, 1, 0, 0)
     rows = load_rows(faces_dataset, "val", 4).searched
-    rungs = Rungs({"rungs": {"steps": [1], "rows": rows}, "mlflow_run_id": "r", "run": config, "image_size": 32})
+    reporter = TrialReporter(TrialContext((1,), rows, None), config.bundle_config(32), "r")
     state = TrainState(config.bundle_config(32).build(), config.optimizer, 9)
     state.step = 1
-    found = rungs.report(state)
-    assert (found["step"], found["mlflow_run_id"]) == (1, "r")
-    assert json.loads(found["history"]) == [[1, found["psnr"]]]
-    assert found["sampler_steps"] in (1, 2)
-    assert rungs.report(state)["psnr"] == found["psnr"]
+    found = reporter.report(state)
+    assert (found.step, found.mlflow_run_id, found.history) == (1, "r", ((1, found.psnr),))
+    assert found.sampler_steps in (1, 2)
+    assert TrialReport.of(found.to_metrics()) == found
+    assert reporter.report(state).psnr == found.psnr
 
 
 @pytest.mark.ray
@@ -131,15 +130,17 @@ def test_a_search_ends_with_a_recipe_and_child_runs_and_goes_on_where_it_ended(
         return tune_schedule(settings, faces_dataset, **arguments)
 
     result = search(3)
-    assert (result["trials"], result["failed"], result["cut"]) == (3, 0, 0)
-    assert result["finished"] + result["stopped_early"] == 3
-    assert result["finished"] >= 1
+    keys = ["trials", "finished", "stopped_early", "failed", "cut", "best", "base", "front", "recipe", "folder"]
+    assert list(result.to_json()) == keys
+    assert (result.trials, result.failed, result.cut) == (3, 0, 0)
+    assert result.finished + result.stopped_early == 3
+    assert result.finished >= 1
     assert [line.split()[1] for line in lines if line.startswith("trial ")] == ["1/3", "2/3", "3/3"]
-    assert result["base"]["learning_rate"] == 1e-5
-    assert result["best"]["psnr"] >= result["base"]["psnr"]
-    assert result["front"][0]["steps"] == 2
-    assert result["recipe"] == str(out)
-    assert load_recipe(str(out)).optimizer.learning_rate == result["best"]["learning_rate"]
+    assert result.base.point["learning_rate"] == 1e-5
+    assert result.best.psnr >= result.base.psnr
+    assert result.front[0].steps == 2
+    assert result.recipe == str(out)
+    assert load_recipe(str(out)).optimizer.learning_rate == result.best.point["learning_rate"]
     client = tracking.setup(settings)
     [experiment] = [e for e in client.search_experiments() if e.name == tracking.TUNING]
     runs = client.search_runs([experiment.experiment_id])
@@ -148,9 +149,9 @@ def test_a_search_ends_with_a_recipe_and_child_runs_and_goes_on_where_it_ended(
     assert len(children) == 3
     assert all(run.info.status == "FINISHED" for run in [parent, *children])
     assert {run.data.tags["ended"] for run in children} <= {"finished", "stopped early"}
-    assert max(run.data.metrics["psnr"] for run in children) == pytest.approx(result["best"]["psnr"])
-    assert not (Path(result["folder"]) / "runs").exists()
+    assert max(run.data.metrics["psnr"] for run in children) == pytest.approx(result.best.psnr)
+    assert not (Path(result.folder) / "runs").exists()
 
     again = search(3)
-    assert (again["trials"], again["best"]) == (3, result["best"])
+    assert (again.trials, again.best) == (3, result.best)
     assert sum(line.startswith("trial ") for line in lines) == 3
