@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from animediffusion.platform.errors import ImageError
 from animediffusion.platform.images import png
 from animediffusion.platform.images.color_profiles import to_srgb
-from animediffusion.platform.images.formats import broken, format_of, not_an_image
+from animediffusion.platform.images.formats import broken, ends_in_zeros, format_of, not_an_image
 
 Array = NDArray[np.uint8]
 
@@ -225,6 +225,8 @@ def _open(
         try:
             image: Image.Image = Image.open(io.BytesIO(pixels), formats=(kind,))
             _check_size(image, thing, max_pixels)
+            if kind == "WEBP" and ends_in_zeros(data):
+                raise ImageError(thing, "ends in zero bytes", "copy or download it again", reason="truncated")
             image.load()
             profile = profile or image.info.get("icc_profile") or b""
             if kind == "PNG" and image.mode == "RGBA" and pixels[25] == png.GRAY_ALPHA:

@@ -66,6 +66,10 @@ _MARKUP = {
 """Marks that are searched in the first 1024 bytes of a text that begins with `<`."""
 
 
+_FEW_ZEROS = 8
+"""Zero bytes at the end of a lossy WebP are less than one in 8; of a large white picture, one in 18."""
+
+
 def format_of(data: bytes) -> str | None:
     """Return Pillow's name of a readable format, the usual name of another format, or None for unknown bytes."""
     if data.startswith(b"RIFF") and b"WEBP".startswith(data[8:12]):
@@ -115,12 +119,32 @@ def broken(thing: str, data: bytes, error: BaseException) -> ImageError:
     return ImageError(thing, found, "save it again as PNG", reason="unreadable")
 
 
+def ends_in_zeros(data: bytes) -> bool:
+    """Whether the pixels of a lossy WebP end in zero bytes, as a download does that stopped after space was reserved.
+
+    The decoder takes such zeros for pixels. PNG has checksums, JPEG and GIF an end marker; a lossless WebP may end so.
+    """
+    start = 12
+    while data.startswith(b"RIFF") and start + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, start)
+        start += 8
+        if name == b"ANMF":  # the frames of an animation are chunks, too, after 16 bytes
+            size = 16
+        elif name == b"VP8 ":
+            zeros = max(64, size // _FEW_ZEROS)
+            return size > zeros and not any(data[start + size - zeros : start + size])
+        start += size + size % 2
+    return False
+
+
 def ends_early(data: bytes) -> bool:
     """Whether the file lacks the end marker or the length that its format requires."""
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in data[-64:]
+    if data[:4] in (b"II*\0", b"MM\0*") and len(data) >= 8:  # the place of the tags, often the end of the file
+        return int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big") + 2 > len(data)
     if data.startswith(b"RIFF"):
         return len(data) < 12 or len(data) < struct.unpack("<I", data[4:8])[0] + 8
     return len(data) < 64

@@ -65,11 +65,35 @@ def test_text_named_png_is_not_an_image():
     assert reason_of(b"RIFF\x10\x00\x00\x00WAVEfmt ") == "not_an_image"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "tiff_lzw"])
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.95])
 def test_a_file_cut_off_anywhere_is_truncated(kind, part):
-    data = saved(Image.fromarray(np.random.default_rng(1).integers(0, 255, (99, 99, 3), np.uint8)), kind)
+    options = {"compression": kind} if kind.islower() else {}
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (99, 99, 3), np.uint8))
+    data = saved(image, "TIFF" if options else kind, **options)
     assert reason_of(data[: max(12, int(len(data) * part))]) == "truncated"
+
+
+def test_a_webp_that_ends_in_zeros_is_truncated():
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    frames = {"save_all": True, "append_images": [Image.fromarray(noise[::-1])]}
+    for data in (saved(Image.fromarray(noise), "WEBP"), saved(Image.fromarray(noise), "WEBP", **frames)):
+        size = struct.unpack("<I", data[data.index(b"VP8 ") + 4 :][:4])[0]
+        end = data.index(b"VP8 ") + 8 + size
+        for part in (0.3, 0.5, 0.8):
+            start = end - round((1 - part) * size)
+            with pytest.raises(ImageError) as caught:
+                decode_rgb(data[:start] + bytes(end - start) + data[end:])
+            assert str(caught.value) == "image: ends in zero bytes; copy or download it again"
+            assert caught.value.reason == "truncated"
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_a_webp_of_one_color_may_end_in_some_zeros(level):
+    flat = np.full((2000, 2000, 3), level, np.uint8)
+    flat[:8] = np.random.default_rng(0).integers(0, 255, (8, 2000, 3))
+    for quality in (0, 80, 100):
+        assert decode_rgb(saved(Image.fromarray(flat), "WEBP", quality=quality)).shape == flat.shape
 
 
 def test_a_png_with_damaged_pixels_is_unreadable():
