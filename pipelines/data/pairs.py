@@ -84,7 +84,7 @@ def _named(rows: Iterable[Sample], val_fraction: float) -> Iterator[Sample]:
 
 def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number of every row, and its cells by column."""
-    lines = io.StringIO(text.removeprefix("\ufeff"), newline=None)
+    lines = io.StringIO(text.lstrip("\ufeff"), newline=None)
     header = next((line for line in lines if line.strip()), "")
     lines.seek(0)
     delimiter = max(_DELIMITERS, key=header.count)
@@ -94,10 +94,13 @@ def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             pairs = list(zip_longest(columns, cells, fillvalue=""))
-            surplus = next((cell for column, cell in pairs if cell and not column), None)
+            surplus = next((place for place, (column, cell) in enumerate(pairs) if cell and not column), None)
             if surplus is not None:
                 where = f"pairs CSV, line {reader.line_num}"
-                raise DataError(where, f"{surplus!r} is in no column", "quote paths that contain a comma")
+                if surplus < len(columns):
+                    found = f"{cells[surplus]!r} is in column {surplus + 1}, which has no name"
+                    raise DataError(where, found, "remove that column, or name it")
+                raise DataError(where, f"{cells[surplus]!r} is in no column", "quote paths that contain a comma")
             yield reader.line_num, dict(pairs)
     except csv.Error as error:
         where = f"pairs CSV, line {reader.line_num}"
