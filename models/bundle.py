@@ -35,6 +35,9 @@ AVERAGES = "averages.safetensors"
 Metrics = dict[str, Any]
 """metrics.json: the JSON object that `evaluate` prints; empty if the model was not evaluated."""
 
+_LFS_POINTER = b"version https://git-lfs"
+"""Start of the text that a clone without Git LFS holds in place of a large file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerDefaults:
@@ -200,6 +203,8 @@ def verify(folder: Path, name: str | None = None) -> str:
         raise unusable(name, f"checksums.json is damaged ({error})") from error
     for file in _present(folder):
         if not isinstance(expected, dict) or expected.get(file) != file_sha256(folder / file):
+            if (folder / file).stat().st_size < 1024 and (folder / file).read_bytes().startswith(_LFS_POINTER):
+                raise BundleError(name, f"{file} is a Git LFS pointer, not the file", "fetch it with `git lfs pull`")
             raise unusable(name, f"{file} was changed after it was written (sha256 differs)")
     return identity(folder)
 

@@ -65,6 +65,13 @@ def test_saving_over_a_bundle_replaces_it(folder, config):
     assert before != after == verify(folder)
 
 
+def test_a_pointer_of_git_lfs_is_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(BundleError, match=r"model.safetensors is a Git LFS pointer, not the file; fetch it with"):
+        load_bundle(folder)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_byte_is_found_and_named(folder, name):
     data = bytearray((folder / name).read_bytes())
