@@ -59,6 +59,8 @@ def escaped(path: str) -> str:
 
 def reason(error: OSError) -> str:
     """Return the system's description of an error, without the path."""
+    if error.errno == errno.EEXIST:
+        return "a file has the name of its folder"
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]
 

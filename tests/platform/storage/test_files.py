@@ -82,6 +82,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list_files(str(tmp_path)) == []
 
 
+def test_a_file_in_place_of_a_folder_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(StorageError, match=r"taken/a.txt: a file has the name of its folder; check the path"):
+        write_bytes(str(tmp_path / "taken" / "a.txt"), b"")
+
+
 def test_a_missing_bucket_is_one_line(moto_server: str) -> None:
     for attempt in (read_bytes, list_files, delete, exists):
         with pytest.raises(StorageError, match="bucket 'nowhere' does not exist; create it") as error:
