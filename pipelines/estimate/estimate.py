@@ -19,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -63,7 +62,7 @@ class NoEstimate:
 
     note: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `train --dry-run` prints as `estimate`."""
         return {"possible": False, "note": self.note}
 
@@ -105,7 +104,7 @@ class Estimate:
     disk_mb: float
     """Size of the checkpoints that are kept, with the best one, and of the bundle."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `train --dry-run` prints as `estimate`."""
         return {"possible": True, **asdict(self)}
 
@@ -290,7 +289,7 @@ def trial_layout(config: TrainConfig) -> TrialLayout:
     """
     gpus, address = torch.cuda.device_count(), cluster_address()
     if config.use_gpu and not gpus:
-        raise _ImpossibleError("the workers will have GPUs, this machine has none")
+        raise _ImpossibleError("the workers need GPUs, and this machine has none")
     fewest, workers = config.workers_on(0 if config.use_gpu is False else gpus)
     cuda = gpus > 0 if address and config.use_gpu is None else gpus >= fewest
     cuda = (cuda or bool(config.use_gpu)) and config.use_gpu is not False
@@ -338,9 +337,9 @@ def _read_answer(folder: Path, rank: int, code: int | None) -> TrialAnswer:
             raise _ImpossibleError(found["error"])
         return TrialAnswer.from_json(found)
     if code is None:
-        raise _ImpossibleError(f"steps are too slow here, {LIMIT_S:.0f} s were not enough to try some")
-    why = "killed, maybe for its memory" if code < 0 else f"exit code {code}"
-    raise _ImpossibleError(f"the trial of some steps ended early ({why})")
+        raise _ImpossibleError(f"steps are too slow on this machine, {LIMIT_S:.0f} s were not enough to time any")
+    why = "killed, maybe because memory ran out" if code < 0 else f"exit code {code}"
+    raise _ImpossibleError(f"a process that timed steps ended early ({why})")
 
 
 @contextmanager

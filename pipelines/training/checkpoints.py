@@ -112,7 +112,7 @@ def fetch_newest(place: str, folder: Path, warn: Callable[[str], None]) -> int:
         try:
             fetch(place, step, folder)
         except ValueError as error:
-            warn(f"{error}; going back to the checkpoint before it")
+            warn(f"{error}; using the checkpoint before it")
             storage.delete(storage.join(place, step_name(step), CHECKSUMS))
         else:
             return step
@@ -219,7 +219,11 @@ class CheckpointWriter:
                 self.save(step, take)
                 self.wait()
             if self._newest < step:
-                raise StorageError(self.place, f"the state of step {step} cannot be saved", "make room or reach it")
+                raise StorageError(
+                    self.place,
+                    f"the state of step {step} cannot be saved",
+                    "free disk space or check that the store is reachable",
+                )
 
         outlast(attempt)
 

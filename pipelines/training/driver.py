@@ -168,6 +168,7 @@ def build_trainer(
         callbacks: Ray Train callbacks.
     """
     config = work.config
+    logging.getLogger("ray.train").setLevel(logging.ERROR)  # Ray's progress lines would hide the run's own
     return TorchTrainer(
         train_worker,
         train_loop_config={"context": context},
@@ -297,7 +298,11 @@ def _finish(work: RunPlan, run: Run, latest: TrainProgress, seconds: float) -> T
     """Write the bundle (from the last or the best checkpoint) and run.json."""
     config, steps, scores = work.config, latest_step(work.checkpoints), read_scores(work.checkpoints)
     if not steps:
-        raise TrainingError(f"run {work.run}", f"no checkpoint in {work.checkpoints}", "set storage= to a common place")
+        raise TrainingError(
+            f"run {work.run}",
+            f"no checkpoint in {work.checkpoints}",
+            "set storage= to a place that all nodes can reach",
+        )
     best = best_step(scores)
     chosen = best if config.bundle == "best" and best else steps
     bundle, parameters = write_bundle(work, chosen, latest.attention, seconds)
@@ -352,6 +357,3 @@ def _recurring(work: RunPlan, failure: RunFailure) -> TrainingError:
     """Return the error for a failure that would recur if the same command resumed the run."""
     kept = f"the checkpoint of step {latest_step(work.checkpoints)} is kept"
     return TrainingError(f"run {work.run}", failure.reason, f"{kept}; {failure.advice}")
-
-
-logging.getLogger("ray.train").setLevel(logging.ERROR)

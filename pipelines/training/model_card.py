@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from animediffusion.models.bundle import BundleConfig
@@ -43,8 +44,8 @@ code is under Apache-2.0; the rights in the training images decide what the mode
 """
 
 
-def _training(made: dict[str, Any], seconds: float | None) -> str:
+def _training(made: Mapping[str, Any], seconds: float | None) -> str:
     phase = "phase 2, reconstruction through the sampler" if made.get("objective") == "reconstruction" else "phase 1"
     steps, batch = made.get("steps", 0), made.get("batch_size", 0)
-    said = f"{made.get('recipe', '?')} ({phase}), {steps:,} steps of {batch} images, {steps * batch:,} in all"
-    return said if seconds is None else f"{said}, {seconds / 60:.1f} minutes"
+    text = f"{made.get('recipe', '?')} ({phase}), {steps:,} steps of {batch} images, {steps * batch:,} in all"
+    return text if seconds is None else f"{text}, {seconds / 60:.1f} minutes"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     place = storage.join(config.storage, name) if config.storage else str(folder)
     _refuse_another(folder, config)
     record = read_json(folder / "run.json")
-    finished = bool(record.get("finished")) and _budget_spent(record, config)
+    finished = bool(record.get("finished")) and _budget_spent(int(record["result"]["steps"]), config)
     start = latest_step(storage.join(place, "checkpoints"))
     return RunPlan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
 
@@ -98,7 +99,7 @@ class RunDescription:
         head = f"# run {work.run}, {self.num_parameters / 1e6:.1f} M parameters, {work.image_size} px"
         return f"{head}\n{resolved}".rstrip()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `train --dry-run` prints."""
         return {
             "run": self.work.run,
@@ -177,9 +178,9 @@ def _is_moved(old: str, new: str, workspace: Path) -> bool:
     return bool(inside) and Path(old).parts[-len(inside) :] == inside
 
 
-def _budget_spent(record: dict[str, Any], config: TrainConfig) -> bool:
-    """Return whether a finished run is done: it continues only if max_steps was raised."""
-    return config.max_steps is None or int(record["result"]["steps"]) >= config.max_steps
+def _budget_spent(steps: int, config: TrainConfig) -> bool:
+    """Return whether a run that has finished after `steps` is done: it continues only if max_steps was raised."""
+    return config.max_steps is None or steps >= config.max_steps
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object atomically (temporary file, then rename)."""
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -24,6 +24,8 @@ from animediffusion.models.training.objective import ObjectiveConfig
 from animediffusion.platform.config import Config, read_yaml
 from animediffusion.platform.errors import ConfigError
 
+Values = dict[str, Any]
+"""Settings as a recipe's YAML holds them: plain values, lists and dictionaries."""
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 BUDGET = frozenset({"max_steps", "max_minutes"})
@@ -96,7 +98,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _budget(self) -> TrainConfig:
         if (self.max_steps is None) == (self.max_minutes is None):
-            raise ValueError("set max_steps or max_minutes, one of them")
+            raise ValueError("set either max_steps or max_minutes")
         fewest, most = self.workers_on(0)
         if not 1 <= fewest <= most <= MOST_WORKERS:
             raise ValueError(f"num_workers must be 1 to {MOST_WORKERS}, or (fewest, most), got {self.num_workers}")
@@ -127,9 +129,9 @@ class TrainConfig(Config):
         """`name` if set, else RECIPE-XXXXXXXX with the first 8 hex digits of fingerprint()."""
         return self.name or f"{self.recipe}-{self.fingerprint()[:8]}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Values:
         """Return the settings that decide what is learned, as plain values."""
-        values: dict[str, Any] = self.model_dump(mode="json")
+        values: Values = self.model_dump(mode="json")
         return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
 
     def fingerprint(self) -> str:
@@ -175,7 +177,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_keys(old: Values, new: Values, prefix: str = "") -> list[str]:
     """Return the dotted keys whose values differ between two nested dictionaries."""
     changed: list[str] = []
     for key in sorted(old.keys() | new.keys()):
@@ -187,7 +189,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
+def plain(config: TrainConfig) -> Values:
     """Return all settings as JSON values, for config.yaml and MLflow."""
     return config.model_dump(mode="json")
 
@@ -204,7 +206,7 @@ def _find(recipe: str) -> Path:
     return path
 
 
-def _with_base(values: dict[str, Any], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _with_base(values: Values, above: tuple[Path, ...] = ()) -> Values:
     base = values.pop("base", None)
     if base is None:
         return values
@@ -217,7 +219,7 @@ def _with_base(values: dict[str, Any], above: tuple[Path, ...] = ()) -> dict[str
     return _merge({key: value for key, value in inherited.items() if key not in dropped}, values)
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Values, changes: Values) -> Values:
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)

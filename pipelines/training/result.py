@@ -45,7 +45,7 @@ class TrainResult:
     num_workers: int
     peak_memory_mb: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `train` prints, which is also in run.json."""
         return {**asdict(self), "scores": {str(step): asdict(score) for step, score in self.scores.items()}}
 

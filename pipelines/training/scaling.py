@@ -40,7 +40,7 @@ def scaling_for(
     per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
     if per_worker * fewest >= cpus:
         found = f"{fewest} workers take {per_worker * fewest:g} of {cpus:g} CPUs"
-        raise ClusterError("num_workers", found, "leave some for Ray Data: set num_workers or cpus_per_worker lower")
+        raise ClusterError("num_workers", found, "lower num_workers or cpus_per_worker to leave some for Ray Data")
     scaling = ray.train.ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=gpu,
@@ -59,8 +59,12 @@ def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str
     if gpus:
         return [f"{where}{gpus - used} of {gpus} GPUs are idle, num_workers is {config.num_workers}; leave it out"]
     if not used:
-        return [f"{where}the cluster has no GPU yet, at most {most}; set use_gpu=true to wait for them"]
-    return [] if config.num_workers else [f"one worker for at most {most} GPUs; set num_workers for more"]
+        return [f"{where}the cluster has no GPU yet and can add {most}; set use_gpu=true to wait for them"]
+    return (
+        []
+        if config.num_workers
+        else [f"the run has one worker, and the cluster can add {most} GPUs; raise num_workers"]
+    )
 
 
 def worker_threads(scaling: ray.train.ScalingConfig) -> int:
@@ -72,5 +76,5 @@ def worker_threads(scaling: ray.train.ScalingConfig) -> int:
 
 def threads_per_worker(workers: int, nodes: int = 1) -> int:
     """Return OMP_NUM_THREADS if it is set, else a worker's share of the cores of `nodes` nodes like this one."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)

@@ -386,7 +386,7 @@ class _RankZero:
     def give_up(self, reason: str) -> None:
         """End a run that cannot continue; its checkpoints stay as they are."""
         self.checkpoints.wait()
-        self._context.fail(reason, "lower optimizer.learning_rate or look at these rows, with another name=")
+        self._context.fail(reason, "lower optimizer.learning_rate or check these rows, and choose another name=")
         self._mlflow.finish("FAILED")
 
     def _report(self) -> None:

@@ -52,7 +52,7 @@ class Verdict:
 
     values: list[float]
     """Objective values for Optuna."""
-    details: dict[str, Any]
+    details: Mapping[str, Any]
     """Further JSON values for the trial log."""
 
 
@@ -89,13 +89,13 @@ class TrialEntry:
         """Whether the trial was cut short, so that the next search tries the point again."""
         return bool(self.details.get("open"))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object of the trial's line."""
         params = {"params": dict(self.params)} if self.params else {}
         return {**params, "point": self.point, "values": self.values, **self.details}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the entry from its JSON object."""
         details = {key: item for key, item in value.items() if key not in ("params", "point", "values")}
         return cls(value["point"], value["values"], value.get("params", {}), details)
@@ -150,7 +150,7 @@ class _NotCopied:
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
 
@@ -210,7 +210,7 @@ class Study(_NotCopied, Searcher):
         finally:
             self.study.sampler = sampler
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Pass the result of a trial to Optuna and the trial log."""
         ended = self._running.pop(trial_id, None)
         if ended is None:

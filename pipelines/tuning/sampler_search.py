@@ -94,7 +94,7 @@ class SamplerResult:
     changed: bool = False
     """Whether the version is a new one."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `tune sampler` prints."""
         unregistered = ("version", "changed") if self.version is None else ()
         return {key: value for key, value in asdict(self).items() if key not in unregistered}
@@ -225,7 +225,7 @@ def search(
     points = read_points(folder)
     first = next((point for point in points if (point.settings, point.ema_length) == own), None)
     if first is None:
-        raise ClusterError("tune sampler", "the model's defaults were not measured", "give more --minutes")
+        raise ClusterError("tune sampler", "the model's defaults were not measured", "raise --minutes")
     return [first, *(point for point in points if point is not first)]
 
 

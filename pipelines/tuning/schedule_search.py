@@ -69,7 +69,7 @@ class TrialSummary:
     sampler_steps: int
     """Number of steps of the sampler with which it was measured."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the settings and the result as one JSON object."""
         return {**self.point, "psnr": self.psnr, "steps": self.steps, "sampler_steps": self.sampler_steps}
 
@@ -109,7 +109,7 @@ class ScheduleResult:
     folder: str
     """Folder of the search."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Mapping[str, object]:
         """Return the JSON object that `tune schedule` prints."""
         base = self.base.to_json() if self.base is not None else None
         return {**asdict(self), "best": self.best.to_json(), "base": base}
@@ -306,7 +306,7 @@ def summarize(
     if not measured:
         reasons = (str(entry.details["reason"]) for entry in entries if "reason" in entry.details)
         why = next(reasons, "the time was too short")
-        raise TrainingError("tune schedule", f"no trial reached its first report ({why})", "give more --minutes")
+        raise TrainingError("tune schedule", f"no trial reached its first report ({why})", "raise --minutes")
     best = max(measured, key=lambda entry: _summary(entry).psnr)
     base = max((e for e in measured if e.point == own), key=lambda e: _summary(e).steps, default=None)
     ended = Counter({json.dumps(entry.point): str(entry.details["ended"]) for entry in entries}.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.diffusion.denoiser import MIN_ALPHA_FOR_EPS
 from animediffusion.models.diffusion.path import PathConfig, build_path
-from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.pipelines.training.recipe import TrainConfig, Values
 from animediffusion.pipelines.tuning.optuna_searcher import Parameters, Point
 
 PATHS = {
@@ -91,9 +90,9 @@ class ScheduleSpace:
         return point
 
 
-def changed(base: TrainConfig, point: Point) -> dict[str, Any]:
+def changed(base: TrainConfig, point: Point) -> Values:
     """Return the values of a recipe, with those of a point replaced."""
-    values: dict[str, Any] = base.model_dump(mode="json")
+    values: Values = base.model_dump(mode="json")
     values["path"] = asdict(path_of(base.path, point))
     values["prediction"] = point["prediction"]
     values["objective"]["denoising"].update(_denoising(point))

@@ -46,7 +46,7 @@ def sampler_search(result: SamplerResult) -> str:
     """Format the result of `tune sampler`: the Pareto front by rising cost, with the defaults and the choice."""
     points = result.front if result.defaults in result.front else (result.defaults, *result.front)
     rows = [_measurement(point, result) for point in points]
-    about: dict[str, Any] = {"trials": result.trials, "measured": result.measured}
+    about: dict[str, object] = {"trials": result.trials, "measured": result.measured}
     if result.version is not None:
         about |= {"version": result.version, "changed": result.changed}
     about |= {"picture": result.picture, "strip": result.strip}
@@ -124,9 +124,9 @@ def comparison(found: Comparison) -> str:
     return "\n".join([*heads, "", text, "", f"picture: {found.picture}"])
 
 
-def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     """Return a row for each track of each evaluation (checks.evaluation_line), with a column for each metric."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for found in evaluations:
         numbers = {key: value for key, value in found.items() if "." in key}
         for track in dict.fromkeys(key.partition(".")[0] for key in numbers):
@@ -137,11 +137,11 @@ def _evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _without(values: Mapping[str, Any], name: str) -> dict[str, object]:
     return {key: value for key, value in values.items() if key != name}
 
 
-def _measurement(point: Measurement, result: SamplerResult) -> dict[str, Any]:
+def _measurement(point: Measurement, result: SamplerResult) -> Mapping[str, object]:
     """Return the row of a measurement."""
     role = "choice" if point == result.best else "defaults" if point == result.defaults else ""
     return {

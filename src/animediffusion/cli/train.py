@@ -29,7 +29,7 @@ def train(
     ] = True,
 ) -> None:
     """Train a recipe on Ray; rerun the command to resume."""
-    from animediffusion.pipelines.training.driver import train as run_training
+    from animediffusion.pipelines.training import driver
     from animediffusion.pipelines.training.plan import plan
     from animediffusion.pipelines.training.recipe import load_recipe
     from animediffusion.platform.errors import ConfigError
@@ -52,7 +52,7 @@ def train(
     if not work.finished:
         common.connect(settings)
     with console.training() as report:
-        result = run_training(settings, config, report)
+        result = driver.train(settings, config, report)
     console.result(result.to_json(), reports.training(result))
 
 

@@ -106,7 +106,7 @@ def test_a_checkpoint_without_checksums_is_none_and_a_damaged_one_is_passed_over
         fetch(place, 2, tmp_path / "damaged")
     assert fetch_newest(place, tmp_path / "copy", warnings.append) == 1
     assert (tmp_path / "copy" / "state.safetensors").read_text() == "weights of 1"
-    assert [line.count("going back to the checkpoint before it") for line in warnings] == [1]
+    assert [line.count("using the checkpoint before it") for line in warnings] == [1]
     assert latest_step(place) == 1, "who asks later sees the same"
     storage.write_bytes(storage.join(place, "step-00000001", "checksums.json"), b"{")
     assert fetch_newest(place, tmp_path / "copy", warnings.append) == 0

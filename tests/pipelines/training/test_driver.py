@@ -237,7 +237,7 @@ def test_what_cannot_be_trained_is_refused_before_training(ray_cluster, settings
         plan(settings, load_recipe(recipe, ["image_size=64"]))
     with pytest.raises(ConfigError, match="image_size: 32; this network needs a multiple of 64"):
         plan(settings, load_recipe(recipe, ["network.patch_size=64"]))
-    with pytest.raises(ClusterError, match="4 workers take 2 of 2 CPUs; leave some for Ray Data"):
+    with pytest.raises(ClusterError, match="4 workers take 2 of 2 CPUs; lower num_workers or cpus_per_worker"):
         train(settings, load_recipe(recipe, ["num_workers=4", "cpus_per_worker=0.5", "name=wide"]))
     assert not (settings.workspace / "runs" / "wide").exists()
 

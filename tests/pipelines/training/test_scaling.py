@@ -36,9 +36,9 @@ def test_gpus_that_stay_idle_are_named():
 def test_a_cluster_that_is_at_zero_is_waited_for_where_gpus_are_asked_for():
     at_rest, most = {}, {"CPU": 200.0, "GPU": 20.0}
     assert scale(at_rest, "use_gpu=true", "num_workers=8", may=most) == (8, True, 1.0, [])
-    line = "one worker for at most 20 GPUs; set num_workers for more"
+    line = "the run has one worker, and the cluster can add 20 GPUs; raise num_workers"
     assert scale(at_rest, "use_gpu=true", may=most) == (1, True, 1.0, [line])
-    line = "training runs on CPUs: the cluster has no GPU yet, at most 20; set use_gpu=true to wait for them"
+    line = "training runs on CPUs: the cluster has no GPU yet and can add 20; set use_gpu=true to wait for them"
     assert scale(at_rest, may=most) == (2, False, 0.5, [line])
     assert scale({"CPU": 15}, "use_gpu=true", "num_workers=8", may=most)[:2] == (8, True)
 
@@ -48,7 +48,7 @@ def test_what_a_cluster_can_never_hold_is_refused():
         scale({"CPU": 16}, "use_gpu=true")
     with pytest.raises(ClusterError, match="use_gpu: one GPU for each of 8 workers, the cluster has at most 4; lower"):
         scale({}, "use_gpu=true", "num_workers=8", may={"CPU": 60, "GPU": 4})
-    with pytest.raises(ClusterError, match="2 workers take 0 of 0 CPUs; leave some for Ray Data"):
+    with pytest.raises(ClusterError, match="2 workers take 0 of 0 CPUs; lower num_workers or cpus_per_worker"):
         scale({})
 
 
