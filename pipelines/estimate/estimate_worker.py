@@ -195,12 +195,12 @@ class _Probe:
         one = StepCost(self._step(1), peak_memory_mb(self.device))
         row_mb = max(1.0, one.memory_mb - self.base_mb - self.state_mb)
         rows = self._most_rows(one.seconds, row_mb)
-        begun, steps, watch = time.monotonic(), 0, _Watch()
+        begun, steps, load = time.monotonic(), 0, _CpuLoad()
         while self._agree(steps < MIN_STEPS or time.monotonic() - begun < self.timed_s):
             self._step(rows)
             steps += 1
         timed = StepCost((time.monotonic() - begun) / steps, peak_memory_mb(self.device))
-        others = watch.others(self.world_size)
+        others = load.others(self.world_size)
         checkpoint = self._checkpoint() if self.rank == 0 else None
         return TrialAnswer(
             ready=ready,
@@ -264,7 +264,7 @@ class _Probe:
         return CheckpointCost(seconds, checkpoint_mb, weights_mb)
 
 
-class _Watch:
+class _CpuLoad:
     """Measurement of the CPU load, from its construction on."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import files as storage
 
 CHECKSUMS, SCORE = "checksums.json", "score.json"
-OUTLAST_S = 300.0
+OUTAGE_S = 300.0
 """Seconds for which a run retries what it cannot skip: reading its last checkpoint and writing its result."""
 PAUSE_S = 5.0
 """Seconds between two such attempts."""
@@ -149,7 +149,7 @@ def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:
                 storage.delete(storage.join(place, step_name(step)))
 
 
-def outlast(call: Callable[[], T], seconds: float = OUTLAST_S) -> T:
+def retry_outage(call: Callable[[], T], seconds: float = OUTAGE_S) -> T:
     """Return the result of `call`, retried on StorageError for up to `seconds`; then raise that error.
 
     Use it only for calls that a run cannot skip: each call of a storage function already retries by itself.
@@ -208,10 +208,10 @@ class CheckpointWriter:
                 threading.Thread(target=self._save_all, name="checkpoints", daemon=True).start()
 
     def finish(self, step: int, take: Take) -> None:
-        """Save the last state and wait until it is written; retry for up to OUTLAST_S.
+        """Save the last state and wait until it is written; retry for up to OUTAGE_S.
 
         Raises:
-            StorageError: the state could not be saved within OUTLAST_S.
+            StorageError: the state could not be saved within OUTAGE_S.
         """
 
         def attempt() -> None:
@@ -225,7 +225,7 @@ class CheckpointWriter:
                     "free disk space or check that the store is reachable",
                 )
 
-        outlast(attempt)
+        retry_outage(attempt)
 
     def prune(self) -> None:
         """Delete the checkpoints that are not to be kept; if the store fails, they stay, which does no harm."""

@@ -28,7 +28,7 @@ from animediffusion.models.network.attention import attention_used
 from animediffusion.models.training.loop import MALLOC
 from animediffusion.pipelines.data.stream import read_split, training_dataset
 from animediffusion.pipelines.evaluation.evaluate import SplitRows
-from animediffusion.pipelines.training.checkpoints import best_step, latest_step, outlast, read_scores
+from animediffusion.pipelines.training.checkpoints import best_step, latest_step, read_scores, retry_outage
 from animediffusion.pipelines.training.plan import RunPlan, plan, read_json, write_json
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.reporting import ProgressActor, RunAddress, RunFailure, TrainProgress
@@ -47,7 +47,7 @@ from animediffusion.platform.tracking.run import TRAINING, Run, send_left
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
 POLL_S = 0.5
-TORCHS_ADVICE = (
+TORCH_ADVICE = (
     "Search for `",
     "CUDA kernel errors might be",
     "For debugging consider passing",
@@ -267,7 +267,7 @@ def _nothing() -> None:
 def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
     """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
     storage.expect(work.checkpoints, work.config.data)
-    config, start = work.config, outlast(lambda: latest_step(work.checkpoints))
+    config, start = work.config, retry_outage(lambda: latest_step(work.checkpoints))
     rows = config.rows_per_worker(world_size)
     if config.max_steps is not None:
         steps = config.max_steps - start
@@ -342,7 +342,7 @@ def reason(error: BaseException) -> str:
     # Prefer a worker that did not merely lose the connection to another one.
     cause = min(failures.values(), key=lambda failure: any(sign in str(failure) for sign in LOST_PEER), default=error)
     lines = [line.strip() for line in str(cause).splitlines()]
-    stated = [line for line in lines if line and not line.startswith(TORCHS_ADVICE)]
+    stated = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
     return stated[-1] if stated else type(cause).__name__
 
 

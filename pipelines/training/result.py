@@ -11,7 +11,7 @@ from typing import Any, Self
 from animediffusion.models.bundle import identity, save_bundle
 from animediffusion.models.training.ema import pack
 from animediffusion.models.training.loop import averaged_weights, kept_averages
-from animediffusion.pipelines.training.checkpoints import CheckpointScore, fetch, outlast
+from animediffusion.pipelines.training.checkpoints import CheckpointScore, fetch, retry_outage
 from animediffusion.pipelines.training.model_card import model_card
 from animediffusion.pipelines.training.plan import RunPlan
 
@@ -77,7 +77,7 @@ def write_bundle(work: RunPlan, step: int, attention: str, seconds: float) -> tu
     bundle_config = config.bundle_config(work.image_size)
     denoiser = bundle_config.build()
     with tempfile.TemporaryDirectory() as folder:
-        outlast(lambda: fetch(work.checkpoints, step, Path(folder)))
+        retry_outage(lambda: fetch(work.checkpoints, step, Path(folder)))
         denoiser.load_state_dict(averaged_weights(Path(folder)))
         averages = pack(kept_averages(Path(folder), config.optimizer.ema_lengths))
     provenance: dict[str, str | int | float | None] = {

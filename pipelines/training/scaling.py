@@ -18,24 +18,24 @@ from animediffusion.platform.errors import ClusterError
 
 
 def scaling_for(
-    config: TrainConfig, has: Mapping[str, float], may: Mapping[str, float]
+    config: TrainConfig, available: Mapping[str, float], limits: Mapping[str, float]
 ) -> tuple[ray.train.ScalingConfig, list[str]]:
     """Return Ray Train's scaling config (workers and resources of each), and warnings about idle GPUs.
 
     Args:
         config: settings of the run.
-        has: resources of the cluster now.
-        may: upper limits of these resources; Ray Train waits for nodes that an autoscaler has to add.
+        available: resources of the cluster now.
+        limits: upper limits of these resources; Ray Train waits for nodes that an autoscaler has to add.
 
     Raises:
         ClusterError: the cluster can never hold the run.
     """
-    gpus, cpus = int(has.get("GPU", 0)), may.get("CPU", 0.0)
+    gpus, cpus = int(available.get("GPU", 0)), limits.get("CPU", 0.0)
     usable = 0 if config.use_gpu is False else max(gpus, int(config.use_gpu is True))
     fewest, most = config.workers_on(usable)
     gpu = bool(config.use_gpu) or fewest <= usable
-    if gpu and may.get("GPU", 0) < fewest:
-        found = f"one GPU for each of {fewest} workers, the cluster has at most {may.get('GPU', 0):g}"
+    if gpu and limits.get("GPU", 0) < fewest:
+        found = f"one GPU for each of {fewest} workers, the cluster has at most {limits.get('GPU', 0):g}"
         raise ClusterError("use_gpu", found, "lower num_workers or set use_gpu=false")
     per_worker = config.cpus_per_worker or (1.0 if gpu else min(0.5, cpus / (2 * most)))
     if per_worker * fewest >= cpus:
@@ -46,7 +46,7 @@ def scaling_for(
         use_gpu=gpu,
         resources_per_worker={"CPU": per_worker, **({"GPU": 1.0} if gpu else {})},
     )
-    return scaling, _idle_gpus(config, most if gpu else 0, gpus, int(may.get("GPU", 0)))
+    return scaling, _idle_gpus(config, most if gpu else 0, gpus, int(limits.get("GPU", 0)))
 
 
 def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str]:

@@ -30,7 +30,7 @@ from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.training.loop import Step, TrainState, fit
 from animediffusion.pipelines.data.decoding import Decode
 from animediffusion.pipelines.evaluation.evaluate import SplitRows, Track
-from animediffusion.pipelines.training.checkpoints import fetch, fetch_newest, outlast
+from animediffusion.pipelines.training.checkpoints import fetch, fetch_newest, retry_outage
 from animediffusion.pipelines.training.recipe import TrainConfig
 from animediffusion.pipelines.training.reporting import (
     DriverReports,
@@ -187,10 +187,10 @@ class _Rank:
         """
         place, step = self.context.checkpoints, 0
         if self.rank == 0:
-            step = outlast(lambda: fetch_newest(place, folder, self.context.warn))
+            step = retry_outage(lambda: fetch_newest(place, folder, self.context.warn))
         step = int(self._from_rank_0([step])[0])
         if self.rank and step:
-            outlast(lambda: fetch(place, step, folder))
+            retry_outage(lambda: fetch(place, step, folder))
         return step
 
     def _from_rank_0(self, numbers: list[int]) -> list[int]:

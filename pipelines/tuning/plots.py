@@ -43,17 +43,17 @@ def draw_front(points: Sequence[Measurement], chosen: Measurement) -> bytes:
                 label = f"{name}, guided" if guided else name
                 cost, quality = [p.evaluations for p in some], [p.psnr for p in some]
                 axes.scatter(cost, quality, s=34, facecolors=fill, edgecolors=color, label=label, zorder=3)
-    _name(axes, defaults, "defaults and choice" if chosen == defaults else "defaults", -26)
+    _annotate(axes, defaults, "defaults and choice" if chosen == defaults else "defaults", -26)
     if chosen != defaults:
-        _name(axes, chosen, "choice", 18)
+        _annotate(axes, chosen, "choice", 18)
     axes.set_xscale("log", base=2)
     ticks = sorted({2**i for i in range(12) if 2**i <= 2 * max(p.evaluations for p in points)})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("network rows per image", color=INK)
     axes.set_ylabel("PSNR, dB", color=INK)
     left_out = len(points) - len(shown)
-    aside = f", {left_out} of them below the picture" if left_out else ""
-    axes.set_title(f"{len(points)} settings of one model{aside}", color=INK, fontsize=11, pad=14)
+    hidden = f", {left_out} of them below the plot" if left_out else ""
+    axes.set_title(f"{len(points)} settings of one model{hidden}", color=INK, fontsize=11, pad=14)
     axes.margins(y=0.15)  # room for the names
     axes.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.tick_params(colors=INK)
@@ -74,7 +74,7 @@ def _draw_steps(axes: Axes, front: Sequence[Measurement], most: int) -> None:
     axes.plot([*cost, max(most, cost[-1])], [*quality, quality[-1]], color=INK, linewidth=1.2, alpha=0.7, zorder=2)
 
 
-def _name(axes: Axes, point: Measurement, text: str, below: int) -> None:
+def _annotate(axes: Axes, point: Measurement, text: str, below: int) -> None:
     place = (point.evaluations, point.psnr)
     axes.scatter(*place, s=150, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
     arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.8}
@@ -88,7 +88,7 @@ def draw_strip(
 ) -> bytes:
     """Return a PNG with one line per row: sketch, reference, the colors from points along the front, and the truth."""
     some = Batch(*(part[:STRIP_ROWS] for part in batch))
-    points = _along(front, chosen)
+    points = _spaced_points(front, chosen)
     columns = [some.sketch.expand(-1, 3, -1, -1), some.reference]
     seeds = range(len(some.target))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def draw_strip(
     return encode_png(contact_sheet([list(row) for row in zip(*pictures, strict=True)], labels, cell=160))
 
 
-def _along(front: Sequence[Measurement], chosen: Measurement) -> list[Measurement]:
+def _spaced_points(front: Sequence[Measurement], chosen: Measurement) -> list[Measurement]:
     """Return at most STRIP_POINTS evenly spaced points of the front, its ends included, and the chosen point."""
     points = {*front, chosen}
     if len(points) > STRIP_POINTS:

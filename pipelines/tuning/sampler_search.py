@@ -231,9 +231,9 @@ def search(
 
 def _device() -> tuple[str, int]:
     """Return the device of a trial and the number of devices: GPU if the cluster has or can add one, else CPU."""
-    has, most = cluster.resources()
-    name = "GPU" if most.get("GPU", 0) >= 1 else "CPU"
-    return name, max(1, int(has.get(name, 0)))
+    available, limits = cluster.resources()
+    name = "GPU" if limits.get("GPU", 0) >= 1 else "CPU"
+    return name, max(1, int(available.get(name, 0)))
 
 
 def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:

@@ -53,7 +53,7 @@ class SamplerSpace:
         self.path = path
         self.defaults = defaults
         self.lengths, self.length = lengths, length
-        self.intervals = {_name(interval): interval for interval in (*INTERVALS, defaults.guidance_interval)}
+        self.intervals = {_interval_name(interval): interval for interval in (*INTERVALS, defaults.guidance_interval)}
         scales = SCALES if defaults.guidance_scale == 1 else (*SCALES, defaults.guidance_scale)
         shifts = (*SHIFTS, defaults.shift)
         self.distributions: dict[str, BaseDistribution] = {
@@ -96,7 +96,7 @@ class SamplerSpace:
             "shift": settings.shift,
             "guided": guided,
             "guidance_scale": settings.guidance_scale if guided else 1.5,
-            "guidance_interval": _name(settings.guidance_interval),
+            "guidance_interval": _interval_name(settings.guidance_interval),
             **self._average(length),
         }
 
@@ -129,5 +129,5 @@ def to_point(settings: SamplerDefaults, length: float | None = None) -> Point:
     return point if length is None else {**point, "ema_length": length}
 
 
-def _name(interval: tuple[float, float]) -> str:
+def _interval_name(interval: tuple[float, float]) -> str:
     return "{:g} to {:g}".format(*interval)

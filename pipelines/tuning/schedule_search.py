@@ -230,9 +230,9 @@ def _search(
         "psnr",
     )
     first = trial_config(base, space.own(), rungs, "trial")
-    has, may = cluster.resources()
-    scaling, _ = scaling_for(first, has, may)
-    at_once = trials_at_once(scaling, has)
+    available, limits = cluster.resources()
+    scaling, _ = scaling_for(first, available, limits)
+    at_once = trials_at_once(scaling, available)
     task = _ScheduleTask(
         work=work,
         base=base,
@@ -262,11 +262,11 @@ def _search(
         shutil.rmtree(work.folder / "runs", ignore_errors=True)
 
 
-def trials_at_once(scaling: ray.train.ScalingConfig, has: Mapping[str, float]) -> int:
+def trials_at_once(scaling: ray.train.ScalingConfig, available: Mapping[str, float]) -> int:
     """Return how many trials fit on the cluster now, at least 1; without GPUs, half of the CPUs stay for Ray Data."""
     if scaling.use_gpu:
-        return max(1, int(has.get("GPU", 0)))
-    return max(1, int(has.get("CPU", 0) / 2 / max((scaling.resources_per_worker or {})["CPU"], 0.5)))
+        return max(1, int(available.get("GPU", 0)))
+    return max(1, int(available.get("CPU", 0) / 2 / max((scaling.resources_per_worker or {})["CPU"], 0.5)))
 
 
 def _trial(point: Point, *, task: _ScheduleTask) -> None:

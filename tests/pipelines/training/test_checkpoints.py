@@ -13,9 +13,9 @@ from animediffusion.pipelines.training.checkpoints import (
     fetch_newest,
     latest_step,
     list_steps,
-    outlast,
     prune,
     read_scores,
+    retry_outage,
     write_score,
 )
 from animediffusion.platform.errors import StorageError
@@ -252,6 +252,6 @@ def test_patience_has_an_end(monkeypatch):
         raise StorageError("s3://b", "does not answer", "wait")
 
     with pytest.raises(StorageError, match="does not answer"):
-        outlast(never, 0.1)
+        retry_outage(never, 0.1)
     assert len(asked) > 2
-    assert outlast(lambda: 5) == 5
+    assert retry_outage(lambda: 5) == 5

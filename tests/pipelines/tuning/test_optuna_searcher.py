@@ -106,5 +106,20 @@ def test_what_was_found_in_another_space_is_known_but_teaches_nothing(new_study,
     assert (study.num_known, len(study.study.trials)) == (2, 0)
 
 
+def test_a_line_of_the_log_has_parameters_point_values_and_details_in_this_order(tmp_path):
+    log = TrialLog(tmp_path / "points.jsonl")
+    entries = [
+        TrialEntry({"a": 1}, [2.0], {"c": 3}, {"got": 4}),
+        TrialEntry({"a": 1}, None, details={"ended": "failed"}),
+    ]
+    for entry in entries:
+        log.write(entry)
+    assert log.path.read_text().splitlines() == [
+        '{"params": {"c": 3}, "point": {"a": 1}, "values": [2.0], "got": 4}',
+        '{"point": {"a": 1}, "values": null, "ended": "failed"}',
+    ]
+    assert log.read() == entries
+
+
 def test_rays_own_copy_of_a_searcher_is_empty(new_study):
     assert vars(pickle.loads(pickle.dumps(new_study()))) == {}
