@@ -41,13 +41,15 @@ RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 def build(folder: Path) -> list[dict[str, Any]]:
     """Return the objects that `kustomize build` prints, for the few features that we use; see rendered_by_kustomize."""
-    told = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    told = yaml.load((folder / "kustomization.yaml").read_text(), yaml.CSafeLoader)
     unknown = set(told) - {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
     assert not unknown, f"{folder.name}: this build knows nothing of {unknown}"
     objects: list[dict[str, Any]] = []
     for name in told["resources"]:
         path = folder / name
-        objects += build(path) if path.is_dir() else [one for one in yaml.safe_load_all(path.read_text()) if one]
+        objects += (
+            build(path) if path.is_dir() else [one for one in yaml.load_all(path.read_text(), yaml.CSafeLoader) if one]
+        )
     for patch in told.get("patches", []):
         objects = _patched(objects, folder, patch)
     for one in objects:
@@ -82,7 +84,7 @@ def rendered_by_kustomize(folder: Path) -> list[dict[str, Any]] | None:
         return None
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 def pods(value: Any) -> list[dict[str, Any]]:
