@@ -14,6 +14,7 @@ import pytest
 import ray
 import torch
 from faults import FaultyStore
+from head import Head, ray_head
 from moto.server import ThreadedMotoServer
 
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
@@ -28,14 +29,9 @@ hypothesis.settings.load_profile("suite")
 MOST_CPU_S = 10.0
 """CPU seconds that a test may take which is not marked as slow: twice the 5 s that are meant, for slower machines."""
 TESTS = Path(__file__).parent
-LONGEST = (
-    "docs/test_walkthrough.py",
-    "ray",
-    "pipelines/test_cluster_faults.py",
-    "infra/test_live.py",
-    "platform/cluster/test_jobs.py",
-    "test_demo.py",
-)
+SHARED = {"ray_cluster": "ray", "cluster_head": "head"}
+"""Fixtures that only one process should start, and the groups of the tests that use them."""
+LONGEST = ("ray", "head", "pipelines/test_cluster_faults.py", "infra/test_live.py", "test_demo.py")
 """Groups of tests that take minutes, the longest first."""
 
 
@@ -43,14 +39,14 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make groups of tests, each of which runs in one process, in the order in which they should begin.
 
-    The tests that use the shared Ray are one group, so that only one process has one. The tests of a file are a group
-    otherwise, because they share fixtures. The longest groups begin first; the short ones then balance the processes.
+    The tests that use a fixture of SHARED are one group. The tests of a file are a group otherwise, because they share
+    fixtures. The longest groups begin first; the short ones then balance the processes.
     """
     order = {}
     for item in items:
-        uses_ray = "ray_cluster" in item.fixturenames  # type: ignore[attr-defined]
-        group = "ray" if uses_ray else item.path.relative_to(TESTS).as_posix()
-        if uses_ray:
+        shared = SHARED.keys() & set(item.fixturenames)  # type: ignore[attr-defined]
+        group = SHARED[min(shared)] if shared else item.path.relative_to(TESTS).as_posix()
+        if shared:
             item.add_marker(pytest.mark.ray)
         item.add_marker(pytest.mark.xdist_group(group))
         order[item] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
@@ -149,6 +145,13 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cluster_head() -> Iterator[Head]:
+    """The head of a cluster with two CPUs, with the jobs API."""
+    with ray_head("--num-cpus=2") as head:
+        yield head
 
 
 @pytest.fixture(scope="session")

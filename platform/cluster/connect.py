@@ -31,6 +31,8 @@ from animediffusion.platform.storage.files import PATIENCE_VARIABLE
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Size of the embedded cluster's object store; it holds several thousand rows because images stay encoded."""
 
+WAITS_S = 15.0
+"""Seconds without progress after which unmet resource demands are reported."""
 WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
 """Seconds between two polls of the cluster's unmet demands, timeout of a poll, seconds between two messages."""
 _COUNTED = ("CPU", "GPU")
@@ -132,8 +134,8 @@ def resources() -> tuple[dict[str, float], dict[str, float]]:
 
 
 @contextmanager
-def waits(report: Callable[[str], object], after_s: float = 15.0) -> Iterator[Callable[[], None]]:
-    """Call `report` with a line on unmet resource demands, if any, when the block makes no progress for `after_s`.
+def waits(report: Callable[[str], object]) -> Iterator[Callable[[], None]]:
+    """Call `report` with a line on unmet resource demands, if any, when the block makes no progress for WAITS_S.
 
     Yields:
         A function that the block calls whenever it makes progress.
@@ -147,7 +149,7 @@ def waits(report: Callable[[str], object], after_s: float = 15.0) -> Iterator[Ca
         reported, again = "", 0.0
         while not done.wait(WATCH_S):
             now = time.monotonic()
-            if now - progress[0] >= after_s and now >= again and (line := no_room()) not in ("", reported):
+            if now - progress[0] >= WAITS_S and now >= again and (line := no_room()) not in ("", reported):
                 reported, again = line, now + AGAIN_S
                 report(line)
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from ports import free_port
+from ray import serve
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
 from animediffusion.models.network.unet import UNetConfig
@@ -84,6 +86,13 @@ def replica(bundle_folder):
     assert replica.load("3", bundle_folder)
     yield replica
     replica.close()
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_cluster):
+    """Port of the one Ray Serve of all tests, where applications come and go: its own processes take long to start."""
+    yield free_port()
+    serve.shutdown()
 
 
 @contextmanager

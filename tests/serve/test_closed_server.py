@@ -2,32 +2,62 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import ray
-from ports import free_port
 from ray import serve
 
 from animediffusion.platform.api_keys import Keys
-from animediffusion.serve.deployments import ServeConfig
+from animediffusion.platform.cluster import connect as cluster
+from animediffusion.serve.deployments import APP_NAME, ServeConfig
 from animediffusion.serve.server import start
 
 
-@pytest.fixture
-def closed(ray_cluster, tmp_path, bundle_folder):
-    """(URL, key, keys, file of the journal)."""
-    keys, log = Keys(f"s3://bucket/{tmp_path.name}/keys.json"), tmp_path / "logs" / "requests.jsonl"
+@dataclass(frozen=True)
+class Closed:
+    """The running application."""
+
+    url: str
+    keys: Keys
+    key: str
+    log: Path
+    """The file of the access log."""
+    told: list[str]
+    """What was said while it started."""
+
+
+@pytest.fixture(scope="module")
+def closed(serve_port, tmp_path_factory, bundle_folder):
+    """It has to wait for CPUs when it starts."""
+    folder, told = tmp_path_factory.mktemp("closed"), []
+    keys, log = Keys("s3://bucket/closed/keys.json"), folder / "logs" / "requests.jsonl"
     key = keys.create("studio")
-    config = ServeConfig(model=str(bundle_folder), workspace=tmp_path, keys=keys.uri, request_log=log)
-    yield start(config, port=free_port()), key, keys, log
-    serve.shutdown()
+    config = ServeConfig(model=str(bundle_folder), workspace=folder, keys=keys.uri, request_log=log)
+    group = ray.util.placement_group([{"CPU": 2}])
+    ray.get(group.ready())
+
+    def tell(line):
+        told.append(line)
+        ray.util.remove_placement_group(group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "WAITS_S", 1.0)
+        url = start(config, port=serve_port, report=tell)
+    yield Closed(url, keys, key, log, told)
+    serve.delete(APP_NAME)
 
 
-@pytest.mark.ray
+def test_a_start_that_waits_for_cpus_says_so(closed):
+    [line] = closed.told
+    assert line.startswith("waiting: the cluster has no room for")
+    assert "0 of 2 CPU free" in line
+
+
 def test_the_application_on_ray_asks_for_a_key_and_writes_a_line_for_every_request(closed, files):
-    url, key, keys, log = closed
+    url, key, keys, log = closed.url, closed.key, closed.keys, closed.log
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         refused = client.post("/v1/colorize", files=files)
         assert (refused.status_code, refused.headers["content-type"]) == (401, "application/problem+json")

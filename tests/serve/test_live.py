@@ -4,12 +4,12 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
 import ray
 from breakage import broken_copy, not_finite
-from ports import free_port
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
@@ -17,7 +17,7 @@ from animediffusion.pipelines.release import promote as release
 from animediffusion.pipelines.release.canary import canary
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError
-from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.images.codec import decode_rgb
 from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.deployments import APP_NAME, ServeConfig
 from animediffusion.serve.server import start
@@ -34,8 +34,8 @@ class Studio:
         self.registry, self.files, self.settings = registry, files, registry.settings
         self.client = httpx.Client(base_url=url, trust_env=False, timeout=120)
 
-    def color(self, seed: int = 1) -> httpx.Response:
-        data = {"seed": str(seed), "num_inference_steps": "2", "size": "model"}
+    def color(self, seed: int = 1, **options: str) -> httpx.Response:
+        data = {"seed": str(seed), "num_inference_steps": "2", "size": "model", **options}
         return self.client.post("/v1/colorize", files=self.files, data=data)
 
     def models(self) -> dict:
@@ -77,7 +77,7 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def studio(ray_cluster, tmp_path_factory, bundle_folder, sketch, reference):
+def studio(serve_port, tmp_path_factory, bundle_folder, files):
     """Version 1 is champion, 2 works, too, 3 makes pictures that are no numbers. No engine runs yet."""
     folder = tmp_path_factory.mktemp("live")
     with_sampler(bundle_folder, folder / "other", SamplerDefaults(name="euler", steps=2))
@@ -89,9 +89,9 @@ def studio(ray_cluster, tmp_path_factory, bundle_folder, sketch, reference):
     config = ServeConfig(
         workspace=registry.settings.workspace, min_replicas=0, max_batch=4, poll_s=0.5, engine_cpus=0.5
     )
-    files = {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
-    yield Studio(start(config, port=free_port()), registry, files)
-    serve.shutdown()
+    yield Studio(start(config, port=serve_port), registry, files)
+    with suppress(Exception):  # a test has deleted it
+        serve.delete(APP_NAME)
 
 
 def test_a_request_wakes_an_engine_up(studio):
@@ -105,6 +105,41 @@ def test_a_request_wakes_an_engine_up(studio):
     [engine] = awake["replicas"]
     assert set(engine) == {"id", "versions", "state", "device", "attention", "running", "queued", "error"}
     assert (engine["versions"], engine["state"], engine["error"]) == (["1"], "ready", None)
+
+
+def test_the_application_answers_behind_serves_proxy_as_without_it(studio, sketch):
+    first = studio.color(size="native")
+    assert (first.status_code, first.headers["x-model-version"]) == (200, "1"), first.text
+    assert "," not in first.headers["x-request-id"]
+    assert decode_rgb(first.content).shape == sketch.shape
+    client, files = studio.client, studio.files
+
+    wrong = studio.color(sampler="magic")
+    assert (wrong.status_code, wrong.headers["content-type"]) == (422, "application/problem+json")
+    stream = client.post("/v1/colorize/stream", files=files, data={"num_inference_steps": "3"})
+    assert stream.text.count("event: progress") == 2
+    assert stream.text.count("event: result") == 1
+    form = client.build_request("POST", "/v1/colorize", files=files, data={"seed": "1"})
+    kind = {"Content-Type": form.headers["content-type"]}
+    cut_off = client.post("/v1/colorize", content=form.read()[:-10], headers=kind)
+    assert cut_off.status_code == 400, cut_off.text
+    assert "ends early" in cut_off.json()["detail"]
+    assert client.post("/v1/colorize?seed=1", files=files).json()["errors"][0]["field"] == "seed"
+    compressed = {"Content-Encoding": "gzip", "Content-Type": "multipart/form-data; boundary=b"}
+    assert client.post("/v1/colorize", content=b"x", headers=compressed).status_code == 415
+    slash = client.post("/v1/colorize/", files=files, headers={"X-Forwarded-Prefix": "/anime"})
+    assert (slash.status_code, slash.headers["content-type"]) == (404, "application/problem+json")
+    assert client.options("/v1/colorize").headers["allow"] == "POST"
+    for path in ("/", "/healthz", "/readyz", "/v1/models", "/openapi.json"):
+        head = client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+
+
+def test_a_crowd_is_told_when_to_come_back(studio):
+    with ThreadPoolExecutor(40) as pool:
+        crowd = list(pool.map(lambda _: studio.color(num_inference_steps="30"), range(40)))
+    assert {answer.status_code for answer in crowd} == {200, 429}
+    assert all(int(answer.headers["retry-after"]) for answer in crowd if answer.status_code == 429)
 
 
 def test_versions_come_and_go_under_load_and_no_request_fails(studio):

@@ -146,7 +146,9 @@ def test_only_what_serve_says_itself_is_in_the_proxys_journal(lines):
 
 @pytest.fixture
 def real_proxy(ray_cluster):
+    """Address of a Serve whose requests time out soon."""
     port = free_port()
+    serve.shutdown()  # the one of other tests
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 2})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

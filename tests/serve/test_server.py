@@ -1,28 +1,14 @@
-import concurrent.futures
-import io
-import queue
 import socket
-import time
 from pathlib import Path
 
-import httpx
-import numpy as np
 import pytest
-import ray
-from PIL import Image
 from ports import free_port
-from ray import serve
 
-from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
-from animediffusion.platform.images.codec import encode_png
-from animediffusion.platform.registry.client import Registry
 from animediffusion.serve.deployments import ServeConfig, build_app
-from animediffusion.serve.server import _config, _for_host, check_address, check_model, running, start
-
-MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
+from animediffusion.serve.server import _config, _for_host, check_address, check_model, running
 
 
 def test_a_port_in_use_is_named():
@@ -129,95 +115,3 @@ def test_a_missing_or_damaged_model_is_found_before_anything_starts(tmp_path, bu
     with pytest.raises(BundleError, match="is not a bundle"):
         check_model(settings, str(tmp_path / "empty"))
     check_model(settings, str(bundle_folder))
-
-
-@pytest.fixture
-def served(ray_cluster, tmp_path, bundle_folder):
-    """(URL, registry): version 1 is champion and served, version 2 waits."""
-    settings = Settings(workspace=tmp_path / "workspace")
-    other = tmp_path / "other"
-    with_sampler(bundle_folder, other, SamplerDefaults(name="euler", steps=2))
-    registry = Registry(settings)
-    for folder in (bundle_folder, other):
-        registry.register(folder, sha256=identity(folder))
-    registry.set_alias("champion", 1)
-    config = ServeConfig(workspace=settings.workspace, max_batch=4, poll_s=0.5)
-    yield start(config, port=free_port()), registry
-    serve.shutdown()
-
-
-@pytest.mark.ray
-def test_the_application_on_ray_answers_follows_a_promotion_and_says_when_it_is_full(served, sketch, reference):
-    url, registry = served
-    files = {"sketch": ("s.png", encode_png(sketch)), "reference": ("r.png", encode_png(reference))}
-
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-
-        def color(**data: str) -> httpx.Response:
-            return client.post("/v1/colorize", files=files, data={"seed": "1", **data})
-
-        first = color()
-        assert first.status_code == 200, first.text
-        assert first.headers["x-model-version"] == "1"
-        assert "," not in first.headers["x-request-id"]
-        assert np.array(Image.open(io.BytesIO(first.content))).shape == sketch.shape
-
-        wrong = color(sampler="magic")
-        assert (wrong.status_code, wrong.headers["content-type"]) == (422, "application/problem+json")
-        stream = client.post("/v1/colorize/stream", files=files, data={"num_inference_steps": "3"})
-        assert stream.text.count("event: progress") == 2
-        assert stream.text.count("event: result") == 1
-
-        form = client.build_request("POST", "/v1/colorize", files=files, data={"seed": "1"})
-        cut_off = client.post(
-            "/v1/colorize", content=form.read()[:-10], headers={"Content-Type": form.headers["content-type"]}
-        )
-        assert cut_off.status_code == 400, cut_off.text
-        assert "ends early" in cut_off.json()["detail"]
-        assert client.post("/v1/colorize?seed=1", files=files).json()["errors"][0]["field"] == "seed"
-        assert (
-            client.post("/v1/colorize", content=b"x", headers={"Content-Encoding": "gzip", **MULTIPART}).status_code
-            == 415
-        )
-        for path in ("/", "/healthz", "/readyz", "/v1/models", "/openapi.json"):
-            head = client.head(path)
-            assert (head.status_code, head.content) == (200, b"")
-        assert client.options("/v1/colorize").headers["allow"] == "POST"
-        slash = client.post("/v1/colorize/", files=files, headers={"X-Forwarded-Prefix": "/anime"})
-        assert (slash.status_code, slash.headers["content-type"]) == (404, "application/problem+json")
-
-        with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            crowd = list(pool.map(lambda _: color(num_inference_steps="30"), range(40)))
-        assert {answer.status_code for answer in crowd} == {200, 429}
-        assert all(int(answer.headers["retry-after"]) for answer in crowd if answer.status_code == 429)
-
-        registry.set_alias("champion", 2)
-        end = time.monotonic() + 60
-        while (answer := color()).headers.get("x-model-version") != "2" and time.monotonic() < end:
-            assert answer.status_code == 200, answer.text
-            time.sleep(0.1)
-        assert answer.headers["x-model-version"] == "2"
-
-        models = client.get("/v1/models").json()
-        assert models["desired"]["champion"] == "2"
-        assert models["traffic"] == {"2": 1.0}
-        assert [one["state"] for one in models["replicas"]] == ["ready"]
-        assert client.get("/readyz").status_code == 200
-
-
-@pytest.mark.ray
-def test_a_start_that_waits_for_cpus_says_so(ray_cluster, tmp_path, bundle_folder):
-    group = ray.util.placement_group([{"CPU": 2}])
-    ray.get(group.ready())
-    told = queue.SimpleQueue()
-    config = ServeConfig(model=str(bundle_folder), workspace=tmp_path)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            starting = pool.submit(start, config, port=free_port(), report=told.put)
-            line = told.get(timeout=120)
-        finally:
-            ray.util.remove_placement_group(group)
-        assert starting.result(timeout=120).startswith("http://127.0.0.1:")
-    serve.shutdown()
-    assert line.startswith("waiting: the cluster has no room for")
-    assert "0 of 2 CPU free" in line

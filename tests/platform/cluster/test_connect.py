@@ -110,14 +110,19 @@ def busy(ray_cluster):
     ray.kill(server)
 
 
-@pytest.mark.ray
-def test_what_waits_for_room_says_for_which_resources_and_how_much_is_free(busy) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "WAITS_S", 0.5)
+    monkeypatch.setattr(cluster, "WATCH_S", 1.0)
+
+
+def test_what_waits_for_room_says_for_which_resources_and_how_much_is_free(busy, impatient) -> None:
     @ray.remote(num_cpus=1)
     def work() -> int:
         return 1
 
     lines: list[str] = []
-    with cluster.waits(lines.append, after_s=0.5):
+    with cluster.waits(lines.append):
         task = work.remote()
         group = placement_group([{"CPU": 0.5}] * 2)
         deadline = time.monotonic() + 60
@@ -131,10 +136,9 @@ def test_what_waits_for_room_says_for_which_resources_and_how_much_is_free(busy)
     assert ray.get(task, timeout=60) == 1
 
 
-@pytest.mark.ray
-def test_nothing_is_said_while_work_moves_or_nothing_waits(ray_cluster) -> None:
+def test_nothing_is_said_while_work_moves_or_nothing_waits(ray_cluster, impatient) -> None:
     lines: list[str] = []
-    with cluster.waits(lines.append, after_s=0.5):
+    with cluster.waits(lines.append):
         time.sleep(2 * cluster.WATCH_S)
     assert lines == []
 

@@ -2,109 +2,102 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from head import Head, ray_head
+from head import Head
 
 from animediffusion.cli.app import run
-from animediffusion.models.bundle import load_bundle
-from animediffusion.pipelines.training.checkpoints import list_steps
 from animediffusion.platform.cluster import jobs
 from animediffusion.platform.errors import ClusterError, ConfigError
 
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture
+def cluster(cluster_head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster_head.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster_head.token)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has ended: `doctor`, with the code sent along and secrets in the variables of the one who sent it."""
+
+    name: str
+    code: int
+    log: str
+    secrets: tuple[str, ...]
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with ray_head("--num-cpus=2") as there:
-        yield there
-
-
-@pytest.fixture
-def cluster(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
-
-
-@pytest.fixture
-def job(cluster: None) -> str:
-    return jobs.submit(["doctor"])
-
-
-def test_a_job_hands_over_its_log_and_its_exit_code(job: str) -> None:
+def job(cluster_head: Head) -> Job:
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-s3", "ANIMEDIFFUSION_API_KEY": "planted-key"}
     log: list[str] = []
-    assert jobs.follow(job, log.append) == 0
-    assert "python" in "".join(log)
-    assert jobs.logs(job) == "".join(log)
-    found = jobs.status(job)
+    with pytest.MonkeyPatch.context() as patch:
+        address = {"RAY_API_SERVER_ADDRESS": cluster_head.address, "RAY_AUTH_TOKEN": cluster_head.token}
+        for name, value in {**address, **planted}.items():
+            patch.setenv(name, value)
+        name = jobs.submit(["doctor"], with_code=True)
+        code = jobs.follow(name, log.append)
+    return Job(name, code, "".join(log), (*planted.values(), cluster_head.token))
+
+
+def test_a_job_hands_over_its_log_and_its_exit_code(cluster: None, job: Job) -> None:
+    assert job.code == 0
+    assert "python" in job.log
+    assert jobs.logs(job.name) == job.log
+    found = jobs.status(job.name)
     assert (found.status, found.exit_code, found.entrypoint.endswith("-m animediffusion doctor")) == (
         "succeeded", 0, True
     )  # fmt: skip
-    assert job in [item.id for item in jobs.jobs()]
-    assert not jobs.stop(job)
+    assert job.name in [item.id for item in jobs.jobs()]
+    assert not jobs.stop(job.name)
 
 
-def test_a_training_job_is_followed_to_its_bundle(
-    cluster: None, faces_dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train = ["train", "demo", f"data={faces_dataset}", "max_steps=20", "batch_size=4", "name=job", "num_samples=0"]
-    assert run(["jobs", "submit", "--wait", "--", *train, "--workspace", str(tmp_path), "--json"]) == 0
-    result = json.loads(capfd.readouterr().out.splitlines()[-2])
-    assert result["steps"] == 20
-    assert load_bundle(result["bundle"]).config.image_size == 32
-
-
-def test_a_job_with_wrong_usage_ends_with_2_even_with_the_code_sent_along(cluster: None) -> None:
-    log: list[str] = []
-    job = jobs.submit(["data", "show", "/nowhere/at all"], with_code=True)
-    assert jobs.follow(job, log.append) == 2
-    assert "error: /nowhere/at all" in "".join(log)
-
-
-def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None, head: Head) -> None:
-    log: list[str] = []
-    job = jobs.submit(["doctor"], with_code=True)
-    jobs.follow(job, log.append)
-    assert re.search(r"animediffusion \S+ at \S+/runtime_resources/py_modules_files/", "".join(log))
-    told = json.loads(head.get(f"/api/jobs/{job}"))
+def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None, cluster_head: Head, job: Job) -> None:
+    assert re.search(r"animediffusion \S+ at \S+/runtime_resources/py_modules_files/", job.log)
+    told = json.loads(cluster_head.get(f"/api/jobs/{job.name}"))
     assert set(told["runtime_env"]) - {"_ray_commit", "env_vars"} == {"py_modules"}
-    [resources] = [path for path in head.folder.glob("session_*/runtime_resources") if not path.parent.is_symlink()]
+    [resources] = [
+        path for path in cluster_head.folder.glob("session_*/runtime_resources") if not path.parent.is_symlink()
+    ]
     assert any(resources.glob("py_modules_files/*/animediffusion/models/network/unet.py"))
     assert [path for tool in ("pip", "uv", "conda") for path in resources.glob(f"{tool}/*")] == []
 
 
-def test_no_secret_travels_with_a_job(cluster: None, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = {"AWS_SECRET_ACCESS_KEY": "planted-s3", "ANIMEDIFFUSION_API_KEY": "planted-key"}
-    for name, value in planted.items():
-        monkeypatch.setenv(name, value)
-    job = jobs.submit(["doctor"], with_code=True)
-    jobs.follow(job, lambda _: None)
-    told = head.get("/api/jobs/") + jobs.logs(job) + str(jobs.status(job))
-    assert job in told
-    assert [secret for secret in (*planted.values(), head.token) if secret in told] == []
+def test_no_secret_travels_with_a_job(cluster: None, cluster_head: Head, job: Job) -> None:
+    told = cluster_head.get("/api/jobs/") + jobs.logs(job.name) + str(jobs.status(job.name))
+    assert job.name in told
+    assert [secret for secret in job.secrets if secret in told] == []
 
 
-def test_a_killed_job_goes_on_when_it_is_submitted_again(cluster: None, faces_dataset: str, tmp_path: Path) -> None:
-    settings = ["max_steps=160", "batch_size=4", "checkpoint_every=10", "log_every=5", "num_samples=0", "name=twice"]
-    verb = ["train", "demo", f"data={faces_dataset}", *settings, "--workspace", str(tmp_path), "--json"]
+def test_a_job_with_wrong_usage_ends_with_2_without_the_code_sent_along(cluster: None) -> None:
+    log: list[str] = []
+    assert jobs.follow(jobs.submit(["data", "show", "/nowhere/at all"]), log.append) == 2
+    assert "error: /nowhere/at all" in "".join(log)
+
+
+def test_a_killed_job_goes_on_when_it_is_submitted_again_and_is_followed_to_its_result(
+    cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    faces = tmp_path / "faces"
+    verb = ["data", "synthesize", str(faces), "--count", "200", "--size", "64", "--json"]
     job = jobs.submit(verb)
-    while len(list_steps(str(tmp_path / "runs/twice/checkpoints"))) < 1:
+    while not (first := sorted(faces.rglob("*.png"))):
         assert jobs.status(job).status in ("pending", "running")
-        time.sleep(0.2)
-    [driver] = [one for one in psutil.process_iter() if is_driver(one, str(tmp_path))]
+        time.sleep(0.1)
+    drawn = first[0].stat().st_mtime_ns
+    [driver] = [one for one in psutil.process_iter() if is_driver(one, str(faces))]
     driver.kill()
     assert jobs.follow(job, lambda _: None) == 128 + 9
-    log: list[str] = []
-    assert jobs.follow(jobs.submit(verb), log.append) == 0
-    assert re.search(r"resuming twice at step \d+", "".join(log))
-    result = json.loads("".join(log).splitlines()[-1])
-    assert result["steps"] == 160
-    assert result["resumed_from"] >= 10
+
+    assert run(["jobs", "submit", "--wait", "--", *verb]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-2])["rows"] == 200
+    assert first[0].stat().st_mtime_ns == drawn
 
 
 def is_driver(process: psutil.Process, workspace: str) -> bool:
