@@ -347,5 +347,9 @@ def _headline(result: ScheduleResult, name: str) -> str:
 
 
 def _search_key(base: TrainConfig, work: RunPlan, rungs: Sequence[int]) -> str:
-    facts = [base.identity() | {"data": None}, work.data_hash, list(rungs), NUM_ROWS]
+    """Return 12 hex digits that identify what decides a trial's result: recipe, data, rungs and measured rows."""
+    settings = base.identity() | {"data": None}
+    # Trials keep no averages. These lengths were the default of 0.1.0, so that its searches resume.
+    settings["optimizer"] |= {"ema_lengths": [0.04, 0.08, 0.16]}
+    facts = [settings, work.data_hash, list(rungs), NUM_ROWS]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
