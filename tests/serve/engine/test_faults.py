@@ -234,7 +234,7 @@ def test_a_lack_of_memory_beside_the_network_costs_that_batch_only(device, monke
         patch.setattr(engine._batch, "_copy_pictures", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
         engine.step()
     assert isinstance(first.exception(0), UnavailableError)
-    assert not engine._conditions._conditions._kept
+    assert not engine._conditions._conditions._rows
     second = engine.submit(request(2))
     drive(engine)
     assert engine.is_alive
@@ -261,12 +261,12 @@ def test_conditions_are_dropped_when_memory_is_short(device):
     engine = Engine(device.bundle, own_thread=False)
     engine.submit(request(1))
     drive(engine)
-    assert len(engine._conditions._conditions._kept) == 2
+    assert len(engine._conditions._conditions._rows) == 2
     device.fault = too_large(0)
     engine.submit(request(1))
     drive(engine)
-    assert not engine._conditions._conditions._kept
-    assert not engine._conditions._references._kept
+    assert not engine._conditions._conditions._rows
+    assert not engine._conditions._references._rows
 
 
 def test_one_lack_of_memory_limits_nothing_and_a_limit_is_lifted_after_a_while():
