@@ -25,8 +25,7 @@ ServeError                    a request was not answered; serve/api/problems.py 
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
-This module needs only the standard library, and all folders may import it. Not here: the errors between the parts of a
-server, which become HTTP answers, see serve/protocol.py.
+This module needs only the standard library, and all folders may import it.
 """
 
 import re

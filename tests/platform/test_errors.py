@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from animediffusion.platform import errors
-from animediffusion.platform.errors import AnimeDiffusionError, ImageError
+from animediffusion.platform.errors import AnimeDiffusionError, ImageError, ServeError
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("platform", "models", "pipelines", "serve") for path in (ROOT / folder).rglob("*.py")]
@@ -15,12 +15,13 @@ def tree(kind: type, depth: int = 0) -> list[tuple[int, str]]:
     return [(depth, kind.__name__), *(line for child in kind.__subclasses__() for line in tree(child, depth + 1))]
 
 
-CLASSES = [name for _, name in tree(AnimeDiffusionError)]
+TREE = tree(AnimeDiffusionError) + tree(ServeError)
+CLASSES = [name for _, name in TREE]
 
 
 def test_the_tree_at_the_top_shows_every_class_and_its_base():
     lines = re.findall(r"^( *)(\w+Error|Interrupted) {2,}\S", errors.__doc__ or "", re.MULTILINE)
-    assert sorted((len(indent) // 4, name) for indent, name in lines) == sorted(tree(AnimeDiffusionError))
+    assert sorted((len(indent) // 4, name) for indent, name in lines) == sorted(TREE)
 
 
 @pytest.mark.parametrize("name", CLASSES)

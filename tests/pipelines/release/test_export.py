@@ -168,7 +168,7 @@ def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path):
     (tmp_path / "used" / "file").touch()
     with pytest.raises(ConfigError, match="exists and is not empty"):
         export(settings, "1", tmp_path / "used")
-    with pytest.raises(RegistryError, match=r"models:/.*/99: no such version"):
+    with pytest.raises(RegistryError, match=r"models:/.*/99: no version of .* is registered"):
         export(settings, "99", tmp_path / "new")
     with pytest.raises(BundleError, match="no such folder"):
         export(settings, str(tmp_path / "nothing"), tmp_path / "new")

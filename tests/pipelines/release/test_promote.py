@@ -140,7 +140,7 @@ def test_a_missing_folder_is_named(settings, tmp_path):
 
 def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
     registry = Registry(settings)
-    with pytest.raises(RegistryError, match=r"no version of .* is registered; run `models register DIR`"):
+    with pytest.raises(RegistryError, match=r"no version of .* is registered; run `animediffusion models register DIR`"):
         registry.get("champion")
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)

@@ -88,7 +88,7 @@ def test_defaults_that_nothing_beats_stay() -> None:
 def test_the_strip_has_at_most_six_points_the_ends_of_the_front_and_the_choice(number: int) -> None:
     front = [point(1 + i, 18.0 + i) for i in range(number)]
     for chosen in (front[number // 2], point(30, 17.0)):
-        shown = plots._along(front, chosen)
+        shown = plots._spaced_points(front, chosen)
         assert len(shown) == len(set(shown)) <= plots.STRIP_POINTS
         assert {front[0], front[-1], chosen} <= set(shown)
         assert shown == sorted(shown, key=lambda p: p.evaluations)

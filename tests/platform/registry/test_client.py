@@ -55,7 +55,7 @@ def test_a_version_whose_files_are_missing_is_named_and_leaves_no_trace(registry
         assert fetch(registry).is_dir()
         return
     for _ in range(2):
-        with pytest.raises(RegistryError, match=r"version 1: has no .* at file://.*; bring the files back"):
+        with pytest.raises(RegistryError, match=r"version 1: has no .* at file://.*; restore the files there"):
             fetch(registry)
         assert cached(registry) == []
     if lost == "empty":
