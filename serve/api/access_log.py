@@ -40,6 +40,8 @@ def write_to(file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.handlers.WatchedFileHandler(file)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    for before in log.handlers:
+        before.close()
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
