@@ -176,7 +176,7 @@ def drive(workspace: str, recipe: str, *overrides: str) -> None:
     from animediffusion.pipelines.training import driver as training
     from animediffusion.pipelines.training.recipe import load_recipe
     from animediffusion.pipelines.training.reporting import TrainProgress
-    from animediffusion.platform.cluster import connect as cluster
+    from animediffusion.platform.cluster import cluster
     from animediffusion.platform.config import Settings
 
     training.POLL_S = 0.02

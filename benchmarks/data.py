@@ -57,7 +57,7 @@ from animediffusion.pipelines.data.shards import PICTURES
 from animediffusion.pipelines.data.stream import _read, decode_rows, training_dataset
 from animediffusion.pipelines.synthetic.dataset import synthesize
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.images.codec import decode_rgb, fit_square
 from animediffusion.platform.network import why_unreachable

@@ -47,7 +47,7 @@ from animediffusion.pipelines.tuning.plots import draw_front
 from animediffusion.pipelines.tuning.sampler_search import search
 from animediffusion.pipelines.tuning.sampler_space import SamplerSpace, to_point
 from animediffusion.pipelines.tuning.schedule_search import tune_schedule
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 

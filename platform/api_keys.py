@@ -28,7 +28,7 @@ from typing import Literal
 from animediffusion.platform.atomic_update import update
 from animediffusion.platform.config import Config
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 PREFIX = "ad_"
 """Prefix by which people and scanners for leaked secrets recognize a key."""

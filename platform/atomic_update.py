@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 
 from animediffusion.platform.errors import StorageError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 Change = Callable[[bytes | None], bytes]
 """Maps the old content, None if there is no file, to the new content; may be called several times."""

@@ -22,14 +22,13 @@ from pathlib import Path
 import psutil
 
 import animediffusion
-from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.cluster import jobs, node_report
+from animediffusion.platform.cluster import cluster, jobs, node_report
 from animediffusion.platform.cluster.node_report import PACKAGES
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import temporary_folder_problem, why_unreachable, without_password
 from animediffusion.platform.storage import s3
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 OPTIONAL_PACKAGES = ("xformers", "torchvision")
 PYTHONS = ((3, 11), (3, 13))

@@ -6,7 +6,7 @@ Serve's proxy answers some requests itself, in plain text: no application has th
 (429), no replica runs (503), the proxy's own timeout passed (408), or a replica died during the request (500). The
 proxy also reads a body of any length into memory before the application sees a byte, and it lets clients set its
 timeout and choose replicas with headers. This middleware corrects all of this. Ray reads the variable when a proxy
-starts. platform/cluster/connect.py sets the variable for the Ray that this package starts; infra/docker/Dockerfile sets
+starts. platform/cluster/cluster.py sets the variable for the Ray that this package starts; infra/docker/Dockerfile sets
 it for the nodes of a cluster.
 
 The middleware cannot correct two cases: uvicorn refuses a request that is not HTTP (400) before any application runs,

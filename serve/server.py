@@ -21,7 +21,7 @@ from ray import serve
 
 from animediffusion.models.bundle import verify
 from animediffusion.platform.api_keys import Keys
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.cluster.ray_compat import serve_host
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError

@@ -64,7 +64,7 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     variables = {
         **environment,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }  # all processes on loopback, as in platform/cluster/connect.py
+    }  # all processes on loopback, as in platform/cluster/cluster.py
     try:
         with _started(command, folder / "log", token, variables):
             _wait(head, folder / "log")

@@ -270,7 +270,7 @@ def test_an_unforeseen_error_is_one_line_and_ends_with_1(command, monkeypatch, f
 
 def test_a_file_that_cannot_be_written_is_named_with_the_reason(command, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "animediffusion.pipelines.release.promote.show", lambda *arguments: arguments[-1].write_bytes(b"PNG")
+        "animediffusion.pipelines.release.release.show", lambda *arguments: arguments[-1].write_bytes(b"PNG")
     )
     assert command("models", "show", "1", "--out", tmp_path) == (
         2,
@@ -299,7 +299,7 @@ def test_streams_that_are_closed_or_full(tmp_path, shell, code, line):
 
 def test_a_result_may_name_what_the_terminal_cannot_print(command, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("animediffusion.pipelines.release.promote.history", lambda _: [{"reason": "線\udc90"}])
+    monkeypatch.setattr("animediffusion.pipelines.release.release.history", lambda _: [{"reason": "線\udc90"}])
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.run(["models", "history"]) == 0
     assert out.buffer.getvalue().splitlines() == [b"reason", rb"\u7dda\x90"]
@@ -316,7 +316,7 @@ def test_a_working_directory_that_is_gone_is_named(command, tmp_path, monkeypatc
 
 def test_a_reason_with_line_ends_stays_in_its_row_of_the_history(command, monkeypatch):
     monkeypatch.setattr(
-        "animediffusion.pipelines.release.promote.history", lambda _: [{"action": "promote", "reason": "a\x1b[2Jb\nc"}]
+        "animediffusion.pipelines.release.release.history", lambda _: [{"action": "promote", "reason": "a\x1b[2Jb\nc"}]
     )
     assert command("models", "history")[1] == ["action   reason", r"promote  a\x1b[2Jb\nc"]
 

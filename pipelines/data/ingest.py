@@ -46,10 +46,10 @@ from animediffusion.pipelines.data.manifest import MANIFEST, Manifest
 from animediffusion.pipelines.data.pairs import plan_pairs
 from animediffusion.pipelines.data.source_layout import LAYOUTS, plan_folder
 from animediffusion.pipelines.data.stream import silence_ray_data
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
 from animediffusion.platform.images.picture_names import DECODED, is_junk
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 MIN_PART_ROWS = 256
 MAX_PART_ROWS = 4096

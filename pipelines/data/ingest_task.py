@@ -25,7 +25,7 @@ from animediffusion.pipelines.data.manifest import Shard, write_shard
 from animediffusion.pipelines.data.shards import PICTURES, StoredRow, read_shard
 from animediffusion.platform.errors import FileError, ImageError, StorageError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb, encode_lossless, fit_square
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 STATE = "_parts"
 """Folder of an unfinished ingest, below the destination."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from animediffusion.pipelines.data.shards import StoredRow, to_parquet
 from animediffusion.platform.errors import DataError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 FORMAT: Literal["animediffusion-dataset-1"] = "animediffusion-dataset-1"
 MANIFEST = "manifest.json"

@@ -18,7 +18,7 @@ from animediffusion.pipelines.data.manifest import MANIFEST, Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.platform.errors import DataError, ImageError
 from animediffusion.platform.images.codec import contact_sheet, decode_gray, decode_rgb, encode_png
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 COLUMNS = ("target", "sketch", "reference", "cross_reference")
 REJECTS = "rejects.jsonl"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from animediffusion.pipelines.data.read_order import GROUP_ROWS
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 PICTURES = ("target", "sketch", "reference", "cross_reference")
 

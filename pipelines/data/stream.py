@@ -27,7 +27,7 @@ from animediffusion.pipelines.data.shards import PICTURES, STREAMED, read_rows
 from animediffusion.platform.cluster.ray_compat import pause_scheduling
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02

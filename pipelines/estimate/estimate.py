@@ -32,7 +32,7 @@ from animediffusion.pipelines.estimate.estimate_worker import CheckpointCost, Tr
 from animediffusion.pipelines.training.plan import RunPlan
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.scaling import threads_per_worker
-from animediffusion.platform.cluster.connect import cluster_address
+from animediffusion.platform.cluster.cluster import cluster_address
 from animediffusion.platform.signals import handling
 
 # The next five constants come from a comparison with `train` of the same recipe: two cores, 64 px, recipes demo and

@@ -34,8 +34,8 @@ from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.shards import PICTURES, read_rows
 from animediffusion.pipelines.data.stream import decode_rows
 from animediffusion.pipelines.training.recipe import TrainConfig
-from animediffusion.platform.storage import files as storage
-from animediffusion.platform.tracking import run as tracking  # noqa: F401 - a worker imports MLflow, so its memory counts
+from animediffusion.platform.storage import storage
+from animediffusion.platform.tracking import tracking  # noqa: F401 - a worker imports MLflow, so its memory counts
 
 MIN_STEPS = 2
 """Fewest timed steps, however long a step takes."""

@@ -1,6 +1,6 @@
 """Checks of a bundle and of a version before it is registered or promoted.
 
-pipelines/release/promote.py moves the aliases.
+pipelines/release/release.py moves the aliases.
 """
 
 from __future__ import annotations

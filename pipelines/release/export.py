@@ -20,7 +20,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.registry import code_archive
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.storage.files import explained
+from animediffusion.platform.storage.storage import explained
 
 SCRIPT = '''"""Color a drawing like a reference image: python colorize.py SKETCH REFERENCE OUT.png
 

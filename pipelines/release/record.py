@@ -7,7 +7,7 @@ from pathlib import Path
 
 from animediffusion.models.bundle import with_metrics
 from animediffusion.pipelines.evaluation.evaluate import Evaluation, evaluate
-from animediffusion.pipelines.release.promote import record_evaluation
+from animediffusion.pipelines.release.release import record_evaluation
 from animediffusion.platform.config import Settings
 
 

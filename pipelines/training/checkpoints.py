@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from animediffusion.models.bundle import file_sha256
 from animediffusion.platform.errors import StorageError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 CHECKSUMS, SCORE = "checksums.json", "score.json"
 OUTAGE_S = 300.0

@@ -36,13 +36,12 @@ from animediffusion.pipelines.training.result import TrainResult, write_bundle
 from animediffusion.pipelines.training.scaling import scaling_for, worker_threads
 from animediffusion.pipelines.training.trial_report import TrialContext
 from animediffusion.pipelines.training.worker import WorkerContext, train_worker
-from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.cluster import ray_compat
+from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import DataError, Interrupted, TrainingError
 from animediffusion.platform.signals import StopSignals
-from animediffusion.platform.storage import files as storage
-from animediffusion.platform.tracking.run import TRAINING, Run, send_left
+from animediffusion.platform.storage import storage
+from animediffusion.platform.tracking.tracking import TRAINING, Run, send_left
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""

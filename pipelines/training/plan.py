@@ -26,7 +26,7 @@ from animediffusion.pipelines.training.recipe import TrainConfig, changed_keys, 
 from animediffusion.platform.config import Settings, read_yaml
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 
 @dataclass(frozen=True)

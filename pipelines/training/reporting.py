@@ -21,7 +21,7 @@ from animediffusion.models.training.objective import NUM_BINS
 from animediffusion.pipelines.training.checkpoints import CheckpointScore
 
 if TYPE_CHECKING:
-    from animediffusion.platform.tracking.run import Run
+    from animediffusion.platform.tracking.tracking import Run
 
 GAUGES = {
     "step": "Optimizer steps done.",
@@ -46,7 +46,7 @@ class RunAddress:
 
     def attach(self, *, system_metrics: bool = False, warn: Callable[[str], None] | None = None) -> Run:
         """Write to the run from this process."""
-        from animediffusion.platform.tracking.run import Run  # here, because MLflow takes seconds to import
+        from animediffusion.platform.tracking.tracking import Run  # here, because MLflow takes seconds to import
 
         return Run.attach(self.tracking_uri, self.run_id, system_metrics=system_metrics, unsent=self.unsent, warn=warn)
 

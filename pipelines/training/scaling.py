@@ -2,7 +2,7 @@
 
     scaling, lines = scaling_for(config, *cluster.resources())
 
-platform/cluster/connect.py warns if a run waits for free resources.
+platform/cluster/cluster.py warns if a run waits for free resources.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from animediffusion.pipelines.training.reporting import RunAddress
 from animediffusion.platform.errors import StorageError
 
 if TYPE_CHECKING:
-    from animediffusion.platform.tracking.run import Run
+    from animediffusion.platform.tracking.tracking import Run
 
 SEND_S = 3.0
 """Seconds that a scoring task waits for MLflow; the driver sends the remaining records."""

@@ -43,7 +43,7 @@ from animediffusion.pipelines.training.reporting import (
 from animediffusion.pipelines.training.step_budget import StepBudget
 from animediffusion.pipelines.training.trial_report import TrialContext, TrialReporter
 from animediffusion.pipelines.training.validation import ScoredCheckpoints, ScoringTask, SharedColorizer
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 AGREE_EVERY = 10
 """Steps between two synchronizations of rank 0's decisions to all ranks."""

@@ -13,7 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from animediffusion.pipelines.training.trial_report import TrialReport
 from animediffusion.pipelines.tuning.optuna_searcher import Point, SearchConfig, Study, TrialEntry, Verdict
-from animediffusion.platform.tracking.run import Run
+from animediffusion.platform.tracking.tracking import Run
 
 REDUCTION = 3
 """One in this many trials at a rung continues to the next rung, which has this many times the steps."""

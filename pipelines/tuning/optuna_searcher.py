@@ -31,7 +31,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import Interrupted
 from animediffusion.platform.signals import StopSignals
 

@@ -30,7 +30,7 @@ from animediffusion.models.network.attention import Backend, chosen_attention, u
 from animediffusion.models.training.ema import Averages, read_averages
 from animediffusion.pipelines.evaluation.evaluate import Evaluation
 from animediffusion.pipelines.evaluation.measure import MeasuredRows, Measurement, load_rows, measure
-from animediffusion.pipelines.release import promote
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.pipelines.tuning.optuna_searcher import (
     Point,
@@ -44,11 +44,11 @@ from animediffusion.pipelines.tuning.optuna_searcher import (
 from animediffusion.pipelines.tuning.pareto import Prefer, choose, describe, floor, pareto_front
 from animediffusion.pipelines.tuning.plots import draw_front, draw_strip
 from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.tracking.run import TUNING, Run
+from animediffusion.platform.tracking.tracking import TUNING, Run
 
 FORMAT = 1
 """Version of the trial log; it must change when the same settings would be measured differently."""
@@ -373,7 +373,7 @@ def _register(
     settings, sampler = registry.settings, chosen.settings
     same_weights = chosen.ema_length == averages.length
     if same_weights and sampler == _space(bundle, averages).simplest(bundle.config.sampler):
-        return promote.register(settings, bundle.folder).version, False
+        return release.register(settings, bundle.folder).version, False
     known = registry.find(bundle.sha256)
     with tempfile.TemporaryDirectory(prefix="animediffusion-") as folder:
         copy = Path(folder) / "bundle"
@@ -384,7 +384,7 @@ def _register(
             sha256 = averages.save(bundle, copy, chosen.ema_length, sampler)
         if evaluate is not None:
             with_metrics(copy, replace(evaluate(copy), model=f"sha256:{sha256[:12]}").to_json())
-        version = promote.register(settings, copy, run_id=run_id, parent=known.version if known else None)
+        version = release.register(settings, copy, run_id=run_id, parent=known.version if known else None)
     return version.version, True
 
 

@@ -44,10 +44,10 @@ from animediffusion.pipelines.tuning.optuna_searcher import (
     run_trials,
 )
 from animediffusion.pipelines.tuning.schedule_space import ScheduleSpace, as_recipe, changed
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, Interrupted, TrainingError
-from animediffusion.platform.tracking.run import TUNING, Run
+from animediffusion.platform.tracking.tracking import TUNING, Run
 
 NUM_RUNGS = 3
 CPUS_PER_TRIAL, CPUS_TO_WATCH = 0.4, 0.01

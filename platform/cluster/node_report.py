@@ -27,7 +27,7 @@ from animediffusion.platform.cluster.ray_compat import dashboard_address
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import why_unreachable, without_password
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "kornia", "safetensors", "optuna", "fastapi")
 ANSWER_S = 60.0

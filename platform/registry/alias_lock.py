@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 STALE_S = 30.0
 """Seconds after which a lock counts as left by a killed process and is removed; a lock is held for a second or two."""

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 EXPERIMENT = "animediffusion-promotions"
 

@@ -4,7 +4,7 @@ A version is a folder of plain files without any pickle: the bundle, the files t
 (pyfunc_flavor.py), and files that the caller adds. It has the tags `sha256` and `parent`, and one tag `evaluation.*`
 for each data set that it was evaluated on. This module does not need torch: the caller checks a fetched bundle by
 loading it. Not here: the history of promotions, see `animediffusion.platform.registry.audit_log`; the checks before a
-promotion, see `pipelines/release/promote.py`.
+promotion, see `pipelines/release/release.py`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ from animediffusion.platform.registry.model_version import (
     read_version,
 )
 from animediffusion.platform.registry.pyfunc_flavor import write_flavor
-from animediffusion.platform.tracking import embedded
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import embedded, tracking
 
 CHAMPION = "champion"
 ALIASES = (CHAMPION, "challenger")

@@ -17,7 +17,7 @@ from pathlib import Path
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError
 from animediffusion.platform.network import is_uri
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 
 @functools.cache

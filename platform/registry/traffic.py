@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 CHALLENGER = ALIASES[1]
 PERCENT_TAG = "challenger_percent"

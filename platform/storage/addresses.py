@@ -1,7 +1,7 @@
 """Parse the addresses of files: local paths, file:// and s3:// URIs.
 
 In a URI, `?` starts the options, so a ? in a name is written %3F and a % is written %25. An address with an invalid or
-unknown part is refused; no part is ignored. Not here: access to the files, see files.py.
+unknown part is refused; no part is ignored. Not here: access to the files, see storage.py.
 """
 
 from __future__ import annotations

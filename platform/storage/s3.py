@@ -1,7 +1,7 @@
 """Connect to the S3-compatible store of a URI, probe it, and turn its errors into one line each.
 
-pyarrow itself retries a failed request for some seconds, with growing random pauses; files.patiently() retries for
-longer. Not here: URIs, files and folders, see platform/storage/files.py.
+pyarrow itself retries a failed request for some seconds, with growing random pauses; storage.patiently() retries for
+longer. Not here: URIs, files and folders, see platform/storage/storage.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 MLflow stores absolute artifact URIs in the database. A workspace may be moved, copied or mounted elsewhere, so the URIs
 are corrected when the database is opened: a copied workspace works and never writes to its original.
-Not here: the recorded data, see run.py; the address of the database, see `config.sqlite_uri`.
+Not here: the recorded data, see tracking.py; the address of the database, see `config.sqlite_uri`.
 """
 
 from __future__ import annotations

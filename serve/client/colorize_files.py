@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.picture_names import PICTURES, SENT, is_junk
-from animediffusion.platform.storage.files import explained, write_bytes
+from animediffusion.platform.storage.storage import explained, write_bytes
 from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
 from animediffusion.serve.rendering.render import Size, read_picture
 

@@ -22,14 +22,14 @@ from animediffusion.console import Console
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.pipelines.data.ingest import prepare
 from animediffusion.pipelines.evaluation.evaluate import Evaluation, evaluate
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.record import evaluate_and_record
 from animediffusion.pipelines.synthetic.dataset import DrawnRow, make_row, synthesize
 from animediffusion.pipelines.training.driver import train
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.pipelines.tuning.sampler_search import tune_sampler
 from animediffusion.platform.api_keys import Keys
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png

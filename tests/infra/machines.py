@@ -37,7 +37,7 @@ from tiny import NETWORK
 from animediffusion.pipelines.synthetic.dataset import synthesize
 from animediffusion.pipelines.training.checkpoints import latest_step
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]

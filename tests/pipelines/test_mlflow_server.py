@@ -9,7 +9,7 @@ from bundles import evaluation, new_model, write_bundle
 from servers import MlflowServer, postgres
 from werkzeug.security import generate_password_hash
 
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
@@ -18,7 +18,7 @@ from animediffusion.platform.registry.client import Registry
 
 PROMOTE = """
 import sys
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.platform.config import Settings
 settings = Settings.from_environment(workspace=sys.argv[1], model_name=sys.argv[2])
 for version in sys.argv[3:]:

@@ -11,7 +11,7 @@ from animediffusion.platform.api_keys import Keyring, Keys
 from animediffusion.platform.atomic_update import update
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, StorageError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 
 @pytest.fixture

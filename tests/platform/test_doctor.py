@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from animediffusion.platform import doctor
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.doctor import Check
 from animediffusion.platform.errors import ClusterError

@@ -11,8 +11,8 @@ import pytest
 from animediffusion.cli import doctor as doctor_command
 from animediffusion.platform.config import Settings
 from animediffusion.platform.gpu import Driver, driver, why_unused
-from animediffusion.platform.tracking import run as tracking
-from animediffusion.platform.tracking.run import TRAINING, Run
+from animediffusion.platform.tracking import tracking
+from animediffusion.platform.tracking.tracking import TRAINING, Run
 
 OLD = Driver("535.104.05", (12, 2), ("Tesla T4", "Tesla T4"))
 

@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from animediffusion.platform.api_keys import Keys
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.serve.deployments import APP_NAME, ServeConfig
 from animediffusion.serve.server import start
 

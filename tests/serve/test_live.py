@@ -13,7 +13,7 @@ from breakage import broken_copy, not_finite
 from ray import serve
 
 from animediffusion.models.bundle import SamplerDefaults, identity, with_sampler
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.canary import canary
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError

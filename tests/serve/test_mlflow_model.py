@@ -18,7 +18,7 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from animediffusion.models.bundle import load_bundle
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.standalone import paint

@@ -69,6 +69,6 @@ def use_attention(settings: Settings) -> None:
 
 def connect(settings: Settings) -> None:
     """Connect to the cluster that RAY_ADDRESS names, else start a private Ray."""
-    from animediffusion.platform.cluster import connect as cluster
+    from animediffusion.platform.cluster import cluster
 
     cluster.connect(settings)

@@ -12,7 +12,7 @@ from animediffusion import reports
 from animediffusion.cli import common
 
 if TYPE_CHECKING:
-    from animediffusion.pipelines.release.promote import AliasChange
+    from animediffusion.pipelines.release.release import AliasChange
 
 models = common.group(help="Register, compare, promote, roll back and export models.")
 
@@ -20,7 +20,7 @@ models = common.group(help="Register, compare, promote, roll back and export mod
 @models.command("list")
 def models_list() -> None:
     """List all versions, newest first."""
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
     from animediffusion.platform.registry.model_version import headline
 
     console = common.console()
@@ -38,7 +38,7 @@ def models_show(
 
     The details include lineage, metrics, promotion history and configuration.
     """
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
 
     console = common.console()
     found = release.show(common.settings(), version, out)
@@ -67,7 +67,7 @@ def models_compare(
 @models.command("register")
 def models_register(folder: Annotated[str, typer.Argument(metavar="DIR", help="A bundle folder or URI.")]) -> None:
     """Register a bundle as the next version."""
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
 
     console = common.console()
     found = release.register(common.settings(), folder)
@@ -84,7 +84,7 @@ def models_promote(
     ] = False,
 ) -> None:
     """Check a version and point an alias at it."""
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
 
     console = common.console()
     found = release.promote(common.settings(), version, alias, why, force=force)
@@ -118,7 +118,7 @@ def models_rollback(
     why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
 ) -> None:
     """Restore the alias's previous version; repeat to go further back."""
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
 
     console = common.console()
     found = release.rollback(common.settings(), alias, why)
@@ -133,7 +133,7 @@ def _canary_ended(found: AliasChange) -> str:
 @models.command("history")
 def models_history() -> None:
     """List all promotions, rollbacks and canary changes, oldest first."""
-    from animediffusion.pipelines.release import promote as release
+    from animediffusion.pipelines.release import release
 
     console = common.console()
     found = release.history(common.settings())

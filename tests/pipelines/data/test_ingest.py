@@ -18,7 +18,7 @@ from animediffusion.pipelines.data.ingest_task import make_row
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
-from animediffusion.platform.storage.files import exists, join, list_files, read_bytes, upload_folder
+from animediffusion.platform.storage.storage import exists, join, list_files, read_bytes, upload_folder
 
 SIZE = 16
 

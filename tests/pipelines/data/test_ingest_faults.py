@@ -17,7 +17,7 @@ from sources import fill, picture, without_ray
 
 from animediffusion.pipelines.data.ingest import MIN_PART_ROWS, STATE, prepare
 from animediffusion.pipelines.data.manifest import Manifest
-from animediffusion.platform.storage.files import (
+from animediffusion.platform.storage.storage import (
     PATIENCE_VARIABLE,
     exists,
     join,

@@ -14,7 +14,7 @@ from animediffusion.pipelines.data.ingest import prepare
 from animediffusion.pipelines.data.shards import PICTURES
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.platform.errors import DataError
-from animediffusion.platform.storage.files import join, read_bytes
+from animediffusion.platform.storage.storage import join, read_bytes
 
 SIZE = 16
 

@@ -13,7 +13,7 @@ from animediffusion.pipelines.data.shards import StoredRow
 from animediffusion.pipelines.data.stream import decode_rows, read_split, training_dataset
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.codec import encode_lossless
-from animediffusion.platform.storage.files import join, read_bytes, write_bytes
+from animediffusion.platform.storage.storage import join, read_bytes, write_bytes
 
 SIZE = 8
 

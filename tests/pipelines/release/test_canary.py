@@ -7,7 +7,7 @@ import torch
 from animediffusion.cli import app as cli
 from animediffusion.models.bundle import BundleConfig, save_bundle
 from animediffusion.models.network.unet import UNetConfig
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.canary import canary
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError

@@ -3,7 +3,7 @@ import pytest
 from bundles import evaluation, new_model, write_bundle
 
 from animediffusion.cli import app as cli
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.compare import compare
 from animediffusion.platform.errors import ConfigError, DataError, RegistryError
 from animediffusion.platform.images.codec import decode_rgb

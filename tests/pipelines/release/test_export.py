@@ -17,7 +17,7 @@ from bundles import new_model, write_bundle
 from PIL import Image
 
 from animediffusion.cli import app as cli
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.export import export
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError

@@ -19,7 +19,7 @@ from animediffusion.pipelines.training.checkpoints import (
     write_score,
 )
 from animediffusion.platform.errors import StorageError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 
 def scored(ciede2000):

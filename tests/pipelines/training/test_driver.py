@@ -26,7 +26,7 @@ from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.pipelines.training.result import TrainResult
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
-from animediffusion.platform.storage import files as storage
+from animediffusion.platform.storage import storage
 
 RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, ema_lengths: [0.08]}}
 sampler: {{steps: 2}}

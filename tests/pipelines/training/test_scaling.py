@@ -6,7 +6,7 @@ from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.pipelines.training.scaling import scaling_for
 from animediffusion.pipelines.tuning import sampler_search as tune
 from animediffusion.pipelines.tuning.schedule_search import trials_at_once
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import ClusterError
 
 

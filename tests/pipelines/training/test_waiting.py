@@ -11,8 +11,7 @@ import ray
 
 from animediffusion.pipelines.training import driver
 from animediffusion.pipelines.training.reporting import TrainProgress
-from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.cluster import ray_compat
+from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.errors import Interrupted
 
 ALIVE, DEAD = "a" * 32, "d" * 32

@@ -27,7 +27,7 @@ from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
 from animediffusion.pipelines.data.shards import StoredRow
 from animediffusion.pipelines.evaluation.evaluate import Evaluation
 from animediffusion.pipelines.evaluation.measure import Measurement, load_rows, measure
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.pipelines.tuning import plots
 from animediffusion.pipelines.tuning import sampler_search as tune
@@ -36,7 +36,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, DataError, Interrupted
 from animediffusion.platform.images.codec import decode_rgb, encode_lossless
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 SIZE = 16
 

@@ -16,7 +16,7 @@ from animediffusion.pipelines.tuning.schedule_search import rung_steps, trial_co
 from animediffusion.pipelines.tuning.schedule_space import ScheduleSpace, as_recipe, changed
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
-from animediffusion.platform.tracking import run as tracking
+from animediffusion.platform.tracking import tracking
 
 PHASE_1 = ["phase1", "demo", "animediffusion", "ssimbad", "small"]
 

@@ -11,7 +11,7 @@ from animediffusion.platform.errors import FileError, StorageError
 from animediffusion.platform.network import is_uri
 from animediffusion.platform.storage import s3
 from animediffusion.platform.storage.addresses import join, parse
-from animediffusion.platform.storage.files import list_files, read_bytes, write_bytes
+from animediffusion.platform.storage.storage import list_files, read_bytes, write_bytes
 
 
 @pytest.fixture(autouse=True)

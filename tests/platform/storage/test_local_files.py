@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from animediffusion.platform.errors import StorageError
-from animediffusion.platform.storage.files import list_files, list_sizes, read_bytes, survey, write_bytes
 from animediffusion.platform.storage.local_files import list_folder
+from animediffusion.platform.storage.storage import list_files, list_sizes, read_bytes, survey, write_bytes
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -14,9 +14,8 @@ from animediffusion.models.bundle import verify
 from animediffusion.platform.config import Settings
 from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import CHAMPION, Registry
-from animediffusion.platform.tracking import embedded
-from animediffusion.platform.tracking import run as tracking
-from animediffusion.platform.tracking.run import TRAINING, Run
+from animediffusion.platform.tracking import embedded, tracking
+from animediffusion.platform.tracking.tracking import TRAINING, Run
 
 READ = """
 import sys

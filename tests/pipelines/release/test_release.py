@@ -10,15 +10,15 @@ from servers import MlflowServer
 
 from animediffusion.cli import app as cli
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle, with_sampler
-from animediffusion.pipelines.release import promote as release
+from animediffusion.pipelines.release import release
 from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.platform.images.codec import decode_rgb
 from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.storage.files import upload_folder
-from animediffusion.platform.tracking.run import TRAINING, Run
+from animediffusion.platform.storage.storage import upload_folder
+from animediffusion.platform.tracking.tracking import TRAINING, Run
 
 
 @pytest.fixture
@@ -140,7 +140,9 @@ def test_a_missing_folder_is_named(settings, tmp_path):
 
 def test_an_unknown_alias_or_version_lists_what_exists(settings, bundle):
     registry = Registry(settings)
-    with pytest.raises(RegistryError, match=r"no version of .* is registered; run `animediffusion models register DIR`"):
+    with pytest.raises(
+        RegistryError, match=r"no version of .* is registered; run `animediffusion models register DIR`"
+    ):
         registry.get("champion")
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)

@@ -11,7 +11,8 @@ from faults import Fault, FaultyStore
 
 from animediffusion.platform.errors import ConfigError, FileError, StorageError, StoreFailedError, UnreachableError
 from animediffusion.platform.storage import s3
-from animediffusion.platform.storage.files import (
+from animediffusion.platform.storage.s3 import CONNECT_S, PROBE_S
+from animediffusion.platform.storage.storage import (
     PATIENCE_VARIABLE,
     delete,
     download_folder,
@@ -24,7 +25,6 @@ from animediffusion.platform.storage.files import (
     upload_folder,
     write_bytes,
 )
-from animediffusion.platform.storage.s3 import CONNECT_S, PROBE_S
 
 
 @pytest.fixture(params=["local", "s3", "s3 with its own endpoint"])

@@ -26,7 +26,7 @@ from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 from animediffusion.platform.network import temporary_folder_problem, why_unreachable
-from animediffusion.platform.storage.files import PATIENCE_VARIABLE
+from animediffusion.platform.storage.storage import PATIENCE_VARIABLE
 
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Size of the embedded cluster's object store; it holds several thousand rows because images stay encoded."""

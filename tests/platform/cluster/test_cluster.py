@@ -11,8 +11,7 @@ from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from animediffusion.platform.cluster import connect as cluster
-from animediffusion.platform.cluster import ray_compat
+from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 
@@ -20,7 +19,7 @@ from animediffusion.platform.errors import ClusterError
 EMBEDDED = """
 import contextlib, json, os, sys
 import psutil, ray
-from animediffusion.platform.cluster import connect as cluster
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.cluster import ray_compat
 from animediffusion.platform.config import Settings
 

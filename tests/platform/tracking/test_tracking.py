@@ -10,13 +10,13 @@ from servers import MlflowServer
 
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
-from animediffusion.platform.tracking import run as tracking
-from animediffusion.platform.tracking.run import TRAINING, Run
+from animediffusion.platform.tracking import tracking
+from animediffusion.platform.tracking.tracking import TRAINING, Run
 
 START = """
 import sys
 from animediffusion.platform.config import Settings
-from animediffusion.platform.tracking.run import TRAINING, Run
+from animediffusion.platform.tracking.tracking import TRAINING, Run
 run = Run.start(Settings.from_environment(workspace=sys.argv[1]), TRAINING, "r")
 run.finish()
 print(run.run_id)
