@@ -83,14 +83,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{name} took {seconds:.0f} CPU seconds; mark it as slow", red=True)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail if a test should be marked as slow."""
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.exitstatus == pytest.ExitCode.OK and terminal is not None and _not_marked(terminal):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep tests from reading or writing the user's home and from oversubscribing two cores."""
