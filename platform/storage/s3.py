@@ -60,6 +60,10 @@ def configured(uri: str) -> tuple[str | None, str | None]:
     try:
         return _configured(settings())
     except (BotoCoreError, ValueError) as error:
+        variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        name = next((name for name in variables if "Invalid endpoint" in str(error) and os.environ.get(name)), None)
+        if name is not None:
+            raise StorageError(name, repr(os.environ[name]), "an address, for example http://127.0.0.1:9000") from error
         raise StorageError(uri, " ".join(str(error).split()), "check AWS_PROFILE and the AWS_* variables") from error
 
 

@@ -162,6 +162,15 @@ def test_a_profile_that_cannot_be_used_is_one_line(aws: Path, monkeypatch, profi
         read_bytes("s3://b/k?endpoint_override=http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "http://127.0.0.1:9\n", " "])
+def test_an_endpoint_that_is_no_address_is_quoted_as_it_is(aws: Path, monkeypatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    with pytest.raises(StorageError) as caught:
+        parse("s3://bucket/faces")
+    allowed = "an address, for example http://127.0.0.1:9000"
+    assert str(caught.value) == f"AWS_ENDPOINT_URL_S3: {endpoint!r}; {allowed}"
+
+
 def test_a_profile_alone_reaches_its_store(aws: Path, moto_server: str, monkeypatch, tmp_path: Path) -> None:
     aws.write_text(f"[profile studio]\nendpoint_url = {moto_server}\nregion = us-east-1\n")
     (tmp_path / "credentials").write_text("[studio]\naws_access_key_id = test\naws_secret_access_key = test\n")
