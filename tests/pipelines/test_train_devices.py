@@ -2,6 +2,7 @@
 
 import platform
 import re
+from dataclasses import dataclass
 
 import pytest
 import ray
@@ -12,6 +13,8 @@ from animediffusion.models.bundle import load_bundle
 from animediffusion.pipelines.evaluation.evaluate import evaluate
 from animediffusion.pipelines.training.driver import train
 from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.training.result import TrainResult
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import TrainingError
 
@@ -79,50 +82,60 @@ def test_a_run_that_is_out_of_gpu_memory_is_not_tried_again_and_says_what_to_low
         assert len(file.read()) <= 2, "each of two ranks has come to its steps once"
 
 
-def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(ray_cluster, settings, recipe):
-    with pytest.raises(TrainingError) as error:
-        train(settings, load_recipe(recipe, ["name=attention", "num_samples=0", "attention=xformers"]))
-    assert re.fullmatch(
-        r"run attention: attention is 'xformers', .*; the checkpoint .*; set attention=auto", str(error.value)
-    )
+@dataclass(frozen=True)
+class Waited:
+    """A run whose ranks score together, and that had to wait for room."""
+
+    result: TrainResult
+    settings: Settings
+    data: str
+    warnings: list[str]
 
 
-def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_becomes_the_bundle(
-    ray_cluster, settings, recipe, monkeypatch
-):
-    def between_steps(worker):
-        worker.SCORED_BETWEEN_STEPS = ("cpu",)
-
-    replace_worker(monkeypatch, between_steps)
-    result = train(settings, load_recipe(recipe, ["bundle=best"]))
-    assert max(result.scores) == 12
-    assert result.bundle_step == result.best_step
-    assert load_bundle(result.bundle).config.provenance["steps"] == result.best_step
-    found = evaluate(settings, result.bundle, load_recipe(recipe).data, limit=5).tracks
-    score = result.scores[result.best_step]
-    assert score.psnr == pytest.approx(found["cross"].psnr, abs=0.01)
-    assert score.psnr_same == pytest.approx(found["same"].psnr, abs=0.01)
-    assert score.ciede2000 == pytest.approx(found["cross"].ciede2000, abs=0.01)
-
-
-def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(ray_cluster, settings, recipe):
+@pytest.fixture(scope="module")
+def waited(ray_cluster, faces_dataset, tmp_path_factory):
     @ray.remote(num_cpus=1.25)
     class Server:
         def ready(self):
             return True
 
-    server = Server.remote()
+    def between_steps(worker):
+        worker.SCORED_BETWEEN_STEPS = ("cpu",)
+
+    folder, lines, server = tmp_path_factory.mktemp("waited"), [], Server.remote()
     ray.get(server.ready.remote())
-    lines = []
+    (folder / "tiny.yaml").write_text(f"data: {faces_dataset}\n{RECIPE}")
+    settings = Settings(workspace=folder / "workspace")
 
     def report(now):
         if now.warnings and not lines:
             ray.kill(server)
-        lines[:] = now.warnings
+            lines.extend(now.warnings)
 
-    result = train(settings, load_recipe(recipe, ["name=patient", "num_samples=0"]), report)
-    assert re.fullmatch(r"waiting: the cluster has no room for \d x \(0.5 CPU\); 0.75 of 2 CPU free", lines[0])
-    assert result.steps == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(cluster, "WAITS_S", 1.0)
+        replace_worker(patch, between_steps)
+        result = train(settings, load_recipe(str(folder / "tiny.yaml"), ["name=patient", "bundle=best"]), report)
+    return Waited(result, settings, faces_dataset, lines)
+
+
+def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(waited):
+    line = waited.warnings[0]
+    assert re.fullmatch(r"waiting: the cluster has no room for \d x \(0.5 CPU\); 0.75 of 2 CPU free", line)
+    assert waited.result.steps == 12
+
+
+def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_becomes_the_bundle(waited):
+    result = waited.result
+    assert max(result.scores) == 12
+    assert result.bundle_step == result.best_step
+    assert load_bundle(result.bundle).config.provenance["steps"] == result.best_step
+    found = evaluate(waited.settings, result.bundle, waited.data, limit=5).tracks
+    score = result.scores[result.best_step]
+    assert score.psnr == pytest.approx(found["cross"].psnr, abs=0.01)
+    assert score.psnr_same == pytest.approx(found["same"].psnr, abs=0.01)
+    assert score.ciede2000 == pytest.approx(found["cross"].ciede2000, abs=0.01)
 
 
 def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(
@@ -135,11 +148,12 @@ def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_an
     def few(work, gpu, world_size):
         from animediffusion.pipelines.data import stream
 
-        stream.MOST_BLOCKS = 4  # one of 64 rows for each rank: 32 steps of 2
+        stream.MOST_BLOCKS = 2  # one of 64 rows: 16 steps of 4
         return build(work, gpu, world_size)
 
     fit = module.build_trainer
     monkeypatch.setattr(module, "_dataset", few)
     monkeypatch.setattr(module, "build_trainer", lambda *args: fits.append(1) or fit(*args))
-    result = train(settings, load_recipe(recipe, ["max_steps=40", "num_samples=0", "checkpoint_every=100"]))
-    assert (result.steps, len(fits)) == (40, 2)
+    overrides = ["num_workers=1", "max_steps=20", "num_samples=0", "checkpoint_every=100"]
+    result = train(settings, load_recipe(recipe, overrides))
+    assert (result.steps, len(fits)) == (20, 2)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,8 +17,10 @@ import ray
 from faults import Fault, FaultyStore
 from sources import fill, picture, without_ray
 
+from animediffusion.cli.app import run
 from animediffusion.pipelines.data.ingest import MIN_PART_ROWS, STATE, prepare
 from animediffusion.pipelines.data.manifest import Manifest
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.storage.storage import (
     PATIENCE_VARIABLE,
     exists,
@@ -73,16 +77,19 @@ def ends(folder: Path, faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> En
     return Ends(faulty_s3[0], tmp_path.name)
 
 
+def words(ends: Ends) -> list[str]:
+    return ["data", "ingest", ends.source, ends.destination, "--size", str(SIZE)]
+
+
 @pytest.fixture
 def command(ray_cluster: None) -> Iterator[Callable[[Ends], subprocess.Popen[str]]]:
     """Starts the real command in a process of its own, on the cluster of the tests."""
     started: list[subprocess.Popen[str]] = []
 
     def start(ends: Ends) -> subprocess.Popen[str]:
-        words = ["data", "ingest", ends.source, ends.destination, "--size", str(SIZE)]
         variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, PATIENCE_VARIABLE: "2"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "animediffusion", *words],
+            [sys.executable, "-m", "animediffusion", *words(ends)],
             env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
@@ -94,19 +101,21 @@ def command(ray_cluster: None) -> Iterator[Callable[[Ends], subprocess.Popen[str
         process.wait()
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What it wrote to stderr, after it has ended well."""
-    _, errors = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0, errors
-    return errors
+@contextmanager
+def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+    """Do something in a thread while the block runs; what fails there fails here."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(action)
+        yield
+        done.result()
 
 
 def pictures_read(store: FaultyStore) -> set[str]:
@@ -135,7 +144,7 @@ def test_a_fault_of_the_store_changes_nothing(
 
 def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
     command: Callable[[Ends], subprocess.Popen[str]],
-    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
+    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     faulty_s3[1].fail("stall", where=f"/{ends.last_picture()}")
     process = command(ends)
@@ -152,7 +161,8 @@ def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
 
     faulty_s3[1].heal()
     faulty_s3[1].requests.clear()
-    assert "continues an earlier ingest" in finish(command(ends))
+    assert run(words(ends)) == 0
+    assert "continues an earlier ingest" in capsys.readouterr().err
     assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
     assert 0 < len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
 
@@ -170,7 +180,7 @@ def test_a_killed_command_goes_on_with_what_is_missing(
     process.wait()
     faulty_s3[1].heal()
     faulty_s3[1].requests.clear()
-    finish(command(ends))
+    assert run(words(ends)) == 0
 
     manifest = Manifest.load(ends.healthy)
     assert manifest.content_hash == undisturbed.content_hash
@@ -181,18 +191,20 @@ def test_a_killed_command_goes_on_with_what_is_missing(
 
 
 def test_a_killed_worker_is_replaced(
-    command: Callable[[Ends], subprocess.Popen[str]],
-    ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
-) -> None:  # fmt: skip
+    ray_cluster: None, ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest
+) -> None:
     faulty_s3[1].fail("stall", where=f"/{ends.last_picture()}")
-    process = command(ends)
-    until(lambda: faulty_s3[1].hits["stall"] > 0 and ends.num_records() >= 2, process)
+    killed: list[int] = []
 
-    killed = [worker.pid for worker in psutil.process_iter(["cmdline"]) if is_busy(worker)]
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
-    faulty_s3[1].heal()
-    finish(process)
+    def kill() -> None:
+        until(lambda: faulty_s3[1].hits["stall"] > 0 and ends.num_records() >= 2)
+        killed.extend(worker.pid for worker in psutil.process_iter(["cmdline"]) if is_busy(worker))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        faulty_s3[1].heal()
+
+    with meanwhile(kill):
+        assert run(words(ends)) == 0
 
     assert killed
     assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
@@ -205,19 +217,28 @@ def is_busy(process: psutil.Process) -> bool:
 
 
 def test_an_ingest_that_has_no_room_says_what_it_waits_for_and_ends_when_there_is(
-    ends: Ends, command: Callable[[Ends], subprocess.Popen[str]], undisturbed: Manifest
+    ray_cluster: None,
+    ends: Ends,
+    undisturbed: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     @ray.remote(num_cpus=1.25)
     class Server:
         def ready(self) -> bool:
             return True
 
-    server = Server.remote()
+    server, errors = Server.remote(), []
     assert ray.get(server.ready.remote())
-    process = command(ends)
-    assert process.stderr is not None
-    waiting = next((line for line in process.stderr if "waiting: " in line), "")
-    ray.kill(server)
-    assert re.match(r"waiting: the cluster has no room for \d+ x \(1 CPU\); 0.75 of 2 CPU free\n", waiting)
-    assert process.wait(WAIT_S) == 0
+    monkeypatch.setattr(cluster, "WAITS_S", 1.0)
+
+    def make_room() -> None:
+        until(lambda: bool(errors.append(capsys.readouterr().err) or "waiting: " in "".join(errors)))
+        ray.kill(server)
+
+    with meanwhile(make_room):
+        assert run(words(ends)) == 0
+
+    [waiting] = [line for line in "".join(errors).splitlines() if line.startswith("waiting: ")]
+    assert re.fullmatch(r"waiting: the cluster has no room for \d+ x \(1 CPU\); 0.75 of 2 CPU free", waiting)
     assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
