@@ -1,21 +1,60 @@
-"""The whole main job, small, as typed."""
+"""The demo: what follows from what, and all of it, small, as typed."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from animediffusion import demo
+from animediffusion.console import Console
+from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.platform.config import Settings
+from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.images.codec import decode_rgb
 
-pytestmark = pytest.mark.ray
+
+def test_phase_2_begins_with_the_tuned_model_and_a_worse_one_of_a_repeated_demo_is_promoted_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[str, str | None, float | None]] = []
+    promoted: list[bool] = []
+
+    def train(_settings: Settings, config: TrainConfig, _report: object) -> dict[str, str]:
+        trained.append((config.recipe, config.init_from, config.max_minutes))
+        return {"bundle": f"bundle {len(trained)}"}
+
+    def promote(_settings: Settings, version: int, *, why: str, force: bool = False) -> None:
+        promoted.append(force)
+        if not force:
+            raise RegistryError(f"version {version}", "is worse", "train longer")
+
+    def register(_settings: Settings, bundle: str, *, parent: int) -> SimpleNamespace:
+        assert (bundle, parent) == ("bundle 2", 7)
+        return SimpleNamespace(version=8)
+
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "tune_sampler", lambda _settings, bundle, _data, **_: {"version": 7, "of": bundle})
+    monkeypatch.setattr(demo, "evaluate_and_record", lambda _settings, bundle, _data, **_: {"of": bundle})
+    monkeypatch.setattr(demo, "release", SimpleNamespace(register=register, promote=promote))
+
+    found = demo._model(Settings(workspace=tmp_path), "faces", 8.0, Console())
+
+    assert found == (8, {"of": "bundle 2"})
+    assert trained == [("demo", None, 6.0), ("demo-phase2", "models:/animediffusion/7", 2.0)]
+    assert promoted == [False, True]
+    assert "version 8: is worse; train longer" in capsys.readouterr().err
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_ends_with_drawings_colored_over_http(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "animediffusion", "demo", "--minutes", "0.2", "--rows", "120", "--no-serve"]
+    few = "from animediffusion import demo; demo.TUNE_TRIALS = 2; from animediffusion.cli.app import main; main()"
+    command = [sys.executable, "-c", few, "demo", "--minutes", "0.1", "--rows", "60", "--no-serve"]
     # Its own HOME and Ray, as on a new machine.
     environment = {**os.environ, "HOME": str(tmp_path)}
     environment.pop("RAY_AUTH_MODE", None)
