@@ -22,6 +22,7 @@ import pytest
 import ray
 import torch
 import yaml
+from animediffusion.platform.storage.files import list_files
 from head import Head, ray_head
 from manifests import KUBERNETES, ROOT
 from PIL import Image
@@ -162,8 +163,8 @@ def until_colored(client: httpx.Client, pictures: dict[str, bytes]) -> httpx.Res
         time.sleep(0.5)
 
 
-def run_while_serving(client: httpx.Client, pictures: dict[str, bytes], *words: str) -> None:
-    """A job; whenever it says something, a picture is colored."""
+def run_while_serving(client: httpx.Client, pictures: dict[str, bytes], *words: str) -> str:
+    """A job and its log; whenever it says something, a picture is colored."""
     log: list[str] = []
 
     def hear(text: str) -> None:
@@ -171,6 +172,7 @@ def run_while_serving(client: httpx.Client, pictures: dict[str, bytes], *words: 
         assert until_colored(client, pictures).status_code == 200
 
     assert jobs.follow(jobs.submit(list(words)), hear) == 0, "".join(log)
+    return "".join(log)
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +194,11 @@ def scraped(head: Head, client: httpx.Client, pictures: dict[str, bytes], worksp
     try:
         run_while_serving(client, pictures, "data", "ingest", str(workspace / "drawn"), "s3://data/faces", "--size=32")
         recipe = ["train", "demo", "data=s3://data/faces", "storage=s3://runs", "name=watched", "use_gpu=false"]
-        numbers = ["max_steps=60", "batch_size=4", "log_every=5", "num_samples=0"]
-        run_while_serving(client, pictures, *recipe, *numbers)
+        numbers = ["max_steps=30", "batch_size=4", "log_every=5", "num_samples=0"]
+        log = run_while_serving(client, pictures, *recipe, *numbers, "--json")
+        result = json.loads(log.splitlines()[-1])
+        assert result["steps"] == 30
+        assert {"config.json", "model.safetensors"} <= set(list_files(result["bundle"]))
         time.sleep(3)
     finally:
         done.set()
