@@ -35,7 +35,7 @@ class SamplerOptions:
     """Sampler settings of one request. None means the default of the model.
 
     Raises:
-        ValueError: a number is out of range. The name of a sampler is checked against the model, see apply_to().
+        ValueError: a number is out of range. apply_to() checks the name of the sampler.
     """
 
     seed: int = 0

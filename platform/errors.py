@@ -95,7 +95,7 @@ class ImageError(AnimeDiffusionError):
     """Bytes are not a usable image.
 
     Attributes:
-        reason: one of `truncated`, `not_an_image`, `empty`, `too_large`, `unreadable`.
+        reason: one of `truncated`, `not_an_image`, `empty`, `too_large`, `inverted`, `unreadable`.
     """
 
     def __init__(self, thing: str, found: str, allowed: str, *, reason: str = "unreadable") -> None:

@@ -47,6 +47,7 @@ class Sampler(ABC):
     """A solver of a path's probability-flow ODE."""
 
     stages = 1
+    """Network evaluations of a step; the last step may need fewer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -179,7 +179,7 @@ class TrainState:
         for parameter in self.parameters:
             parameter.grad = None
         self.step += 1
-        self._average()
+        self._update_averages()
         return norm
 
     def _require_finite(self, scalars: dict[str, Tensor]) -> None:
@@ -189,7 +189,7 @@ class TrainState:
             if not math.isfinite(number):
                 raise FloatingPointError(f"step {self.step}: the {name} is {number:g}")
 
-    def _average(self) -> None:
+    def _update_averages(self) -> None:
         weights = [p.detach() for p in self.parameters]
         if self.config.ema_decay:
             # A smaller decay in the first steps keeps the initial weights from lingering in the average.

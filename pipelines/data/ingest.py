@@ -48,7 +48,7 @@ from animediffusion.pipelines.data.source_layout import LAYOUTS, plan_folder
 from animediffusion.pipelines.data.stream import silence_ray_data
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
-from animediffusion.platform.images.picture_names import DECODED, is_junk
+from animediffusion.platform.images.picture_names import DECODED_SUFFIXES, is_junk
 from animediffusion.platform.storage import storage
 
 MIN_PART_ROWS = 256
@@ -215,7 +215,7 @@ def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tup
         first = f"{found[0].path}: {found[0].detail}"
         raise DataError(source, f"none of its files can be used ({first})", "rename them, or check their permissions")
     for path, size in sizes.items():
-        if size > MAX_FILE_BYTES and PurePosixPath(path).suffix.lower() in DECODED and not is_junk(path):
+        if size > MAX_FILE_BYTES and PurePosixPath(path).suffix.lower() in DECODED_SUFFIXES and not is_junk(path):
             found.append(Reject(path, "too_large", f"has {size:,} bytes, at most {MAX_FILE_BYTES:,}"))
     return tuple(found)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from animediffusion.pipelines.data.ingest_plan import ROLES, IngestPlan, Reject, Sample, Samples, id_rank
 from animediffusion.platform.errors import DataError
-from animediffusion.platform.images.picture_names import DECODED, is_junk
+from animediffusion.platform.images.picture_names import DECODED_SUFFIXES, is_junk
 
 LAYOUTS = "color pictures alone, or folders target|color|gt, sketch|condition|line|lineart, reference, cross_reference"
 
@@ -109,7 +109,7 @@ def _stem_and_suffix(file: str) -> tuple[str, str]:
 
 
 def _is_picture(path: str) -> bool:
-    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED, "")
+    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED_SUFFIXES, "")
 
 
 def _shuffled_copies(pictures: Sequence[str]) -> dict[str, None]:

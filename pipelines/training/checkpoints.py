@@ -144,7 +144,7 @@ def prune(place: str, keep: int, awaited: Collection[int] = ()) -> None:
         best = best_step(read_scores(place))
         for step in old:
             if step != best:
-                # Delete the checksums first: a kill between the two calls then leaves no incomplete checkpoint.
+                # Delete the checksums first: a folder without them, which a kill may leave, is not a checkpoint.
                 storage.delete(storage.join(place, step_name(step), CHECKSUMS))
                 storage.delete(storage.join(place, step_name(step)))
 

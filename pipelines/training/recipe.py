@@ -96,7 +96,7 @@ class TrainConfig(Config):
     """Number of worker failures that the run survives; -1 means no limit. A preemption with a notice does not count."""
 
     @model_validator(mode="after")
-    def _budget(self) -> TrainConfig:
+    def _check_budget_and_workers(self) -> TrainConfig:
         if (self.max_steps is None) == (self.max_minutes is None):
             raise ValueError("set either max_steps or max_minutes")
         fewest, most = self.workers_on(0)

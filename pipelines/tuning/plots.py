@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from animediffusion.models.augmentation.augment import Batch
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
+from animediffusion.models.diffusion.sampler import SAMPLERS
 from animediffusion.models.tensors import to_uint8
 from animediffusion.models.training.ema import Averages
 from animediffusion.pipelines.evaluation.measure import Measurement
@@ -35,7 +36,8 @@ def draw_front(points: Sequence[Measurement], chosen: Measurement) -> bytes:
     least = min(front[0].psnr, defaults.psnr) - SHOWN_DB
     shown = [point for point in points if point.psnr >= least]
     _draw_steps(axes, front, max(point.evaluations for point in points))
-    for name, color in COLORS.items():
+    for name in SAMPLERS:
+        color = COLORS.get(name, INK)
         for guided in (False, True):
             some = [p for p in shown if p.sampler == name and (p.guidance_scale != 1) == guided]
             if some:

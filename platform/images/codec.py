@@ -25,7 +25,7 @@ from animediffusion.platform.images.formats import broken, ends_in_zeros, format
 
 Array = NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+DECODED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that are read. Pillow's other parsers never get untrusted bytes, because some of them start programs."""
 MAX_PIXELS = 64_000_000
 """Largest width x height of a picture unless the caller sets another limit."""
@@ -58,7 +58,7 @@ class Box(NamedTuple):
 
 
 def decode_rgb(
-    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = DECODED_FORMATS
 ) -> Array:
     """Decode an image to RGB pixels [H, W, 3]: sRGB, 8 bits, upright by EXIF, transparent parts on white.
 
@@ -75,14 +75,14 @@ def decode_rgb(
 
 
 def decode_gray(
-    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = DECODED_FORMATS
 ) -> Array:
     """Decode an image to luma (ITU-R 601) [H, W]; arguments and errors are those of decode_rgb()."""
     return np.array(_open(data, thing, max_pixels, formats).convert("L"))
 
 
 def decode_alpha(
-    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = DECODED_FORMATS
 ) -> Array:
     """Decode the opacity [H, W] of an image, 255 if it has no alpha; arguments and errors are those of decode_rgb()."""
     return np.array(_open(data, thing, max_pixels, formats, _opacity))

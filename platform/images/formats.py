@@ -66,8 +66,8 @@ _MARKUP = {
 """Marks that are searched in the first 1024 bytes of a text that begins with `<`."""
 
 
-_FEW_ZEROS = 8
-"""Zero bytes at the end of a lossy WebP are less than one in 8; of a large white picture, one in 18."""
+_ZERO_TAIL_SHARE = 8
+"""A lossy WebP whose last 1/8 is zeros counts as truncated; in a large white picture, the last 1/18 is zeros."""
 
 
 def format_of(data: bytes) -> str | None:
@@ -131,7 +131,7 @@ def ends_in_zeros(data: bytes) -> bool:
         if name == b"ANMF":  # the frames of an animation are chunks, too, after 16 bytes
             size = 16
         elif name == b"VP8 ":
-            zeros = max(64, size // _FEW_ZEROS)
+            zeros = max(64, size // _ZERO_TAIL_SHARE)
             return size > zeros and not any(data[start + size - zeros : start + size])
         start += size + size % 2
     return False

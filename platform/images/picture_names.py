@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-SENT = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".webp"})
+UPLOADED_SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".webp"})
 """Suffixes of PNG, JPEG and WebP in lower case, the formats allowed for a drawing or a reference."""
-DECODED = SENT | {".bmp", ".dib", ".gif", ".tif", ".tiff"}
+DECODED_SUFFIXES = UPLOADED_SUFFIXES | {".bmp", ".dib", ".gif", ".tif", ".tiff"}
 """Suffixes of all formats that training data may have."""
 _OTHERS = """ai arw avif clip cr2 cr3 csp dds dng eps exr hdr heic heif ico j2k jp2 jpx jxl kra mdp nef ora pbm pcx pdf
     pgm ppm procreate psb psd qoi raw sai sai2 svg tga xcf"""
-PICTURES = DECODED | {f".{name}" for name in _OTHERS.split()}
+PICTURES = DECODED_SUFFIXES | {f".{name}" for name in _OTHERS.split()}
 """Suffixes of all kinds of pictures, including formats that cannot be read."""
 _JUNK_NAMES = (
     r"thumbs\.db", r"ehthumbs\.db", r"desktop\.ini", "__macosx", "icon\r", "@eadir", "[#@]recycle",

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
-from animediffusion.platform.images.picture_names import PICTURES, SENT, is_junk
+from animediffusion.platform.images.picture_names import PICTURES, UPLOADED_SUFFIXES, is_junk
 from animediffusion.platform.storage.storage import explained, write_bytes
 from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
 from animediffusion.serve.rendering.render import Size, read_picture
@@ -181,11 +181,11 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
         with explained(str(path)):
             if not path.exists() and not path.is_symlink():
                 raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
-            inside = _pictures(path, SENT) if path.is_dir() else [path]
+            inside = _pictures(path, UPLOADED_SUFFIXES) if path.is_dir() else [path]
         if not inside:
             found = "has only images that colorize has made" if list_own_results([path]) else "has no images"
             found += " itself, its folders have" if list_inner_folders([path]) else ""
-            raise DataError(str(path), found, f"give a folder of {', '.join(sorted(SENT))} files")
+            raise DataError(str(path), found, f"give a folder of {', '.join(sorted(UPLOADED_SUFFIXES))} files")
         for file in inside:
             files.setdefault(file.parent.resolve() / file.name, file)
     return list(files.values())
@@ -193,12 +193,12 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
 
 def list_unsupported(sketches: Sequence[Path]) -> list[Path]:
     """Return the pictures in the given folders whose formats are not supported, which list_sketches() leaves out."""
-    return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - SENT)]
+    return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - UPLOADED_SUFFIXES)]
 
 
 def list_own_results(sketches: Sequence[Path]) -> list[Path]:
     """Return the pictures in the given folders that `colorize` itself has made, color layers included."""
-    return [file for path in sketches if path.is_dir() for file in _pictures(path, SENT, made=True)]
+    return [file for path in sketches if path.is_dir() for file in _pictures(path, UPLOADED_SUFFIXES, made=True)]
 
 
 def list_inner_folders(sketches: Sequence[Path]) -> list[Path]:
@@ -216,7 +216,9 @@ def list_inner_folders(sketches: Sequence[Path]) -> list[Path]:
 def _holds_pictures(folder: Path) -> bool:
     """Whether a folder, or one inside it, holds a picture that `colorize` has not made."""
     return any(
-        Path(name).suffix.lower() in SENT and not is_junk(name) and read_metadata(Path(place, name)) is None
+        Path(name).suffix.lower() in UPLOADED_SUFFIXES
+        and not is_junk(name)
+        and read_metadata(Path(place, name)) is None
         for place, _, names in os.walk(folder)
         for name in names
     )

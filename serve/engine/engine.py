@@ -15,8 +15,8 @@ Guarantees:
 - The batch has `max_batch` slots, one for each row of the network. A guided request takes two slots, because it is
   evaluated with and without its reference.
 - Keys share the slots evenly, and no key starves: fair_queue.py states the bound.
-- A request that cannot meet its deadline at the fastest recent duration of an engine step gets no slot, or frees its
-  slots.
+- A request that would miss its deadline even if every step took only as long as the fastest recent step gets no slot,
+  or frees its slots.
 - If an evaluation fails, the engine retries it in halves, so that only the requests that cause the error fail.
 - If the device fails permanently, every request fails with UnavailableError, and `is_alive` becomes false.
 """
@@ -132,7 +132,7 @@ class Engine:
             self._num_open += 1
             row.number, self.counts.submitted = self.counts.submitted, self.counts.submitted + 1
             row.future.add_done_callback(lambda _: self._count_end(row))
-            if not self._is_over(row):
+            if not self._end_if_late(row):
                 self._waiting.add(row, request.key)
                 self._changed.notify()
         return row.future
@@ -227,7 +227,7 @@ class Engine:
     def _refuse_if_late(self, row: Row) -> None:
         """Refuse a request that would be late because of the work before it.
 
-        A request that would be late even without that work is accepted here; _is_over fails it with DeadlineError.
+        A request that would be late even without that work is accepted here; _end_if_late fails it with DeadlineError.
         """
         if row.request.deadline is not None:
             steps = self._steps_until_done(self._waiting.before(row.request.key), row.claim)
@@ -267,23 +267,23 @@ class Engine:
     def _step(self) -> bool:
         begun = self._clock()
         with torch.inference_mode():
-            refused = self._change_batch()
+            failed = self._change_batch()
             numbers = tuple(row.number for row in self._running if row.error is None)
-            if not numbers and not refused:
+            if not numbers and not failed:
                 return False
             ended = self._batch.step() if numbers else []
             self._runner.wait()  # Asynchronous errors of the device surface here, also those of a failed join.
-        done = [*refused, *ended]
+        done = [*failed, *ended]
         broken = [row for row in done if row.error is not None and not isinstance(row.error, REQUEST_ERRORS)]
-        self._failed_steps = self._failed_steps + 1 if len(broken) == len(refused) + len(numbers) else 0
+        self._failed_steps = self._failed_steps + 1 if len(broken) == len(failed) + len(numbers) else 0
         self._complete(done)
         if numbers:
             self._report_progress()
             self._record_step(begun, numbers)
         return True
 
-    def _is_over(self, row: Row) -> bool:
-        """Return whether a request has ended; fail it with DeadlineError if it missed or cannot meet its deadline."""
+    def _end_if_late(self, row: Row) -> bool:
+        """Fail a request that missed or cannot meet its deadline; return whether the request has ended."""
         if row.request.deadline is not None:
             if self._clock() > row.request.deadline:
                 row.fail(DeadlineError("not finished by its deadline"))
@@ -294,9 +294,9 @@ class Engine:
     def _change_batch(self) -> list[Row]:
         """Remove ended requests from the batch and add the next ones; return the rows that failed to join."""
         with self._changed:
-            gone = [row for row in self._running if self._is_over(row)]
+            gone = [row for row in self._running if self._end_if_late(row)]
             for row in list(self._waiting):
-                if self._is_over(row):
+                if self._end_if_late(row):
                     self._waiting.remove(row)
             self._running = [row for row in self._running if row not in gone]
             joining = self._take_next()

@@ -14,7 +14,7 @@ from animediffusion.serve.rendering.upsample import layer_of, to_picture
 Output = Literal["image", "color_layer", "both"]
 Size = Literal["native", "model"]
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
@@ -35,7 +35,7 @@ def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
         raise ImageError(thing, found, "invert it: dark lines on light paper")
     drawing = read_drawing(pixels)
     if not has_lines(drawing):
-        alpha = decode_alpha(data, thing=thing, max_pixels=MAX_PIXELS, formats=FORMATS)
+        alpha = decode_alpha(data, thing=thing, max_pixels=MAX_PIXELS, formats=UPLOADED_FORMATS)
         hint = "light lines on transparency: make them dark" if np.ptp(alpha) else "give dark lines on light paper"
         raise ImageError(thing, "has no lines", hint)
     return drawing
@@ -43,7 +43,7 @@ def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
 
 def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
     """Return the RGB pixels of an image file; raise ImageError if it is unreadable or its size is not usable."""
-    pixels = decode_rgb(data, thing=thing, max_pixels=MAX_PIXELS, formats=FORMATS)
+    pixels = decode_rgb(data, thing=thing, max_pixels=MAX_PIXELS, formats=UPLOADED_FORMATS)
     short, long = sorted(pixels.shape[:2])
     if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
         allowed = f"sides of at least {MIN_SIDE_PX} px, at most {MAX_ASPECT} times as long as wide"
