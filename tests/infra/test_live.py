@@ -22,7 +22,6 @@ import pytest
 import ray
 import torch
 import yaml
-from animediffusion.platform.storage.files import list_files
 from head import Head, ray_head
 from manifests import KUBERNETES, ROOT
 from PIL import Image
@@ -39,6 +38,7 @@ from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import jobs
 from animediffusion.platform.config import Settings
 from animediffusion.platform.registry.client import Registry
+from animediffusion.platform.storage.storage import list_files
 
 pytestmark = pytest.mark.ray
 
