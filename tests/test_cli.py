@@ -50,7 +50,7 @@ def bundle(tmp_path):
 WRONG_USAGE = [
     (["paint"], "no such command 'paint'"),
     (["models", "promot", "3"], "no such command 'promot'"),
-    (["train"], "missing argument 'recipe'"),
+    (["train"], "missing argument 'RECIPE'"),
     (["evaluate", "m", "d", "--limt", "3"], "no such option: --limt"),
     (["evaluate", "m", "d", "--limit", "0"], "--limit"),
     (["data", "synthesize", "d", "--count", "many"], "invalid value for '--count'"),
@@ -309,7 +309,7 @@ def test_a_working_directory_that_is_gone_is_named(command, tmp_path, monkeypatc
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    line = "error: working directory: does not exist any more; change to another folder"
+    line = "error: working directory: no longer exists; change to another folder"
     assert command("keys", "list") == (2, [], [line])
     assert command("keys", "--help")[0] == 0
 

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     try:
         arguments, options = _split_common(arguments)
         common.current.set(options)
-        _refuse_empty(arguments)
+        _reject_empty(arguments)
         _check_working_directory(arguments)
         code = app(arguments, prog_name="animediffusion", standalone_mode=False)
         return int(code or 0)
@@ -89,8 +89,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _prepare_streams() -> None:
-    """Let no file name end a command: one that the terminal's encoding lacks is printed with escapes."""
-    if sys.stderr is None:  # closed by whoever started the command
+    """Print characters that the terminal's encoding lacks with escapes, so that no file name ends a command."""
+    if sys.stderr is None:  # closed by the process that started the command
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -104,7 +104,7 @@ def _check_working_directory(arguments: Sequence[str]) -> None:
         os.getcwd()
     except OSError as error:
         if not {"-h", "--help", "--version"}.intersection(arguments):
-            raise ConfigError("working directory", "does not exist any more", "change to another folder") from error
+            raise ConfigError("working directory", "no longer exists", "change to another folder") from error
 
 
 def _warn_of_variables() -> None:
@@ -142,8 +142,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse an empty argument: it comes from an unset variable of a shell, and would mean the working directory."""
+def _reject_empty(arguments: Sequence[str]) -> None:
+    """Reject an empty argument: it comes from an unset variable of a shell, and would mean the working directory."""
     from animediffusion.platform.errors import ConfigError
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -186,10 +186,14 @@ def _folder(options: Common, value: str | None) -> str:
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of both phases together, in minutes.")] = 6.0,
-    rows: Annotated[int, typer.Option(min=100, help="Number of faces to draw and to train on.")] = 4000,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, metavar="N", help="Training time of both phases together, in minutes.")
+    ] = 6.0,
+    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Number of faces to draw and to train on.")] = 4000,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Keep serving the page at the end.")] = True,
-    port: Annotated[int, typer.Option(min=1, max=65000, help="Port of the page; the next free port if in use.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65000, metavar="PORT", help="Port of the page; the next free port if in use.")
+    ] = 8000,
 ) -> int:
     """Run every stage once, from drawing faces to coloring over HTTP."""
     from animediffusion.demo import run_demo

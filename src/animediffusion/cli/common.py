@@ -14,12 +14,19 @@ from animediffusion.console import Console
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
-group = partial(typer.Typer, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+group = partial(
+    typer.Typer,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 """Make a group of commands."""
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which the parser would use the last without a word."""
+    """A command that rejects an option given twice, because the parser would silently use the last value.
+
+    Its help names arguments and values by their metavars, without the type and the brackets that Typer adds.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
@@ -30,6 +37,31 @@ class Command(TyperCommand):
             if option.param_type_name == "option" and given.count(option) > 1:
                 raise ConfigError(option.opts[0], "given twice", "give it once")
         return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words after the name of the command in the line `Usage:`."""
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return ["[OPTIONS]", *(_shown(one) for one in arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the tables of the arguments and the options."""
+        for kind, title in (("argument", "Arguments"), ("option", "Options")):
+            rows = [
+                (_shown(one), record[1])
+                for one in self.get_params(ctx)
+                if one.param_type_name == kind and (record := one.get_help_record(ctx)) is not None
+            ]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _shown(parameter: Any) -> str:
+    """Return the name of an argument, or the names of an option and of its value, as the help shows them."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar or parameter.name.upper())
+    names = " / ".join(", ".join(sorted(some, key=len)) for some in (parameter.opts, parameter.secondary_opts) if some)
+    return names if parameter.is_flag else f"{names} {parameter.metavar or 'TEXT'}"
 
 
 class Common(NamedTuple):

@@ -14,10 +14,12 @@ data = common.group(help="Make and inspect datasets.")
 
 @data.command("synthesize")
 def data_synthesize(
-    dst: Annotated[str, typer.Argument(help="Folder to create.")],
-    count: Annotated[int, typer.Option(min=1, help="Total number of rows; a tenth of them becomes the val split.")],
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to create.")],
+    count: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Total number of rows; a tenth of them becomes the val split.")
+    ],
+    size: Annotated[int, typer.Option(metavar="PX", help="Side of the images in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed; the same seed gives the same pictures.")] = 0,
 ) -> None:
     """Draw anime faces as training images.
 
@@ -33,11 +35,15 @@ def data_synthesize(
 
 @data.command("ingest")
 def data_ingest(
-    src: Annotated[str, typer.Argument(help="Folder or s3:// prefix of images.")],
-    dst: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the new dataset.")],
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    pairs: Annotated[str | None, typer.Option(help="CSV file with the columns target, sketch, reference, ...")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of val rows where no folder names a split.")] = 0.05,
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder or s3:// URI of the images.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3:// URI of the new dataset.")],
+    size: Annotated[int, typer.Option(metavar="PX", help="Side of the images in pixels.")] = 64,
+    pairs: Annotated[
+        str | None, typer.Option(metavar="CSV", help="CSV file with the columns target, sketch, reference, ...")
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the rows in val if no folder or CSV names a split.")
+    ] = 0.05,
 ) -> None:
     """Turn images into a dataset of Parquet shards; rerun to resume."""
     from animediffusion.pipelines.data.ingest import prepare
@@ -60,8 +66,8 @@ def data_ingest(
 
 @data.command("show")
 def data_show(
-    dst: Annotated[str, typer.Argument(help="A dataset or a synthesized folder.")],
-    out: Annotated[str | None, typer.Option(help="PNG file for the contact sheet.")] = None,
+    dst: Annotated[str, typer.Argument(metavar="DST", help="A dataset or a synthesized folder.")],
+    out: Annotated[str | None, typer.Option(metavar="FILE.png", help="PNG file for the contact sheet.")] = None,
 ) -> None:
     """Count rows and rejects, and draw a contact sheet."""
     from animediffusion.pipelines.data.preview import show

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def doctor(
     storage: Annotated[
-        str | None, typer.Option(help="Folder or s3:// prefix in which to test writing and reading, from all nodes.")
+        str | None,
+        typer.Option(metavar="DIR", help="Folder or s3:// URI in which to test writing and reading, from all nodes."),
     ] = None,
 ) -> int:
     """Check what is installed and reachable.

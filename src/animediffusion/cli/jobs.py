@@ -16,7 +16,9 @@ jobs = common.group(help="Run commands as jobs on a Ray cluster.")
 @jobs.command("submit", context_settings={"ignore_unknown_options": True})
 def jobs_submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND ...", help="Command to run on the cluster.")],
-    with_code: Annotated[bool, typer.Option("--with-code", help="Send this package along and use it there.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Send this package along; the job uses it instead of the installed one.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job's log and exit with its code.")] = False,
 ) -> int:
     """Run a command as a job on the cluster."""
@@ -46,7 +48,7 @@ def jobs_list() -> None:
 
 
 @jobs.command("status")
-def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+def jobs_status(job: Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]) -> None:
     """Show a job's status."""
     from animediffusion.platform.cluster.jobs import status
 
@@ -57,10 +59,10 @@ def jobs_status(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
 
 @jobs.command("logs")
 def jobs_logs(
-    job: Annotated[str, typer.Argument(metavar="ID")],
+    job: Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")],
     follow: Annotated[bool, typer.Option("--follow", help="Follow until the job ends and exit with its code.")] = False,
 ) -> int:
-    """Show a job's output."""
+    """Show a job's output so far."""
     from animediffusion.platform.cluster.jobs import logs
 
     console = common.console()
@@ -75,7 +77,7 @@ def jobs_logs(
 
 
 @jobs.command("stop")
-def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+def jobs_stop(job: Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]) -> None:
     """Stop a job; a training job saves a checkpoint first."""
     from animediffusion.platform.cluster.jobs import stop
 

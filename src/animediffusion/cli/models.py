@@ -31,8 +31,10 @@ def models_list() -> None:
 
 @models.command("show")
 def models_show(
-    version: Annotated[str, typer.Argument(help="A version number, an alias or models:/...")],
-    out: Annotated[Path | None, typer.Option(help="PNG file for drawings colored by the version.")] = None,
+    version: Annotated[str, typer.Argument(metavar="V", help="A version number, an alias or models:/...")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="PNG file for drawings colored by the version.")
+    ] = None,
 ) -> None:
     """Show the details of a version.
 
@@ -49,8 +51,12 @@ def models_show(
 def models_compare(
     first: Annotated[str, typer.Argument(metavar="V1", help="A version number, an alias or models:/...")],
     second: Annotated[str, typer.Argument(metavar="V2", help="The version to compare with.")],
-    data: Annotated[str | None, typer.Option(help="Dataset whose rows are colored; drawn faces by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File of the picture; compare-V1-V2.png by default.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Dataset whose rows are colored; drawn faces by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="File of the picture; compare-V1-V2.png by default.")
+    ] = None,
 ) -> None:
     """Compare the metrics of two versions.
 
@@ -76,9 +82,9 @@ def models_register(folder: Annotated[str, typer.Argument(metavar="DIR", help="A
 
 @models.command("promote")
 def models_promote(
-    version: Annotated[str, typer.Argument(help="A version number or models:/...")],
-    alias: Annotated[str, typer.Option(help="Alias: champion or challenger.")] = "champion",
-    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
+    version: Annotated[str, typer.Argument(metavar="V", help="A version number or models:/...")],
+    alias: Annotated[str, typer.Option(metavar="ALIAS", help="Alias to move: champion or challenger.")] = "champion",
+    why: Annotated[str, typer.Option(metavar="TEXT", help="Reason, recorded in the audit log.")] = "",
     force: Annotated[
         bool, typer.Option("--force", help="Promote even if metrics are worse (recorded in the audit log).")
     ] = False,
@@ -95,7 +101,7 @@ def models_promote(
 @models.command("canary", context_settings={"ignore_unknown_options": True})
 def models_canary(
     percent: Annotated[int, typer.Argument(metavar="PERCENT", help="Percentage, 0 to 100; 0 ends the canary.")],
-    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
+    why: Annotated[str, typer.Option(metavar="TEXT", help="Reason, recorded in the audit log.")] = "",
 ) -> None:
     """Send a percentage of the requests to the challenger.
 
@@ -114,8 +120,8 @@ def models_canary(
 
 @models.command("rollback")
 def models_rollback(
-    alias: Annotated[str, typer.Option(help="Alias: champion or challenger.")] = "champion",
-    why: Annotated[str, typer.Option(help="Reason, recorded in the audit log.")] = "",
+    alias: Annotated[str, typer.Option(metavar="ALIAS", help="Alias to move: champion or challenger.")] = "champion",
+    why: Annotated[str, typer.Option(metavar="TEXT", help="Reason, recorded in the audit log.")] = "",
 ) -> None:
     """Restore the alias's previous version; repeat to go further back."""
     from animediffusion.pipelines.release import release
@@ -155,7 +161,9 @@ def models_import(
 
 @models.command("export")
 def models_export(
-    version: Annotated[str, typer.Argument(help="A version number, an alias, models:/... or a bundle folder.")],
+    version: Annotated[
+        str, typer.Argument(metavar="V", help="A version number, an alias, models:/... or a bundle folder.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
 ) -> None:
     """Export a model as a folder that works without this package.

@@ -20,23 +20,32 @@ keys = common.group(help="Create, list and revoke API keys.")
 
 def colorize(
     sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files or folders of image files.")],
-    reference: Annotated[Path, typer.Option(help="Reference image with the colors to use.")],
-    out: Annotated[Path, typer.Option(help="Output folder for STEM.png and STEM.color.png.")],
-    model: Annotated[str | None, typer.Option(help="Model to use; the champion by default.")] = None,
-    url: Annotated[str | None, typer.Option(help="Use a running server instead of a local model.")] = None,
+    reference: Annotated[Path, typer.Option(metavar="IMG", help="Reference image with the colors to use.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder for STEM.png and STEM.color.png.")],
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to use; the champion by default.")] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Use a running server instead of a local model.")
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise; the same seed gives the same picture.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, metavar="N", help="Seed of the noise; the same seed gives the same picture."),
     ] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_STEPS, help="Sampling steps; the model's default if omitted.")
+        int | None,
+        typer.Option(min=1, max=MAX_STEPS, metavar="N", help="Sampling steps; the model's default if omitted."),
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            min=0, max=MAX_GUIDANCE_SCALE, help="Guidance by the reference; the model's default if omitted; 1 is off."
+            min=0,
+            max=MAX_GUIDANCE_SCALE,
+            metavar="X",
+            help="Strength of the guidance by the reference; 1 disables it; the model's default if omitted.",
         ),
     ] = None,
-    size: Annotated[str, typer.Option(help="Output size: native (the sketch's size) or model.")] = "native",
+    size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Size of the output: native (that of the sketch) or model.")
+    ] = "native",
 ) -> int:
     """Color drawings with the colors of a reference image.
 
@@ -59,11 +68,11 @@ def colorize(
     options = SamplerOptions(seed=seed, steps=steps, guidance_scale=guidance_scale)
     files, unsupported, done, failed = list_sketches(sketches), list_unsupported(sketches), [], 0
     if unsupported:
-        console.note(f"left out {_named(unsupported)}; save them as PNG, JPEG or WebP")
+        console.note(f"skipped {_named(unsupported)}; save them as PNG, JPEG or WebP")
     if colored := list_own_results(sketches):
-        console.note(f"left out {_named(colored)}, made by colorize; give them by name to color them again")
+        console.note(f"skipped {_named(colored)}, made by colorize; give them by name to color them again")
     if inner := list_inner_folders(sketches):
-        console.note(f"left out {_named(inner, 'folder')}; give them by name to color what they hold")
+        console.note(f"skipped {_named(inner, 'folder')}; give them by name to color their drawings")
     with console.progress("colored", "drawings") as progress:
         for one in colorize_files(_colorizer(settings, model, url), files, reference, out, options, cast("Size", size)):
             done.append(one)
@@ -99,12 +108,12 @@ def _colorizer(settings: Settings, model: str | None, url: str | None) -> Colori
 
 def serve(
     model: Annotated[
-        str | None, typer.Option(help="Model to serve; the champion and its successors by default.")
+        str | None, typer.Option(metavar="MODEL", help="Model to serve; the champion and its successors by default.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback requires an API key.")
+        str, typer.Option(metavar="HOST", help="Address to listen on; any but loopback requires an API key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="HTTP port.")] = 8000,
 ) -> int:
     """Serve the HTTP API and the page until Ctrl-C."""
     from animediffusion.serve.server import serve_app
@@ -141,7 +150,7 @@ def keys_list() -> None:
 
 
 @keys.command("revoke")
-def keys_revoke(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+def keys_revoke(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")]) -> None:
     """Revoke a key; running servers reject it within 5 s."""
     from animediffusion.platform.api_keys import Keys
 

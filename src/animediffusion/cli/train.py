@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (demo, phase1, phase2, ...) or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Name of a recipe (demo, phase1, phase2, ...) or a YAML file.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Settings to override: data=, max_steps=, init_from=, ..."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override: data=, max_steps=, init_from=, ..."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved settings, estimate time and memory, and exit.")
+        bool, typer.Option("--dry-run", help="Print the resolved settings and an estimate, and exit.")
     ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate/--no-estimate", help="With --dry-run, also estimate time and memory.")
+        bool,
+        typer.Option("--estimate/--no-estimate", help="With --dry-run, time a few steps to estimate time and memory."),
     ] = True,
 ) -> None:
     """Train a recipe on Ray; rerun the command to resume."""
@@ -73,11 +76,13 @@ def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A bundle folder or URI, models:/animediffusion@champion, ...")],
-    data: Annotated[str, typer.Argument(help="A dataset.")],
-    split: Annotated[str, typer.Option()] = "val",
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and grid.png.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A bundle folder or URI, models:/animediffusion@champion, ...")
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder or s3:// URI of a dataset.")],
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split to measure on.")] = "val",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json and grid.png.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
 ) -> None:
     """Measure the quality of a model and of trivial baselines."""
     from animediffusion.pipelines.release.record import evaluate_and_record

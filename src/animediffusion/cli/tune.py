@@ -15,12 +15,20 @@ tune = common.group(help="Search for better settings with Ray Tune.")
 
 @tune.command("sampler")
 def tune_sampler(
-    model: Annotated[str, typer.Argument(help="A bundle folder or URI, models:/animediffusion@champion, ...")],
-    data: Annotated[str, typer.Argument(help="A dataset.")],
-    trials: Annotated[int, typer.Option(min=1, help="Total trials, including those of earlier searches.")] = 50,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this many minutes.")] = None,
-    prefer: Annotated[str, typer.Option(help="Choice from the Pareto front: knee, fast or best.")] = "knee",
-    register: Annotated[bool, typer.Option("--register/--no-register")] = True,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A bundle folder or URI, models:/animediffusion@champion, ...")
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder or s3:// URI of a dataset.")],
+    trials: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Total trials, including those of earlier searches.")
+    ] = 50,
+    minutes: Annotated[float | None, typer.Option(min=0.0, metavar="N", help="Stop after N minutes.")] = None,
+    prefer: Annotated[
+        str, typer.Option(metavar="CHOICE", help="Choice from the Pareto front: knee, fast or best.")
+    ] = "knee",
+    register: Annotated[
+        bool, typer.Option("--register/--no-register", help="Register the best settings as a new version.")
+    ] = True,
 ) -> None:
     """Search sampler settings of a model and register the best.
 
@@ -47,11 +55,15 @@ def tune_sampler(
 
 @tune.command("schedule")
 def tune_schedule(
-    data: Annotated[str, typer.Argument(help="A dataset.")],
-    recipe: Annotated[str, typer.Option(help="Phase 1 recipe to start from, a name or a YAML file.")] = "phase1",
-    trials: Annotated[int, typer.Option(min=1, help="Total trials, including those of earlier searches.")] = 24,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this many minutes.")] = None,
-    steps: Annotated[int, typer.Option(help="Number of training steps of the longest trials.")] = 270,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder or s3:// URI of a dataset.")],
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="Phase 1 recipe to start from: a name or a YAML file.")
+    ] = "phase1",
+    trials: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Total trials, including those of earlier searches.")
+    ] = 24,
+    minutes: Annotated[float | None, typer.Option(min=0.0, metavar="N", help="Stop after N minutes.")] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Number of training steps of the longest trials.")] = 270,
     out: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="File for the best recipe.")] = None,
 ) -> None:
     """Search training settings by short training runs.

@@ -177,8 +177,8 @@ def test_folders_inside_a_folder_are_named(drawings, bundle_folder, tmp_path, ca
         return capsys.readouterr().err
 
     for _ in range(2):
-        assert "left out 2 folders: book, page 1; give them by name" in run(drawings)
-    assert "left out 1 folder: book; " in run(drawings, drawings / "page 1")
+        assert "skipped 2 folders: book, page 1; give them by name" in run(drawings)
+    assert "skipped 1 folder: book; " in run(drawings, drawings / "page 1")
     assert r"page 1/a\nb.png -> " in run(drawings / "page 1")
     assert "book: has no images itself, its folders have; give a folder" in run(drawings / "book")
 
@@ -200,7 +200,7 @@ def test_a_folder_gives_its_drawings_and_tells_which_pictures_are_left_out(drawi
     assert cli.run([str(word) for word in words]) == 0
     captured = capsys.readouterr()
     assert captured.out == "colored 2 of 2\n"
-    assert "left out 3 files: b.tif, c.bmp, e.GIF; " in captured.err
+    assert "skipped 3 files: b.tif, c.bmp, e.GIF; " in captured.err
 
 
 def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
@@ -216,7 +216,7 @@ def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
         assert cli.run([str(word) for word in words]) == 0
         captured = capsys.readouterr()
         assert captured.out == done
-    assert "left out 4 files: c.color.png, c.png, ink.color.color.png, ink.color.png, made by colorize" in captured.err
+    assert "skipped 4 files: c.color.png, c.png, ink.color.color.png, ink.color.png, made by colorize" in captured.err
     for name in ("c.jpg", "ink.color.webp"):
         (drawings / name).unlink()
     with pytest.raises(DataError, match="only images that colorize has made"):
