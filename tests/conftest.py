@@ -31,7 +31,14 @@ MOST_CPU_S = 10.0
 TESTS = Path(__file__).parent
 SHARED = {"ray_cluster": "ray", "cluster_head": "head"}
 """Fixtures that only one process should start, and the groups of the tests that use them."""
-LONGEST = ("ray", "head", "pipelines/test_cluster_faults.py", "infra/test_live.py", "test_demo.py")
+LONGEST = (
+    "ray",
+    "docs/test_walkthrough.py",
+    "pipelines/test_cluster_faults.py",
+    "infra/test_live.py",
+    "test_demo.py",
+    "head",
+)
 """Groups of tests that take minutes, the longest first."""
 
 
