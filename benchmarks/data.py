@@ -267,7 +267,7 @@ def time_verb(uri: str, size: int, steps: int, workspace: str) -> list[str]:
         lines.append(f"| bare, one kept batch; before, after | {workers} | {before:.1f}, {after:.1f} | | |")
         lines.append(f"| `animediffusion train phase1` | {workers} | {rate:.1f} | {share:.3f} | {wait:.3f} |")
     alone = bare_rate(uri, size, steps, WORLD_SIZE)
-    return [*lines, f"| bare, each with gradients of its own | {WORLD_SIZE} | {alone:.1f} | | |"]
+    return [*lines, f"| bare, without exchange of gradients | {WORLD_SIZE} | {alone:.1f} | | |"]
 
 
 @contextmanager
@@ -342,7 +342,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", help="clone of the authors' repository; their loader is left out without")
+    parser.add_argument("--authors", help="clone of the authors' repository; without it, their loader is not measured")
     parser.add_argument("--source", help="folder of pictures")
     parser.add_argument("--pictures", type=int, default=1000, help="to draw, and to give to their loader")
     parser.add_argument("--size", type=int, default=64, help="pixels, of the stream and of training")

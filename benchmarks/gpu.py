@@ -514,7 +514,7 @@ def main() -> None:
     """Run the parts; exit with 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--pictures", type=Path, help="folder with train and val; drawn faces if left out")
+    parser.add_argument("--pictures", type=Path, help="folder with train and val; drawn faces if omitted")
     parser.add_argument("--authors", type=Path, help="clone of the authors' repository")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="of training for each recipe; 100 on a GPU, 5 on a CPU")

@@ -306,7 +306,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the saturated phase")
     parser.add_argument("--requests", type=int, default=48, help="in each of them; a quarter for `one`")
     parser.add_argument("--seconds", type=float, default=25, help="of the paced phase")
-    parser.add_argument("--rate", type=float, help=f"of the paced phase; {PACE} of what `batch` can do if left out")
+    parser.add_argument(
+        "--rate", type=float, help=f"requests per second of the paced phase; {PACE} of the rate of `batch` if omitted"
+    )
     parser.add_argument("--overload-seconds", type=float, default=8)
     parser.add_argument("--timeout", type=float, default=30, help="deadline of a request, s")
     parser.add_argument("--without", nargs="*", default=[], choices=["batch"], help="sides to leave out")

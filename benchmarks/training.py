@@ -283,7 +283,7 @@ def _rows(job: Job, device: torch.device) -> list[Rows]:
         arrays = read_split(job.data, "train", limit=count)
         arrays.pop("id")
         if arrays["target"].shape[1] != job.size:
-            raise SystemExit(f"{job.data} is of {arrays['target'].shape[1]} px, not {job.size}: leave --data out")
+            raise SystemExit(f"{job.data} is of {arrays['target'].shape[1]} px, not {job.size}: omit --data")
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     whole = len(arrays["target"]) // job.batch
     return [{k: v[i * job.batch : (i + 1) * job.batch] for k, v in tensors.items()} for i in range(whole)]
@@ -334,7 +334,7 @@ def main() -> None:
     """Print the tables; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--authors", required=True, help="clone of the authors' repository")
-    parser.add_argument("--data", help="dataset of the size; drawn faces if left out")
+    parser.add_argument("--data", help="dataset of the size; drawn faces if omitted")
     parser.add_argument("--phases", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels; 64 on a CPU, 128 and 256 on a GPU")
     parser.add_argument("--batch", type=int, help="rows; 8 on a CPU, 32 on a GPU")

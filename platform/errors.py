@@ -9,7 +9,7 @@ AnimeDiffusionError           exit code 2 unless another one is given
     DataError                 a dataset or a source folder cannot be used
     ImageError                bytes are not a usable image
     BundleError               a model bundle is missing, damaged or does not fit
-    RegistryError             a model version or alias does not exist, or MLflow or a check refuses a request
+    RegistryError             a model version or alias does not exist, or MLflow or a check rejects a request
     ClusterError              Ray or a service on it cannot be reached or started
     TrainingError             a training run failed; its last checkpoint is kept; exit code 1
     Interrupted               a signal stopped a run; its checkpoint is saved; exit code 128 + signal
@@ -115,7 +115,7 @@ class BundleError(AnimeDiffusionError):
 
 
 class RegistryError(AnimeDiffusionError):
-    """The registry has no such model, version or alias, or MLflow or a check refuses a request."""
+    """The registry has no such model, version or alias, or MLflow or a check rejects a request."""
 
 
 class ClusterError(AnimeDiffusionError):

@@ -4,7 +4,7 @@
     serve.run(app)
 
 All limits follow from one number, `max_batch`: an engine replica runs about that many requests and may hold twice as
-many. Further requests wait in the ingress or are refused with Retry-After. The number of engines follows the pending
+many. Further requests wait in the ingress or are rejected with Retry-After. The number of engines follows the pending
 work, see serve/autoscaling.py.
 """
 
@@ -48,7 +48,7 @@ APP_NAME = "animediffusion"
 STARTING_PATIENCE_S = 60.0
 """How long a new engine waits for an unreachable registry. After that, Ray starts another engine in its place."""
 LOADING_PATIENCE_S = 5.0
-"""How long a request waits in an engine that has no model or no working device. If such an engine refused requests
+"""How long a request waits in an engine that has no model or no working device. If such an engine rejected requests
 immediately, its queue would always be the shortest, and it would receive the requests that working engines could
 answer."""
 HEALTH_PERIOD_S = 3.0
@@ -65,7 +65,7 @@ class ServeConfig(Config):
     """Settings of the application. The `args` of a Serve config file have the same keys."""
 
     model: str | None = None
-    """Bundle folder or URI, or a registered version or alias; the champion if left out."""
+    """Bundle folder or URI, or a registered version or alias; the champion if omitted."""
     workspace: Path | None = None
     """Workspace folder, like the option --workspace of the command."""
     model_name: str | None = None
@@ -87,20 +87,20 @@ class ServeConfig(Config):
     engine_cpus: Annotated[float, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for an engine."""
     engine_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
-    """GPUs that Ray reserves for an engine, or a fraction of one. If left out: 1 if the cluster has a GPU, else 0."""
+    """GPUs that Ray reserves for an engine, or a fraction of one. If omitted: 1 if the cluster has a GPU, else 0."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of an engine; if left out, the number of cores divided by `max_replicas`."""
+    """CPU threads of an engine; if omitted, the number of cores divided by `max_replicas`."""
     precision: Precision = "auto"
     """Data type of the network: float32 or bfloat16. auto is bfloat16 on a GPU that supports it, else float32."""
     compile: bool = False
     """Whether to compile the network with torch.compile into larger kernels; a version then takes minutes to load."""
     keys: str | None = None
-    """File with the hashes of the API keys, a path or s3:// URI; if left out, the one in the workspace. Servers read
+    """File with the hashes of the API keys, a path or s3:// URI; if omitted, the one in the workspace. Servers read
     the file again every few seconds."""
     allow_anonymous: bool = False
     """Accept requests without a key while no key was ever made; only for a server that no other machine reaches."""
     request_log: Path | None = None
-    """File of the access log, one line of JSON for each request; if left out, stderr of the process, which Ray logs."""
+    """File of the access log, one line of JSON for each request; if omitted, stderr of the process, which Ray logs."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
     """Largest body of a request, in bytes. Serve's proxy has its own limit, see serve/proxy.py."""
     upload_timeout_s: Annotated[float, Field(gt=0)] = UPLOAD_TIMEOUT_S
@@ -137,7 +137,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         name="ingress",
         num_replicas=args.num_ingress_replicas,
         ray_actor_options={"num_cpus": 0.25},
-        # This limit is far above what the engines hold: a full queue of the engines must refuse requests, not this one.
+        # This limit is far above what the engines hold: a full queue of the engines must reject requests, not this one.
         max_ongoing_requests=max(100, 16 * args.max_batch * args.max_replicas),
         graceful_shutdown_timeout_s=args.timeout_s + 5,
     )
@@ -188,7 +188,7 @@ class EngineDeployment:
         cores = os.cpu_count() or 1
         torch.set_num_threads(args.num_threads or max(1, cores // max(1, args.max_replicas)))
         name = serve.get_replica_context().replica_id.unique_id
-        # Serve admits at most 2 * max_batch requests, so the engine's own queue never refuses one.
+        # Serve admits at most 2 * max_batch requests, so the engine's own queue never rejects one.
         use_attention(args.settings().attention)
         reserved = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         # Ray does not hide the GPUs from a replica that requested no GPU.

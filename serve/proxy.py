@@ -9,7 +9,7 @@ timeout and choose replicas with headers. This middleware corrects all of this. 
 starts. platform/cluster/cluster.py sets the variable for the Ray that this package starts; infra/docker/Dockerfile sets
 it for the nodes of a cluster.
 
-The middleware cannot correct two cases: uvicorn refuses a request that is not HTTP (400) before any application runs,
+The middleware cannot correct two cases: uvicorn rejects a request that is not HTTP (400) before any application runs,
 and a connection is cut if the node of the proxy is lost.
 """
 
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.api import access_log
-from animediffusion.serve.api.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, refusal, request_id_of
+from animediffusion.serve.api.limits import MAX_BODY_BYTES, SECURITY, UPLOAD_TIMEOUT_S, Body, problem_of, request_id_of
 from animediffusion.serve.api.problems import MEDIA_TYPE, RETRY_AFTER_S, ProblemError, respond
 
 BODY_VARIABLE = "ANIMEDIFFUSION_MAX_BODY_BYTES"
@@ -100,7 +100,7 @@ class ProxyErrors:
         request_id, started = request_id_of(scope), time.monotonic()
         scope = {**scope, "headers": _safe_headers(scope["headers"], request_id), "state": {"request_id": request_id}}
         response = _Response(send)
-        problem = refusal(scope, self.max_body_bytes)
+        problem = problem_of(scope, self.max_body_bytes)
         if problem is None:
             body = _Body(Body(receive, self.max_body_bytes, self.upload_timeout_s))
             problem = await self._run_serve(scope, body, response)

@@ -135,7 +135,7 @@ class RayBackend:
             cause = error.cause
             return cause if isinstance(cause, ServeError) else error
         if isinstance(error, BackPressureError):
-            # No engine has seen this request, so it is counted here; an engine counts the requests that it refuses.
+            # No engine has seen this request, so it is counted here; an engine counts the requests that it rejects.
             self._requests.inc(tags={"version": "", "outcome": "busy"})
             return BusyError("every engine's queue is full", self._rate.retry_after_s())
         if isinstance(error, DeploymentUnavailableError | RayActorError):

@@ -167,7 +167,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port}", "already in use", "choose another with --port")
     if error.errno == errno.EACCES:
-        return ConfigError(f"port {port}", "this user may not listen on it", "choose a port from 1024 with --port")
+        return ConfigError(f"port {port}", "this user may not listen on it", "choose port 1024 or higher with --port")
     return ConfigError(
         "--host", f"{host!r} ({error.strerror or error})", "an address of this machine, for example 0.0.0.0"
     )
@@ -213,10 +213,10 @@ def _for_host(config: ServeConfig, host: str) -> ServeConfig:
 
 
 def _check_proxy(host: str) -> None:
-    """Refuse a loopback host if Serve runs at a public address already: Serve would keep that address."""
+    """Reject a loopback host if Serve already runs at a public address: Serve would keep that address."""
     running_at = serve_host()
     if _is_loopback(host) and not _is_loopback(running_at):
-        raise ConfigError("--host", f"Serve runs on this cluster already, at {running_at}", "use `serve deploy` there")
+        raise ConfigError("--host", f"Serve already runs on this cluster, at {running_at}", "use `serve deploy`")
 
 
 def _absolute(model: str | None) -> str | None:

@@ -77,7 +77,7 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
         The exit code: 0, or 2 after an error message of one line on stderr.
 
     Raises:
-        SystemExit: argparse refuses an argument.
+        SystemExit: argparse rejects an argument.
     """
     given = _parser().parse_args(arguments)
     options = SamplerOptions(seed=given.seed, steps=given.steps, guidance_scale=given.guidance_scale)
@@ -106,14 +106,14 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
 
 
 def _check_files(given: argparse.Namespace) -> None:
-    """Refuse to overwrite a file that is read, and to write one file twice."""
+    """Reject outputs that would overwrite an input or each other."""
     named = {"SKETCH": given.sketch, "REFERENCE": given.reference}
     for name, file in (("OUT.png", given.out), ("--layer", given.layer)):
         if file is None:
             continue
         for other, used in named.items():
             if os.path.realpath(file) == os.path.realpath(used):
-                raise ConfigError(name, f"{file} is {other}, too", "give another file")
+                raise ConfigError(name, f"{file} is also {other}", "give another file")
         named[name] = file
 
 
@@ -145,7 +145,7 @@ def _option(name: str, read: Callable[[str], float]) -> Callable[[str], float]:
 
 
 class _Once(argparse.Action):
-    """Stores a value and refuses a second one, of which argparse would take the last without a word."""
+    """Stores a value and rejects a second one, because argparse would silently use the last value."""
 
     def __call__(self, _: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
         given = vars(namespace).setdefault("given", set())
@@ -163,9 +163,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT.png", type=_path)
     parser.add_argument("--layer", metavar="FILE.png", type=_path, help="also write the color without the lines")
     parser.add_argument("--seed", type=_option("seed", whole_number), default=0)
-    parser.add_argument("--steps", type=_option("steps", whole_number), help="the model's own default if left out")
+    parser.add_argument("--steps", type=_option("steps", whole_number), help="the model's own default if omitted")
     parser.add_argument(
-        "--guidance-scale", type=_option("guidance_scale", number), help="the model's own default if left out"
+        "--guidance-scale", type=_option("guidance_scale", number), help="the model's own default if omitted"
     )
-    parser.add_argument("--size", choices=["native", "model"], default="native", help="the sketch's, or the model's")
+    parser.add_argument(
+        "--size",
+        choices=["native", "model"],
+        default="native",
+        help="size of the picture: that of the sketch, or of the model",
+    )
     return parser

@@ -60,7 +60,7 @@ WRONG_USAGE = [
     (["train", "nothing.yaml"], "nothing.yaml: No such file or directory"),
     (["train", "demo", "network.base_chanels=96"], "network.base_chanels: unknown key; did you mean 'base_channels'?"),
     (["train", "demo", "batch_size=-4"], "batch_size: -4; input should be greater than 0"),
-    (["train", "demo", "--no-estimate"], "--no-estimate: given without --dry-run; leave it out"),
+    (["train", "demo", "--no-estimate"], "--no-estimate: given without --dry-run; omit it"),
     (["train", "demo", "fast"], "fast: is not of the form key=value"),
     (["train", "demo", "data=/nowhere"], "/nowhere: no dataset (no manifest.json)"),
     (["evaluate", "/nowhere", "d"], "/nowhere: no such folder"),

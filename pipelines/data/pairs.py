@@ -100,7 +100,7 @@ def _read(text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 if surplus < len(columns):
                     found = f"{cells[surplus]!r} is in column {surplus + 1}, which has no name"
                     raise DataError(where, found, "remove that column, or name it")
-                raise DataError(where, f"{cells[surplus]!r} is in no column", "quote paths that contain a comma")
+                raise DataError(where, f"{cells[surplus]!r} is not in any column", "quote paths that contain a comma")
             yield reader.line_num, dict(pairs)
     except csv.Error as error:
         where = f"pairs CSV, line {reader.line_num}"

@@ -289,7 +289,7 @@ def trial_layout(config: TrainConfig) -> TrialLayout:
     """
     gpus, address = torch.cuda.device_count(), cluster_address()
     if config.use_gpu and not gpus:
-        raise _ImpossibleError("the workers need GPUs, and this machine has none")
+        raise _ImpossibleError("the workers need GPUs, but this machine has none")
     fewest, workers = config.workers_on(0 if config.use_gpu is False else gpus)
     cuda = gpus > 0 if address and config.use_gpu is None else gpus >= fewest
     cuda = (cuda or bool(config.use_gpu)) and config.use_gpu is not False
@@ -300,7 +300,7 @@ def trial_layout(config: TrainConfig) -> TrialLayout:
         processes = min(workers, os.cpu_count() or 1)
         return TrialLayout(workers, processes, cuda=False, slowdown=workers / processes)
     if gpus < fewest:
-        raise _ImpossibleError(f"{fewest} workers need as many GPUs, this machine has {gpus}")
+        raise _ImpossibleError(f"{fewest} workers need {fewest} GPUs, but this machine has {gpus}")
     # An elastic run gets as many workers as there are GPUs.
     workers = min(workers, gpus)
     return TrialLayout(workers, workers, cuda=True)
@@ -337,8 +337,8 @@ def _read_answer(folder: Path, rank: int, code: int | None) -> TrialAnswer:
             raise _ImpossibleError(found["error"])
         return TrialAnswer.from_json(found)
     if code is None:
-        raise _ImpossibleError(f"steps are too slow on this machine, {LIMIT_S:.0f} s were not enough to time any")
-    why = "killed, maybe because memory ran out" if code < 0 else f"exit code {code}"
+        raise _ImpossibleError(f"steps are too slow on this machine: none could be timed within {LIMIT_S:.0f} s")
+    why = "killed, perhaps because memory ran out" if code < 0 else f"exit code {code}"
     raise _ImpossibleError(f"a process that timed steps ended early ({why})")
 
 

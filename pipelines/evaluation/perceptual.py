@@ -58,7 +58,7 @@ def require(weights: Path) -> None:
     for name in (ALEXNET, INCEPTION):
         if not (weights / name).is_file():
             raise ConfigError(
-                str(weights), f"has no {name}", "get the file from where pipelines/evaluation/perceptual.py says"
+                str(weights), f"has no {name}", "download it from the address in pipelines/evaluation/perceptual.py"
             )
 
 

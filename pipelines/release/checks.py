@@ -53,7 +53,7 @@ def check_quality(candidate: Version, champion: Version | None) -> None:
     if champion is None or champion.version == candidate.version:
         return
     if not champion.evaluations:
-        found = f"cannot be compared, the champion (version {champion.version}) was not evaluated"
+        found = f"cannot be compared: the champion (version {champion.version}) was not evaluated"
         raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
     own = [StoredEvaluation.of(result) for result in candidate.evaluations]
     champions = [StoredEvaluation.of(result) for result in champion.evaluations]
@@ -77,7 +77,7 @@ def _check_not_worse(name: str, ours: dict[str, float], theirs: dict[str, float]
         if key not in theirs:
             continue
         if key not in ours:
-            raise RegistryError(name, f"has no {label}, but the champion has", "evaluate it again, or use --force")
+            raise RegistryError(name, f"has no {label}, but the champion has one", "evaluate it again, or use --force")
         # Round, so that a difference of exactly the margin passes in spite of floating-point errors.
         gain = round(sign * (ours[key] - theirs[key]), 6)
         if not gain >= -margin:

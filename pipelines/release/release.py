@@ -1,8 +1,8 @@
 """Register bundles as versions; promote and roll back versions.
 
-A version passes the promotion gate if its bundle loads, its hash is the registered one, its smoke sample is finite, and
-it was evaluated and is not worse than the champion on the champion's data. `--force` skips only this evaluation check,
-which the audit log records; a broken bundle never passes.
+A version passes the checks before promotion if its bundle loads, its hash is the registered one, its smoke sample is
+finite, and it was evaluated and is not worse than the champion on the champion's data. `--force` skips only this
+evaluation check, which the audit log records; a broken bundle never passes.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def register(
 def promote(
     settings: Settings, version: int | str, alias: str = CHAMPION, why: str = "", *, force: bool = False
 ) -> AliasChange:
-    """Point the alias at a version that passes the gate.
+    """Point the alias at a version that passes the checks before promotion.
 
     Raises:
         ConfigError: the alias is unknown.
-        RegistryError: the version is unknown or does not pass the gate.
+        RegistryError: the version is unknown or does not pass the checks.
         BundleError: the bundle is broken.
     """
     if alias not in ALIASES:

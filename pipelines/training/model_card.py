@@ -36,11 +36,11 @@ Colors anime line art (1 channel, dark on white) from a color reference.
 |---|---|
 {table}
 
-Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FOLDER`. What it reached where it was
-measured (`animediffusion evaluate`) is in `metrics.json`.
+Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FOLDER`. The metrics of
+`animediffusion evaluate`, if it was run, are in `metrics.json`.
 
 Made for faces and busts in the style of its training data; other drawings get plausible, not correct, colors. The
-code is under Apache-2.0; the rights in the training images decide what the model may be used for.
+code is under Apache-2.0; the rights to the training images determine the permitted uses of the model.
 """
 
 

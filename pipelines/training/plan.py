@@ -78,7 +78,7 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     name = _name_before_a_move(settings.workspace, config) or config.run_name
     folder = settings.workspace / "runs" / name
     place = storage.join(config.storage, name) if config.storage else str(folder)
-    _refuse_another(folder, config)
+    _reject_another(folder, config)
     record = read_json(folder / "run.json")
     finished = bool(record.get("finished")) and _budget_spent(int(record["result"]["steps"]), config)
     start = latest_step(storage.join(place, "checkpoints"))
@@ -134,7 +134,7 @@ def _require_fit(config: TrainConfig, size: int) -> None:
         raise ConfigError(f"recipe {config.recipe!r}", str(error), "change path, prediction or objective") from error
 
 
-def _refuse_another(folder: Path, config: TrainConfig) -> None:
+def _reject_another(folder: Path, config: TrainConfig) -> None:
     """Raise ConfigError if the folder belongs to a run with other settings."""
     path = folder / "config.yaml"
     if not path.exists():

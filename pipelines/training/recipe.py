@@ -212,7 +212,7 @@ def _with_base(values: Values, above: tuple[Path, ...] = ()) -> Values:
         return values
     file = _find(str(base))
     if file in above:
-        raise ConfigError("base", f"recipe {base!r} is based on itself", "name another recipe, or leave it out")
+        raise ConfigError("base", f"recipe {base!r} is based on itself", "name another recipe, or omit base")
     inherited = _with_base(read_yaml(file), (*above, file))
     # The run is named after this recipe, not after its base. A budget here replaces the base's, in either unit.
     dropped = {"recipe", *(BUDGET if BUDGET & values.keys() else ())}

@@ -57,7 +57,7 @@ def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str
     if gpus and config.num_workers is None:
         return [f"{where}{gpus - used} of {gpus} GPUs are idle, batch_size={config.batch_size} has no larger divisor"]
     if gpus:
-        return [f"{where}{gpus - used} of {gpus} GPUs are idle, num_workers is {config.num_workers}; leave it out"]
+        return [f"{where}{gpus - used} of {gpus} GPUs are idle, num_workers is {config.num_workers}; omit it"]
     if not used:
         return [f"{where}the cluster has no GPU yet and can add {most}; set use_gpu=true to wait for them"]
     return (

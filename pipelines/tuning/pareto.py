@@ -11,7 +11,7 @@ from animediffusion.pipelines.evaluation.measure import Measurement
 Prefer = Literal["knee", "fast", "best"]
 
 FAST_LOSS = 0.2
-"""PSNR in dB that `prefer=fast` may lose compared with the defaults; equal to the margin of the promotion gate."""
+"""PSNR in dB that `prefer=fast` may lose compared with the defaults: as many as a new champion may lose."""
 
 
 def pareto_front(points: Sequence[Measurement]) -> list[Measurement]:

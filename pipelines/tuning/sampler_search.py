@@ -53,7 +53,7 @@ from animediffusion.platform.tracking.tracking import TUNING, Run
 FORMAT = 1
 """Version of the trial log; it must change when the same settings would be measured differently."""
 MOST_TAG_CHARS = 4900
-"""MLflow refuses longer tags."""
+"""MLflow rejects longer tags."""
 CONFIRM_DB = 0.05
 """PSNR in dB that a chosen point may lack on unseen rows; these rows cannot resolve smaller differences."""
 
@@ -138,7 +138,7 @@ def tune_sampler(
         num_images: number of rows of the split to measure on.
         split: name of the split.
         progress: called with one line after every trial.
-        evaluate: measures the new bundle, so that the promotion gate can compare the version immediately.
+        evaluate: measures the new bundle, so that the checks before promotion can compare the version immediately.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -200,7 +200,7 @@ def _base(recipe: str, data: str) -> TrainConfig:
     base = load_recipe(recipe, [f"data={data}", "max_steps=1"])
     if base.objective.name != "denoising" or base.objective.strict or base.init_from is not None:
         raise ConfigError(
-            f"recipe {recipe!r}", "is not a phase 1 recipe from scratch", "begin with phase1, demo, small, ..."
+            f"recipe {recipe!r}", "is not a phase 1 recipe from scratch", "start from phase1, demo, small, ..."
         )
     return base
 

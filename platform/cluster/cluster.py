@@ -90,7 +90,7 @@ def connect(
         reason = why_unreachable(address)
         if reason is not None:
             raise ClusterError(f"Ray at {address}", reason, "check RAY_ADDRESS, or unset it")
-        # Inside a job that was submitted with its own variables, Ray would refuse ours.
+        # Inside a job that was submitted with its own variables, Ray would reject ours.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         ray_compat.use_token_if_available()
         _init(f"Ray at {address}", address=address, **common)
@@ -236,6 +236,6 @@ def _init(thing: str, **arguments: Any) -> None:
     except Exception as error:
         # The type of Ray's error depends on how far ray.init() came; one of the chained messages contains the cause.
         if any(sign in f"{error} {error.__cause__} {error.__context__}" for sign in _WRONG_TOKEN):
-            raise ClusterError(thing, "refuses the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
+            raise ClusterError(thing, "rejects the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
         found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ClusterError(thing, f"cannot be used ({found.strip()})", "see `animediffusion doctor`") from error

@@ -73,7 +73,7 @@ def submit(command: Sequence[str], *, with_code: bool = False, name: str | None 
 
     Raises:
         ConfigError: if `command` is empty.
-        ClusterError: if nothing answers, the token is wrong, or the cluster refuses the job.
+        ClusterError: if nothing answers, the token is wrong, or the cluster rejects the job.
     """
     if not command:
         raise ConfigError("jobs submit", "no command", "write it after --, for example: jobs submit -- train demo")
@@ -227,7 +227,7 @@ def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
 
 def _explained(thing: str, job_id: str | None, message: str) -> ClusterError:
     if any(sign in message for sign in ("401", "403", "Unauthorized", "authentication", "InvalidAuthToken")):
-        return ClusterError(thing, "refuses the token", "set RAY_AUTH_TOKEN to the cluster's token")
+        return ClusterError(thing, "rejects the token", "set RAY_AUTH_TOKEN to the cluster's token")
     if job_id is not None and ("404" in message or "does not exist" in message):
         return ClusterError(f"job {job_id}", "no such job", "see `animediffusion jobs list`")
     lines = [line.strip() for line in message.splitlines() if line.strip()]

@@ -32,13 +32,13 @@ def alias_lock(registry: Registry, stale_s: float = STALE_S) -> Iterator[None]:
         stale_s: seconds after which a lock that one process holds is removed.
 
     Raises:
-        RegistryError: if the store does not answer or refuses the lock.
+        RegistryError: if the store does not answer or rejects the lock.
     """
     name = f"{registry.name}-turn"
     try:
         _acquire(registry, name, stale_s)
     except MlflowException as error:
-        found = f"{tracking.store_name(registry.tracking_uri)} refused the request ({tracking.first_line(error)})"
+        found = f"{tracking.store_name(registry.tracking_uri)} rejected the request ({tracking.first_line(error)})"
         raise RegistryError(f"lock for the aliases of {registry.name}", found, "nothing was changed") from error
     try:
         yield
@@ -66,7 +66,7 @@ def _acquire(registry: Registry, name: str, stale_s: float) -> None:
 
 
 def _remove(registry: Registry, name: str) -> None:
-    """Remove the lock of a process that has ended; raises if the store refuses, as it does for another user's model."""
+    """Remove the lock of a process that has ended; raises if the store rejects it, as for another user's model."""
     try:
         registry.client.delete_registered_model(name)
     except MlflowException as error:

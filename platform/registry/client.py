@@ -336,7 +336,7 @@ class Registry:
         try:
             yield
         except MlflowException as error:
-            found = f"{tracking.store_name(self.tracking_uri)} refused the request ({tracking.first_line(error)})"
+            found = f"{tracking.store_name(self.tracking_uri)} rejected the request ({tracking.first_line(error)})"
             raise RegistryError(thing, found, "see `animediffusion doctor`") from error
         except (OSError, BotoCoreError, ClientError) as error:  # disk, network or artifact store
             raise RegistryError(

@@ -58,7 +58,7 @@ def read(registry: Registry) -> Traffic:
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return Traffic()
-        raise _refused(registry, error) from error
+        raise _rejected(registry, error) from error
     versions = {alias: int(version) for alias, version in model.aliases.items() if alias in ALIASES}
     percent = _percent(model.tags.get(PERCENT_TAG, "0"))
     return Traffic(champion=versions.get(CHAMPION), challenger=versions.get(CHALLENGER), percent=percent)
@@ -69,7 +69,7 @@ def set_percent(registry: Registry, percent: int) -> None:
     try:
         registry.client.set_registered_model_tag(registry.name, PERCENT_TAG, str(percent))
     except MlflowException as error:
-        raise _refused(registry, error) from error
+        raise _rejected(registry, error) from error
 
 
 def _percent(text: str) -> int:
@@ -80,6 +80,6 @@ def _percent(text: str) -> int:
     return 0
 
 
-def _refused(registry: Registry, error: MlflowException) -> RegistryError:
-    found = f"refused the request ({tracking.first_line(error)})"
+def _rejected(registry: Registry, error: MlflowException) -> RegistryError:
+    found = f"rejected the request ({tracking.first_line(error)})"
     return RegistryError(tracking.store_name(registry.tracking_uri), found, "see `animediffusion doctor`")

@@ -1,7 +1,7 @@
 """Parse the addresses of files: local paths, file:// and s3:// URIs.
 
 In a URI, `?` starts the options, so a ? in a name is written %3F and a % is written %25. An address with an invalid or
-unknown part is refused; no part is ignored. Not here: access to the files, see storage.py.
+unknown part is rejected; no part is ignored. Not here: access to the files, see storage.py.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _file_path(uri: str) -> str:
     if match is None or match["host"] not in (None, "", "localhost"):
         raise StorageError(uri, "is not the URI of a file", "write file:///path, or the path alone")
     if match["options"] is not None:
-        raise StorageError(uri, "has options, which only s3:// addresses have", "write a ? in a name as %3F")
+        raise StorageError(uri, "has options, which only s3:// URIs have", "write a ? in a name as %3F")
     return unquote(match["path"], errors="surrogateescape")
 
 
@@ -82,11 +82,11 @@ def _parse_s3(uri: str) -> Location:
     match = _S3.fullmatch(uri)
     if match is None:
         raise StorageError(
-            _without_secrets(uri), "is not an S3 address", "write s3://bucket/path, or ./s3:... for a file"
+            _without_secrets(uri), "is not an s3:// URI", "write s3://bucket/path, or ./s3:... for a file"
         )
     options = _options(uri, match["bucket"], match["options"])
     if not match["bucket"]:
-        raise StorageError(uri, "names no bucket", "write s3://bucket/path")
+        raise StorageError(uri, "does not name a bucket", "write s3://bucket/path")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", match["bucket"]):
         allowed = "letters, digits, dots and hyphens, then / and the path"
         raise StorageError(uri, f"{match['bucket']!r} is not the name of a bucket", allowed)

@@ -246,7 +246,7 @@ def _explain(uri: str, error: Exception) -> StorageError:
         return s3.explain(uri, location.endpoint, location.bucket, error)
     if isinstance(error, FileNotFoundError):
         is_link = Path(location.path).is_symlink()
-        return FileError(uri, "is a link to nothing" if is_link else "does not exist", "check the path")
+        return FileError(uri, "is a broken link" if is_link else "does not exist", "check the path")
     if isinstance(error, OSError) and error.errno:
         kind = StorageError if error.errno in _NOT_THE_FILE else FileError
         return kind(uri, reason(error), "check the path and its permissions")

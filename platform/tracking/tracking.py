@@ -290,7 +290,7 @@ class Run:
         return left
 
     def _send(self, entries: list[Entry]) -> int:
-        """Send entries for the spool (see spool.Send); records that MLflow refuses are dropped with a warning."""
+        """Send entries for the spool (see spool.Send); records that MLflow rejects are dropped with a warning."""
         sent = 0
         for group in groups(entries):
             try:

@@ -35,7 +35,7 @@ class KeyAuthentication:
             token = _token(Headers(scope=scope).get("authorization", ""))
             name = self.keyring.name_of(token) if token else None
             if name is None:
-                await respond(_refusal(token), scope, receive, send)
+                await respond(_unauthorized(token), scope, receive, send)
                 return
             scope["state"]["key"] = name
         await self.app(scope, receive, send)
@@ -51,7 +51,7 @@ def _token(header: str) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _refusal(token: str) -> ProblemError:
+def _unauthorized(token: str) -> ProblemError:
     """Return a 401 with an error code only if the request contained a key, as RFC 6750 requires."""
     if not token:
         detail = "this server requires a key; send the header Authorization: Bearer KEY"

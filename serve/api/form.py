@@ -49,15 +49,15 @@ class ColorizeForm(BaseModel):
     reference: bytes
     """A picture with the wanted colors."""
     num_inference_steps: Annotated[int | None, BeforeValidator(whole_number), Field(ge=1, le=MAX_STEPS)] = None
-    """Number of denoising steps; the default of the model if left out."""
+    """Number of denoising steps; the default of the model if omitted."""
     guidance_scale: Annotated[float | None, BeforeValidator(number), Field(ge=0, le=MAX_GUIDANCE_SCALE)] = None
     """Strength of the guidance by the reference; 1 disables guidance."""
     seed: Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=MAX_SEED)] = Field(
         default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
     )
-    """Seed of the noise: the same seed gives the same picture. Random if left out; the header X-Seed returns it."""
+    """Seed of the noise: the same seed gives the same picture. Random if omitted; the header X-Seed returns it."""
     sampler: SamplerName | None = None
-    """Sampler; the default of the model if left out."""
+    """Sampler; the default of the model if omitted."""
     output: Output = "image"
     """`color_layer` is RGBA without lines. `both`, for `/v1/colorize/stream` only, adds `color_layer` to the result."""
     size: Size = "native"
@@ -99,7 +99,7 @@ async def read_form(request: Request) -> ColorizeForm:
 
 
 def _check_head(request: Request) -> None:
-    """Refuse a body that is not a plain form, and parameters outside the form: ignoring them would hide a mistake."""
+    """Reject a body that is not a plain form, and parameters outside the form: ignoring them would hide a mistake."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
@@ -128,7 +128,7 @@ class _Parser(MultiPartParser):
         self.is_complete = True
 
     def on_headers_finished(self) -> None:
-        """Refuse a part that is encoded: its bytes would be taken for another value."""
+        """Reject a part that is encoded: its bytes would be taken for another value."""
         super().on_headers_finished()
         for name, value in self._current_part.item_headers:
             if name in _CODINGS and value.strip().lower() not in _AS_IT_IS:
@@ -149,7 +149,7 @@ async def _parse(request: Request) -> FormData:
     except MultiPartException as error:
         raise ProblemError(400, f"the multipart body cannot be read: {_reason(parser, error)}") from error
     except UnicodeError as error:
-        raise ProblemError(400, "the charset in Content-Type cannot be read; leave it out, names are UTF-8") from error
+        raise ProblemError(400, "the charset in Content-Type cannot be read; omit it, names are UTF-8") from error
     if not parser.is_complete:
         await form.close()
         raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")

@@ -64,7 +64,7 @@ class RequestLimits:
                 answer.update({name: value or request_id for name, value in self.added.items()})
             await send(message)
 
-        problem = refusal(scope, self.max_body_bytes)
+        problem = problem_of(scope, self.max_body_bytes)
         if problem is not None:
             await respond(problem, scope, receive, send_with_headers)
             return
@@ -110,12 +110,12 @@ def request_id_of(scope: Scope) -> str:
     return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
-def refusal(scope: Scope, max_body_bytes: int) -> ProblemError | None:
+def problem_of(scope: Scope, max_body_bytes: int) -> ProblemError | None:
     """Return the problem of a request that is visible from its headers alone; None if there is no problem."""
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         return ProblemError(431, f"the headers have more than {MAX_HEAD_BYTES // 2**10} KiB")
     announced = Headers(scope=scope).get("content-length", "")
-    # A number of more than 18 digits is too large in any case, and int() refuses very long numbers.
+    # A number of more than 18 digits is too large in any case, and int() rejects very long numbers.
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_body_bytes):
         return too_large(max_body_bytes)
     return None

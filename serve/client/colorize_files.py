@@ -288,5 +288,5 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise DataError(str(path), error.strerror or "cannot be read", "give an image file") from error
     if len(data) > MAX_FILE_BYTES:
-        raise ImageError(str(path), f"has more than {MAX_FILE_BYTES // 2**20} MiB", "give an image file")
+        raise ImageError(str(path), f"is larger than {MAX_FILE_BYTES // 2**20} MiB", "give an image file")
     return data

@@ -40,7 +40,7 @@ class RemoteColorizer:
         _check_url(url)
         key = os.environ.get(API_KEY, "").strip()  # Files of secrets often end with a line break.
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError(API_KEY, "contains characters that no key has", _KEY_HINT)
+            raise ConfigError(API_KEY, "contains characters that a key cannot contain", _KEY_HINT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.max_concurrent = 4  # The server batches concurrent requests.
         self.url = url.rstrip("/")
@@ -54,8 +54,8 @@ class RemoteColorizer:
         """See colorize_files.Colorizer. One request returns picture and color layer, so version and seed are the same.
 
         Raises:
-            DataError: the server refuses this drawing.
-            ConfigError: the server refuses the API key, or requires one.
+            DataError: the server rejects this drawing.
+            ConfigError: the server rejects the API key, or requires one.
             ClusterError: the server is unreachable, or fails.
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
@@ -68,10 +68,10 @@ class RemoteColorizer:
                 return ColoredDrawing(image, layer, result["model_version"])
             except (ValueError, KeyError, TypeError) as error:
                 raise self._not_this_api() from error
-            except _RefusedError as refused:
-                if refused.status not in BUSY or time.monotonic() > end:
-                    raise self._explain(refused, name) from refused
-                time.sleep(min(5.0, refused.retry_after_s))
+            except _RejectedError as rejected:
+                if rejected.status not in BUSY or time.monotonic() > end:
+                    raise self._explain(rejected, name) from rejected
+                time.sleep(min(5.0, rejected.retry_after_s))
 
     def versions(self) -> Collection[str]:
         """Return the versions that get traffic on the server."""
@@ -80,8 +80,8 @@ class RemoteColorizer:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if not response.is_success:
-            refused = _RefusedError(response.status_code, _detail(response))
-            raise self._explain(refused, "/v1/models") from refused
+            rejected = _RejectedError(response.status_code, _detail(response))
+            raise self._explain(rejected, "/v1/models") from rejected
         try:
             return tuple(response.json()["traffic"])
         except (ValueError, KeyError, TypeError) as error:
@@ -98,18 +98,18 @@ class RemoteColorizer:
         self.close()
 
     def _post(self, files: dict[str, tuple[str, bytes]], fields: dict[str, str]) -> dict[str, Any]:
-        """Return the data of the event `result`; raise _RefusedError or ClusterError if there is none."""
+        """Return the data of the event `result`; raise _RejectedError or ClusterError if there is none."""
         try:
             with self._client.stream("POST", "/v1/colorize/stream", files=files, data=fields) as response:
                 if not response.is_success:
                     response.read()
                     wait = _seconds(response.headers.get("Retry-After"))
-                    raise _RefusedError(response.status_code, _detail(response), wait)
+                    raise _RejectedError(response.status_code, _detail(response), wait)
                 for name, data in _events(response.iter_lines()):
                     if name == "result":
                         return data
                     if name == "error":
-                        raise _RefusedError(data["status"], data["detail"])
+                        raise _RejectedError(data["status"], data["detail"])
                 if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
                     raise self._not_this_api()
         except httpx.HTTPError as error:
@@ -122,15 +122,15 @@ class RemoteColorizer:
     def _not_this_api(self) -> ClusterError:
         return ClusterError(self.shown_url, "is not an AnimeDiffusion server", "give the address that `serve` prints")
 
-    def _explain(self, refused: _RefusedError, thing: str) -> AnimeDiffusionError:
-        if refused.status == 401:
+    def _explain(self, rejected: _RejectedError, thing: str) -> AnimeDiffusionError:
+        if rejected.status == 401:
             sent = "Authorization" in self._client.headers
             found = f"{self.shown_url} rejects this key" if sent else "is not set"
             return ConfigError(API_KEY, found, _KEY_HINT)
-        if refused.status in (413, 415, 422):
-            return DataError(thing, f"the server refuses it ({refused.detail})", "see its /docs")
-        found = f"answers {refused.status} ({refused.detail})"
-        hint = "give the address that it names" if 300 <= refused.status < 400 else "try again, or look at its log"
+        if rejected.status in (413, 415, 422):
+            return DataError(thing, f"the server rejects it ({rejected.detail})", "see its /docs")
+        found = f"answers {rejected.status} ({rejected.detail})"
+        hint = "give the address that it names" if 300 <= rejected.status < 400 else "try again, or read its log"
         return ClusterError(self.shown_url, found, hint)
 
 
@@ -143,11 +143,13 @@ def _check_url(text: str) -> None:
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("--url", repr(without_password(text)), allowed)
     if url.query or url.fragment:
-        raise ConfigError("--url", f"{without_password(text)!r} has more than a path", "remove the part from ? or #")
+        raise ConfigError(
+            "--url", f"{without_password(text)!r} has more than a path", "remove ? or # and the text after it"
+        )
 
 
-class _RefusedError(Exception):
-    """The server refused the request, with an HTTP status and a reason."""
+class _RejectedError(Exception):
+    """The server rejected the request, with an HTTP status and a reason."""
 
     def __init__(self, status: int, detail: str, retry_after_s: float = 1.0) -> None:
         super().__init__(detail)

@@ -70,7 +70,7 @@ class Engine:
         own_thread: whether the engine runs on its own thread; if not, the caller runs each engine step with step().
         clock: returns the time for deadlines, in seconds.
         on_step: callback after each engine step; it runs on the engine's thread and must not block.
-        sizes: batch sizes to which rows are padded, see NetworkRunner; if left out, a few on CUDA, no padding on a CPU.
+        sizes: batch sizes to which rows are padded, see NetworkRunner; if omitted, a few on CUDA, no padding on a CPU.
         warms_up: whether to evaluate batches of a few sizes first, so that a compiled network is compiled before the
             first request.
     """
@@ -124,11 +124,11 @@ class Engine:
             UnavailableError: the device has failed.
         """
         with self._changed:
-            self._refuse_if_unable()  # Check before the request is prepared, to save that work.
+            self._reject_if_unable()  # Check before the request is prepared, to save that work.
         row = self._new_row(request)
         with self._changed:
-            self._refuse_if_unable()
-            self._refuse_if_late(row)
+            self._reject_if_unable()
+            self._reject_if_late(row)
             self._num_open += 1
             row.number, self.counts.submitted = self.counts.submitted, self.counts.submitted + 1
             row.future.add_done_callback(lambda _: self._count_end(row))
@@ -178,7 +178,7 @@ class Engine:
         return self._lost
 
     def close(self, *, drain: bool = True, timeout_s: float = 60) -> None:
-        """Refuse new requests, finish the present requests (or fail them if `drain` is False), and end the thread.
+        """Reject new requests, finish the present requests (or fail them if `drain` is False), and end the thread.
 
         Args:
             drain: whether to finish the present requests.
@@ -215,17 +215,17 @@ class Engine:
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
         return new_row(self.bundle.denoiser, request, self.bundle.config.sampler)
 
-    def _refuse_if_unable(self) -> None:
+    def _reject_if_unable(self) -> None:
         if self._lost is not None:
             raise UnavailableError(self._lost)
         if self._closing:
-            self._refuse("this engine is closing")
+            self._reject("this engine is closing")
         if self._num_open >= self.max_batch + self.max_queue:
             steps = self._steps_until_done(list(self._waiting), (1, 0))
-            self._refuse(f"{len(self._waiting)} requests wait already", steps * self._step_times.typical)
+            self._reject(f"{len(self._waiting)} requests wait already", steps * self._step_times.typical)
 
-    def _refuse_if_late(self, row: Row) -> None:
-        """Refuse a request that would be late because of the work before it.
+    def _reject_if_late(self, row: Row) -> None:
+        """Reject a request that would be late because of the work before it.
 
         A request that would be late even without that work is accepted here; _end_if_late fails it with DeadlineError.
         """
@@ -233,9 +233,9 @@ class Engine:
             steps = self._steps_until_done(self._waiting.before(row.request.key), row.claim)
             wait_s, left_s = steps * self._step_times.typical, row.request.deadline - self._clock()
             if wait_s > left_s > row.num_left * self._step_times.fastest:
-                self._refuse(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
+                self._reject(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
 
-    def _refuse(self, why: str, retry_after_s: float = 1.0) -> None:
+    def _reject(self, why: str, retry_after_s: float = 1.0) -> None:
         self.counts.refused += 1
         raise BusyError(why, retry_after_s)
 

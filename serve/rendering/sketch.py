@@ -24,13 +24,13 @@ PAPER_GRID_PX = 64
 FAINT_LINE = 0.08
 """Darkness below this value counts as grain of the paper."""
 NEARLY_BLACK = 64
-"""A picture whose median brightness is below this value is refused."""
+"""A picture whose median brightness is below this value is rejected."""
 DARK_GROUND = 128
 """On ground darker than this, lines may be lighter than the ground."""
 LIGHT_GROUND = 208
 """On ground as light as this, lines that are lighter are too faint to be lines."""
 FEW_DARK_LINES = 8
-"""Toned paper between the two often has highlights: it is refused where light lines outweigh dark ones this much."""
+"""Toned paper between the two often has highlights: it is rejected where light lines outweigh dark ones this much."""
 SMALL_PX = 256
 """Longer side of the reduced picture in which inverted drawings are detected."""
 

@@ -86,7 +86,7 @@ class LoadedModel:
         return self.engine.work_left / sampler.num_evaluations(defaults.steps)
 
     def check(self) -> None:
-        """Raise RuntimeError if the engine does not work any more or hangs in an engine step."""
+        """Raise RuntimeError if the engine no longer works or hangs in an engine step."""
         if not self.engine.is_alive:
             raise RuntimeError(f"the engine of version {self.version} has ended")
         steps, since = self._seen

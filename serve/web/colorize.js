@@ -38,7 +38,7 @@ export async function colorize(body, {signal, on_progress, on_wait}) {
 async function ask(body, signal, on_progress) {
   try {
     const response = await fetch_with_key("v1/colorize/stream", {method: "POST", body, signal});
-    if (!response.ok) throw await refusal(response);
+    if (!response.ok) throw await problem_of(response);
     for await (const {name, data} of read_events(response.body)) {
       if (name === "progress") on_progress(data);
       else if (name === "error") throw problem(data);
@@ -51,7 +51,7 @@ async function ask(body, signal, on_progress) {
   throw new Problem("The connection ended before the picture was finished. Please try again.");
 }
 
-async function refusal(response) {
+async function problem_of(response) {
   let body = {};
   try { body = await response.json(); } catch { /* The body is not JSON, for example the error page of a proxy. */ }
   return problem({...body, status: response.status}, Number(response.headers.get("Retry-After")) || undefined);

@@ -150,9 +150,9 @@ def _reject_empty(arguments: Sequence[str]) -> None:
     for before, argument in pairwise(["animediffusion", *arguments[:end]]):
         name, mark, value = argument.partition("=")
         if not argument and before != "--why":
-            raise ConfigError(f"argument after {before}", "is empty", "give a value, or leave the argument out")
+            raise ConfigError(f"argument after {before}", "is empty", "give a value, or omit the argument")
         if name.startswith("--") and mark and not value and name != "--why":
-            raise ConfigError(name, "is empty", "give a value, or leave the option out")
+            raise ConfigError(name, "is empty", "give a value, or omit the option")
 
 
 def _split_common(arguments: list[str]) -> tuple[list[str], Common]:

@@ -38,7 +38,7 @@ def train(
     from animediffusion.platform.errors import ConfigError
 
     if not (dry_run or estimate):
-        raise ConfigError("--no-estimate", "given without --dry-run", "leave it out")
+        raise ConfigError("--no-estimate", "given without --dry-run", "omit it")
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
     config = load_recipe(recipe, overrides or [])

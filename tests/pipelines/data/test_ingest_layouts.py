@@ -150,7 +150,7 @@ def test_bad_names_and_endless_files_are_set_aside_and_the_others_ingested(tmp_p
 
     details = {reject["path"]: reject["detail"] for reject in rejects(str(tmp_path / "dataset"))}
     assert details[r"\x90\xfc\x89\xe6.png"] == "its name is not UTF-8"
-    assert details["gone.png"] == "is a link to nothing"
+    assert details["gone.png"] == "is a broken link"
     assert details["endless.png"].startswith("has 1,099,511,627,776 bytes")
     assert set(details) == {r"\x90\xfc\x89\xe6.png", "gone.png", "endless.png", "notes.txt"}
     assert manifest.num_files == 6

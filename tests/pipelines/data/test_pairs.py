@@ -102,7 +102,7 @@ def test_rows_of_one_target_stay_in_one_split() -> None:
         ("target,artist\na.png,me\n", "column 'artist' is not known"),
         ("target,target\na.png,b.png\n", "column 'target' is given twice"),
         ("target,color\na.png,b.png\n", "column 'target' is given twice"),
-        ("target,sketch\nwith,comma.png,s/a.png\n", "line 2: 's/a.png' is in no column; quote paths"),
+        ("target,sketch\nwith,comma.png,s/a.png\n", "line 2: 's/a.png' is not in any column; quote paths"),
         ("target,,\na.png,x,y\n", "line 2: 'x' is in column 2, which has no name; remove that column"),
         (",target\n0,t/a.png\n", "line 2: '0' is in column 1, which has no name; remove that column, or name it"),
         ('target,sketch\na.png,\n"b.png,s/b.png\n', "line 3: unexpected end of data"),

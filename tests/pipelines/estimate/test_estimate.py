@@ -197,7 +197,7 @@ def test_every_number_that_is_printed_has_a_unit(tried):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_workers_with_gpus_are_not_guessed_on_a_machine_without(work):
     found = estimate(work("use_gpu=true"))
-    assert lines(found) == ["# no estimate: the workers need GPUs, and this machine has none"]
+    assert lines(found) == ["# no estimate: the workers need GPUs, but this machine has none"]
 
 
 def test_on_a_cluster_one_worker_is_tried_and_the_estimate_says_so(work, monkeypatch):

@@ -128,9 +128,9 @@ def drawing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["s.png", "r.png", "s.png"], "OUT.png: s.png is SKETCH, too; give another file"),
-        (["s.png", "r.png", "./r.png"], "OUT.png: r.png is REFERENCE, too; give another file"),
-        (["s.png", "r.png", "o.png", "--layer", "o.png"], "--layer: o.png is OUT.png, too; give another file"),
+        (["s.png", "r.png", "s.png"], "OUT.png: s.png is also SKETCH; give another file"),
+        (["s.png", "r.png", "./r.png"], "OUT.png: r.png is also REFERENCE; give another file"),
+        (["s.png", "r.png", "o.png", "--layer", "o.png"], "--layer: o.png is also OUT.png; give another file"),
         (
             ["x.png", "r.png", "o.png"],
             "x.png: Too many levels of symbolic links; give files that can be read or written",

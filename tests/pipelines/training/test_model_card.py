@@ -48,5 +48,5 @@ def test_a_card_leaves_out_what_is_not_known():
 def test_a_card_ends_with_use_limits_and_rights():
     card = model_card(BundleConfig(provenance=MADE), 1)
     assert card.startswith("# AnimeDiffusion bundle `second`")
-    for words in ("animediffusion colorize", "metrics.json", "plausible, not correct", "rights in the training images"):
+    for words in ("animediffusion colorize", "metrics.json", "plausible, not correct", "rights to the training images"):
         assert words in card

@@ -27,9 +27,9 @@ def test_gpus_that_stay_idle_are_named():
     few = scale({"CPU": 64, "GPU": 8}, "batch_size=20")
     assert few == (5, True, 1.0, ["3 of 8 GPUs are idle, batch_size=20 has no larger divisor"])
     fixed = scale({"CPU": 64, "GPU": 8}, "num_workers=2")
-    assert fixed == (2, True, 1.0, ["6 of 8 GPUs are idle, num_workers is 2; leave it out"])
+    assert fixed == (2, True, 1.0, ["6 of 8 GPUs are idle, num_workers is 2; omit it"])
     none = scale({"CPU": 16, "GPU": 1}, "num_workers=2")
-    line = "training runs on CPUs: 1 of 1 GPUs are idle, num_workers is 2; leave it out"
+    line = "training runs on CPUs: 1 of 1 GPUs are idle, num_workers is 2; omit it"
     assert none == (2, False, 0.5, [line])
 
 

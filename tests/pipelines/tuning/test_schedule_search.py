@@ -89,7 +89,7 @@ def test_rungs_are_a_ninth_a_third_and_all_of_the_steps():
 
 @pytest.mark.parametrize("recipe", ["phase2", "animediffusion-strict"])
 def test_a_recipe_that_is_no_phase_1_from_scratch_is_refused(recipe, tmp_path):
-    with pytest.raises(ConfigError, match="begin with phase1"):
+    with pytest.raises(ConfigError, match="start from phase1"):
         tune_schedule(Settings(workspace=tmp_path), "data", recipe=recipe)
 
 

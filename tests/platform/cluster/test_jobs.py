@@ -125,7 +125,7 @@ def test_an_unknown_job_is_named(cluster: None) -> None:
 @pytest.mark.parametrize("token", ["", "wrong"])
 def test_a_wrong_token_is_said_so(cluster: None, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with pytest.raises(ClusterError, match="refuses the token; set RAY_AUTH_TOKEN"):
+    with pytest.raises(ClusterError, match="rejects the token; set RAY_AUTH_TOKEN"):
         jobs.jobs()
 
 
@@ -141,7 +141,7 @@ def test_a_wrong_token_is_one_line_on_the_command_line(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     assert run(["jobs", "submit", "--", "doctor"]) == 2
-    assert re.fullmatch(r"error: Ray jobs at \S+: refuses the token; set RAY_AUTH_TOKEN .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: Ray jobs at \S+: rejects the token; set RAY_AUTH_TOKEN .*\n", capsys.readouterr().err)
 
 
 def test_behind_a_tunnel_the_clusters_own_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:

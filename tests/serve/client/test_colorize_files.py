@@ -159,7 +159,7 @@ def test_a_file_that_would_fill_the_memory_is_an_error_of_its_own(colorizer, dra
     (drawings / "zero.png").symlink_to("/dev/zero")
     done = color(colorizer, [drawings, drawings / "zero.png"], tmp_path)
     assert {name: error.rpartition(": ")[2] for name, error in errors(done).items()} == dict.fromkeys(
-        ("video.png", "zero.png"), "has more than 1 MiB; give an image file"
+        ("video.png", "zero.png"), "is larger than 1 MiB; give an image file"
     )
 
 
@@ -347,7 +347,9 @@ def test_a_key_with_a_line_end_is_sent_without_it_and_one_with_other_characters_
     assert asked[0].headers["Authorization"] == "Bearer ad_secret"
     for key in ("ad_\nsecret", "\N{HIRAGANA LETTER KA}secret"):
         monkeypatch.setenv("ANIMEDIFFUSION_API_KEY", key)
-        with pytest.raises(ConfigError, match="ANIMEDIFFUSION_API_KEY: contains characters that no key has") as caught:
+        with pytest.raises(
+            ConfigError, match="ANIMEDIFFUSION_API_KEY: contains characters that a key cannot contain"
+        ) as caught:
             RemoteColorizer("http://x")
         assert "secret" not in str(caught.value)
 
