@@ -372,3 +372,7 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     code = "import animediffusion.models.network.unet as one; print(one.__file__)"
     found = python("-c", code, cwd=tmp_path, path=installed).strip()
     assert Path(found) == installed / "animediffusion/models/network/unet.py"
+
+
+def test_a_test_of_several_processes_has_its_group(request):
+    assert request.node.nodeid.endswith("@test_house.py") == hasattr(request.config, "workerinput")
