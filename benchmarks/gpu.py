@@ -142,7 +142,7 @@ class Bench:
         return ("sdpa", "xformers")
 
     def show(self, text: str) -> None:
-        """Print text and write it to report.md at once, so that an interrupted run keeps its results."""
+        """Print text and write it to report.md immediately, so that an interrupted run keeps its results."""
         print(f"{text}\n", flush=True)
         self.report.append(f"{text}\n")
         (self.args.out / "report.md").write_text("\n".join(self.report))
@@ -246,7 +246,9 @@ def right(bench: Bench) -> None:
     for precision, most in (("fp32", levels_of_float32), ("bf16", 8.0)):
         same = _sample(bundle.denoiser.to(bench.device), batch, noise, bench.device, precision, 4)
         levels = float((same.int() - alone.int()).abs().max())
-        bench.check(f"4 steps, {precision} on {bench.device.type} beside float32 on a CPU, 8-bit levels", levels, most)
+        bench.check(
+            f"4 steps, {precision} on {bench.device.type} compared with float32 on a CPU, 8-bit levels", levels, most
+        )
     engine = Engine(bundle, max_batch=4, max_queue=PICTURES)
     requests = [
         Request(sketch=s, reference=r, options=SamplerOptions(seed=i, steps=4))
@@ -256,7 +258,9 @@ def right(bench: Bench) -> None:
     engine.close()
     levels = max(int(np.abs(p.astype(int) - a.numpy()).max()) for p, a in zip(pictures, alone, strict=True))
     bench.check(
-        "the engine, rows in a running batch beside rows alone on a CPU, 8-bit levels", levels, levels_of_float32
+        "the engine, rows in a running batch compared with single rows on a CPU, 8-bit levels",
+        levels,
+        levels_of_float32,
     )
 
 
@@ -304,7 +308,7 @@ def training_table(bench: Bench) -> None:
         command = [sys.executable, str(HERE / "training.py"), "--authors", str(bench.args.authors), "--steps", "8"]
         command += [] if bench.on_gpu else ["--sizes", "32", "--batch", "2", "--phases", "1"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        bench.show(f"**Beside the authors' code**\n\n{done.stdout.strip()}")
+        bench.show(f"**Compared with the authors' code**\n\n{done.stdout.strip()}")
 
 
 def _ways(bench: Bench) -> Iterator[tuple[str, Backend, bool]]:

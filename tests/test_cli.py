@@ -221,7 +221,7 @@ def test_drawing_ends_with_what_was_drawn(command, tmp_path):
 
 
 def test_an_empty_registry_says_how_to_begin(command):
-    assert command("models", "list")[:2] == (0, ["no versions yet; `animediffusion models register DIR` makes one"])
+    assert command("models", "list")[:2] == (0, ["no versions yet; run `animediffusion models register DIR`"])
     code, out, _ = command("models", "history", "--json")
     assert (code, json.loads(out[-1])) == (0, [])
 

@@ -62,7 +62,7 @@ def expected_attention() -> str:
 
 
 def explain_attention() -> str:
-    """Return a line for people: the backends of float32 and bfloat16 training, and why xformers is not used if so."""
+    """Return one line: the backends of float32 and bfloat16 training, and the reason if xformers is not used."""
     if _choice == "sdpa":
         return "sdpa"
     problem = _xformers_problem()

@@ -168,7 +168,7 @@ def make_row(source: str, sample: Sample, size: int) -> tuple[StoredRow | None, 
         except ImageError as error:
             rejects.append(Reject(path, error.reason, error.found))
             if role == "target":
-                rejects += [Reject(other, "orphan", f"its target {path} is set aside") for other in sample.files[1:]]
+                rejects += [Reject(other, "orphan", f"its target {path} was rejected") for other in sample.files[1:]]
                 return None, None, rejects
             continue
         files.append(path)

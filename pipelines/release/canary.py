@@ -27,7 +27,7 @@ class CanaryChange:
 
     @property
     def changed(self) -> bool:
-        """Whether the percentage is another one than before."""
+        """Whether the percentage differs from the previous one."""
         return self.percent != self.previous
 
     def to_json(self) -> dict[str, int | bool | None]:

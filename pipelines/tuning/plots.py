@@ -1,4 +1,4 @@
-"""Images about a search: a plot of quality against cost, and rows colored by points of the Pareto front."""
+"""Pictures of a search: a plot of quality against cost, and rows colored by points of the Pareto front."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class _ScheduleTask:
     tracking_uri: str
     parent_run_id: str
     progress: Any
-    """Handle of a ProgressActor; all trials report to it, and nobody reads it."""
+    """Handle of a ProgressActor; all trials report to it, but the reports are not read."""
 
 
 def tune_schedule(

@@ -19,7 +19,7 @@ from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.network.condition import Condition, Reference, cat_conditions, select
 
 NULL = b""
-"""Digest that means: without a reference."""
+"""Digest that stands for no reference."""
 
 Key = TypeVar("Key", bound=Hashable)
 Cached = TypeVar("Cached", Condition, Reference)

@@ -222,7 +222,7 @@ class Engine:
             self._reject("this engine is closing")
         if self._num_open >= self.max_batch + self.max_queue:
             steps = self._steps_until_done(list(self._waiting), (1, 0))
-            self._reject(f"{len(self._waiting)} requests wait already", steps * self._step_times.typical)
+            self._reject(f"{len(self._waiting)} requests are already waiting", steps * self._step_times.typical)
 
     def _reject_if_late(self, row: Row) -> None:
         """Reject a request that would be late because of the work before it.
@@ -233,7 +233,7 @@ class Engine:
             steps = self._steps_until_done(self._waiting.before(row.request.key), row.claim)
             wait_s, left_s = steps * self._step_times.typical, row.request.deadline - self._clock()
             if wait_s > left_s > row.num_left * self._step_times.fastest:
-                self._reject(f"it would take {wait_s:.1f} s, and {left_s:.1f} s are left", wait_s - left_s)
+                self._reject(f"it would take {wait_s:.1f} s, but only {left_s:.1f} s are left", wait_s - left_s)
 
     def _reject(self, why: str, retry_after_s: float = 1.0) -> None:
         self.counts.refused += 1

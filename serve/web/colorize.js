@@ -58,7 +58,7 @@ async function problem_of(response) {
 }
 
 function problem({status, detail, errors = []}, wait) {
-  if (status === 401) return new Problem("This server asks for a key. Please enter it at the top of the page.", {status});
+  if (status === 401) return new Problem("This server requires a key. Please enter it at the top of the page.", {status});
   if (status === 429) return new Problem("The server is busy.", {status, wait});
   if (status === 503) {
     const why = /no model/.test(detail) ? "The server has no model ready yet." : "The server cannot color now.";
@@ -74,7 +74,7 @@ function problem({status, detail, errors = []}, wait) {
 
 function in_words({field, found, allowed}) {
   const name = NAMES[field] || field;
-  return field in {sketch: 0, reference: 0} ? sentence(`${name} ${found}: ${allowed}`) : sentence(`${name}: ${found} does not work, give ${allowed}`);
+  return field in {sketch: 0, reference: 0} ? sentence(`${name} ${found}: ${allowed}`) : sentence(`${name}: ${found} is not allowed; give ${allowed}`);
 }
 
 function sentence(text) {

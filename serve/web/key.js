@@ -8,7 +8,7 @@ export async function fetch_with_key(input, init = {}) {
   if (key) headers.set("Authorization", `Bearer ${key}`);
   const response = await fetch(input, {...init, headers});
   if (response.status === 401) {
-    if (key) document.getElementById("key-text").textContent = "This server does not know that key. Please try another.";
+    if (key) document.getElementById("key-text").textContent = "This server does not accept that key. Please enter another one.";
     form.hidden = false;
   } else if (response.ok) form.hidden = true;
   return response;

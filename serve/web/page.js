@@ -304,7 +304,7 @@ async function check_status() {
   try {
     const response = await fetch_with_key("v1/models");
     if (response.status === 401) return set_status("key needed", "down");
-    if (!response.ok) return set_status("server has trouble", "down");
+    if (!response.ok) return set_status("server error", "down");
     const versions = Object.keys((await response.json()).traffic);
     set_status(versions.length ? `model ${versions.join(", ")}` : "no model yet", versions.length ? "ready" : "");
   } catch {

@@ -62,7 +62,7 @@ def schedule_search(result: ScheduleResult) -> str:
             "steps": rung.steps,
             "trials": rung.trials,
             "best PSNR": f"{rung.psnr:.2f}",
-            "began with": "-" if rung.base_psnr is None else f"{rung.base_psnr:.2f}",
+            "base recipe": "-" if rung.base_psnr is None else f"{rung.base_psnr:.2f}",
         }
         for rung in result.front
     ]
@@ -94,7 +94,7 @@ def version(found: Mapping[str, Any]) -> str:
     ancestors = [
         {**one, "metrics": {k: v for k, v in one["metrics"].items() if k.endswith("psnr")}} for one in found["lineage"]
     ]
-    parts.append(f"from\n{table(ancestors)}")
+    parts.append(f"ancestors\n{table(ancestors)}")
     parts.append(f"metrics\n{table(_evaluation_rows(found['evaluations']), 'not evaluated')}")
     events = [_without(event, "metrics") for event in found["history"]]
     parts.append(f"history\n{table(events, 'never promoted')}")

@@ -51,7 +51,7 @@ def data_ingest(
     console, settings = common.console(), common.settings()
     job = prepare(src, dst, size, pairs, val_fraction)
     if job.done is None:
-        console.note("continues an earlier ingest" if job.continues else "starting Ray")
+        console.note("continuing an earlier ingest" if job.continues else "starting Ray")
         common.connect(settings)
     with console.progress("ingesting", "files") as progress:
         manifest = job.run(progress, console.note)

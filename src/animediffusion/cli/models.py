@@ -26,7 +26,7 @@ def models_list() -> None:
     console = common.console()
     found = release.versions(common.settings())
     rows = [{**row, "sha256": row["sha256"][:12], "metrics": headline(row["metrics"])} for row in found]
-    console.result(found, console.table(rows, "no versions yet; `animediffusion models register DIR` makes one"))
+    console.result(found, console.table(rows, "no versions yet; run `animediffusion models register DIR`"))
 
 
 @models.command("show")

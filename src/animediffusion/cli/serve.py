@@ -146,7 +146,7 @@ def keys_list() -> None:
         {"name": key.name, "created": key.created, "revoked": key.revoked}
         for key in Keys(common.settings().keys_uri).entries()
     ]
-    console.result(found, console.table(found, "no keys yet; `animediffusion keys create NAME` makes one"))
+    console.result(found, console.table(found, "no keys yet; run `animediffusion keys create NAME`"))
 
 
 @keys.command("revoke")

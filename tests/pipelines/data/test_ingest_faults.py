@@ -162,7 +162,7 @@ def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
     faulty_s3[1].heal()
     faulty_s3[1].requests.clear()
     assert run(words(ends)) == 0
-    assert "continues an earlier ingest" in capsys.readouterr().err
+    assert "continuing an earlier ingest" in capsys.readouterr().err
     assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
     assert 0 < len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
 
