@@ -125,13 +125,13 @@ def test_debug_shows_where_an_error_comes_from(command):
 
 
 @pytest.mark.parametrize("words", [["--version"], ["data", "synthesize", "--help"]])
-def test_asking_is_no_error(command, words):
+def test_asking_for_help_is_not_an_error(command, words):
     code, out, err = command(*words)
     assert (code, err) == (0, [])
     assert out
 
 
-def test_the_workspace_may_stand_before_or_after_the_verb(command, faces_dataset, tmp_path, monkeypatch):
+def test_the_workspace_may_be_given_before_or_after_the_command(command, faces_dataset, tmp_path, monkeypatch):
     monkeypatch.delenv("ANIMEDIFFUSION_WORKSPACE")
     words = ("train", "demo", f"data={faces_dataset}", "name=x", "--dry-run", "--no-estimate", "--json")
     places = []

@@ -155,7 +155,7 @@ def test_imports_between_subfolders_run_one_way(folder, inner):
         assert reached <= LAYERS[folder][inner] | {inner}, f"{path.relative_to(ROOT)} imports {reached}"
 
 
-def test_every_subfolder_has_its_place_among_the_layers():
+def test_every_subfolder_belongs_to_a_layer():
     for folder in FOLDERS:
         there = {path.name for path in (ROOT / folder).iterdir() if list(path.glob("*.py"))}
         assert there == set(LAYERS[folder])
@@ -325,7 +325,7 @@ def test_the_architecture_has_a_line_on_every_file_and_none_on_others():
     assert listed == {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
 
 
-def test_the_table_of_commands_names_every_verb():
+def test_the_table_of_commands_names_every_command():
     named = re.findall(r"^\| `([a-z]+)", (ROOT / "docs" / "commands.md").read_text(), flags=re.MULTILINE)
     assert set(named) == VERBS
 

@@ -148,7 +148,7 @@ def test_everything_that_stays_up_is_probed(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_secrets_come_by_reference_and_are_told_of_in_the_manual(folder: str) -> None:
+def test_secrets_come_by_reference_and_are_described_in_the_manual(folder: str) -> None:
     objects = build(KUBERNETES / folder)
     assert "Secret" not in {one["kind"] for one in objects}
     for variable in [variable for one in objects for box in containers(one) for variable in box.get("env", [])]:

@@ -223,7 +223,7 @@ def test_compose_deploys_the_application_and_again_when_it_is_gone(
             applications(head, "DELETE")  # as after a reboot: a head with nothing on it
 
 
-def test_nobody_colors_without_a_key(head: Head, client: httpx.Client, pictures: dict[str, bytes]) -> None:
+def test_no_client_colors_without_a_key(head: Head, client: httpx.Client, pictures: dict[str, bytes]) -> None:
     deploy(head, serve_configs()["small"])
     check_colors(client, pictures)
     url = f"http://127.0.0.1:{PORT}/v1/colorize"

@@ -42,7 +42,7 @@ def test_pictures_in_a_store_become_a_dataset_there(found):
     assert found["ingested"]["num_rejects"] == 0
 
 
-def test_a_run_on_two_machines_goes_on_when_one_is_lost(found):
+def test_a_run_on_two_machines_continues_when_one_is_lost(found):
     lost = found["trainers"][0]
     assert len(found["trainers"]) == len(found["trainers_after"]) == 2
     assert lost not in found["trainers_after"]
@@ -54,7 +54,7 @@ def test_a_search_on_two_machines_ends_with_a_version_that_is_promoted(found):
     assert found["promoted"]["version"] == found["tuned"]["version"] == 1
 
 
-def test_an_application_on_two_machines_goes_on_when_one_is_lost(found):
+def test_an_application_on_two_machines_continues_when_one_is_lost(found):
     assert found["answers"] == [200] * 4
     assert len(found["engines"]) == 2
     assert found["answers_after"][-3:] == [200] * 3

@@ -130,7 +130,7 @@ def test_measured_metrics_leave_the_identity_alone(folder):
     assert verify(folder) == before
 
 
-def test_the_smoke_sample_passes_a_sound_model_and_rejects_weights_that_are_no_numbers(folder, config):
+def test_the_smoke_sample_passes_a_sound_model_and_rejects_weights_that_are_not_finite(folder, config):
     smoke_sample(load_bundle(folder))
     # The null reference is seen under guidance only.
     for name in ("network.output.bias", "network.null_reference"):

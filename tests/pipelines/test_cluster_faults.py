@@ -31,12 +31,12 @@ def test_a_run_that_loses_a_worker_and_a_node_ends_with_the_bits_of_one_that_los
     assert found["steps"][:2] == [130, 130]
 
 
-def test_a_node_that_is_taken_away_with_a_notice_costs_no_step(found):
+def test_a_node_that_is_preempted_with_a_notice_costs_no_step(found):
     assert [line.startswith("a node is about to be preempted; saving step") for line in found["warnings"]] == [True]
     assert len(found["off_the_beat"]) == 1
     assert f"saving step {found['off_the_beat'][0]}" in found["warnings"][0]
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers_to_its_last_step(found):
+def test_an_elastic_run_continues_with_fewer_workers_to_its_last_step(found):
     assert found["workers"] == [2, 1]
     assert found["steps"][2] == 54

@@ -73,7 +73,7 @@ def check_ledger(settings, num_events):
 
 
 @pytest.mark.slow
-def test_two_who_promote_at_once_lose_no_entry(tmp_path, monkeypatch):
+def test_two_concurrent_promotions_lose_no_entry(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings = new_model(tmp_path)
     for seed in (1, 2, 3, 4):
@@ -83,7 +83,7 @@ def test_two_who_promote_at_once_lose_no_entry(tmp_path, monkeypatch):
     assert release.rollback(settings).version == release.history(settings)[-1]["to"]
 
 
-def test_a_turn_that_somebody_died_in_is_taken_over(tmp_path, monkeypatch):
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registry = Registry(new_model(tmp_path))
     registry.client.create_registered_model(f"{registry.name}-turn")

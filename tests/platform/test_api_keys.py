@@ -87,7 +87,7 @@ def _create_many(uri, prefix, count):
         Keys(uri).create(f"{prefix}{number}")
 
 
-def test_two_processes_at_once_lose_nothing(keys):
+def test_two_concurrent_processes_lose_nothing(keys):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_create_many, args=(keys.uri, letter, 25)) for letter in "ab"]
     for process in processes:

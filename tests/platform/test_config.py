@@ -182,7 +182,7 @@ def test_a_required_value_that_is_missing_is_named():
     ("text", "found"),
     [("a: [1", "is not YAML"), ("- 1\n- 2\n", "holds a list"), ("", "holds no keys"), ("\tx", "is not YAML")],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_name(yaml_file, text, found):
+def test_a_file_that_is_not_a_mapping_is_rejected_by_name(yaml_file, text, found):
     with pytest.raises(ConfigError, match=found) as caught:
         read_yaml(yaml_file(text))
     assert str(caught.value).startswith(str(yaml_file(text)))
@@ -221,7 +221,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_yaml(tmp_path / "nothing.yaml")
 
 
-def test_bytes_that_are_no_text_are_not_yaml(tmp_path):
+def test_bytes_that_are_not_text_are_not_yaml(tmp_path):
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ConfigError, match="is not YAML"):
         read_yaml(tmp_path / "image.yaml")

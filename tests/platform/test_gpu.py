@@ -72,7 +72,7 @@ def test_hidden_gpus_are_nobodys_fault(old_driver: None, monkeypatch: pytest.Mon
     assert why_unused("2.13.0+cu130", "13.0") is None
 
 
-def test_doctor_is_not_well_where_torch_cannot_use_the_gpu(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_torch_cannot_use_the_gpu(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check = doctor_command._torch_probe()

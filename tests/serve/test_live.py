@@ -135,7 +135,7 @@ def test_the_application_answers_behind_serves_proxy_as_without_it(studio, sketc
         assert (head.status_code, head.content) == (200, b"")
 
 
-def test_a_crowd_is_told_when_to_come_back(studio):
+def test_a_crowd_learns_when_to_retry(studio):
     with ThreadPoolExecutor(40) as pool:
         crowd = list(pool.map(lambda _: studio.color(num_inference_steps="30"), range(40)))
     assert {answer.status_code for answer in crowd} == {200, 429}

@@ -66,7 +66,7 @@ def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_predict_paints_what_colorize_paints(champion, model, drawing):
+def test_predict_makes_the_picture_of_colorize(champion, model, drawing):
     bundle = load_bundle(champion[1])
     out = model.predict(drawing, params={"seed": 5})
     picture, layer = paint(bundle, drawing["sketch"], drawing["reference"], seed=5)

@@ -203,7 +203,7 @@ def test_pictures_come_by_pasting_and_dropping(page: Page, way: str, sketch, ref
     expect(page.locator("#go")).to_be_enabled()
 
 
-def test_another_try_is_kept_beside_the_first(page: Page):
+def test_another_try_is_kept_next_to_the_first(page: Page):
     choose_examples(page)
     page.click("summary")
     page.fill("#seed", "5")

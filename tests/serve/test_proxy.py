@@ -137,7 +137,7 @@ def test_clients_cannot_steer_serve():
     assert not {name.lower() for name in steering} - {"x-other", "x-request-id"} & set(headers)
 
 
-def test_only_what_serve_says_itself_is_in_the_proxys_journal(lines):
+def test_the_proxys_access_log_has_only_the_answers_of_serve_itself(lines):
     ask(saying(404), path="/nowhere")
     ask(reading)
     [line] = lines()

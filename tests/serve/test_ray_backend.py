@@ -149,7 +149,7 @@ def test_what_ray_says_becomes_what_we_say_and_is_not_tried_again(backend, fault
         asyncio.run(backend(fault, ANSWER).colorize(JOB))
 
 
-def test_a_refused_client_is_told_when_to_come_back(backend):
+def test_a_rejected_client_learns_when_to_retry(backend):
     async def refuse() -> BusyError:
         full = BackPressureError(num_queued_requests=9, max_queued_requests=8)
         over = backend(ANSWER, ANSWER, ANSWER, full)
@@ -162,7 +162,7 @@ def test_a_refused_client_is_told_when_to_come_back(backend):
     assert asyncio.run(refuse()).retry_after_s == 1
 
 
-def test_models_are_told_by_the_engine_that_asked_last(backend):
+def test_models_are_those_of_the_engine_that_polled_last(backend):
     told = asyncio.run(backend([engine("1", age_s=2.5), engine("2", age_s=0.1, desired="2")]).models())
     assert told.desired == {"champion": "2", "challenger": None}
     assert told.traffic == {"1": 0.5, "2": 0.5}

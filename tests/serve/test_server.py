@@ -84,7 +84,7 @@ def test_a_folder_is_given_to_replicas_by_its_full_path(tmp_path, monkeypatch):
         assert _config(Settings(workspace=tmp_path), model, {}).model == meant
 
 
-def test_a_limit_of_bodies_that_is_no_number_is_refused_before_anything_starts(tmp_path, monkeypatch):
+def test_a_body_limit_that_is_not_a_number_is_rejected_before_anything_starts(tmp_path, monkeypatch):
     for value in ("32MiB", "0", "-1"):
         monkeypatch.setenv("ANIMEDIFFUSION_MAX_BODY_BYTES", value)
         with (

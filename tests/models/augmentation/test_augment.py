@@ -120,7 +120,7 @@ def coordinates(size=65):
     return torch.stack([line.expand(size, -1), line[:, None].expand(-1, size), torch.zeros(size, size)])[None]
 
 
-def test_a_warp_turns_enlarges_and_shifts_too():
+def test_a_warp_also_rotates_scales_and_translates():
     config = AugmentConfig(warp=0.0, rotate=30.0, scale=(0.7, 1.4), translate=0.1)
     moved = bend(coordinates().expand(8, -1, -1, -1), *draw_warp(config, chance(8)))
     again = chance(8)
@@ -197,7 +197,7 @@ def test_recoloring_is_one_map_for_target_and_reference():
     assert not torch.allclose(target, images, atol=0.05)
 
 
-def test_recoloring_turns_colors_and_leaves_gray_gray():
+def test_recoloring_rotates_hues_and_leaves_gray_gray():
     gray = torch.linspace(-1, 1, 16).expand(5, 3, 4, 16).clone()
     changed, _ = recolor(gray, gray, AugmentConfig(recolor=1.0), chance(5))
     torch.testing.assert_close(changed[:, 0], changed[:, 1], rtol=0, atol=1e-5)

@@ -34,12 +34,12 @@ def column(value):
     return torch.full((1,), value)
 
 
-def test_a_third_of_a_turn_is_a_change_of_channels():
+def test_a_hue_rotation_of_120_degrees_permutes_the_channels():
     turned = apply_matrix(few_colors(), hue_matrix(column(2 * torch.pi / 3), column(1.0), column(1.0)))
     torch.testing.assert_close(turned, few_colors()[:, [2, 0, 1]], rtol=0, atol=1e-5)
 
 
-def test_a_turn_changes_the_hue_as_far_as_colorsys_sees_it():
+def test_a_hue_rotation_agrees_with_colorsys():
     matrix = hue_matrix(column(np.pi), column(1.0), column(1.0))
     color = torch.tensor([0.6, 0.45, 0.45])
     hue = colorsys.rgb_to_hsv(*(matrix[0] @ color).tolist())[0]

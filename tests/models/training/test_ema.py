@@ -57,7 +57,7 @@ def test_a_length_that_no_average_has_is_refused(length):
 
 @pytest.mark.parametrize("kept", [LENGTHS, (0.16, 0.04)])
 @pytest.mark.parametrize("length", [0.04, 0.05, 0.07, 0.1, 0.12, 0.159, 0.16])
-def test_a_mix_has_the_length_that_is_wanted_and_leaves_what_stands_still(kept, length):
+def test_a_mix_has_the_desired_length_and_does_not_change_constant_weights(kept, length):
     parts = mix(kept, length)
     assert sum(parts) == pytest.approx(1)
     assert min(parts) >= -1e-9

@@ -257,7 +257,7 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_reported(new_denois
     assert float(state.apply_gradients()) == pytest.approx(count**0.5, rel=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(new_denoiser, new_rows):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(new_denoiser, new_rows):
     state = new_state(new_denoiser)
     train(state, new_rows, 2)
     before = [parameter.clone() for parameter in state.parameters]
@@ -300,7 +300,7 @@ def test_a_checkpoint_with_momentum_in_float32_is_restored(new_denoiser, new_row
             assert torch.equal(restored.momentum[parameter], tensors[f"optimizer.momentum_buffer.{name}"])
 
 
-def test_gradients_that_are_no_numbers_change_nothing(new_denoiser, new_rows):
+def test_gradients_that_are_not_finite_change_nothing(new_denoiser, new_rows):
     state = new_state(new_denoiser)
     train(state, new_rows, 2)
     before = [p.clone() for p in [*state.parameters, *state.average]]

@@ -142,7 +142,7 @@ def test_a_fault_of_the_store_changes_nothing(
     assert (manifest.num_files, manifest.num_rejects) == (undisturbed.num_files, 1)
 
 
-def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
+def test_a_store_that_never_recovers_is_one_line_and_the_same_command_resumes(
     command: Callable[[Ends], subprocess.Popen[str]],
     ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_store_that_never_recovers_is_one_line_and_the_same_command_goes_on(
     assert 0 < len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
 
 
-def test_a_killed_command_goes_on_with_what_is_missing(
+def test_a_killed_command_resumes_with_the_missing_parts(
     command: Callable[[Ends], subprocess.Popen[str]],
     ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest,
 ) -> None:  # fmt: skip

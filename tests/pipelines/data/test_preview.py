@@ -49,7 +49,7 @@ def test_a_dataset_is_counted_with_its_rejects(tmp_path):
     assert (tmp_path / "out" / "sheet.png").exists()
 
 
-def test_columns_nobody_has_are_left_out_and_missing_cells_are_blank(tmp_path):
+def test_empty_columns_are_omitted_and_missing_cells_are_blank(tmp_path):
     write_dataset(tmp_path, [encoded(0, reference=None, sketch=None), encoded(1, reference=None)])
     show(str(tmp_path), str(tmp_path / "three.png"))
     three = decode_rgb((tmp_path / "three.png").read_bytes())

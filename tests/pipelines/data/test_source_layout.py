@@ -114,7 +114,7 @@ def test_test_stays_test_where_there_is_a_val() -> None:
     }
 
 
-def test_everything_without_a_place_has_a_reason() -> None:
+def test_every_file_that_is_not_used_has_a_reason() -> None:
     plan = planned(
         "target/a.png", "sketch/a.png", "sketch/a.jpg", "sketch/b.png", "loose.png", "notes.txt", ".DS_Store",
         "target/Thumbs.db", "__MACOSX/target/a.png",
@@ -181,7 +181,7 @@ def test_names_that_macos_took_apart_are_paired_with_composed_ones() -> None:
 @pytest.mark.parametrize(
     "name", ["@eaDir/a.png/THUMB.png", "lost+found/a.png", "$RECYCLE.BIN/a.png", "._a.png", "Icon\r"]
 )
-def test_what_desktops_and_servers_leave_behind_is_no_picture(name: str) -> None:
+def test_files_that_desktops_and_servers_leave_behind_are_not_pictures(name: str) -> None:
     plan = planned("a.png", "b.png", f"sub/{name}", name)
 
     assert len(plan.samples) == 2

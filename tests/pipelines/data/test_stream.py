@@ -115,7 +115,7 @@ def test_a_split_is_read_without_ray(tmp_path: Path) -> None:
     assert not arrays["has_cross"].any()
 
 
-def test_a_place_without_a_dataset_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no dataset.*data ingest"):
         Manifest.load(str(tmp_path / "nothing"))
 

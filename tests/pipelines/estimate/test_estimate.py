@@ -120,7 +120,7 @@ def test_many_rows_take_longer_and_need_more_memory(tried, work):
     assert more.memory_per_worker_mb > tried["memory_per_worker_mb"]
 
 
-def test_a_trial_that_fails_is_told_in_one_line(work, tmp_path):
+def test_a_trial_that_fails_is_an_error_of_one_line(work, tmp_path):
     planned = work("num_workers=1")
     lost = replace(planned, config=planned.config.model_copy(update={"data": str(tmp_path)}))
     found = estimate(lost)

@@ -115,7 +115,7 @@ def test_a_rollback_ends_the_canary_and_does_not_count_it_as_a_champion(pair):
     assert shares(pair) == {2: 1.0}
 
 
-def test_a_promotion_of_what_stands_there_already_leaves_the_canary(pair):
+def test_a_promotion_of_the_present_version_does_not_end_the_canary(pair):
     canary(pair, 20)
     assert not release.promote(pair, 1, force=True).changed
     assert shares(pair) == {2: 0.2, 1: 0.8}
@@ -145,7 +145,7 @@ def test_nothing_registered_is_said(settings):
 
 
 @pytest.mark.parametrize("text", ["lots", "-5", "1000", "", "20.5"])
-def test_a_tag_that_is_no_percentage_counts_as_none(pair, text):
+def test_a_tag_that_is_not_a_percentage_counts_as_0(pair, text):
     registry = Registry(pair)
     registry.client.set_registered_model_tag(registry.name, traffic.PERCENT_TAG, text)
     assert shares(pair) == {1: 1.0}

@@ -75,7 +75,7 @@ def run(python, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_an_exported_model_paints_what_colorize_paints(bare_python, settings, tmp_path, capsys):
+def test_an_exported_model_makes_the_picture_of_colorize(bare_python, settings, tmp_path, capsys):
     row = make_row(3, 0, 200)
     (tmp_path / "drawing.png").write_bytes(encode_png(row.sketch[:150]))
     (tmp_path / "colors.png").write_bytes(encode_png(row.cross_reference))

@@ -67,7 +67,7 @@ def test_a_release_goes_from_folder_to_champion_and_back_on_an_mlflow_server(ser
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_server_that_is_away_is_named_in_seconds(tmp_path, monkeypatch):
+def test_an_unreachable_server_is_named_in_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(RegistryError, match=r"MLflow at http://127.0.0.1:9: does not answer .*MLFLOW_TRACKING_URI"):
@@ -101,7 +101,7 @@ def test_the_parent_is_found_by_its_hash(settings, bundle):
     assert release.show(settings, 1)["tags"]["recipe"] == "demo"
 
 
-def test_the_run_is_found_beside_the_bundle(settings, bundle):
+def test_the_run_is_found_next_to_the_bundle(settings, bundle):
     run = Run.start(settings, TRAINING, "r")
     folder = bundle(1)
     (folder.parent / "run.json").write_text(json.dumps({"mlflow_run_id": run.run_id}))
@@ -265,7 +265,7 @@ def test_rollback_names_the_version_that_was_deleted(settings, bundle):
         release.rollback(settings)
 
 
-def test_a_ledger_that_was_deleted_is_not_an_empty_one(settings, bundle):
+def test_a_deleted_audit_log_is_not_an_empty_one(settings, bundle):
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)
     client = Registry(settings).client

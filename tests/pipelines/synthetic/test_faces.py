@@ -95,7 +95,7 @@ def test_regions_of_palettes_vary_independently():
     assert np.abs(correlation - np.eye(5)).max() < 0.45
 
 
-def test_hair_can_be_told_from_skin_and_background():
+def test_hair_differs_from_skin_and_background():
     for seed in range(100):
         p = random_palette(np.random.default_rng(seed))
         hair_color = np.array(p.hair.base)

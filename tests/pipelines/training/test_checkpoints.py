@@ -192,7 +192,7 @@ def test_an_upload_does_not_hold_up_training_and_the_newest_state_wins(faulty_s3
     assert list_steps(place)[-1] == 4
 
 
-def test_training_goes_on_while_a_state_is_written_and_two_copies_are_held_at_most(place, warnings):
+def test_training_continues_while_a_state_is_written_and_at_most_two_copies_are_held(place, warnings):
     writing, go = threading.Event(), threading.Event()
     held, most = [0], [0]
 

@@ -118,7 +118,7 @@ def test_the_result_has_the_keys_of_the_contract(straight):
     assert reports[-1].step == reports[-1].max_steps == 20
 
 
-def test_checkpoints_are_scored_beside_training_and_the_scores_are_those_of_evaluate(straight, settings, recipe):
+def test_checkpoints_are_scored_during_training_and_the_scores_are_those_of_evaluate(straight, settings, recipe):
     result, reports = straight
     folder = settings.workspace / "runs" / result.run
     written = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("checkpoints/*/score.json")}
@@ -132,7 +132,7 @@ def test_checkpoints_are_scored_beside_training_and_the_scores_are_those_of_eval
     assert result.scores[20] == CheckpointScore(cross.psnr, cross.ssim, cross.ciede2000, same.psnr)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
     wild = ["name=wild", "num_workers=1", "checkpoint_every=1"]
     wild += ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"]
     with pytest.raises(TrainingError, match=r"run wild: step \d+: the .* is (nan|inf), rows train/\d+, ") as error:
@@ -177,9 +177,7 @@ def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_
     assert load_bundle(again.bundle).sha256 == bundle
 
 
-def test_a_store_that_is_away_while_a_run_needs_it_changes_nothing(
-    straight, settings, recipe, faulty_s3, faces_dataset
-):
+def test_a_store_that_is_unreachable_during_a_run_changes_nothing(straight, settings, recipe, faulty_s3, faces_dataset):
     url, store = faulty_s3
     data = f"s3://bucket/faces?endpoint_override={url}"
     storage.upload_folder(Path(faces_dataset), data)

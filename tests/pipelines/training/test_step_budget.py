@@ -23,7 +23,7 @@ def test_the_first_half_of_the_timed_steps_only_warms_up():
 
 
 @pytest.mark.parametrize("seconds", [12, 150, 170])
-def test_a_slow_machine_is_told_before_its_time_is_over(seconds):
+def test_a_slow_machine_gets_a_length_before_its_time_is_over(seconds):
     done, more = told(seconds, [10.0] + [5.0] * 100)
 
     assert done <= max(10, seconds / 5)
@@ -34,7 +34,7 @@ def test_compiling_in_the_first_steps_is_not_taken_for_a_slow_machine():
     assert told(60, [25.0, 0.01, 10.0] + [0.01] * 100)[0] == ENOUGH
 
 
-def test_too_early_is_no_answer():
+def test_the_length_is_unknown_too_early():
     pace = StepBudget(60)
     assert pace.more() is None
     pace.step()

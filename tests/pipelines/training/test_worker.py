@@ -85,7 +85,7 @@ def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(monke
     assert failure.advice == "set attention=auto"
 
 
-def test_rows_of_a_score_for_which_there_is_no_memory_cost_the_score_and_not_the_run(monkeypatch, context):
+def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatch, context):
     lines, config = [], load_recipe("demo", ["num_samples=3"])
     context.progress.warn = SimpleNamespace(remote=lines.append)
     pictures = np.zeros((3, 16, 16, 3), np.uint8)

@@ -52,7 +52,7 @@ def test_points_under_way_are_not_asked_for_either(new_study):
     assert study.suggest("6") == Study.FINISHED
 
 
-def test_a_search_goes_on_where_another_was_killed(new_study, tmp_path):
+def test_a_search_resumes_where_another_was_killed(new_study, tmp_path):
     killed = new_study()
     for number in range(3):
         killed.suggest(str(number))

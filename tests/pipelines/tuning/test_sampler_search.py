@@ -144,7 +144,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.mark.ray
-def test_tuning_goes_on_after_a_signal_registers_better_defaults_and_costs_nothing_a_second_time(
+def test_tuning_resumes_after_a_signal_registers_better_defaults_and_costs_nothing_a_second_time(
     ray_cluster: None, settings: Settings, bundle: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = release.register(settings, bundle)
@@ -243,7 +243,7 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     run.finish()
 
 
-def test_averages_that_do_not_fit_are_told_in_one_line(settings: Settings, bundle: Path, data: str) -> None:
+def test_averages_that_do_not_fit_are_an_error_of_one_line(settings: Settings, bundle: Path, data: str) -> None:
     save_file({"0.04/other": torch.zeros(1)}, bundle / AVERAGES)
     with_metrics(bundle, {})  # seals the folder as it is now
     with pytest.raises(BundleError, match=r"averages\.safetensors does not fit the model"):
@@ -280,7 +280,7 @@ def test_wrong_arguments_are_named(settings: Settings, bundle: Path, tmp_path: P
         tune.tune_sampler(settings, bundle, str(tmp_path))
 
 
-def test_a_trial_in_another_process_uses_the_attention_that_the_driver_was_told(monkeypatch, bundle: Path) -> None:
+def test_a_trial_in_another_process_uses_the_attention_of_the_driver(monkeypatch, bundle: Path) -> None:
     use_attention("sdpa")
     try:
         loaded = load_bundle(bundle)

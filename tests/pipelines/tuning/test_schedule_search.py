@@ -88,7 +88,7 @@ def test_rungs_are_a_ninth_a_third_and_all_of_the_steps():
 
 
 @pytest.mark.parametrize("recipe", ["phase2", "animediffusion-strict"])
-def test_a_recipe_that_is_no_phase_1_from_scratch_is_refused(recipe, tmp_path):
+def test_a_recipe_that_is_not_phase_1_from_scratch_is_rejected(recipe, tmp_path):
     with pytest.raises(ConfigError, match="start from phase1"):
         tune_schedule(Settings(workspace=tmp_path), "data", recipe=recipe)
 
@@ -118,7 +118,7 @@ def test_a_rung_reports_what_the_averaged_weights_do_on_fixed_rows(recipe, faces
 
 
 @pytest.mark.ray
-def test_a_search_ends_with_a_recipe_and_child_runs_and_goes_on_where_it_ended(
+def test_a_search_ends_with_a_recipe_and_child_runs_and_resumes_where_it_ended(
     ray_cluster, recipe, faces_dataset, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

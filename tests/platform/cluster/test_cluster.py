@@ -61,7 +61,7 @@ def test_the_embedded_cluster_is_private_quiet_and_leaves_nothing_in_the_home(tm
     assert not (home / ".ray").exists()
 
 
-def test_an_address_nobody_answers_at_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_address_that_does_not_answer_is_named_immediately(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ClusterError, match=r"Ray at 127.0.0.1:9: does not answer .*; check RAY_ADDRESS"):

@@ -81,7 +81,7 @@ def test_a_job_with_wrong_usage_ends_with_2_without_the_code_sent_along(cluster:
     assert "error: /nowhere/at all" in "".join(log)
 
 
-def test_a_killed_job_goes_on_when_it_is_submitted_again_and_is_followed_to_its_result(
+def test_a_killed_job_resumes_when_it_is_submitted_again_and_is_followed_to_its_result(
     cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     faces = tmp_path / "faces"
@@ -129,7 +129,7 @@ def test_a_wrong_token_is_said_so(cluster: None, token: str, monkeypatch: pytest
         jobs.jobs()
 
 
-def test_a_cluster_that_is_away_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_cluster_is_named_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(ClusterError, match=r"Ray jobs at http://127.0.0.1:9: does not answer"):
         jobs.jobs()

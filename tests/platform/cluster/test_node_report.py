@@ -79,12 +79,12 @@ def test_a_node_without_the_store_is_named() -> None:
     assert detail == "s3://runs: access denied; check the keys (b)"
 
 
-def test_a_local_folder_is_no_store_of_many_nodes() -> None:
+def test_a_local_folder_is_not_a_store_for_several_nodes() -> None:
     assert node_report._store([report("a"), report("b")], "/runs")[1] is False
     assert node_report._store([report("a")], "/runs")[1] is True
 
 
-def test_nodes_with_several_mlflows_or_with_none_they_can_share_are_told_of() -> None:
+def test_nodes_with_different_mlflow_servers_or_without_a_shared_one_are_reported() -> None:
     assert (
         "differs: http://m:5000 (a), none (b)"
         in node_report._mlflow([report("a"), report("b", mlflow_uri="")], False)[2]

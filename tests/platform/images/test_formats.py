@@ -47,7 +47,7 @@ def test_bytes_that_are_not_read_are_named(found: str) -> None:
     assert "\\\\" not in str(caught.value)
 
 
-def test_the_formats_that_are_read_are_told() -> None:
+def test_an_error_lists_the_readable_formats() -> None:
     with pytest.raises(ImageError, match=r"save it as PNG, JPEG or WebP$"):
         decode_rgb(NAMED["a PSD picture"], formats=SKETCHES)
 

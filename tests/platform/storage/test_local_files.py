@@ -96,7 +96,7 @@ def nobody() -> Iterator[Path]:
         os.seteuid(before)
 
 
-def test_a_folder_that_cannot_be_opened_is_a_fault_of_its_own(nobody: Path) -> None:
+def test_a_folder_that_cannot_be_opened_is_listed_as_a_fault(nobody: Path) -> None:
     fill(nobody, "a.png", "locked/b.png")
     (nobody / "locked").chmod(0)
 

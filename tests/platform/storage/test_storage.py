@@ -96,7 +96,7 @@ def test_a_missing_bucket_is_one_line(moto_server: str) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nosuch.invalid:9000", "silent"])
-def test_an_endpoint_that_does_not_answer_is_told_in_ten_seconds(
+def test_an_endpoint_that_does_not_answer_is_reported_within_ten_seconds(
     endpoint: str, silent_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", silent_endpoint if endpoint == "silent" else endpoint)
@@ -223,7 +223,7 @@ def test_a_busy_store_is_not_taken_for_a_wrong_address(faulty_s3: tuple[str, Fau
     assert store.hits["slow_down"] == 2
 
 
-def test_a_place_that_another_process_reached_is_waited_for(faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> None:
+def test_a_store_that_another_process_reached_is_retried(faulty_s3: tuple[str, FaultyStore], tmp_path: Path) -> None:
     url, store = faulty_s3
     uri = f"s3://bucket/{tmp_path.name}/file?endpoint_override={url}"
     store.fail("refuse", seconds=2)
@@ -239,7 +239,7 @@ def test_only_a_file_of_its_own_is_blamed(faulty: str, tmp_path: Path) -> None:
             read_bytes(uri)
 
 
-def test_a_patience_that_is_no_number_is_refused(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patience_that_is_not_a_number_is_rejected(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "long")
 
     with pytest.raises(ConfigError, match=f"{PATIENCE_VARIABLE}: 'long'; seconds, 0 or more"):

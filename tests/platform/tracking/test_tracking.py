@@ -35,7 +35,7 @@ def settings(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.mark.slow
-def test_two_processes_may_create_the_database_at_once(tmp_path: Path) -> None:
+def test_two_processes_may_create_the_database_concurrently(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-c", START, str(tmp_path / "workspace")]
     started = [
@@ -78,7 +78,7 @@ def test_another_process_writes_to_the_same_run(settings: Settings) -> None:
     assert tracking.setup(settings).get_run(run.run_id).data.metrics == {"loss": 1.0}
 
 
-def test_a_run_that_goes_on_keeps_its_first_parameters(settings: Settings) -> None:
+def test_a_resumed_run_keeps_its_first_parameters(settings: Settings) -> None:
     first = Run.start(settings, TRAINING, "r", {"seed": 1})
     first.finish("KILLED")
     second = Run.start(settings, TRAINING, "r", {"seed": 2, "new": 3}, run_id=first.run_id)

@@ -86,7 +86,7 @@ def test_the_color_layer_times_the_sketch_is_the_picture(client, files, sketch):
     assert np.abs(product - picture).max() <= 2
 
 
-def test_the_stream_brings_picture_and_layer_at_once(client, files):
+def test_the_stream_returns_picture_and_layer_together(client, files):
     def result(**data: str) -> dict:
         text = client.post("/v1/colorize/stream", files=files, data={"seed": "1", **data}).text
         name, found = text.strip().split("\n\n")[-1].split("\n")
@@ -155,7 +155,7 @@ def test_a_file_sent_as_text_is_a_bad_request(client, files):
     check_problem(response, 400)
 
 
-def test_a_body_that_is_no_form_is_a_bad_request(client):
+def test_a_body_that_is_not_a_form_is_a_bad_request(client):
     check_problem(client.post("/v1/colorize", json={"sketch": "?"}), 400)
     check_problem(client.post("/v1/colorize"), 400)
     check_problem(client.post("/v1/colorize", content=b"x", headers={"Content-Type": "multipart/form-data"}), 400)
@@ -354,7 +354,7 @@ class Patient(Replica):
             raise
 
 
-def test_a_client_that_leaves_frees_its_place(files):
+def test_a_client_that_disconnects_frees_its_slot(files):
     replica = Patient()
     app = create_app(replica)
     request = TestClient(app).build_request("POST", "/v1/colorize", files=files)

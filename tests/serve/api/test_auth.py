@@ -79,7 +79,7 @@ def test_a_picture_needs_a_key_that_is_known(client, files, key):
     assert client.post("/v1/colorize", files=files, headers={"authorization": f"bearer {key}"}).status_code == 200
 
 
-def test_only_who_sent_a_key_is_told_that_it_is_wrong(client):
+def test_only_a_client_that_sent_a_key_learns_that_it_is_wrong(client):
     assert "error" not in client.get("/v1/models").headers["www-authenticate"]
     wrong = client.get("/v1/models", headers=bearer("ad_wrong"))
     assert 'error="invalid_token"' in wrong.headers["www-authenticate"]

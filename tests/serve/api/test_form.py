@@ -115,7 +115,7 @@ def test_a_field_is_given_once_and_is_known(client, parts, files):
         assert error["found"] == "unknown field"
 
 
-def test_a_picture_without_a_filename_is_told_how_to_be_sent(client, files):
+def test_a_picture_without_a_filename_gets_an_error_that_says_how_to_send_it(client, files):
     detail = refused(post(client, part("sketch", files["sketch"][1] * 9) + END), 400)["detail"]
     assert "send sketch and reference as files, each with a filename" in detail
 

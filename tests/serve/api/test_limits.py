@@ -112,7 +112,7 @@ def test_no_other_origin_is_let_in_by_a_browser(url):
         assert not [name for name in answered.headers if name.startswith("access-control")]
 
 
-def test_a_client_that_leaves_while_it_uploads_is_no_error(url, lines, caplog):
+def test_a_client_that_disconnects_while_it_uploads_is_not_an_error(url, lines, caplog):
     with connect(url) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + PART)
     assert [line["status"] for line in lines()] == [499]

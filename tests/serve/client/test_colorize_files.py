@@ -324,7 +324,7 @@ def test_a_server_of_something_else_is_one_line_without_its_password(kind):
             remote.versions()
 
 
-def test_where_a_server_has_moved_to_is_told():
+def test_the_error_names_where_a_server_has_moved():
     moved = httpx.Response(301, headers={"Location": "https://x/v1/colorize/stream"})
     remote = RemoteColorizer("http://x", transport=httpx.MockTransport(lambda _: moved))
     with pytest.raises(ClusterError, match=r"301 \(Moved Permanently: https://x/v1/colorize/stream\); give"):
@@ -373,7 +373,7 @@ def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
     assert (colored.picture, colored.color_layer, colored.model_version) == (b"img", b"lay", "4")
 
 
-def test_the_command_tells_a_line_a_drawing_and_goes_on_where_it_was(drawings, tmp_path, bundle_folder, capsys):
+def test_the_command_prints_a_line_per_drawing_and_resumes(drawings, tmp_path, bundle_folder, capsys):
     (drawings / "bad.png").write_text("no picture")
     words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", tmp_path / "out"]
     words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]

@@ -23,13 +23,13 @@ def simulated(num_slots, running, before, own):
 
 
 @given(st.integers(2, 6), st.lists(claims, max_size=3), st.lists(claims, max_size=8), claims)
-def test_it_is_what_turn_by_turn_comes_to(num_slots, running, before, own):
+def test_the_estimate_equals_a_simulation_step_by_step(num_slots, running, before, own):
     while sum(slots for slots, _ in running) > num_slots:
         running.pop()
     assert steps_until_done(num_slots, running, before, own) == simulated(num_slots, running, before, own)
 
 
-def test_a_guided_request_fits_a_batch_of_one_place():
+def test_a_guided_request_fits_a_batch_of_one_slot():
     assert steps_until_done(1, [], [(2, 5)], (1, 3)) == 8
 
 

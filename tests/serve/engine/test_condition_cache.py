@@ -62,5 +62,5 @@ def test_the_least_recently_used_is_dropped(bundle: Bundle, encoded):
     assert encoded["combine"] == [1, 1, 1, 1]  # the last one was dropped for the third
 
 
-def test_more_at_once_than_are_kept_is_no_error(bundle: Bundle):
+def test_more_conditions_in_one_call_than_the_cache_keeps_are_not_an_error(bundle: Bundle):
     assert len(ConditionCache(bundle.denoiser, 1).get([pair(0, 0), pair(1, 1), pair(0, 0)])) == 3

@@ -83,7 +83,7 @@ def test_a_result_is_that_of_the_request_alone_whatever_its_neighbours(bundle: B
         assert levels_apart(future.result(60), alone(bundle, one)) <= 1
 
 
-def test_requests_share_turns(bundle: Bundle):
+def test_requests_share_engine_steps(bundle: Bundle):
     engine, _ = by_hand(bundle, max_batch=4)
     futures = [engine.submit(request(number, steps=10, guidance_scale=1.0, sampler="euler")) for number in range(4)]
     while engine.step():
@@ -100,7 +100,7 @@ def test_the_second_picture_of_a_reference_needs_no_second_encoding_of_it(engine
     assert (engine.counts.reference_hits, engine.counts.reference_misses) == (2, 1)
 
 
-def test_a_cancelled_request_leaves_at_the_next_turn(engine: Engine):
+def test_a_canceled_request_leaves_at_the_next_engine_step(engine: Engine):
     started = threading.Event()
     long = engine.submit(request(0, steps=1000, on_progress=lambda *_: started.set()))
     assert started.wait(30)
@@ -123,7 +123,7 @@ def test_the_bundles_shift_and_guidance_interval_count(bundle: Bundle):
     assert len({step.num_evaluated for step in steps}) > 1  # outside of the interval a request costs one row
 
 
-def test_a_guided_request_takes_two_places(bundle: Bundle):
+def test_a_guided_request_takes_two_slots(bundle: Bundle):
     engine, steps = by_hand(bundle, max_batch=4)
     for number, scale in enumerate((2.0, 1.0, 2.0, 1.0)):
         engine.submit(request(number, steps=2, sampler="euler", guidance_scale=scale))
@@ -134,7 +134,7 @@ def test_a_guided_request_takes_two_places(bundle: Bundle):
     assert {step.num_evaluated for step in steps} == {3}
 
 
-def test_a_guided_request_runs_where_there_is_one_place(bundle: Bundle):
+def test_a_guided_request_runs_in_a_batch_of_one_slot(bundle: Bundle):
     engine, _ = by_hand(bundle, max_batch=1)
     future = engine.submit(request(1, steps=2, sampler="euler", guidance_scale=2.0))
     engine.step()
@@ -188,7 +188,7 @@ def test_an_engine_whose_every_request_fails_says_so(bundle: Bundle):
     assert not engine.is_alive
 
 
-def test_a_request_that_cannot_meet_its_deadline_is_told_at_once(bundle: Bundle, ticks: list[int]):
+def test_a_request_that_cannot_meet_its_deadline_fails_immediately(bundle: Bundle, ticks: list[int]):
     engine, _ = by_hand(bundle, clock=lambda: ticks[0], max_batch=1)
     step_once(engine, MIN_STEPS)
     hopeless = engine.submit(request(1, steps=5, sampler="euler", guidance_scale=1.0, deadline=ticks[0] + 4))
@@ -210,7 +210,7 @@ def test_a_request_whose_deadline_the_work_before_it_uses_up_is_refused(bundle: 
     assert first.exception(0) is second.exception(0) is None
 
 
-def test_a_full_queue_refuses_at_once(bundle: Bundle):
+def test_a_full_queue_rejects_immediately(bundle: Bundle):
     engine = Engine(bundle, max_batch=1, max_queue=1)
     futures = [engine.submit(request(number, steps=500)) for number in range(2)]
     with pytest.raises(BusyError):
@@ -278,7 +278,7 @@ def test_a_picture_of_another_size_is_refused(engine: Engine):
         engine.submit(Request(sketch=torch.zeros(1, 8, 8), reference=torch.zeros(3, 8, 8), options=SamplerOptions()))
 
 
-def test_closing_finishes_what_is_here_and_refuses_more(bundle: Bundle):
+def test_closing_finishes_present_requests_and_rejects_new_ones(bundle: Bundle):
     engine = Engine(bundle)
     future = engine.submit(request(1))
     engine.close()

@@ -255,7 +255,7 @@ def test_any_pattern_of_arrivals_in_bfloat16(alone_bfloat16: Alone, pattern: lis
 
 @given(num_greedy=st.integers(1, 10), steps=st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
-def test_a_key_that_asks_for_little_waits_for_one_place_only(bundle: Bundle, num_greedy: int, steps: int):
+def test_a_key_with_few_requests_waits_for_one_slot_only(bundle: Bundle, num_greedy: int, steps: int):
     greedy = [Arrival(0, steps, 1.0, "euler", "a", 0, None, None)] * num_greedy
     modest = Arrival(1, 1, 1.0, "euler", "b", 1, None, None)
     run = Run(bundle)

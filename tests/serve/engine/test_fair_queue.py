@@ -58,7 +58,7 @@ class Watched:
 
 
 @given(st.lists(st.one_of(comes, starts, leaves), max_size=120))
-def test_nobody_is_lost_passed_too_often_or_started_out_of_turn(events):
+def test_no_request_is_lost_passed_too_often_or_started_out_of_order(events):
     watched, left = Watched(), 0
     for kind, value in events:
         if kind == "comes":
@@ -75,14 +75,14 @@ def test_nobody_is_lost_passed_too_often_or_started_out_of_turn(events):
     assert watched.queue.peek({}) is None
 
 
-def test_the_key_with_the_fewest_places_is_next():
+def test_the_key_with_the_fewest_slots_is_next():
     queue = FairQueue(PATIENCE)
     for number, key in enumerate("aab"):
         queue.add(number, key)
     assert queue.take({"a": 1}) == 2
 
 
-def test_with_one_place_keys_take_turns():
+def test_with_one_slot_keys_alternate():
     queue = FairQueue(patience=100)
     for number, key in enumerate("aaaabb"):
         queue.add(number, key)
@@ -99,7 +99,7 @@ def test_new_keys_cannot_keep_the_request_of_a_busy_key_waiting_for_ever():
     assert order.index("old") == PATIENCE
 
 
-def test_before_counts_what_fair_turns_would_start_first():
+def test_before_returns_the_requests_that_alternating_keys_would_start_first():
     queue = FairQueue(PATIENCE)
     for number, key in enumerate("aaab"):
         queue.add(number, key)
@@ -108,7 +108,7 @@ def test_before_counts_what_fair_turns_would_start_first():
     assert sorted(queue.before("a")) == [0, 1, 2, 3]
 
 
-def test_it_remembers_nobody_who_is_gone():
+def test_it_forgets_keys_without_requests():
     queue = FairQueue(PATIENCE)
     for number in range(1000):
         queue.add(number, f"key {number}")

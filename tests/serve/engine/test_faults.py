@@ -104,7 +104,7 @@ def drive(engine: Engine) -> None:
         (ValueError("out of memory"), False, False),
     ],
 )
-def test_errors_of_a_device_are_told_apart(error, out_of_memory, is_fatal):
+def test_errors_of_a_device_are_classified(error, out_of_memory, is_fatal):
     assert (is_out_of_memory(error), is_device_lost(error)) == (out_of_memory, is_fatal)
     assert isinstance(for_request(error), UnavailableError) == (out_of_memory or is_fatal)
     if out_of_memory or is_fatal:
@@ -112,7 +112,7 @@ def test_errors_of_a_device_are_told_apart(error, out_of_memory, is_fatal):
 
 
 @pytest.mark.parametrize("moment", ["join", "step", "cached condition", "wait"])
-def test_a_lost_device_ends_the_engine_and_every_request_at_once(device, monkeypatch, caplog, moment):
+def test_a_lost_device_ends_the_engine_and_all_requests_immediately(device, monkeypatch, caplog, moment):
     engine = Engine(device.bundle, own_thread=False, max_batch=2)
     if moment in ("cached condition", "step"):
         engine.submit(request(0, steps=1))
@@ -227,7 +227,7 @@ def test_without_room_for_one_request_the_engine_continues(device, bundle, caplo
     assert is_right(future.result(0), bundle, request(9))
 
 
-def test_a_lack_of_memory_beside_the_network_costs_that_batch_only(device, monkeypatch):
+def test_a_lack_of_memory_outside_the_network_costs_only_that_batch(device, monkeypatch):
     engine = Engine(device.bundle, own_thread=False)
     first = engine.submit(request(1))
     with monkeypatch.context() as patch:

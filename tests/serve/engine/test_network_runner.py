@@ -62,7 +62,7 @@ def test_a_result_survives_the_next_replay(bundle: Bundle):
     assert torch.equal(first, kept)
 
 
-def test_every_size_is_captured_before_the_first_turn(bundle: Bundle):
+def test_every_size_is_captured_before_the_first_engine_step(bundle: Bundle):
     captured = []
     runner = NetworkRunner(bundle.denoiser, (1, 2, 4), lambda run: captured.append(1) or again(run))
     x, t, conditions = inputs(bundle, 3)

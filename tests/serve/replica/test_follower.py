@@ -181,7 +181,7 @@ def test_a_version_that_failed_is_tried_again_later_with_a_fresh_copy(follower, 
     assert follower._failures["3"].pause_s == 2 * FIRST_PAUSE_S
 
 
-def test_the_registry_away_changes_nothing(follower, registry, sketch, reference, monkeypatch):
+def test_an_unreachable_registry_changes_nothing(follower, registry, sketch, reference, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     follower.source = ModelSource(registry.settings)
     assert follower.step()
@@ -189,7 +189,7 @@ def test_the_registry_away_changes_nothing(follower, registry, sketch, reference
     assert follower.replica.error is None
 
 
-def test_a_replica_born_while_the_registry_is_away_loads_when_it_is_back(replicas, registry, monkeypatch):
+def test_a_replica_started_while_the_registry_is_unreachable_loads_when_it_returns(replicas, registry, monkeypatch):
     follower = replicas(registry)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

@@ -39,7 +39,7 @@ def replica():
     replica.close()
 
 
-def test_without_a_version_a_job_is_told_so(replica, sketch, reference):
+def test_without_a_version_a_job_gets_an_error(replica, sketch, reference):
     with pytest.raises(NoModelError):
         asyncio.run(replica.colorize(job(sketch, reference)))
 
@@ -85,7 +85,7 @@ def test_a_full_replica_is_busy(replica, bundle_folder, sketch, reference):
     assert sum(isinstance(answer, Answer) for answer in answers) == 4
 
 
-def test_a_stream_that_nobody_reads_any_more_frees_its_place(replica, bundle_folder, sketch, reference):
+def test_a_stream_that_is_no_longer_read_frees_its_slot(replica, bundle_folder, sketch, reference):
     async def read_one() -> Preview | Answer:
         replica.load("1", bundle_folder)
         stream = replica.stream(job(sketch, reference, steps=1000))

@@ -49,7 +49,7 @@ def test_the_share_of_a_version_that_is_not_there_goes_to_the_fallback(loaded, f
     assert loaded_shares({"2": 0.2, "1": 0.8}, loaded, fallback) == pytest.approx(expected)
 
 
-def test_a_client_is_told_to_wait_for_what_is_here_at_the_pace_so_far():
+def test_retry_after_is_the_present_work_at_the_rate_so_far():
     now = [0.0]
     pace = CompletionRate(lambda: now[0])
     assert pace.retry_after_s() == UNKNOWN_S
@@ -65,7 +65,7 @@ def test_a_client_is_told_to_wait_for_what_is_here_at_the_pace_so_far():
     assert pace.retry_after_s() == LONGEST_S
 
 
-def test_time_in_which_nobody_asked_is_not_counted_as_slow():
+def test_idle_time_does_not_count_as_slow():
     now = [0.0]
     pace = CompletionRate(lambda: now[0])
     for _ in range(5):
