@@ -23,9 +23,9 @@ def test_phase_2_begins_with_the_tuned_model_and_a_worse_one_of_a_repeated_demo_
     trained: list[tuple[str, str | None, float | None]] = []
     promoted: list[bool] = []
 
-    def train(_settings: Settings, config: TrainConfig, _report: object) -> dict[str, str]:
+    def train(_settings: Settings, config: TrainConfig, _report: object) -> SimpleNamespace:
         trained.append((config.recipe, config.init_from, config.max_minutes))
-        return {"bundle": f"bundle {len(trained)}"}
+        return SimpleNamespace(bundle=f"bundle {len(trained)}")
 
     def promote(_settings: Settings, version: int, *, why: str, force: bool = False) -> None:
         promoted.append(force)
@@ -37,7 +37,7 @@ def test_phase_2_begins_with_the_tuned_model_and_a_worse_one_of_a_repeated_demo_
         return SimpleNamespace(version=8)
 
     monkeypatch.setattr(demo, "train", train)
-    monkeypatch.setattr(demo, "tune_sampler", lambda _settings, bundle, _data, **_: {"version": 7, "of": bundle})
+    monkeypatch.setattr(demo, "tune_sampler", lambda *_, **__: SimpleNamespace(version=7))
     monkeypatch.setattr(demo, "evaluate_and_record", lambda _settings, bundle, _data, **_: {"of": bundle})
     monkeypatch.setattr(demo, "release", SimpleNamespace(register=register, promote=promote))
 
