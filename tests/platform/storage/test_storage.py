@@ -127,7 +127,7 @@ def test_an_endpoint_switches_the_search_for_machine_credentials_off(
     [
         ("s3://key:hidden@bucket/path", "credentials in the URI; set AWS_ACCESS_KEY_ID"),
         ("s3://bucket/path?secret_key=hidden&region=x", "credentials in the URI"),
-        ("s3:///path", "no bucket"),
+        ("s3:///path", "does not name a bucket"),
         ("s3://bucket/path?speed=9", "option 'speed' is not known; one of endpoint_override"),
         ("gs://bucket/path", "scheme 'gs' is not known; give a local path or s3://"),
         ("", "the path is empty"),
