@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -164,10 +165,14 @@ print("survived")
 
 
 def test_a_full_disk_costs_one_checkpoint_and_no_training(tmp_path):
-    """On a real file system of one megabyte, in a mount namespace of its own."""
+    """On a real file system of one megabyte, in a mount namespace."""
+    # Root needs no user namespace, which a chroot and some distributions do not allow.
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    if subprocess.run([*namespace, "true"], check=False).returncode:
+        pytest.skip("this user may not make a mount namespace")
     mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FULL}' {tmp_path}"
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount],
+        [*namespace, "sh", "-c", mount],
         capture_output=True,
         text=True,
         check=False,
