@@ -290,7 +290,7 @@ def test_streams_that_are_closed_or_full(tmp_path, shell, code, line):
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -m animediffusion {shell}"],
         cwd=tmp_path,
-        env=os.environ | {"ANIMEDIFFUSION_WORKSPACE": str(tmp_path / "ws")},
+        env=os.environ | {"ANIMEDIFFUSION_WORKSPACE": str(tmp_path / "ws"), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         check=False,
     )

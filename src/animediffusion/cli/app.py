@@ -43,7 +43,9 @@ for _command in (train.train, train.evaluate, serve.colorize, serve.serve, docto
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    code = run(list(sys.argv[1:] if argv is None else argv))
+    _discard_unwritten()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -95,6 +97,16 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_unwritten() -> None:
+    """Discard output that cannot be written: Python would try again at its end, print more lines and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _check_working_directory(arguments: Sequence[str]) -> None:
