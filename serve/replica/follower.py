@@ -152,10 +152,10 @@ class Follower:
             self.replica.add(version, self._fetch(version), self.source.sha256(version))
         except Exception as error:  # The loaded versions must continue to answer, whatever the error is.
             self._warn(f"version {version} does not work here: {error}")
-            unreachable = isinstance(error, RegistryError | StorageError)
-            pause_s = (
-                0.0 if unreachable else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
-            )
+            if isinstance(error, RegistryError | StorageError):
+                pause_s = 0.0
+            else:
+                pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
             self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)
             if isinstance(error, BundleError):
                 self._forget(version)

@@ -89,14 +89,6 @@ class Console:
             task = bar.add_task(what, total=None)
             yield lambda done, total, line: bar.update(task, completed=done, total=total, description=line)
 
-    def facts(self, values: Mapping[str, Any]) -> str:
-        """Format values as lines of `name   value`; the names of nested values are dotted."""
-        return facts(values)
-
-    def table(self, rows: Sequence[Mapping[str, Any]], empty: str) -> str:
-        """Format rows as aligned columns; return `empty` if there are no rows."""
-        return table(rows, empty)
-
 
 def _print(text: str, stream: TextIO) -> None:
     try:

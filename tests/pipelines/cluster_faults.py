@@ -64,9 +64,9 @@ class Stage:
         seen = [0]
         config = load_recipe(str(self.recipe), [f"name={name}", *(f"{k}={v}" for k, v in values.items())])
 
-        def until(step, *, anew=False):
+        def until(step, *, after_kill=False):
             end = time.monotonic() + WAIT_S
-            if anew:  # steps that were reported before a kill do not count
+            if after_kill:  # steps that were reported before a kill do not count
                 time.sleep(1)
                 seen[0] = 0
             while seen[0] < step:
@@ -137,7 +137,7 @@ def main(data, workspace):
     def storm(until):
         until(EVERY + 3)
         os.kill(workers()[0].pid, signal.SIGKILL)
-        until(EVERY + 15, anew=True)
+        until(EVERY + 15, after_kill=True)
         victim = stage.busy()[0]
         stage.warn(victim, 60)
         end = time.monotonic() + WAIT_S

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from animediffusion.cli import common
+from animediffusion.console import facts
 
 data = common.group(help="Make and inspect datasets.")
 
@@ -74,4 +75,4 @@ def data_show(
 
     console = common.console()
     result = asdict(show(dst, out))
-    console.result(result, console.facts(result))
+    console.result(result, facts(result))

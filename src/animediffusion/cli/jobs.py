@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from animediffusion.cli import common
+from animediffusion.console import facts, table
 
 jobs = common.group(help="Run commands as jobs on a Ray cluster.")
 
@@ -44,7 +45,7 @@ def jobs_list() -> None:
 
     console = common.console()
     found = [asdict(job) for job in jobs()]
-    console.result(found, console.table(found, "no jobs"))
+    console.result(found, table(found, "no jobs"))
 
 
 @jobs.command("status")
@@ -54,7 +55,7 @@ def jobs_status(job: Annotated[str, typer.Argument(metavar="ID", help="Id of the
 
     console = common.console()
     found = asdict(status(job))
-    console.result(found, console.facts(found))
+    console.result(found, facts(found))
 
 
 @jobs.command("logs")

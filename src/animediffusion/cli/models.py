@@ -10,6 +10,7 @@ import typer
 
 from animediffusion import reports
 from animediffusion.cli import common
+from animediffusion.console import table
 
 if TYPE_CHECKING:
     from animediffusion.pipelines.release.release import AliasChange
@@ -26,7 +27,7 @@ def models_list() -> None:
     console = common.console()
     found = release.versions(common.settings())
     rows = [{**row, "sha256": row["sha256"][:12], "metrics": headline(row["metrics"])} for row in found]
-    console.result(found, console.table(rows, "no versions yet; run `animediffusion models register DIR`"))
+    console.result(found, table(rows, "no versions yet; run `animediffusion models register DIR`"))
 
 
 @models.command("show")
@@ -143,7 +144,7 @@ def models_history() -> None:
 
     console = common.console()
     found = release.history(common.settings())
-    console.result(found, console.table(found, "no version was promoted yet"))
+    console.result(found, table(found, "no version was promoted yet"))
 
 
 @models.command("import")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from animediffusion.cli import common
+from animediffusion.console import table
 from animediffusion.models.sampler_options import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, SamplerOptions
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def keys_list() -> None:
         {"name": key.name, "created": key.created, "revoked": key.revoked}
         for key in Keys(common.settings().keys_uri).entries()
     ]
-    console.result(found, console.table(found, "no keys yet; run `animediffusion keys create NAME`"))
+    console.result(found, table(found, "no keys yet; run `animediffusion keys create NAME`"))
 
 
 @keys.command("revoke")

@@ -21,7 +21,7 @@ def inputs(bundle: Bundle, rows: int, seed: int = 0):
 
 
 def again(run):
-    """A capture whose replay computes anew, from the same buffers into the same result."""
+    """A capture whose replay computes again, from the same buffers into the same result."""
     result = run()
     return lambda: result.copy_(run()), result
 
