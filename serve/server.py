@@ -23,10 +23,10 @@ from animediffusion.models.bundle import verify
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.cluster.ray_compat import serve_host
+from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
-from animediffusion.platform.signals import StopSignals
 from animediffusion.platform.storage.local_files import expanded
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.protocol import ReplicaStatus

@@ -33,7 +33,7 @@ from animediffusion.pipelines.training.plan import RunPlan
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.scaling import threads_per_worker
 from animediffusion.platform.cluster.cluster import cluster_address
-from animediffusion.platform.signals import handling
+from animediffusion.platform.cluster.signals import handling
 
 # The next five constants come from a comparison with `train` of the same recipe: two cores, 64 px, recipes demo and
 # phase1, two workers.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,13 +38,11 @@ from animediffusion.pipelines.training.worker import WorkerContext, train_worker
 from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import DataError, Interrupted, TrainingError
-from animediffusion.platform.signals import StopSignals
 from animediffusion.platform.storage import storage
 from animediffusion.platform.tracking.tracking import TRAINING, Run, send_left
 
 MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
 """Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
-POLL_S = 0.5
 TORCH_ADVICE = (
     "Search for `",
     "CUDA kernel errors might be",
@@ -188,38 +185,27 @@ def build_trainer(
 
 
 def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> TrainProgress:
-    """Run fit() in a thread, report progress and handle signals meanwhile, and return the last progress report."""
-    outcome: list[BaseException | None] = []
-
-    def body() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=body, name="fit", daemon=True)
+    """Run fit(), report progress and handle signals meanwhile, and return the last progress report."""
     latest = TrainProgress()
-    with (
-        StopSignals(lambda: progress.stop.remote()) as stop,
-        cluster.waits(progress.warn.remote) as moved,
-    ):
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            now: TrainProgress = ray.get(progress.latest.remote())
-            if now.elapsed_s != latest.elapsed_s:
-                moved()
-            if report is not None and now != latest:
-                report(now)
-            latest = now
-            if stop.number is not None and not _has_workers(now):
-                break  # the workers wait for room, at first or after a node was lost: none of them would receive it
+
+    def poll(signum: int | None, moved: Callable[[], None]) -> bool:
+        nonlocal latest
+        now: TrainProgress = ray.get(progress.latest.remote())
+        if now.elapsed_s != latest.elapsed_s:
+            moved()
+        if report is not None and now != latest:
+            report(now)
+        latest = now
+        # Workers that wait for room, at first or after a node was lost, would not receive the signal.
+        return signum is None or _has_workers(now)
+
+    signum, error = cluster.run_watched(
+        trainer.fit, poll, on_signal=lambda: progress.stop.remote(), report=progress.warn.remote
+    )
     if latest.failure is not None:
         raise _recurring(work, latest.failure)
-    if stop.number is not None:
-        raise Interrupted(stop.number, work.run, latest_step(work.checkpoints))
-    error = outcome[0]
+    if signum is not None:
+        raise Interrupted(signum, work.run, latest_step(work.checkpoints))
     if error is not None:
         raise _explain(error, work)
     return latest

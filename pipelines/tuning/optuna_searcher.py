@@ -33,11 +33,9 @@ from ray.tune.search import Searcher
 
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import Interrupted
-from animediffusion.platform.signals import StopSignals
 
 REPEATS, MOST_REPEATS = 20, 200
 """Number of known suggestions in a row after which points are drawn at random, and after which the search ends."""
-POLL_S = 0.5
 Direction = Literal["maximize", "minimize"]
 
 Point = dict[str, Any]
@@ -309,27 +307,20 @@ def run_trials(
 
 
 def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, warn: Callable[[str], None]) -> int | None:
-    """Run fit() in a thread, handle signals meanwhile, and return the number of the first signal, if any."""
-    failed: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            tuner.fit()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=body, name="tune", daemon=True)
+    """Run fit(), handle signals meanwhile, and return the number of the first signal, if any."""
     known = study.num_known
-    with StopSignals(stop.set) as signals, cluster.waits(warn) as moved:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if study.num_known != known:
-                known = study.num_known
-                moved()
-    if failed and signals.number is None:
-        raise failed[0]
-    return signals.number
+
+    def poll(_signum: int | None, moved: Callable[[], None]) -> bool:
+        nonlocal known
+        if study.num_known != known:
+            known = study.num_known
+            moved()
+        return True
+
+    signum, error = cluster.run_watched(tuner.fit, poll, on_signal=stop.set, report=warn)
+    if error is not None and signum is None:
+        raise error
+    return signum
 
 
 class _Stop(_NotCopied, tune.Stopper):

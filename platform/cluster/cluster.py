@@ -23,6 +23,7 @@ from ray.autoscaler.v2.schema import ResourceDemandSummary
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from animediffusion.platform.cluster import ray_compat
+from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError
 from animediffusion.platform.network import temporary_folder_problem, why_unreachable
@@ -31,6 +32,8 @@ from animediffusion.platform.storage.storage import PATIENCE_VARIABLE
 OBJECT_STORE_BYTES = 512 * 1024 * 1024
 """Size of the embedded cluster's object store; it holds several thousand rows because images stay encoded."""
 
+POLL_S = 0.5
+"""Seconds between two calls of `poll` in run_watched()."""
 WAITS_S = 15.0
 """Seconds without progress after which unmet resource demands are reported."""
 WATCH_S, WATCH_TIMEOUT_S, AGAIN_S = 3.0, 5, 60.0
@@ -160,6 +163,43 @@ def waits(report: Callable[[str], object]) -> Iterator[Callable[[], None]]:
     finally:
         done.set()
         thread.join()
+
+
+def run_watched(
+    work: Callable[[], object],
+    poll: Callable[[int | None, Callable[[], None]], bool],
+    *,
+    on_signal: Callable[[], object],
+    report: Callable[[str], object],
+) -> tuple[int | None, BaseException | None]:
+    """Run blocking work of Ray in a thread while this thread handles signals and watches for unmet demands.
+
+    Args:
+        work: the function to run, for example fit() of a Ray Train or Ray Tune run.
+        poll: called every POLL_S with the number of the first signal (None until it arrives) and a function to call
+            whenever the work makes progress; it returns whether to keep waiting for the work.
+        on_signal: called when the first signal arrives.
+        report: called with a line on unmet resource demands, see waits().
+
+    Returns:
+        The number of the first signal and the error of the work, each None if there was none.
+    """
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body, name="work", daemon=True)
+    with StopSignals(on_signal) as stop, waits(report) as moved:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if not poll(stop.number, moved):
+                break
+    return stop.number, failed[0] if failed else None
 
 
 def no_room() -> str:

@@ -30,10 +30,10 @@ from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.pipelines.tuning.sampler_search import tune_sampler
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import cluster
+from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
-from animediffusion.platform.signals import StopSignals
 from animediffusion.serve.client.remote import API_KEY, RemoteColorizer
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.server import check_address, running

@@ -27,6 +27,7 @@ from tiny import NETWORK
 from animediffusion.pipelines.training import driver as training
 from animediffusion.pipelines.training.checkpoints import list_steps
 from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 
 # Workers synchronize every 10 steps and EVERY is not a multiple of 10, so a save after a warning is not a regular one.
@@ -49,7 +50,7 @@ class Stage:
     """A cluster, and training runs on it that are disturbed."""
 
     def __init__(self, data, workspace):
-        training.POLL_S = 0.05
+        cluster.POLL_S = 0.05
         self.settings = Settings(workspace=workspace)
         self.recipe = workspace / "tiny.yaml"
         self.recipe.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from animediffusion.platform.signals import StopSignals, handling
+from animediffusion.platform.cluster.signals import StopSignals, handling
 
 
 def handlers():
