@@ -175,6 +175,11 @@ def run_while_serving(client: httpx.Client, pictures: dict[str, bytes], *words: 
     return "".join(log)
 
 
+def json_in(log: str) -> dict:
+    """The JSON object that a job printed last. Its log also has stderr, where Ray may write later."""
+    return json.loads([line for line in log.splitlines() if line.startswith("{")][-1])
+
+
 @pytest.fixture(scope="module")
 def scraped(head: Head, client: httpx.Client, pictures: dict[str, bytes], workspace: Path) -> dict[str, str]:
     """Every metric, name to type, that the node showed while it served, ingested and trained."""
@@ -196,7 +201,7 @@ def scraped(head: Head, client: httpx.Client, pictures: dict[str, bytes], worksp
         recipe = ["train", "demo", "data=s3://data/faces", "storage=s3://runs", "name=watched", "use_gpu=false"]
         numbers = ["max_steps=30", "batch_size=4", "log_every=5", "num_samples=0"]
         log = run_while_serving(client, pictures, *recipe, *numbers, "--json")
-        result = json.loads(log.splitlines()[-1])
+        result = json_in(log)
         assert result["steps"] == 30
         assert {"config.json", "model.safetensors"} <= set(list_files(result["bundle"]))
         time.sleep(3)
@@ -278,7 +283,7 @@ def test_training_shows_its_own_numbers(scraped: dict[str, str]) -> None:
 def test_doctor_as_a_job_asks_every_node(head: Head, workspace: Path) -> None:
     log: list[str] = []
     code = jobs.follow(jobs.submit(["doctor", "--storage", str(workspace / "probe"), "--json"]), log.append)
-    report = json.loads("".join(log).splitlines()[-1])
+    report = json_in("".join(log))
     checks = {one["name"]: one for one in report["checks"]}
     assert code == (0 if report["ok"] else 1)
     assert re.match(r"1 answer; all with python 3.*torch 2.*ray 2", checks["nodes"]["detail"])

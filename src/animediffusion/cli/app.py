@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     code = run(list(sys.argv[1:] if argv is None else argv))
     _discard_unwritten()
+    sys.stdout = sys.stderr  # until Ray has ended it repeats what its workers print, and the result is the last line
     sys.exit(code)
 
 
