@@ -297,6 +297,16 @@ def test_streams_that_are_closed_or_full(tmp_path, shell, code, line):
     assert (done.returncode, done.stderr[: len(line)], done.stderr.count(b"\n")) == (code, line, bool(line))
 
 
+def test_what_ray_prints_after_the_result_goes_to_stderr(tmp_path):
+    code = "import atexit; atexit.register(print, 'late'); from animediffusion.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "keys", "list", "--json", "--workspace", str(tmp_path)],
+        capture_output=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (b"[]\n", b"late\n")
+
+
 def test_a_result_may_name_what_the_terminal_cannot_print(command, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("animediffusion.pipelines.release.release.history", lambda _: [{"reason": "線\udc90"}])
