@@ -16,6 +16,7 @@ pipelines/data/ingest_summary.py sums up all parts.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import pickle
@@ -261,8 +262,10 @@ def _read_pairs(source: str, pairs: str) -> str:
         uri = storage.join(source, pairs)
     if not storage.exists(uri):
         raise DataError(pairs, "no such pairs CSV", "give a file with a column `target`")
+    data = storage.read_bytes(uri)
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
-        return storage.read_bytes(uri).decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(pairs, "is not UTF-8 text", "save the CSV as UTF-8") from error
 

@@ -1,7 +1,8 @@
 """Read the rows of a dataset from a CSV with the columns target[,sketch,reference,cross_reference,split].
 
 The paths are in the source folder. Column names have the same aliases as folder names
-(pipelines/data/source_layout.py). Commas, semicolons or tabs separate the cells; all line endings are accepted.
+(pipelines/data/source_layout.py). Commas, semicolons or tabs separate the cells; all line endings are
+accepted, and UTF-8 or UTF-16 text.
 """
 
 from __future__ import annotations

@@ -190,9 +190,10 @@ def test_val_keeps_the_picture_that_train_has_too(tmp_path: Path) -> None:
     assert {name: split.rows for name, split in manifest.splits.items()} == {"train": 1, "val": 1}
 
 
-def test_a_pairs_csv_makes_rows_that_share_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_pairs_csv_makes_rows_that_share_files(tmp_path: Path, encoding: str) -> None:
     text = "target,reference,split\n1.png,2.png,train\n2.png,1.png,train\n3.png,1.png,val\n"
-    files = {"1.png": picture(1), "2.png": picture(2), "3.png": b"text", "pairs.csv": text.encode()}
+    files = {"1.png": picture(1), "2.png": picture(2), "3.png": b"text", "pairs.csv": text.encode(encoding)}
     destination = str(tmp_path / "dataset")
 
     manifest = without_ray(prepare(fill(tmp_path / "source", files), destination, SIZE, pairs="pairs.csv"))
