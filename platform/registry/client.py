@@ -234,11 +234,6 @@ class Registry:
             for key, value in evaluation_tags(result, own=False).items():
                 self.client.set_model_version_tag(self.name, str(version), key, value)
 
-    def set_tag(self, version: int, key: str, value: str) -> None:
-        """Set a tag of a version."""
-        with self._reported(f"version {version}"):
-            self.client.set_model_version_tag(self.name, str(version), key, value)
-
     def set_alias(self, alias: str, version: int) -> None:
         """Point an alias at a version, in one atomic step."""
         with self._reported(f"alias {alias}"):

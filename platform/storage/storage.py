@@ -221,12 +221,6 @@ def download_folder(uri: str, local: Path) -> None:
         write_bytes(str(local / name), read_bytes(join(uri, name)))
 
 
-def upload_folder(local: Path, uri: str) -> None:
-    """Copy all files of a local folder to `uri`."""
-    for name in list_files(str(local)):
-        write_bytes(join(uri, name), (local / name).read_bytes())
-
-
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Convert errors of pyarrow and of the system to a one-line StorageError."""

@@ -33,11 +33,11 @@ import yaml
 from moto.server import ThreadedMotoServer
 from servers import MlflowServer
 from tiny import NETWORK
+from uploads import upload_folder
 
 from animediffusion.pipelines.synthetic.dataset import synthesize
 from animediffusion.pipelines.training.checkpoints import latest_step
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.platform.storage import storage
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -298,7 +298,7 @@ def answers(command: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 def train(there: Network, folder: Path) -> dict[str, Any]:
     """Run all stages from pictures to a champion; one of two training machines is lost after a checkpoint."""
     synthesize(str(folder / "drawn"), 40, 32, workers=1)
-    storage.upload_folder(folder / "drawn", "s3://bucket/drawn")
+    upload_folder(folder / "drawn", "s3://bucket/drawn")
     there.front.start("tee", "recipe.yaml", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).communicate(RECIPE)
     verbs = there.verbs(
         ["keys", "create", "tests"],

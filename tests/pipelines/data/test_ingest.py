@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sources import fill, picture, without_ray
+from uploads import upload_folder
 
 from animediffusion.pipelines.data import ingest as ingesting
 from animediffusion.pipelines.data.ingest import STATE, choose_part_rows, ingest, prepare
@@ -18,7 +19,7 @@ from animediffusion.pipelines.data.ingest_task import make_row
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
-from animediffusion.platform.storage.storage import exists, join, list_files, read_bytes, upload_folder
+from animediffusion.platform.storage.storage import exists, join, list_files, read_bytes
 
 SIZE = 16
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 from faults import Fault, FaultyStore
 from sources import fill, picture, without_ray
+from uploads import upload_folder
 
 from animediffusion.cli.app import run
 from animediffusion.pipelines.data.ingest import MIN_PART_ROWS, STATE, prepare
@@ -27,7 +28,6 @@ from animediffusion.platform.storage.storage import (
     join,
     list_files,
     read_bytes,
-    upload_folder,
 )
 
 pytestmark = pytest.mark.ray

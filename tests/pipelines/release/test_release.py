@@ -7,6 +7,7 @@ import pytest
 import torch
 from bundles import NETWORK, evaluation, new_model, write_bundle
 from servers import MlflowServer
+from uploads import upload_folder
 
 from animediffusion.cli import app as cli
 from animediffusion.models.bundle import BundleConfig, SamplerDefaults, save_bundle, with_sampler
@@ -17,7 +18,6 @@ from animediffusion.platform.errors import BundleError, ConfigError, RegistryErr
 from animediffusion.platform.images.codec import decode_rgb
 from animediffusion.platform.registry import audit_log
 from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.storage.storage import upload_folder
 from animediffusion.platform.tracking.tracking import TRAINING, Run
 
 

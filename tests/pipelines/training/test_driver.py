@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import NETWORK
+from uploads import upload_folder
 
 from animediffusion.cli import app as cli
 from animediffusion.models.bundle import load_bundle, smoke_sample
@@ -180,7 +181,7 @@ def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_
 def test_a_store_that_is_unreachable_during_a_run_changes_nothing(straight, settings, recipe, faulty_s3, faces_dataset):
     url, store = faulty_s3
     data = f"s3://bucket/faces?endpoint_override={url}"
-    storage.upload_folder(Path(faces_dataset), data)
+    upload_folder(Path(faces_dataset), data)
     away = []
 
     def cut(now):
