@@ -32,8 +32,9 @@ FILES = (*IDENTITY_FILES, "metrics.json", "card.md")
 AVERAGES = "averages.safetensors"
 """Optional file, listed in checksums.json when present; a copy for colorizing alone may leave it out."""
 
-Metrics = dict[str, Any]
-"""metrics.json: the JSON object that `evaluate` prints; empty if the model was not evaluated."""
+EvaluationJson = dict[str, Any]
+"""metrics.json: the JSON object that `evaluate` prints; empty if the model was not evaluated. The registry, which does
+not import this folder, calls it by the same name (platform/registry/model_version.py)."""
 
 _LFS_POINTER = b"version https://git-lfs"
 """Start of the text that a clone without Git LFS holds in place of a large file."""
@@ -99,7 +100,7 @@ class Bundle:
 
     config: BundleConfig
     denoiser: Denoiser
-    metrics: Metrics
+    metrics: EvaluationJson
     sha256: str
     folder: Path
 
@@ -108,7 +109,7 @@ def save_bundle(
     folder: Path,
     denoiser: Denoiser,
     config: BundleConfig,
-    metrics: Metrics | None = None,
+    metrics: EvaluationJson | None = None,
     card: str = "",
     *,
     averages: dict[str, Tensor] | None = None,
@@ -127,7 +128,9 @@ def save_bundle(
     return _seal(temporary, folder)
 
 
-def with_sampler(source: Path, destination: Path, sampler: SamplerDefaults, metrics: Metrics | None = None) -> str:
+def with_sampler(
+    source: Path, destination: Path, sampler: SamplerDefaults, metrics: EvaluationJson | None = None
+) -> str:
     """Write a copy of a bundle with other sampler defaults and return its identity (sha256)."""
     config = _read_config(source, str(source))
     temporary = destination.with_name(destination.name + ".partial")
@@ -139,7 +142,7 @@ def with_sampler(source: Path, destination: Path, sampler: SamplerDefaults, metr
     return _seal(temporary, destination)
 
 
-def with_metrics(folder: Path, metrics: Metrics) -> None:
+def with_metrics(folder: Path, metrics: EvaluationJson) -> None:
     """Replace the metrics of a bundle; its identity does not change."""
     _write_json(folder / "metrics.json", metrics)
     _write_checksums(folder)

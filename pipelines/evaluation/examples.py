@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from animediffusion.models.augmentation.augment import fixed_batch
@@ -19,10 +18,9 @@ from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import Images
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import contact_sheet
-
-Images = NDArray[np.uint8]
 
 SEED = 7
 """Seed of the drawn faces; demo and tests train on faces with other seeds."""
