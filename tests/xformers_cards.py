@@ -59,10 +59,10 @@ def own_answer(fmha, trained, query, key, value):
         context = fmha.Context(lse=lse, out=query)
         inputs = fmha.Inputs(query, key, value)
         calls.append(lambda: fmha._memory_efficient_attention_backward(context, inputs, query, None))
-    return any(is_refused(call) for call in calls)
+    return any(is_unsupported(call) for call in calls)
 
 
-def is_refused(call):
+def is_unsupported(call):
     try:
         call()
     except NotImplementedError:
@@ -84,7 +84,7 @@ def ran_by_us(fmha, qkv):
 def put(card):
     """Make torch report the compute capability of that GPU from now on."""
     torch.cuda.get_device_capability = lambda _device=None: CARDS[card]
-    attention._refusals.clear()
+    attention._unsupported.clear()
 
 
 def explanations():
@@ -110,7 +110,7 @@ def answers():
                             "inputs": str(inputs),
                             "dtype": str(dtype).removeprefix("torch."),
                             "trained": trained,
-                            "refused": own_answer(fmha, trained, *qkv),
+                            "unsupported": own_answer(fmha, trained, *qkv),
                             "ours": not attention._is_for_xformers(*tensors(inputs, dtype, trained)),
                             "ran": "" if trained else ran_by_us(fmha, qkv),
                         }

@@ -24,8 +24,8 @@ EXPLAINED = (torch.float32, torch.bfloat16)
 
 _choice: Backend = "auto"
 _used: set[str] = set()
-_refusals: dict[tuple[Any, ...], str | None] = {}
-"""Cache of xformers' answers by all inputs of its dispatcher, which takes longer than a small kernel."""
+_unsupported: dict[tuple[Any, ...], str | None] = {}
+"""Cache of _why_unsupported() by all inputs of xformers' dispatcher, which takes longer than a small kernel."""
 
 
 def use_attention(backend: Backend) -> None:
@@ -69,10 +69,10 @@ def explain_attention() -> str:
     if problem is not None:
         return f"sdpa (not xformers: {problem})"
     small = [torch.zeros(1, 64, 1, 64, dtype=dtype, device="cuda", requires_grad=True) for dtype in EXPLAINED]
-    refusals = {str(x.dtype).removeprefix("torch."): _refusal(x, x, x) for x in small}
-    refused = [f"not xformers in {dtype}: {refusal}" for dtype, refusal in refusals.items() if refusal is not None]
-    used = sorted({"sdpa" if refusal else "xformers" for refusal in refusals.values()})
-    return "+".join(used) + (f" ({'; '.join(refused)})" if refused else "")
+    reasons = {str(x.dtype).removeprefix("torch."): _why_unsupported(x, x, x) for x in small}
+    unsupported = [f"not xformers in {dtype}: {reason}" for dtype, reason in reasons.items() if reason is not None]
+    used = sorted({"sdpa" if reason else "xformers" for reason in reasons.values()})
+    return "+".join(used) + (f" ({'; '.join(unsupported)})" if unsupported else "")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -111,33 +111,33 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _is_for_xformers(*qkv: Tensor) -> bool:
     if _choice == "sdpa":
         return False
-    if torch.compiler.is_compiling():  # The compiler fuses SDPA with its neighbors and cannot trace _refusal().
+    if torch.compiler.is_compiling():  # The compiler fuses SDPA with its neighbors and cannot trace the query.
         return _choice == "xformers"
-    refusal = _refusal(*qkv)
-    if refusal is not None and _choice == "xformers":
-        raise _unusable(refusal)
-    if refusal is not None:
-        _report(refusal)
-    return refusal is None
+    reason = _why_unsupported(*qkv)
+    if reason is not None and _choice == "xformers":
+        raise _unusable(reason)
+    if reason is not None:
+        _report(reason)
+    return reason is None
 
 
-def _refusal(*qkv: Tensor) -> str | None:
+def _why_unsupported(*qkv: Tensor) -> str | None:
     """Return why xformers cannot run on these tensors (with backward, if they need gradients), or None if it can."""
     problem = _xformers_problem()
     if problem is not None:
         return problem
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    asked = (trained, deterministic, *((x.device, x.dtype, x.shape, x.stride()) for x in qkv))
-    if asked not in _refusals:
-        _refusals[asked] = _ask(trained, *qkv)
-    return _refusals[asked]
+    inputs = (trained, deterministic, *((x.device, x.dtype, x.shape, x.stride()) for x in qkv))
+    if inputs not in _unsupported:
+        _unsupported[inputs] = _query_dispatcher(trained, *qkv)
+    return _unsupported[inputs]
 
 
-def _ask(trained: bool, *qkv: Tensor) -> str | None:
-    """Query xformers' dispatcher for the forward and, if trained, the backward pass; return the reason it refuses.
+def _query_dispatcher(trained: bool, *qkv: Tensor) -> str | None:
+    """Query xformers' dispatcher for the forward and, if trained, the backward pass; return why it has no kernel.
 
-    Without this query the refusal would be raised by the call of the operator, or only in the backward pass.
+    Without this query the error would be raised by the call of the operator, or only in the backward pass.
     """
     fmha = _fmha()
     inputs = fmha.Inputs(*qkv)
@@ -162,9 +162,9 @@ def _unusable(problem: str) -> ValueError:
 
 
 @functools.cache
-def _report(refusal: str) -> None:
+def _report(reason: str) -> None:
     """Log a warning, once per reason."""
-    logging.getLogger(__name__).warning("attention runs on torch's SDPA, not on xformers: %s", refusal)
+    logging.getLogger(__name__).warning("attention runs on torch's SDPA, not on xformers: %s", reason)
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def _check_head(request: Request) -> None:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, which also records whether the body was complete and how many bytes were read."""
+    """Starlette's parser, which also rejects a truncated body and records how many bytes were read."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
         super().__init__(headers, self._counted(stream), max_files=4, max_fields=16, max_part_size=MAX_TEXT_BYTES)
@@ -137,23 +137,22 @@ class _Parser(MultiPartParser):
                 raise ProblemError(415, f"{header} {coding!r} of {part} is not supported; send its bytes as they are")
 
     async def _counted(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Count the bytes and reject a truncated body here, because the parser closes its files if its stream fails."""
         async for chunk in stream:
             yield chunk
             self.num_read += len(chunk)
+        if not self.is_complete:
+            raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")
 
 
 async def _parse(request: Request) -> FormData:
     parser = _Parser(request.headers, request.stream())
     try:
-        form = await parser.parse()
+        return await parser.parse()
     except MultiPartException as error:
         raise ProblemError(400, f"the multipart body cannot be read: {_reason(parser, error)}") from error
     except UnicodeError as error:
         raise ProblemError(400, "the charset in Content-Type cannot be read; omit it, names are UTF-8") from error
-    if not parser.is_complete:
-        await form.close()
-        raise ProblemError(400, "the multipart body ends early, without its closing boundary; send it again")
-    return form
 
 
 def _reason(parser: _Parser, error: MultiPartException) -> str:

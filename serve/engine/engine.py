@@ -236,7 +236,7 @@ class Engine:
                 self._reject(f"it would take {wait_s:.1f} s, but only {left_s:.1f} s are left", wait_s - left_s)
 
     def _reject(self, why: str, retry_after_s: float = 1.0) -> None:
-        self.counts.refused += 1
+        self.counts.rejected += 1
         raise BusyError(why, retry_after_s)
 
     def _steps_until_done(self, before: list[Row], own: Claim) -> int:

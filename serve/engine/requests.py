@@ -50,7 +50,7 @@ class Counts:
     """Counters of an engine since its start."""
 
     submitted: int = 0
-    refused: int = 0
+    rejected: int = 0
     """Requests that raised BusyError in submit(); they do not count as submitted."""
     finished: int = 0
     cancelled: int = 0

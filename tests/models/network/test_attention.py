@@ -37,12 +37,12 @@ def test_attention_compiles_as_one_graph():
     torch.testing.assert_close(compiled(query, key, key), attention(query, key, key))
 
 
-def test_an_unknown_backend_is_refused():
+def test_an_unknown_backend_is_rejected():
     with pytest.raises(ValueError, match="auto, xformers or sdpa, got 'flash'"):
         use_attention("flash")
 
 
-def test_without_cuda_torch_is_expected_and_xformers_refused():
+def test_without_cuda_torch_is_expected_and_xformers_rejected():
     assert expected_attention() == "sdpa"
     assert "it needs CUDA" in explain_attention()
     with pytest.raises(ValueError, match="needs CUDA"):
@@ -61,21 +61,23 @@ def cards():
 
 @pytest.mark.slow
 def test_auto_takes_xformers_exactly_where_xformers_itself_does(cards):
-    assert [one for one in cards["answers"] if one["ours"] != one["refused"]] == []
+    assert [one for one in cards["answers"] if one["ours"] != one["unsupported"]] == []
 
 
 @pytest.mark.slow
-def test_whatever_xformers_refuses_runs_on_torch(cards):
-    ran = {(one["refused"], one["ran"]) for one in cards["answers"] if not one["trained"]}
+def test_what_xformers_does_not_support_runs_on_torch(cards):
+    ran = {(one["unsupported"], one["ran"]) for one in cards["answers"] if not one["trained"]}
     assert ran == {(True, "sdpa"), (False, "xformers")}
 
 
 @pytest.mark.slow
 def test_every_recipe_runs_on_xformers_on_every_card_in_the_precision_it_has_kernels_for(cards):
     odd = {str(inputs) for inputs in xformers_cards.ODD}
-    refused = {(one["card"], one["dtype"]) for one in cards["answers"] if one["inputs"] not in odd and one["refused"]}
+    unsupported = {
+        (one["card"], one["dtype"]) for one in cards["answers"] if one["inputs"] not in odd and one["unsupported"]
+    }
     # A T4 trains in float32 (has_bfloat16), and Blackwell in bfloat16.
-    assert refused == {("T4", "bfloat16"), ("B200", "float32"), ("RTX 5090", "float32")}
+    assert unsupported == {("T4", "bfloat16"), ("B200", "float32"), ("RTX 5090", "float32")}
     asked = {(one["card"], one["dtype"]) for one in cards["answers"] if one["inputs"] not in odd}
     assert asked == set(itertools.product(xformers_cards.CARDS, ("float32", "bfloat16")))
 
@@ -93,7 +95,7 @@ def test_doctor_names_what_xformers_misses(cards):
 
 
 @pytest.fixture
-def refusing(monkeypatch):
+def unloadable(monkeypatch):
     """A process with CUDA whose xformers does not load."""
     monkeypatch.setattr(module, "_xformers_problem", lambda: "its library does not load")
     monkeypatch.setattr(module, "_choice", "auto")
@@ -109,7 +111,7 @@ def fake_cuda(monkeypatch):
         yield torch.empty(2, 4, 2, 8, device="cuda")
 
 
-def test_a_broken_xformers_is_named_once_and_torch_runs(refusing, fake_cuda, caplog):
+def test_a_broken_xformers_is_named_once_and_torch_runs(unloadable, fake_cuda, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert attention(fake_cuda, fake_cuda, fake_cuda).shape == (2, 4, 2, 8)
@@ -118,7 +120,7 @@ def test_a_broken_xformers_is_named_once_and_torch_runs(refusing, fake_cuda, cap
     assert attention_used() == expected_attention() == "sdpa"
 
 
-def test_xformers_by_name_is_refused_where_its_library_does_not_load(refusing, fake_cuda, monkeypatch):
+def test_xformers_by_name_is_rejected_where_its_library_does_not_load(unloadable, fake_cuda, monkeypatch):
     with pytest.raises(ValueError, match="which cannot run: its library does not load; use auto or sdpa"):
         use_attention("xformers")
     monkeypatch.setattr(module, "_choice", "xformers")

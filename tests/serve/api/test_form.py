@@ -1,9 +1,11 @@
 """Raw multipart bodies: each is read whole and exactly, or refused with the reason."""
 
 import gzip
+from tempfile import SpooledTemporaryFile
 from typing import get_args
 
 import pytest
+import starlette.formparsers
 from fastapi.testclient import TestClient
 
 from animediffusion.models.diffusion.sampler import SAMPLERS
@@ -47,6 +49,22 @@ def test_a_body_that_is_cut_off_anywhere_is_refused(client, parts):
     near_the_end = range(len(parts) - 60, len(whole) - len("\r\n"))
     for end in (0, 1, 5, 40, len(parts) // 2, *near_the_end):
         assert "ends early" in refused(post(client, whole[:end]), 400)["detail"], end
+
+
+@pytest.mark.parametrize(
+    "end", [b"", part("reference", b"r", "r")[:-9], part("seed", b"1") + b"--b1XX", part("sead", b"1") + END]
+)
+def test_a_rejected_body_leaves_no_temporary_file_open(client, monkeypatch, end):
+    files: list[SpooledTemporaryFile[bytes]] = []
+
+    def new_file(**options: int) -> SpooledTemporaryFile[bytes]:
+        files.append(SpooledTemporaryFile(**options))  # noqa: SIM115 - the server has to close it
+        return files[-1]
+
+    monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", new_file)
+    assert post(client, part("sketch", bytes(2**20 + 1), "s") + end).is_client_error
+    assert files
+    assert all(file.closed for file in files)
 
 
 def test_a_body_whose_last_boundary_is_another_is_refused(client, parts):

@@ -88,7 +88,7 @@ class Run:
     now: float = 0.0
     steps: list[EngineStep] = field(default_factory=list)
     futures: dict = field(default_factory=dict)
-    refused: int = 0
+    rejected: int = 0
     left_at: dict = field(default_factory=dict)
     """Steps that had been made when a client left."""
     deadline: dict = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Run:
                 )
             )
         except BusyError:
-            self.refused += 1
+            self.rejected += 1
             return
         self.futures[future] = (len(self.futures), asked)
         self.deadline[future] = deadline
@@ -173,7 +173,7 @@ def slots(asked: Arrival) -> int:
 def check_everyone_is_answered(run: Run) -> None:
     counts = run.engine.counts
     assert all(future.done() for future in run.futures)
-    assert (counts.submitted, counts.refused, counts.failed) == (len(run.futures), run.refused, 0)
+    assert (counts.submitted, counts.rejected, counts.failed) == (len(run.futures), run.rejected, 0)
     assert counts.submitted == counts.finished + counts.cancelled + counts.late
     assert run.engine.num_running == run.engine.num_waiting == run.engine.work_left == 0
 
