@@ -48,7 +48,7 @@ def draw_background(canvas: Canvas, kind: str, palette: Palette, center: tuple[f
                 center = ((column + 0.5 * (row % 2)) * 0.27 + 0.05 * variation - 0.06, row * 0.24 + 0.06)
                 _piece(pen, ellipse(*center, 0.055, 0.055, 24), palette.lower)
     elif kind == "frame":
-        pen.tint([(0, 0), (1, 0), (1, 1), (0, 1)], palette.lower)
+        pen.fill([(0, 0), (1, 0), (1, 1), (0, 1)], palette.lower)
         _piece(pen, [(0.07, 0.07), (0.93, 0.07), (0.93, 1.1), (0.07, 1.1)], palette.upper)
 
 

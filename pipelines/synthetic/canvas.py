@@ -7,7 +7,8 @@
     pen.stroke(face)                                       # draws an ink line
     target, sketch = canvas.finish()
 
-Everything is drawn at 4 times the size (2 times above 256 px) and averaged down, so edges are smooth.
+Everything is drawn at 4 times the size (2 times above 256 px) and averaged down, so edges are smooth. A canvas that
+keeps its fills also returns the exact regions of the drawing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,21 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
+from skimage.measure import label
+from skimage.segmentation import expand_labels
 
-from animediffusion.pipelines.synthetic.palette import INK, Color
+from animediffusion.pipelines.synthetic.palette import INK, Color, Tone
 
 Points = NDArray[np.float64]
 PointsLike = Points | Sequence[Sequence[float]]
+
+SMALLEST_REGION = 4
+"""A flat area of fewer pixels, for example between two lines that nearly touch, belongs to the region next to it."""
 
 
 def curve(points: PointsLike, samples: int = 7) -> Points:
@@ -132,10 +139,26 @@ class Frame:
         return np.asarray(points, np.float64) @ self._turn + self._origin
 
 
-class Canvas:
-    """Two layers of one drawing: `color`, and `ink` (0 = none, 255 = full line)."""
+class FlatRegions(NamedTuple):
+    """The regions of a drawing: flat areas, each bounded by lines and by areas of another flat color."""
 
-    def __init__(self, size: int, ground: Color) -> None:
+    labels: NDArray[np.int32]
+    """[size, size]: 1..N; every pixel, those under lines included, belongs to one region."""
+    colors: NDArray[np.uint8]
+    """[N, 3]: the flat color of region 1..N, without shadows and lights, or the mean of its gradient. In two drawings
+    of a character, regions of the same color are counterparts."""
+
+
+class Canvas:
+    """Two layers of one drawing: `color`, and `ink` (0 = none, 255 = full line).
+
+    Args:
+        size: side of the picture in pixels.
+        ground: color of the empty canvas.
+        keep_fills: whether to remember which fill each pixel comes from; regions() needs it.
+    """
+
+    def __init__(self, size: int, ground: Color, *, keep_fills: bool = False) -> None:
         self.size = size
         self.oversampling = 4 if size <= 256 else 2
         self.side = size * self.oversampling
@@ -143,6 +166,8 @@ class Canvas:
         self.ink = Image.new("L", (self.side, self.side))
         self.brush = ImageDraw.Draw(self.color)
         self.nib = ImageDraw.Draw(self.ink)
+        self.fills = Image.new("I", (self.side, self.side)) if keep_fills else None
+        self.flat_colors = [ground]
         # Line width grows slower than the picture: 0.8 pixels at 64 px, 1.9 at 256 px.
         self.line = 0.067 * size**0.6 / size
 
@@ -151,6 +176,58 @@ class Canvas:
         self.color.paste(INK, (0, 0), self.ink)
         sketch = ImageChops.invert(self.ink)
         return np.array(self.color.reduce(self.oversampling)), np.array(sketch.reduce(self.oversampling))
+
+    def fill(self, outline: list[float], color: Color) -> None:
+        """Fill an outline, in canvas pixels, with a color, and erase the lines in it."""
+        self.brush.polygon(outline, fill=color)
+        self.nib.polygon(outline, fill=0)
+        if self.fills is not None:
+            ImageDraw.Draw(self.fills).polygon(outline, fill=self._number(color))
+
+    def gradient(self, box: tuple[int, int, int, int], top: Color, bottom: Color, mask: Image.Image) -> None:
+        """Color a box, in canvas pixels, with a vertical gradient where the mask is white."""
+        ramp = Image.linear_gradient("L").resize(mask.size)
+        blend = Image.composite(Image.new("RGB", mask.size, bottom), Image.new("RGB", mask.size, top), ramp)
+        self.color.paste(blend, box, mask)
+        if self.fills is not None:
+            red, green, blue = ((high + low) // 2 for high, low in zip(top, bottom, strict=True))
+            self.fills.paste(self._number((red, green, blue)), box, mask)
+
+    def regions(self, tones: Sequence[Tone]) -> FlatRegions:
+        """Return the regions of what has been drawn.
+
+        Tints belong to the region that they lie in, and so do fills in another color of the same tone unless a line is
+        between.
+
+        Raises:
+            ValueError: the canvas did not keep its fills.
+        """
+        if self.fills is None:
+            raise ValueError("the canvas did not keep its fills")
+        material = {color: number for number, tone in enumerate(tones) for color in tone}
+        others = {color: number for number, color in enumerate(self.flat_colors, len(tones))}
+        materials = np.array([material.get(color, others[color]) for color in self.flat_colors])
+        fills, ink = np.array(self.fills), np.array(self.ink)
+        areas = label(  # type: ignore[no-untyped-call]
+            np.where(ink > 0, 0, materials[fills] + 1), background=0, connectivity=1
+        )
+        middle = slice(self.oversampling // 2, None, self.oversampling)
+        fills, areas = fills[middle, middle], areas[middle, middle]
+        areas[np.bincount(areas.ravel())[areas] < SMALLEST_REGION] = 0
+        found, numbers = np.unique(areas, return_inverse=True)
+        if found[0]:
+            numbers += 1  # no pixel is on a line
+        numbers = numbers.reshape(areas.shape)
+        votes = np.bincount((numbers * len(materials) + fills).ravel(), minlength=(numbers.max() + 1) * len(materials))
+        flats = votes.reshape(-1, len(materials))[1:].argmax(axis=1)
+        labels = expand_labels(numbers, distance=2 * self.size)  # type: ignore[no-untyped-call]
+        return FlatRegions(labels.astype(np.int32), np.array(self.flat_colors, np.uint8)[flats])
+
+    def _number(self, color: Color) -> int:
+        """Return the place of a color in `flat_colors`, to which new colors are appended."""
+        if color not in self.flat_colors:
+            self.flat_colors.append(color)
+        return self.flat_colors.index(color)
 
 
 class Pen:
@@ -175,8 +252,7 @@ class Pen:
     def fill(self, points: PointsLike, color: Color, *, region: Image.Image | None = None) -> None:
         """Fill a shape with a color and erase the lines in it; optionally add the shape to a region."""
         flat = self._pixels(points)
-        self.canvas.brush.polygon(flat, fill=color)
-        self.canvas.nib.polygon(flat, fill=0)
+        self.canvas.fill(flat, color)
         if region is not None:
             ImageDraw.Draw(region).polygon(flat, fill=255)
 
@@ -195,9 +271,7 @@ class Pen:
         """Color a shape with a vertical gradient, below the lines; with `within`, only inside that region."""
         if (local := self._mask(self._pixels(points), within, 1.0)) is not None:
             mask, box = local
-            ramp = Image.linear_gradient("L").resize(mask.size)
-            blend = Image.composite(Image.new("RGB", mask.size, bottom), Image.new("RGB", mask.size, top), ramp)
-            self.canvas.color.paste(blend, box, mask)
+            self.canvas.gradient(box, top, bottom, mask)
 
     def stroke(
         self, points: PointsLike, width: float = 1.0, strength: float = 1.0, taper: tuple[float, float] = (1.0, 1.0)
@@ -216,8 +290,7 @@ class Pen:
         """Draw a thick colored band with ink edges along a curve, for example a wire or a cord."""
         flat = self._band(points, width, (1.0, 1.0))
         self.canvas.nib.polygon(self._band(points, width + 1.2, (1.0, 1.0)), fill=255)
-        self.canvas.nib.polygon(flat, fill=0)
-        self.canvas.brush.polygon(flat, fill=color)
+        self.canvas.fill(flat, color)
 
     def stroke_within(self, points: PointsLike, region: Image.Image, width: float) -> None:
         """Draw an ink line along a curve, only inside a region."""

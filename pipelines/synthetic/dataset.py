@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from animediffusion.pipelines.synthetic.faces import draw, random_character, random_geometry
+from animediffusion.pipelines.synthetic.canvas import FlatRegions
+from animediffusion.pipelines.synthetic.faces import draw, draw_regions, random_character, random_geometry
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.codec import encode_png
 
@@ -94,6 +95,14 @@ def make_row(seed: int, index: int, size: int) -> DrawnRow:
     target, sketch = draw(character, random_geometry(rng), size)
     other, _ = draw(character, random_geometry(rng), size)
     return DrawnRow(target, sketch, warp(target, rng), other)
+
+
+def make_regions(seed: int, index: int, size: int) -> tuple[FlatRegions, FlatRegions]:
+    """Return the exact regions of the target and of the cross reference of make_row() for the same arguments."""
+    rng = np.random.default_rng([seed, index])
+    character = random_character(rng)
+    target, other = (draw_regions(character, random_geometry(rng), size) for _ in range(2))
+    return target, other
 
 
 def warp(

@@ -19,6 +19,7 @@ from animediffusion.pipelines.synthetic import clothes, hair
 from animediffusion.pipelines.synthetic.background import BACKGROUNDS, draw_background
 from animediffusion.pipelines.synthetic.canvas import (
     Canvas,
+    FlatRegions,
     Frame,
     Pen,
     Points,
@@ -123,8 +124,19 @@ def _unit(rng: np.random.Generator) -> float:
 
 def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the colored picture [size, size, 3] and its line art [size, size], dark on white."""
+    return _drawn(character, geometry, Canvas(size, character.palette.upper)).finish()
+
+
+def draw_regions(character: Character, geometry: Geometry, size: int) -> FlatRegions:
+    """Return the exact regions of the picture that draw() returns for the same arguments."""
+    palette = character.palette
+    canvas = _drawn(character, geometry, Canvas(size, palette.upper, keep_fills=True))
+    return canvas.regions((palette.hair, palette.skin, palette.eyes, palette.clothes, palette.trim, palette.accent))
+
+
+def _drawn(character: Character, geometry: Geometry, canvas: Canvas) -> Canvas:
+    """Draw the character on an empty canvas, and return the canvas."""
     g, palette = geometry, character.palette
-    canvas = Canvas(size, palette.upper)
     draw_background(canvas, character.background, palette, (g.x, g.y), g.jitter[-1])
     head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
     body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
@@ -146,7 +158,7 @@ def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[n
         clothes.draw_glasses(features, palette, 0.31)
     else:
         clothes.draw_accessory(skull, character.accessory, palette, g.side)
-    return canvas.finish()
+    return canvas
 
 
 def _outline(g: Geometry) -> Points:
@@ -273,7 +285,9 @@ def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: Palette) ->
     pen.tint(ellipse(x, y + 0.58 * height, 0.36 * width, 0.20 * height), palette.eyes.light, within=region)
     pen.stroke_within(iris, region, 0.8)
     for dx, dy, radius in ((-0.26, -0.40, 0.25), (0.26, 0.40, 0.12)):
-        pen.fill(ellipse(x + dx * width, y + dy * height, radius * width, radius * height), WHITE)
+        glint = ellipse(x + dx * width, y + dy * height, radius * width, radius * height)
+        pen.tint(glint, WHITE)  # light on the iris, not a region of its own
+        pen.erase(glint)
     pen.stroke(upper, 2.6, taper=(0.35, 0.8))
     flick = np.array([upper_lid[-2], upper_lid[-1], (upper_lid[-1][0] + 0.22, upper_lid[-1][1] - 0.16)]) * scale
     pen.stroke(curve(flick), 2.0, taper=(0.8, 0.0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from animediffusion.pipelines.synthetic import dataset
-from animediffusion.pipelines.synthetic.dataset import COLUMNS, make_row, split_of, synthesize, warp
+from animediffusion.pipelines.synthetic.dataset import COLUMNS, make_regions, make_row, split_of, synthesize, warp
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb
 
@@ -119,3 +119,12 @@ def test_a_warp_stays_inside_and_moves_a_little(side):
     moved = warp(picture, rng).astype(int)
     assert 2 < np.abs(moved - picture).mean() < 60
     assert np.abs(moved.mean(axis=(0, 1)) - picture.mean(axis=(0, 1))).max() < 20
+
+
+def test_regions_of_the_same_color_are_counterparts_in_both_drawings_of_a_row():
+    target, other = make_regions(5, 2, 64)
+    assert target.labels.shape == other.labels.shape == (64, 64)
+    shared = {tuple(color) for color in target.colors} & {tuple(color) for color in other.colors}
+    assert len(shared) >= 4
+    again, _ = make_regions(5, 2, 64)
+    assert np.array_equal(again.labels, target.labels)

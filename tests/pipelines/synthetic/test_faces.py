@@ -8,8 +8,8 @@ import pytest
 from animediffusion.pipelines.synthetic import clothes, hair
 from animediffusion.pipelines.synthetic.background import BACKGROUNDS
 from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen, blob, curve, ellipse
-from animediffusion.pipelines.synthetic.faces import EYES, MOUTHS, draw, random_character, random_geometry
-from animediffusion.pipelines.synthetic.palette import random_palette
+from animediffusion.pipelines.synthetic.faces import EYES, MOUTHS, draw, draw_regions, random_character, random_geometry
+from animediffusion.pipelines.synthetic.palette import Tone, random_palette
 
 SIZE = 64
 
@@ -127,3 +127,38 @@ def test_a_filled_shape_hides_lines_and_a_tint_does_not():
     assert sketch[16, 24] == 255
     assert target[4, 4].tolist() == [255, 0, 0]
     assert target[16, 24].tolist() == [0, 255, 0]
+
+
+def test_a_region_is_an_area_of_one_material_within_lines():
+    red, dark_red, blue, white = (255, 0, 0), (150, 0, 0), (0, 0, 255), (255, 255, 255)
+    canvas = Canvas(64, white, keep_fills=True)
+    pen = Pen(canvas, Frame(1.0, 0.0, 0.0))
+    pen.fill([(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)], red)
+    pen.fill([(0.1, 0.1), (0.5, 0.1), (0.5, 0.9), (0.1, 0.9)], dark_red)  # the same material, and no line between
+    pen.tint(ellipse(0.7, 0.7, 0.1, 0.1), (90, 90, 90))
+    pen.stroke([(0.0, 0.5), (1.0, 0.5)])
+    pen.fill(ellipse(0.5, 0.25, 0.1, 0.1), blue)
+    labels, colors = canvas.regions([Tone(red, dark_red, (90, 0, 0), (255, 90, 90))])
+    assert labels.shape == (64, 64)
+    assert len(colors) == labels.max() == 5
+    assert labels.min() == 1
+    upper, lower, inside = labels[10, 10], labels[50, 10], labels[16, 32]
+    assert labels[10, 50] == upper
+    assert labels[50, 50] == labels[45, 45] == lower
+    assert len({upper, lower, inside, labels[2, 2], labels[60, 60]}) == 5
+    assert tuple(colors[inside - 1]) == blue
+    assert tuple(colors[upper - 1]) in (red, dark_red)
+    with pytest.raises(ValueError, match="keep its fills"):
+        Canvas(8, white).regions([])
+
+
+@pytest.mark.parametrize("size", [16, 100, 320])
+def test_the_regions_of_a_face_have_the_colors_of_the_picture(size):
+    target, sketch, character, geometry = drawing(7, size, background="flat")
+    labels, colors = draw_regions(character, geometry, size)
+    assert labels.shape == sketch.shape
+    assert set(np.unique(labels)) == set(range(1, len(colors) + 1))
+    same = (np.abs(colors[labels - 1].astype(int) - target).max(axis=2) <= 2)[sketch == 255]
+    assert same.mean() > 0.6  # the rest is shadow and light
+    assert labels[0, 0] == labels[0, -1] or size < 100
+    assert tuple(colors[labels[0, 0] - 1]) == character.palette.upper
