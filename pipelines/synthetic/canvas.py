@@ -316,13 +316,14 @@ class Pen:
         self, flat: list[float], within: Image.Image | None, opacity: float
     ) -> tuple[Image.Image, tuple[int, int, int, int]] | None:
         """Return the shape as a mask of its bounding box, and the box; None if the box is outside the picture."""
-        xs, ys, side = flat[::2], flat[1::2], self.canvas.side
-        left, top = max(0, int(min(xs)) - 1), max(0, int(min(ys)) - 1)
-        right, bottom = min(side, int(max(xs)) + 2), min(side, int(max(ys)) + 2)
+        points, side = np.array(flat).reshape(-1, 2), self.canvas.side
+        (low_x, low_y), (high_x, high_y) = points.min(0).tolist(), points.max(0).tolist()
+        left, top = max(0, int(low_x) - 1), max(0, int(low_y) - 1)
+        right, bottom = min(side, int(high_x) + 2), min(side, int(high_y) + 2)
         if right <= left or bottom <= top:
             return None
         mask = Image.new("L", (right - left, bottom - top))
-        shifted = (np.array(flat) - (left, top) * (len(flat) // 2)).tolist()
+        shifted = (points - (left, top)).ravel().tolist()
         ImageDraw.Draw(mask).polygon(shifted, fill=round(255 * opacity))
         if within is not None:
             mask = ImageChops.multiply(mask, within.crop((left, top, right, bottom)))
