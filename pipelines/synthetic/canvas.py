@@ -299,6 +299,10 @@ class Pen:
             mask, box = local
             self.canvas.ink.paste(255, box, mask)
 
+    def erase(self, points: PointsLike) -> None:
+        """Remove the ink inside a shape; colors stay."""
+        self.canvas.nib.polygon(self._pixels(points), fill=0)
+
     def _band(self, points: PointsLike, width: float, taper: tuple[float, float]) -> list[float]:
         """Return the outline of a stroke along a curve, in canvas pixels."""
         path = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
