@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import kornia
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -284,14 +283,17 @@ def bend(images: Tensor, points: Tensor, moved: Tensor, back: Tensor, shift: Ten
 
     The bending is a thin-plate spline (Bookstein 1989). The arguments after `images` are the fields of Warp.
     """
+    # This import takes a second of CPU time, and commands that only read a recipe do not need it.
+    from kornia.geometry.transform import get_tps_transform, warp_points_tps
+
     # The transform maps destination to source, to the position where each output pixel is read. kornia centers the
     # kernels at the points of the second argument.
-    solved = kornia.geometry.transform.get_tps_transform(moved, points)
+    solved = get_tps_transform(moved, points)
     points, kernel, affine, back, shift = (onto(small, images) for small in (points, *solved, back, shift))
     # Evaluated at every fourth pixel and interpolated: the spline is smooth, and each point costs a logarithm.
     height, width = images.shape[-2] // 4 + 1, images.shape[-1] // 4 + 1
     pixels = _lattice(height, width, images.device).expand(len(images), -1, -1)
-    read = kornia.geometry.transform.warp_points_tps(pixels, points, kernel, affine)
+    read = warp_points_tps(pixels, points, kernel, affine)
     read = ((read - shift)[..., None] * back[:, None]).sum(-2)
     # On a permuted view interpolate() would take its slow channels-last path.
     coarse = read.reshape(-1, height, width, 2).permute(0, 3, 1, 2).contiguous()

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from skimage.color import deltaE_ciede2000, rgb2lab
 
 from animediffusion.models.augmentation.lineart import LUMA, blur, xdog
 from animediffusion.models.tensors import to_tensor
@@ -68,6 +67,9 @@ def score(result: Images, truth: Images) -> ImageScores:
 
 def ciede2000(result: Images, truth: Images) -> float:
     """Return the mean CIEDE2000 color difference over all pixels (Sharma et al. 2005)."""
+    # This import takes a second of CPU time, and training workers do not need it.
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
     difference: Any = deltaE_ciede2000  # scikit-image has no type annotations
     return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
 

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from animediffusion.models.bundle import file_sha256
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.storage import storage
 
@@ -89,6 +88,8 @@ def fetch(place: str, step: int, folder: Path) -> None:
         ValueError: a file is missing or differs from its hash.
         StorageError: the store fails.
     """
+    from animediffusion.models.bundle import file_sha256  # here, because torch takes seconds to import
+
     source = storage.join(place, step_name(step))
     storage.download_folder(source, folder)
     try:
@@ -239,6 +240,8 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: Save) -> Path:
         """Write the files of a checkpoint, checksums included, into a local folder and return the folder."""
+        from animediffusion.models.bundle import file_sha256  # here, because torch takes seconds to import
+
         if self._remote:
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         else:

@@ -25,24 +25,28 @@ from torch import Tensor
 from animediffusion.models.bundle import load_bundle
 from animediffusion.models.network.attention import attention_used
 from animediffusion.models.training.loop import MALLOC
-from animediffusion.pipelines.data.stream import read_split, training_dataset
+from animediffusion.pipelines.data.stream import read_split
 from animediffusion.pipelines.evaluation.evaluate import SplitRows
-from animediffusion.pipelines.training.checkpoints import best_step, latest_step, read_scores, retry_outage
+from animediffusion.pipelines.training.checkpoints import best_step, latest_step, read_scores
 from animediffusion.pipelines.training.plan import RunPlan, plan, read_json, write_json
 from animediffusion.pipelines.training.recipe import TrainConfig, plain
 from animediffusion.pipelines.training.reporting import ProgressActor, RunAddress, RunFailure, TrainProgress
 from animediffusion.pipelines.training.result import TrainResult, write_bundle
-from animediffusion.pipelines.training.scaling import scaling_for, worker_threads
+from animediffusion.pipelines.training.scaling import (
+    RowsToRead,
+    TrainingData,
+    no_rows,
+    scaling_for,
+    unread_rows,
+    worker_threads,
+)
 from animediffusion.pipelines.training.trial_report import TrialContext
 from animediffusion.pipelines.training.worker import WorkerContext, train_worker
 from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import DataError, Interrupted, TrainingError
-from animediffusion.platform.storage import storage
 from animediffusion.platform.tracking.tracking import TRAINING, Run, send_left
 
-MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
-"""Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
 TORCH_ADVICE = (
     "Search for `",
     "CUDA kernel errors might be",
@@ -163,11 +167,13 @@ def build_trainer(
         threads: OpenMP threads of each worker.
         callbacks: Ray Train callbacks.
     """
-    config = work.config
+    config, rows = work.config, RowsToRead.of(work.config, work.checkpoints, gpu=bool(scaling.use_gpu))
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # Ray's progress lines would hide the run's own
     return TorchTrainer(
         train_worker,
-        train_loop_config={"context": context},
+        # Ray Train's controller unpickles this dictionary, but not an object that it refers to: what the context needs
+        # takes seconds to import.
+        train_loop_config={"context": ray.put(context)},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
@@ -179,8 +185,8 @@ def build_trainer(
             callbacks=callbacks,
         ),
         # A placeholder: the rows depend on the number of workers, which Ray knows only when it starts them.
-        datasets={"train": _nothing},
-        dataset_config=_TrainingData(functools.partial(_dataset, work, bool(scaling.use_gpu))),
+        datasets={"train": no_rows},
+        dataset_config=TrainingData(functools.partial(unread_rows, rows)),
     )
 
 
@@ -220,51 +226,6 @@ def _progress_actor() -> Any:
     """Start a ProgressActor on this node, so that it lives as long as the driver even if other nodes fail."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-
-
-class _TrainingData(ray.train.DataConfig):
-    """Ray Train's `dataset_config`: builds an ordered dataset for the number of workers that Ray started.
-
-    Args:
-        build: returns the dataset for a number of workers; called for every group of workers that Ray starts.
-    """
-
-    def __init__(self, build: Callable[[int], ray.data.Dataset]) -> None:
-        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
-        self._build = build
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """Return each worker's iterators over a dataset built for `world_size` workers.
-
-        That dataset replaces the placeholder that the trainer got.
-        """
-        built = {name: self._build(world_size) for name in datasets}
-        iterators: list[dict[str, ray.data.DataIterator]] = super().configure(built, world_size, *args, **kwargs)
-        return iterators
-
-
-def _nothing() -> None:
-    """Placeholder for the dataset of a trainer; _TrainingData builds the real one."""
-
-
-def _dataset(work: RunPlan, gpu: bool, world_size: int) -> Any:
-    """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
-    storage.expect(work.checkpoints, work.config.data)
-    config, start = work.config, retry_outage(lambda: latest_step(work.checkpoints))
-    rows = config.rows_per_worker(world_size)
-    if config.max_steps is not None:
-        steps = config.max_steps - start
-    else:
-        steps = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"] / rows)
-    return training_dataset(
-        config.data,
-        seed=config.seed,
-        world_size=world_size,
-        num_rows=max(1, steps) * rows,
-        start_rows=start * rows,
-    )
 
 
 def _samples(config: TrainConfig) -> SplitRows | None:

@@ -25,7 +25,6 @@ from animediffusion.pipelines.training.checkpoints import latest_step
 from animediffusion.pipelines.training.recipe import TrainConfig, changed_keys, plain
 from animediffusion.platform.config import Settings, read_yaml
 from animediffusion.platform.errors import ConfigError
-from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.storage import storage
 
 
@@ -68,6 +67,8 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     config = config.model_copy(update={"data": storage.absolute(config.data), "attention": attention})
     parent = parent_folder = None
     if config.init_from is not None:
+        from animediffusion.platform.registry.client import Registry  # here, because MLflow takes seconds to import
+
         parent_folder = Registry(settings).fetch(config.init_from)
         parent = load_bundle(parent_folder).config
         config = config.started_from(parent)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.util.metrics import Gauge
 
-from animediffusion.models.training.loop import Step
-from animediffusion.models.training.objective import NUM_BINS
 from animediffusion.pipelines.training.checkpoints import CheckpointScore
 
 if TYPE_CHECKING:
+    import torch
+
+    from animediffusion.models.training.loop import Step
     from animediffusion.platform.tracking.tracking import Run
 
 GAUGES = {
@@ -224,6 +224,11 @@ class MetricsReporter:
         first_step: int,
         device: torch.device,
     ) -> None:
+        # Here, because ProgressActor does not need torch, which takes seconds to import.
+        import torch
+
+        from animediffusion.models.training.objective import NUM_BINS
+
         self._run, self._gauges = run, gauges
         self._batch_size, self._workers, self._every = batch_size, workers, every
         self._last = (first_step, time.monotonic(), 0.0)

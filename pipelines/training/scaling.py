@@ -1,20 +1,32 @@
-"""Number of workers of a run, and the CPUs and GPUs of each.
+"""Number of workers of a run, the CPUs and GPUs of each, and the rows for the workers that Ray has started.
 
     scaling, lines = scaling_for(config, *cluster.resources())
 
+Ray Train's controller and Ray Data's processes import this file, so it needs no torch, which takes seconds to import.
 platform/cluster/cluster.py warns if a run waits for free resources.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.data
 import ray.train
 
-from animediffusion.pipelines.training.recipe import TrainConfig
+from animediffusion.pipelines.data.stream import training_dataset
+from animediffusion.pipelines.training.checkpoints import latest_step, retry_outage
 from animediffusion.platform.errors import ClusterError
+from animediffusion.platform.storage import storage
+
+if TYPE_CHECKING:
+    from animediffusion.pipelines.training.recipe import TrainConfig
+
+MOST_IMAGES_PER_S = {"cpu": 400, "gpu": 6000}
+"""Upper limit of one worker's speed: it bounds the rows of a run with max_minutes until the speed is measured."""
 
 
 def scaling_for(
@@ -78,3 +90,68 @@ def threads_per_worker(workers: int, nodes: int = 1) -> int:
     """Return OMP_NUM_THREADS if it is set, else a worker's share of the cores of `nodes` nodes like this one."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return int(threads) if threads.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsToRead:
+    """What decides which rows a run still reads."""
+
+    data: str
+    """URI of the dataset."""
+    checkpoints: str
+    """URI of the folder with the checkpoints."""
+    seed: int
+    batch_size: int
+    """Rows of a step, of all workers together."""
+    max_steps: int | None
+    """Length of the run in steps; None if its time is limited."""
+    most_rows: int
+    """Upper limit of the rows of one worker if max_steps is None."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, checkpoints: str, *, gpu: bool) -> RowsToRead:
+        """Return what the config says about the rows."""
+        most_rows = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"])
+        return cls(config.data, checkpoints, config.seed, config.batch_size, config.max_steps, most_rows)
+
+
+def unread_rows(run: RowsToRead, world_size: int) -> ray.data.Dataset:
+    """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
+    storage.expect(run.checkpoints, run.data)
+    start = retry_outage(lambda: latest_step(run.checkpoints))
+    rows = run.batch_size // world_size  # as TrainConfig.rows_per_worker()
+    steps = run.most_rows // rows if run.max_steps is None else run.max_steps - start
+    return training_dataset(
+        run.data,
+        seed=run.seed,
+        world_size=world_size,
+        num_rows=max(1, steps) * rows,
+        start_rows=start * rows,
+    )
+
+
+class TrainingData(ray.train.DataConfig):
+    """Ray Train's `dataset_config`: builds an ordered dataset for the number of workers that Ray started.
+
+    Args:
+        build: returns the dataset for a number of workers; called for every group of workers that Ray starts.
+    """
+
+    def __init__(self, build: Callable[[int], ray.data.Dataset]) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+        self._build = build
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """Return each worker's iterators over a dataset built for `world_size` workers.
+
+        That dataset replaces the placeholder that the trainer got.
+        """
+        built = {name: self._build(world_size) for name in datasets}
+        iterators: list[dict[str, ray.data.DataIterator]] = super().configure(built, world_size, *args, **kwargs)
+        return iterators
+
+
+def no_rows() -> None:
+    """Placeholder for the dataset of a trainer; TrainingData builds the real one."""

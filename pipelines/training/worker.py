@@ -84,13 +84,13 @@ class WorkerContext:
         ray.get(self.progress.fail.remote(RunFailure(reason, advice)))
 
 
-def train_worker(config: Mapping[str, WorkerContext]) -> None:
+def train_worker(config: Mapping[str, ray.ObjectRef[WorkerContext]]) -> None:
     """Run one rank: resume from the newest undamaged checkpoint, or start from `init_weights` or random weights.
 
     Args:
-        config: the WorkerContext as `context`; Ray Train passes only dictionaries.
+        config: a reference to the WorkerContext as `context`; Ray Train passes only dictionaries.
     """
-    context = config["context"]
+    context = ray.get(config["context"])
     if ray.get(context.progress.start.remote(ray.get_runtime_context().get_actor_id())) is not None:
         return  # Ray restarted the workers after an error that would recur
     try:

@@ -11,9 +11,6 @@ import os
 import re
 import time
 
-import boto3
-from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError
 from pyarrow import fs
 
 from animediffusion.platform.errors import FileError, StorageError, UnreachableError
@@ -57,6 +54,8 @@ def configured(uri: str) -> tuple[str | None, str | None]:
     Raises:
         StorageError: if the profile does not exist or its file cannot be read.
     """
+    from botocore.exceptions import BotoCoreError  # here, because it takes time to import and most files are local
+
     try:
         return _configured(settings())
     except (BotoCoreError, ValueError) as error:
@@ -69,6 +68,9 @@ def configured(uri: str) -> tuple[str | None, str | None]:
 
 @functools.lru_cache(maxsize=16)
 def _configured(_: Settings) -> tuple[str | None, str | None]:
+    import boto3  # here, because it takes time to import and most files are local
+    from botocore.config import Config as ClientConfig
+
     session = boto3.Session()
     region = session.region_name or "us-east-1"
     plain = ClientConfig(ignore_configured_endpoint_urls=True)

@@ -143,16 +143,16 @@ def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_an
 ):
     from animediffusion.pipelines.training import driver as module
 
-    build, fits = module._dataset, []
+    build, fits = module.unread_rows, []
 
-    def few(work, gpu, world_size):
+    def few(run, world_size):
         from animediffusion.pipelines.data import stream
 
         stream.MOST_BLOCKS = 2  # one of 64 rows: 16 steps of 4
-        return build(work, gpu, world_size)
+        return build(run, world_size)
 
     fit = module.build_trainer
-    monkeypatch.setattr(module, "_dataset", few)
+    monkeypatch.setattr(module, "unread_rows", few)
     monkeypatch.setattr(module, "build_trainer", lambda *args: fits.append(1) or fit(*args))
     overrides = ["num_workers=1", "max_steps=20", "num_samples=0", "checkpoint_every=100"]
     result = train(settings, load_recipe(recipe, overrides))
