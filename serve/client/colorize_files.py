@@ -181,13 +181,14 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
         with explained(str(path)):
             if not path.exists() and not path.is_symlink():
                 raise DataError(str(path), "no such file or folder", "give sketches or folders of sketches")
-            inside = _pictures(path, UPLOADED_SUFFIXES) if path.is_dir() else [path]
+            pictures = _pictures(path, UPLOADED_SUFFIXES) if path.is_dir() else [path]
+            inside = [file for file in pictures if read_metadata(file) is None] if path.is_dir() else pictures
         if not inside:
-            found = "has only images that colorize has made" if list_own_results([path]) else "has no images"
+            found = "has only images that colorize has made" if pictures else "has no images"
             found += " itself, its folders have" if list_inner_folders([path]) else ""
             raise DataError(str(path), found, f"give a folder of {', '.join(sorted(UPLOADED_SUFFIXES))} files")
         for file in inside:
-            files.setdefault(file.parent.resolve() / file.name, file)
+            files.setdefault(_place(file), file)
     return list(files.values())
 
 
@@ -196,9 +197,16 @@ def list_unsupported(sketches: Sequence[Path]) -> list[Path]:
     return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - UPLOADED_SUFFIXES)]
 
 
-def list_own_results(sketches: Sequence[Path]) -> list[Path]:
-    """Return the pictures in the given folders that `colorize` itself has made, color layers included."""
-    return [file for path in sketches if path.is_dir() for file in _pictures(path, UPLOADED_SUFFIXES, made=True)]
+def list_own_results(sketches: Sequence[Path], listed: Sequence[Path]) -> list[Path]:
+    """Return the pictures that list_sketches() left out of `listed` because `colorize` has made them."""
+    places = {_place(file) for file in listed}
+    return [
+        file
+        for path in sketches
+        if path.is_dir()
+        for file in _pictures(path, UPLOADED_SUFFIXES)
+        if _place(file) not in places
+    ]
 
 
 def list_inner_folders(sketches: Sequence[Path]) -> list[Path]:
@@ -224,15 +232,17 @@ def _holds_pictures(folder: Path) -> bool:
     )
 
 
-def _pictures(folder: Path, suffixes: Collection[str], *, made: bool = False) -> list[Path]:
-    """Return the files with these suffixes, including broken links: those that `colorize` has made, or the others."""
+def _place(file: Path) -> Path:
+    """Return the path by which two names of one file in one folder are equal; a link to the file stays another."""
+    return file.parent.resolve() / file.name
+
+
+def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files with these suffixes, including broken links."""
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in suffixes
-        and not is_junk(file.name)
-        and (file.is_file() or not file.exists())
-        and (read_metadata(file) is not None) == made
+        if file.suffix.lower() in suffixes and not is_junk(file.name) and (file.is_file() or not file.exists())
     )
 
 
@@ -246,7 +256,7 @@ def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, C
         raise ConfigError("--out", f"{out} is a file", "give a folder")
     targets = [out / f"{file.stem}.png" for file in files]
     # realpath() accepts links that lead to each other, for which resolve() raises a RuntimeError.
-    sources = {place for file in files for place in (os.path.realpath(file), str(file.parent.resolve() / file.name))}
+    sources = {place for file in files for place in (os.path.realpath(file), str(_place(file)))}
     makers: dict[Path, list[Path]] = {}
     for file, target in zip(files, targets, strict=True):
         for written in (target, _layer_of(target)):

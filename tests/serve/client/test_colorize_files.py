@@ -13,7 +13,7 @@ from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.codec import decode_rgb, encode_png
-from animediffusion.serve.client.colorize_files import colorize_files
+from animediffusion.serve.client.colorize_files import colorize_files, list_own_results, list_sketches
 from animediffusion.serve.client.local import LocalColorizer
 from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
 from animediffusion.serve.client.remote import RemoteColorizer
@@ -217,6 +217,13 @@ def test_pictures_may_be_written_next_to_their_drawings_again_and_again(
         captured = capsys.readouterr()
         assert captured.out == done
     assert "skipped 4 files: c.color.png, c.png, ink.color.color.png, ink.color.png, made by colorize" in captured.err
+    listed = list_sketches([drawings, drawings / "c.png"])
+    assert [file.name for file in listed] == ["c.jpg", "ink.color.webp", "c.png"]
+    assert [file.name for file in list_own_results([drawings], listed)] == [
+        "c.color.png",
+        "ink.color.color.png",
+        "ink.color.png",
+    ]
     for name in ("c.jpg", "ink.color.webp"):
         (drawings / name).unlink()
     with pytest.raises(DataError, match="only images that colorize has made"):
@@ -410,5 +417,5 @@ def test_settings_out_of_range_are_one_line(drawings, tmp_path, capsys, words):
     files = ["colorize", str(drawings / "a.png"), "--reference", str(tmp_path / "reference.png")]
     assert cli.run([*files, "--out", str(tmp_path / "out"), *words]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"error: animediffusion colorize: invalid value for '{words[0]}': ")
+    assert line.startswith(f"error: {words[0]}: '{words[1]}'; input should be ")
     assert line.count("\n") == 1
