@@ -52,9 +52,14 @@ WRONG_USAGE = [
     (["models", "promot", "3"], "no such command 'promot'"),
     (["train"], "missing argument 'RECIPE'"),
     (["evaluate", "m", "d", "--limt", "3"], "no such option: --limt"),
-    (["evaluate", "m", "d", "--limit", "0"], "--limit"),
-    (["data", "synthesize", "d", "--count", "many"], "invalid value for '--count'"),
-    (["serve", "--port", "70000"], "--port"),
+    (["evaluate", "m", "d", "--limit", "0"], "--limit: '0'; input should be greater than or equal to 1"),
+    (["data", "synthesize", "d", "--count", "many"], "--count: 'many'; input should be a valid integer"),
+    (["serve", "--port", "70000"], "--port: '70000'; input should be less than or equal to 65535"),
+    (["models", "canary", "all"], "PERCENT: 'all'; input should be a valid integer"),
+    (
+        ["serve", "--port"],
+        "animediffusion serve: option '--port' requires an argument; see animediffusion serve --help",
+    ),
     (["train", "demo", "--workspace"], "--workspace: no folder given; write --workspace DIR"),
     (["train", "dmeo"], "recipe 'dmeo': unknown; did you mean 'demo'?"),
     (["train", "nothing.yaml"], "nothing.yaml: No such file or directory"),
@@ -122,6 +127,14 @@ def test_debug_shows_where_an_error_comes_from(command):
     assert code == 2
     assert err[0].startswith("Traceback")
     assert err[-1].startswith("error: /nowhere: no dataset")
+
+
+@pytest.mark.parametrize("words", [[], ["data"]])
+def test_a_group_without_a_command_shows_its_help(command, words):
+    code, out, err = command(*words)
+    assert (code, out) == (2, [])
+    assert err[0].startswith("Usage: animediffusion")
+    assert "Commands:" in err
 
 
 @pytest.mark.parametrize("words", [["--version"], ["data", "synthesize", "--help"]])

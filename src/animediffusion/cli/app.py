@@ -80,6 +80,8 @@ def run(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         usage = getattr(error, "format_message", None)
+        if usage is not None and type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            return _fail(usage(), error, 2, options.debug)
         if usage is not None:
             return _fail(f"error: {_usage(error)}", error, 2, options.debug)
         if isinstance(error, OSError) and error.errno and error.filename is not None:

@@ -25,18 +25,32 @@ group = partial(
 class Command(TyperCommand):
     """A command that rejects an option given twice, because the parser would silently use the last value.
 
-    Its help names arguments and values by their metavars, without the type and the brackets that Typer adds.
+    Its messages about a wrong value quote the value. Its help names arguments and values by their metavars, without the
+    type and the brackets that Typer adds.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
         from animediffusion.platform.errors import ConfigError
 
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option in given:
-            if option.param_type_name == "option" and given.count(option) > 1:
-                raise ConfigError(option.opts[0], "given twice", "give it once")
-        return super().parse_args(ctx, args)
+        values: dict[str, Any] = {}
+        try:
+            values, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            for option in given:
+                if option.param_type_name == "option" and given.count(option) > 1:
+                    raise ConfigError(option.opts[0], "given twice", "give it once")
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            parameter: Any = error.param
+            if parameter is None or values.get(parameter.name) is None:  # a missing argument or option
+                raise
+            allowed = error.message.rstrip(".")
+            name = parameter.opts[0] if parameter.param_type_name == "option" else _shown(parameter)
+            raise ConfigError(name, repr(values[parameter.name]), allowed[:1].lower() + allowed[1:]) from error
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:  # the parser does not know its command
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words after the name of the command in the line `Usage:`."""

@@ -70,7 +70,7 @@ def colorize(
     files, unsupported, done, failed = list_sketches(sketches), list_unsupported(sketches), [], 0
     if unsupported:
         console.note(f"skipped {_named(unsupported)}; save them as PNG, JPEG or WebP")
-    if colored := list_own_results(sketches):
+    if colored := list_own_results(sketches, files):
         console.note(f"skipped {_named(colored)}, made by colorize; give them by name to color them again")
     if inner := list_inner_folders(sketches):
         console.note(f"skipped {_named(inner, 'folder')}; give them by name to color their drawings")
