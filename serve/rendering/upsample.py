@@ -11,6 +11,7 @@ finished picture is this layer times the drawing. benchmarks/resolution.py measu
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,13 +42,28 @@ MOSTLY_PAPER = 0.04
 """Share of line in a pixel of the network's picture above which its color is not trusted."""
 
 
+class Flow(NamedTuple):
+    """Colors of the network at the drawing's size, in [0, 1]."""
+
+    clear: Floats
+    """[H, W, 3]: the network's picture without grain and lines, enlarged."""
+    color: Floats
+    """[H, W, 3]: colors that flowed from trusted pixels, with lines as walls."""
+    trust: Floats
+    """[H, W]: trust in `clear`, 0 where the network's pixel contains a line."""
+    little: Floats
+    """[H, W]: the weight of untrusted pixels next to lines."""
+    scale: float
+    """Pixels of the drawing for a pixel of the network's picture, in one direction; at least 1."""
+
+
 def layer_of(painted: Pixels, drawing: Drawing) -> Pixels:
     """Return the color layer at the drawing's size, RGBA [H, W, 4]; the arguments are those of color_layer."""
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     if step == 1:
         return to_rgba(color_layer(painted, drawing))
-    small = Image.fromarray(to_rgba(color_layer(painted, _reduced(drawing, step))))
+    small = Image.fromarray(to_rgba(color_layer(painted, reduced(drawing, step))))
     return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
 
 
@@ -59,18 +75,28 @@ def color_layer(painted: Pixels, drawing: Drawing) -> Floats:
         drawing: the sketch at its original size.
     """
     height, width = drawing.darkness.shape
+    flow = flow_of(painted, drawing)
+    layer: Floats = flow.color + flow.trust[..., None] * (flow.clear - flow.color)
+    # The picture is layer times drawing, so colored paper would tint it twice: divide the layer by the paper.
+    layer = np.clip(layer / drawing.paper, 0, 1)
+    if flow.scale >= SMALL_SCALE:
+        return layer
+    small = _inside(painted, place_in_square(height, width, len(painted)))
+    return _keep_detail(layer, enlarge(small, width, height), drawing, flow.scale)
+
+
+def flow_of(painted: Pixels, drawing: Drawing) -> Flow:
+    """Return the colors of `painted` at the drawing's size before and after they flow; arguments as in color_layer."""
+    height, width = drawing.darkness.shape
     box = place_in_square(height, width, len(painted))
     scale = max(height / box.height, width / box.width, 1.0)
     seen = _inside(for_network(as_gray(drawing), len(painted)), box)
     small = _inside(painted, box)
-    clear = _enlarged(_without_lines(small, seen, GRAIN if scale >= SMALL_SCALE else 0), width, height)
+    clear = enlarge(_without_lines(small, seen, GRAIN if scale >= SMALL_SCALE else 0), width, height)
     trust = _trust(drawing.darkness, scale)
-    little = np.float32(LITTLE_TRUST) * _enlarged(seen**4, width, height) * (drawing.darkness < BLACKEST)
-    flowed = _flow(clear, trust + little, drawing.darkness, REACH_PX * scale)
-    layer = flowed + trust[..., None] * (clear - flowed)
-    # The picture is layer times drawing, so colored paper would tint it twice: divide the layer by the paper.
-    layer = np.clip(layer / drawing.paper, 0, 1)
-    return layer if scale >= SMALL_SCALE else _keep_detail(layer, _enlarged(small, width, height), drawing, scale)
+    little = np.float32(LITTLE_TRUST) * enlarge(seen**4, width, height) * (drawing.darkness < BLACKEST)
+    color = _flow(clear, trust + little, drawing.darkness, REACH_PX * scale)
+    return Flow(clear, color, trust, little, scale)
 
 
 def place_in_square(height: int, width: int, size: int) -> Box:
@@ -102,7 +128,7 @@ def over_white(rgba: Pixels) -> Pixels:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _reduced(drawing: Drawing, step: int) -> Drawing:
+def reduced(drawing: Drawing, step: int) -> Drawing:
     """Return the drawing at 1 / step of its size; lines keep their maximum darkness, so that they remain walls."""
     height, width = (-(-side // step) for side in drawing.darkness.shape)
     margins = ((0, height * step - drawing.darkness.shape[0]), (0, width * step - drawing.darkness.shape[1]))
@@ -141,10 +167,10 @@ def _inside(square: Pixels, box: Box) -> Floats:
     return inside.astype(np.float32) / np.float32(255)
 
 
-def _enlarged(small: Floats, width: int, height: int) -> Floats:
+def enlarge(small: Floats, width: int, height: int) -> Floats:
     """Resize a picture [h, w] or [h, w, 3] and clip it to [0, 1]."""
     if small.ndim == 3:
-        return np.stack([_enlarged(plane, width, height) for plane in np.moveaxis(small, 2, 0)], axis=2)
+        return np.stack([enlarge(plane, width, height) for plane in np.moveaxis(small, 2, 0)], axis=2)
     plane = Image.fromarray(np.ascontiguousarray(small)).resize((width, height), Image.Resampling.BICUBIC)
     enlarged: Floats = np.clip(np.asarray(plane), 0, 1)
     return enlarged
@@ -153,12 +179,12 @@ def _enlarged(small: Floats, width: int, height: int) -> Floats:
 def _trust(darkness: Floats, scale: float) -> Floats:
     """Return the trust in each color, [H, W]: 1 if the network's pixel contains no line, 0 on lines."""
     side = 2 * round(BLUR * (scale - 1)) + 1
-    coverage = _box_mean(_box_mean(darkness, side), side) if side > 1 else darkness
+    coverage = box_mean(box_mean(darkness, side), side) if side > 1 else darkness
     trust = np.exp(-((coverage / MOSTLY_PAPER) ** 2)) * (1 - darkness) ** 2
     return np.where(trust < 1e-3, 0, trust).astype(np.float32)
 
 
-def _box_mean(plane: Floats, side: int) -> Floats:
+def box_mean(plane: Floats, side: int) -> Floats:
     """Return means over squares of an odd side, edges repeated: [H, W].
 
     scipy has a function for this, but an exported model does not have scipy.

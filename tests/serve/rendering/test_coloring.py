@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from animediffusion.platform.images.codec import letterbox
+from animediffusion.serve.rendering.coloring import color_regions
+from animediffusion.serve.rendering.palette import Palette
+from animediffusion.serve.rendering.regions import find_regions
+from animediffusion.serve.rendering.sketch import read_drawing
+
+RED, BLUE, DARK = (210, 60, 50), (60, 90, 220), (120, 20, 20)
+
+
+def halves(shadow: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A line drawing of two halves, and its colors; the left half optionally has a shadow without a line."""
+    sketch = np.full((300, 400, 3), 255, np.uint8)
+    sketch[:, 199:202] = 0
+    colors = np.empty_like(sketch)
+    colors[:, :200], colors[:, 200:] = RED, BLUE
+    if shadow:
+        colors[150:, :200] = DARK
+    return sketch, colors
+
+
+def colored(sketch: np.ndarray, colors: np.ndarray, off: tuple[int, int, int] = (0, 0, 0), **options):
+    """The coloring by a network whose colors are off by that much."""
+    drawing = read_drawing(sketch)
+    painted = letterbox((sketch.astype(int) * np.clip(np.add(colors, off), 0, 255) // 255).astype(np.uint8), 64)[0]
+    options = {"reference": colors, "background": "reference"} | options
+    return color_regions(painted, drawing, find_regions(drawing), **options)
+
+
+def test_colors_of_the_reference_are_exact():
+    sketch, colors = halves()
+    coloring = colored(sketch, colors, off=(-7, 6, 8))
+    assert {region.color for region in coloring.regions} == {RED, BLUE}
+    assert (coloring.flats == colors)[:, [*range(198), *range(203, 400)]].all()
+
+
+def test_a_shadow_is_a_region_with_a_clean_border():
+    sketch, colors = halves(shadow=True)
+    coloring = colored(sketch, colors, off=(-7, 6, 8))
+    assert sorted(region.color for region in coloring.regions) == sorted([RED, BLUE, DARK])
+    border = (coloring.labels[:, :198] != coloring.labels[0, 0]).argmax(axis=0)
+    assert np.abs(border - 150).max() <= 3
+    assert np.abs(np.diff(border)).max() <= 1
+
+
+def test_regions_are_numbered_and_boxed():
+    sketch, colors = halves()
+    coloring = colored(sketch, colors)
+    assert [region.id for region in coloring.regions] == [1, 2]
+    assert set(np.unique(coloring.labels)) == {1, 2}
+    assert sum(region.area for region in coloring.regions) == 300 * 400
+    for region in coloring.regions:
+        left, top, right, bottom = region.box
+        rows, columns = np.nonzero(coloring.labels == region.id)
+        assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_a_given_palette_is_all_there_is():
+    sketch, colors = halves()
+    palette = Palette(((200, 80, 60), (0, 0, 255), (0, 255, 0)), ("", "", ""))
+    assert {region.color for region in colored(sketch, colors, palette=palette).regions} == {(200, 80, 60), (0, 0, 255)}
+
+
+def test_without_a_palette_colors_are_the_networks():
+    sketch, colors = halves()
+    found = colored(sketch, colors, off=(-7, 6, 8), palette=None).regions
+    assert np.abs(np.subtract(found[0].color, np.add(RED, (-7, 6, 8)))).max() <= 3
+
+
+def test_a_color_that_is_far_from_the_reference_stays():
+    sketch, colors = halves()
+    green = np.broadcast_to((40, 200, 60), colors.shape).astype(np.uint8)
+    found = colored(sketch, colors, reference=green).regions
+    assert np.abs(np.subtract(found[0].color, RED)).max() <= 6
+
+
+@pytest.mark.parametrize("background", ["paper", "reference"])
+def test_paper_stays_paper(background: str):
+    sketch = np.full((300, 300, 3), 255, np.uint8)
+    rows, columns = np.ogrid[:300, :300]
+    radius = np.hypot(rows - 150, columns - 150)
+    sketch[(radius > 97) & (radius < 101)] = 0
+    colors = np.where((radius < 99)[..., None], RED, BLUE).astype(np.uint8)
+    coloring = colored(sketch, colors, background=background)
+    assert coloring.flats[150, 150].tolist() == list(RED)
+    assert coloring.flats[5, 5].tolist() == [255, 255, 255] if background == "paper" else list(BLUE)
+
+
+def test_shading_is_one_where_colors_are_flat():
+    sketch, colors = halves()
+    coloring = colored(sketch, colors, style="shaded")
+    assert coloring.shading is not None
+    assert coloring.shading.shape == (300, 400, 3)
+    assert np.abs(coloring.shading[:, 20:180] - 1).max() < 0.05
