@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen, curve, ellipse
-from animediffusion.pipelines.synthetic.palette import Color, Palette
+from animediffusion.pipelines.synthetic.palette import CharacterPalette, Color
 
 BACKGROUNDS = ("flat", "gradient", "gradient", "disc", "disc", "horizon", "stripes", "rays", "dots", "frame")
 """Kinds to choose from; a kind that appears twice is chosen twice as often."""
@@ -13,7 +13,9 @@ BACKGROUNDS = ("flat", "gradient", "gradient", "disc", "disc", "horizon", "strip
 _LIGHT_LINE = 0.25
 
 
-def draw_background(canvas: Canvas, kind: str, palette: Palette, center: tuple[float, float], variation: float) -> None:
+def draw_background(
+    canvas: Canvas, kind: str, palette: CharacterPalette, center: tuple[float, float], variation: float
+) -> None:
     """Draw the background on a canvas.
 
     Args:

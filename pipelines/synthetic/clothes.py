@@ -14,7 +14,7 @@ from animediffusion.pipelines.synthetic.canvas import (
     shifted,
     straight,
 )
-from animediffusion.pipelines.synthetic.palette import Color, Palette, Tone
+from animediffusion.pipelines.synthetic.palette import CharacterPalette, Color, Tone
 
 CLOTHES = ("sailor", "hoodie", "blazer", "kimono", "straps", "turtleneck", "shirt", "cape")
 ACCESSORIES = ("none", "bow", "glasses", "headband", "clips", "flower", "beret", "cat ears", "headphones")
@@ -22,7 +22,7 @@ ACCESSORIES = ("none", "bow", "glasses", "headband", "clips", "flower", "beret",
 _SHOULDER = [(0.24, 0.92), (0.50, 1.03), (0.86, 1.16), (1.06, 1.42), (1.12, 2.0)]
 
 
-def draw_clothes(pen: Pen, kind: str, palette: Palette) -> None:
+def draw_clothes(pen: Pen, kind: str, palette: CharacterPalette) -> None:
     """Draw the shoulders and the clothes over them; the neck must already be drawn."""
     if kind == "hoodie":
         _hood(pen, palette)
@@ -46,7 +46,7 @@ def draw_clothes(pen: Pen, kind: str, palette: Palette) -> None:
     }[kind](pen, palette)
 
 
-def draw_accessory(pen: Pen, kind: str, palette: Palette, side: int) -> None:
+def draw_accessory(pen: Pen, kind: str, palette: CharacterPalette, side: int) -> None:
     """Draw the accessory that is worn over the hair; `side` is -1 (left) or 1 (right).
 
     Glasses and cat ears have their own functions.
@@ -68,7 +68,7 @@ def draw_accessory(pen: Pen, kind: str, palette: Palette, side: int) -> None:
         _headphones(pen, palette)
 
 
-def draw_cat_ears(pen: Pen, palette: Palette) -> None:
+def draw_cat_ears(pen: Pen, palette: CharacterPalette) -> None:
     """Draw cat ears; the hair on the crown is drawn over them later."""
     for side in (-1, 1):
         outer = join(
@@ -81,7 +81,7 @@ def draw_cat_ears(pen: Pen, palette: Palette) -> None:
         _piece(pen, blob(inner, 5), palette.accent.light, 0.7)
 
 
-def draw_glasses(pen: Pen, palette: Palette, spacing: float) -> None:
+def draw_glasses(pen: Pen, palette: CharacterPalette, spacing: float) -> None:
     """Draw glasses with clear lenses and frames in the accent's deep color; `spacing` is half the eyes' distance."""
     for side in (-1, 1):
         rim = blob(
@@ -102,7 +102,7 @@ def _piece(pen: Pen, outline: PointsLike, color: Color, width: float = 1.0) -> N
     pen.stroke(straight(closed) if len(closed) < 9 else closed, width)
 
 
-def _sailor(pen: Pen, palette: Palette) -> None:
+def _sailor(pen: Pen, palette: CharacterPalette) -> None:
     pen.fill([(-0.34, 0.92), (0, 1.44), (0.34, 0.92), (0.2, 0.86), (-0.2, 0.86)], palette.skin.base)
     for side in (-1, 1):
         flap = [(side * 0.22, 0.84), (side * 0.46, 0.98), (side * 0.66, 1.26), (side * 0.30, 1.40), (side * 0.02, 1.46)]
@@ -112,13 +112,13 @@ def _sailor(pen: Pen, palette: Palette) -> None:
     _bow(pen.moved(0, 1.42), palette.accent, 0.26)
 
 
-def _hood(pen: Pen, palette: Palette) -> None:
+def _hood(pen: Pen, palette: CharacterPalette) -> None:
     hood = blob([(-0.62, 0.62), (-0.86, 1.0), (-0.5, 1.3), (0.5, 1.3), (0.86, 1.0), (0.62, 0.62), (0, 0.5)])
     _piece(pen, hood, palette.clothes.shade)
     _piece(pen, blob([(-0.5, 0.76), (-0.56, 1.1), (0.56, 1.1), (0.5, 0.76)]), palette.clothes.deep, 0.8)
 
 
-def _hoodie(pen: Pen, palette: Palette) -> None:
+def _hoodie(pen: Pen, palette: CharacterPalette) -> None:
     _piece(
         pen,
         join(curve([(-0.34, 0.95), (-0.2, 1.22), (0, 1.32), (0.2, 1.22), (0.34, 0.95)]), [(0, 0.98)]),
@@ -135,7 +135,7 @@ def _hoodie(pen: Pen, palette: Palette) -> None:
         pen.rim(cord, palette.accent.base, 1.6)
 
 
-def _blazer(pen: Pen, palette: Palette) -> None:
+def _blazer(pen: Pen, palette: CharacterPalette) -> None:
     _piece(pen, [(-0.28, 0.92), (-0.1, 1.7), (0.1, 1.7), (0.28, 0.92)], palette.trim.base)
     for side in (-1, 1):
         collar = [(side * 0.22, 0.82), (side * 0.02, 1.08), (side * 0.20, 1.22), (side * 0.34, 0.94)]
@@ -152,7 +152,7 @@ def _blazer(pen: Pen, palette: Palette) -> None:
     _piece(pen, [(-0.06, 1.18), (0.06, 1.18), (0.11, 1.7), (-0.11, 1.7)], palette.accent.base)
 
 
-def _kimono(pen: Pen, palette: Palette) -> None:
+def _kimono(pen: Pen, palette: CharacterPalette) -> None:
     pen.fill([(-0.34, 0.92), (0, 1.34), (0.34, 0.92), (0.2, 0.86), (-0.2, 0.86)], palette.skin.base)
     for side in (1, -1):  # a kimono is worn left side over right, so the left side is drawn last
         for shift, color in ((0.0, palette.trim.base), (0.13, palette.accent.base)):
@@ -161,7 +161,7 @@ def _kimono(pen: Pen, palette: Palette) -> None:
             _piece(pen, band, color)
 
 
-def _straps(pen: Pen, palette: Palette) -> None:
+def _straps(pen: Pen, palette: CharacterPalette) -> None:
     region = pen.region()
     pen.fill(join(curve(mirror(_SHOULDER)), curve(_SHOULDER)), palette.skin.base, region=region)
     pen.tint([(0.62, 0.9), (0.8, 1.3), (0.8, 2), (1.3, 2), (1.3, 0.9)], palette.skin.shade, within=region)
@@ -177,14 +177,14 @@ def _straps(pen: Pen, palette: Palette) -> None:
     _bow(pen.moved(0, 1.40), palette.accent, 0.18)
 
 
-def _turtleneck(pen: Pen, palette: Palette) -> None:
+def _turtleneck(pen: Pen, palette: CharacterPalette) -> None:
     collar = join(curve([(-0.27, 0.74), (0, 0.84), (0.27, 0.74)]), curve([(0.34, 1.02), (0, 1.14), (-0.34, 1.02)]))
     _piece(pen, collar, palette.trim.base)
     pen.stroke(curve([(-0.1, 0.9), (-0.11, 1.04)]), 0.7)
     pen.stroke(curve([(0.1, 0.9), (0.11, 1.04)]), 0.7)
 
 
-def _shirt(pen: Pen, palette: Palette) -> None:
+def _shirt(pen: Pen, palette: CharacterPalette) -> None:
     pen.fill([(-0.34, 0.92), (0, 1.30), (0.34, 0.92), (0.2, 0.86), (-0.2, 0.86)], palette.skin.base)
     for side in (-1, 1):
         _piece(
@@ -194,7 +194,7 @@ def _shirt(pen: Pen, palette: Palette) -> None:
     _piece(pen, ellipse(0.0, 1.40, 0.05, 0.05), palette.accent.base, 0.8)
 
 
-def _cape(pen: Pen, palette: Palette) -> None:
+def _cape(pen: Pen, palette: CharacterPalette) -> None:
     for side in (-1, 1):
         edge = curve([(side * 0.02, 1.26), (side * 0.12, 1.5), (side * 0.16, 2.0)])
         lining = join(edge, [(side * 0.02, 2.0)])
@@ -234,13 +234,13 @@ def _bow(pen: Pen, tone: Tone, reach: float) -> None:
     _piece(pen, ellipse(0, 0, 0.24 * reach, 0.27 * reach), tone.base)
 
 
-def _flower(pen: Pen, palette: Palette) -> None:
+def _flower(pen: Pen, palette: CharacterPalette) -> None:
     for dx, dy in ((0, -0.15), (0.145, -0.045), (0.09, 0.125), (-0.09, 0.125), (-0.145, -0.045)):
         _piece(pen, ellipse(dx, dy, 0.115, 0.115), palette.accent.light, 0.9)
     _piece(pen, ellipse(0, 0, 0.075, 0.075), palette.accent.deep, 0.9)
 
 
-def _beret(pen: Pen, palette: Palette, side: int) -> None:
+def _beret(pen: Pen, palette: CharacterPalette, side: int) -> None:
     shape = blob(
         [
             (-0.86 * side, -0.62),
@@ -264,7 +264,7 @@ def _beret(pen: Pen, palette: Palette, side: int) -> None:
     pen.stroke(curve([(0.05 * side, -1.33), (0.08 * side, -1.42), (0.14 * side, -1.46)]), 1.8)
 
 
-def _headphones(pen: Pen, palette: Palette) -> None:
+def _headphones(pen: Pen, palette: CharacterPalette) -> None:
     upper = curve([(-0.92, -0.05), (-0.82, -0.72), (0, -1.24), (0.82, -0.72), (0.92, -0.05)])
     lower: Points = curve([(0.82, -0.05), (0.74, -0.66), (0, -1.12), (-0.74, -0.66), (-0.82, -0.05)])
     _piece(pen, join(upper, lower), palette.accent.deep)

@@ -30,7 +30,7 @@ from animediffusion.pipelines.synthetic.canvas import (
     mirror,
     shifted,
 )
-from animediffusion.pipelines.synthetic.palette import MOUTH, TONGUE, WHITE, Palette, random_palette
+from animediffusion.pipelines.synthetic.palette import MOUTH, TONGUE, WHITE, CharacterPalette, random_palette
 
 EYES = ("round", "tall", "sharp", "droopy", "calm")
 MOUTHS = ("smile", "open", "cat", "small", "line", "grin")
@@ -40,7 +40,7 @@ MOUTHS = ("smile", "open", "cat", "small", "line", "grin")
 class Character:
     """The properties that all drawings of a character share."""
 
-    palette: Palette
+    palette: CharacterPalette
     clothes: str
     accessory: str
     background: str
@@ -175,7 +175,7 @@ def _outline(g: Geometry) -> Points:
     return np.asarray(points + lean * (1.0, 0.0), np.float64)
 
 
-def _neck(body: Pen, head: Pen, g: Geometry, palette: Palette) -> None:
+def _neck(body: Pen, head: Pen, g: Geometry, palette: CharacterPalette) -> None:
     half = [(0.19, 0.4), (0.19, 0.80), (0.24, 0.93), (0.50, 1.06), (0.6, 1.4)]
     neck = join(curve(half), curve(mirror(half)))
     body.fill(neck, palette.skin.base)
@@ -185,7 +185,7 @@ def _neck(body: Pen, head: Pen, g: Geometry, palette: Palette) -> None:
         body.stroke(curve([(side * 0.19, 0.5), (side * 0.19, 0.80), (side * 0.25, 0.94)]))
 
 
-def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: Palette) -> None:
+def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: CharacterPalette) -> None:
     skin = palette.skin
     for side in (-1, 1):
         ear = blob([(side * 0.60, 0.0), (side * 0.74, -0.02), (side * 0.76, 0.16), (side * 0.64, 0.32)])
@@ -257,7 +257,7 @@ _LIDS = {
 }
 
 
-def _eyes(pen: Pen, g: Geometry, palette: Palette) -> None:
+def _eyes(pen: Pen, g: Geometry, palette: CharacterPalette) -> None:
     for side in (-1, 1):
         width = 0.195 * g.eye_size * (1 - 0.16 * g.yaw * side)
         center = (side * 0.31 * (1 - 0.06 * g.yaw * side), 0.13)
@@ -269,7 +269,7 @@ def _eyes(pen: Pen, g: Geometry, palette: Palette) -> None:
             _eye(at, g, scale, palette)
 
 
-def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: Palette) -> None:
+def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: CharacterPalette) -> None:
     upper_lid, lower_lid = _LIDS[g.eyes]
     upper = curve(np.array(upper_lid) * scale)
     lower = curve(np.array([upper_lid[-1], *lower_lid, upper_lid[0]]) * scale)

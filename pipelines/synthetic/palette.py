@@ -30,7 +30,7 @@ class Tone(NamedTuple):
     light: Color
 
 
-class Palette(NamedTuple):
+class CharacterPalette(NamedTuple):
     """All colors of a character; drawings with the same palette have the same colors."""
 
     hair: Tone
@@ -45,7 +45,7 @@ class Palette(NamedTuple):
     """Second background color, for patterns."""
 
 
-def random_palette(rng: np.random.Generator) -> Palette:
+def random_palette(rng: np.random.Generator) -> CharacterPalette:
     """Return a random palette whose regions vary independently but remain distinguishable."""
     skin = _random_skin(rng)
     hair = _far_from([skin], 0.13, lambda: _random_hair(rng))
@@ -55,7 +55,7 @@ def random_palette(rng: np.random.Generator) -> Palette:
     trim = _far_from([clothes, skin], 0.22, lambda: _random_trim(rng))
     accent = _far_from([clothes, trim, hair], 0.12, lambda: _between(rng, (0.52, 0.11, 0), (0.78, 0.19, 360)))
     eyes = _between(rng, (0.50, 0.08, 0), (0.68, 0.19, 360))
-    return Palette(
+    return CharacterPalette(
         hair=_tone(hair),
         skin=_tone(skin),
         eyes=_tone(eyes),

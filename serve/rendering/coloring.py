@@ -195,7 +195,7 @@ def _shading(flow: Flow, flats: Pixels, shape: tuple[int, int]) -> Floats:
     ratio: Floats = np.clip((flow.color + 0.05) / (flats.astype(np.float32) / 255 + 0.05), 0.5, 2).astype(np.float32)
     side = 2 * round(flow.scale) + 1
     smooth = np.stack([box_mean(plane, side) for plane in np.moveaxis(ratio, 2, 0)], axis=2)
-    shading: Floats = 2 * enlarge(smooth.astype(np.float32) / 2, shape[1], shape[0])
+    shading: Floats = 2 * enlarge(np.float32(0.5) * smooth.astype(np.float32), shape[1], shape[0])
     return shading
 
 

@@ -6,9 +6,7 @@ import pytest
 from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.rendering.palette import MAX_COLORS, palette_of, read_palette
 
-GIMP = (
-    "GIMP Palette\nName: Model sheet\nColumns: 2\n# skin\n255 224 189\tskin\n 10  20  30 dark hair\n0 0 0\tUntitled\n"
-)
+GIMP = "GIMP Palette\nName: Sheet\nColumns: 2\n# skin\n255 224 189\tskin\n 10  20  30 dark hair\n0 0 0 Untitled\n"
 
 
 def ase(*colors: tuple[str, bytes, tuple[float, ...]]) -> bytes:
