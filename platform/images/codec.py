@@ -88,6 +88,13 @@ def decode_alpha(
     return np.array(_open(data, thing, max_pixels, formats, _opacity))
 
 
+def decode_rgba(
+    data: bytes, *, thing: str = "image", max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = DECODED_FORMATS
+) -> Array:
+    """Decode an image to sRGB with opacity [H, W, 4]; arguments and errors are those of decode_rgb()."""
+    return np.array(_open(data, thing, max_pixels, formats, _to_rgba))
+
+
 def encode_png(array: Array, compress_level: int = 6) -> bytes:
     """Encode a gray, RGB or RGBA array as PNG.
 
@@ -264,12 +271,18 @@ def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
         image = _to_eight_bits(image)
     gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
-        layer = to_srgb(image.convert("LA" if gray else "RGBA"), profile).convert("RGBA")
+        layer = _to_rgba(image, profile)
         ground = Image.new("RGBA", image.size, (*_WHITE, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
     if profile and image.mode != "CMYK":
         image = image.convert("L" if gray else "RGB")
     return to_srgb(image, profile).convert("RGB")
+
+
+def _to_rgba(image: Image.Image, profile: bytes) -> Image.Image:
+    image = _to_eight_bits(image) if image.mode in _WIDE_MODES else image
+    gray = image.mode in ("1", "L", "LA", "La")
+    return to_srgb(image.convert("LA" if gray else "RGBA"), profile).convert("RGBA")
 
 
 def _opacity(image: Image.Image, _: bytes) -> Image.Image:

@@ -1,0 +1,210 @@
+"""Hints: points or strokes in a drawing with the exact color that the region under them gets.
+
+    hints = read_hints('[{"x": 120, "y": 88, "color": "#e0b080"}]', width=512, height=512)
+    colored = apply_hints(coloring, hints)
+
+A hint replaces the color of a region and keeps its shading. The network is not used, so the result is exact and
+immediate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from animediffusion.platform.errors import ConfigError, ImageError
+from animediffusion.platform.images.codec import decode_rgba
+from animediffusion.serve.rendering.coloring import Coloring
+from animediffusion.serve.rendering.palette import Color
+from animediffusion.serve.rendering.sketch import Pixels
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_HINTS = 500
+MAX_STROKE_COLORS = 256
+"""An image with more colors is a painting or a photograph, not a layer of strokes."""
+MIN_STROKE_PX = 4
+"""A smaller spot of one color is where two antialiased strokes mix."""
+STROKE_CELL_PX = 3
+"""A stroke keeps one point in each cell of this size."""
+STROKE_SHARE = 0.05
+"""A stroke colors the regions that contain at least this share of it: it may slip over a line."""
+SOLID = 128
+"""Pixels with less alpha are the soft edge of a stroke."""
+
+_FORM = 'give [{"x": 120, "y": 88, "color": "#e0b080"}] or a transparent PNG of strokes'
+_COLOR = re.compile(r"#[0-9a-fA-F]{6}")
+_KEYS = ("x", "y", "color", "learned")
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A point, or a stroke of points, and the color of the region under it."""
+
+    x: int
+    """Column in the drawing's pixels, from 0."""
+    y: int
+    """Row in the drawing's pixels, from 0."""
+    color: Color
+    learned: bool = True
+    """Whether the network should see the hint, too. A network that was trained without hints ignores this."""
+    stroke: tuple[tuple[int, int], ...] = ()
+    """Points (x, y) of a stroke, which include (x, y); empty for a single point."""
+
+
+def read_hints(data: str | bytes, *, width: int, height: int, thing: str = "hints") -> tuple[Hint, ...]:
+    """Return the hints in JSON, `[{"x", "y", "color": "#RRGGBB", "learned": true}]`, or in a PNG of strokes.
+
+    Args:
+        data: the text, or the bytes of a file.
+        width: width of the drawing in pixels.
+        height: height of the drawing in pixels.
+        thing: name of the hints in error messages.
+
+    Raises:
+        ConfigError: the hints are not as described, are outside of the drawing, or are none or too many.
+        ImageError: the PNG cannot be decoded.
+    """
+    if isinstance(data, bytes) and data.startswith(PNG_SIGNATURE):
+        hints = _read_strokes(data, width, height, thing)
+    else:
+        hints = _read_json(data, width, height, thing)
+    if not hints:
+        raise ConfigError(thing, "contains no hint", f"{_FORM}, or omit it")
+    if len(hints) > MAX_HINTS:
+        raise ConfigError(thing, f"contains {len(hints):,} hints", f"at most {MAX_HINTS} are allowed")
+    return hints
+
+
+def apply_hints(coloring: Coloring, hints: Sequence[Hint]) -> Coloring:
+    """Return the coloring with the colors of the hints; if several hints are in one region, the last one counts."""
+    colors = {region: hint.color for hint in hints for region in _regions_under(hint, coloring.labels)}
+    regions = tuple(replace(region, color=colors.get(region.id, region.color)) for region in coloring.regions)
+    return replace(coloring, regions=regions)
+
+
+def _regions_under(hint: Hint, labels: NDArray[np.int32]) -> list[int]:
+    """Return the ids of the regions that contain the hint, or a fair share of its stroke."""
+    if not hint.stroke:
+        return [int(labels[hint.y, hint.x])]
+    x, y = np.array(hint.stroke).T
+    ids, counts = np.unique(labels[y, x], return_counts=True)
+    return [int(region) for region in ids[counts >= min(STROKE_SHARE * len(x), counts.max())]]
+
+
+def _read_json(data: str | bytes, width: int, height: int, thing: str) -> tuple[Hint, ...]:
+    try:
+        entries = json.loads(data)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors.
+        found = "is not JSON" if isinstance(data, str) else "is neither JSON nor a PNG"
+        raise ConfigError(thing, found if data else "is empty", _FORM) from error
+    if not isinstance(entries, list):
+        raise ConfigError(thing, f"is {_shown(entries)}, not a list", _FORM)
+    return tuple(_read_entry(entry, f"hint {n}", width, height, thing) for n, entry in enumerate(entries, start=1))
+
+
+def _read_entry(entry: Any, name: str, width: int, height: int, thing: str) -> Hint:
+    if not isinstance(entry, dict):
+        raise ConfigError(thing, f"{name} is {_shown(entry)}", _FORM)
+    for key in entry:
+        if key not in _KEYS:
+            raise ConfigError(thing, f"{name} has the unknown key {_shown(key)}", f"allowed are {', '.join(_KEYS)}")
+    for key in ("x", "y", "color"):
+        if key not in entry:
+            raise ConfigError(thing, f"{name} lacks {key}", _FORM)
+    color, learned = entry["color"], entry.get("learned", True)
+    if not isinstance(color, str) or not _COLOR.fullmatch(color):
+        raise ConfigError(thing, f"{name} has the color {_shown(color)}", "a color is #RRGGBB, for example #e0b080")
+    if not isinstance(learned, bool):
+        raise ConfigError(thing, f"{name} has learned {_shown(learned)}", "learned is true or false")
+    place = [entry["x"], entry["y"]]
+    for axis, value in zip("xy", place, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(thing, f"{name} has {axis} {_shown(value)}", f"{axis} is a number of pixels")
+    x, y = (math.floor(value) for value in place)
+    if not (0 <= x < width and 0 <= y < height):
+        found = f"{name} at {_shown(place[0])}, {_shown(place[1])} is outside of the drawing"
+        raise ConfigError(thing, found, f"x is from 0 to {width - 1}, y from 0 to {height - 1}")
+    red, green, blue = bytes.fromhex(color[1:])
+    return Hint(x, y, (red, green, blue), learned)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _read_strokes(data: bytes, width: int, height: int, thing: str) -> tuple[Hint, ...]:
+    """Return a hint for each connected stroke of one color, the largest last, so that it wins in a shared region."""
+    size = f"a PNG of strokes has the size of the drawing, {width:,} x {height:,}"
+    try:
+        pixels = decode_rgba(data, thing=thing, max_pixels=width * height, formats=("PNG",))
+    except ImageError as error:
+        if error.reason == "too_large":
+            raise ConfigError(thing, error.found, size) from error
+        raise
+    if pixels.shape[:2] != (height, width):
+        raise ConfigError(thing, f"is {pixels.shape[1]:,} x {pixels.shape[0]:,} pixels", size)
+    if pixels[..., 3].min() >= SOLID:
+        raise ConfigError(thing, "has no transparent part", "leave everything but the strokes transparent")
+    strokes = sorted(_strokes(pixels, thing), key=len)
+    return tuple(_stroke_hint(stroke, pixels) for stroke in strokes)
+
+
+def _stroke_hint(points: NDArray[np.intp], pixels: Pixels) -> Hint:
+    """Return the hint of a stroke [N, 2] of (y, x); its place is the point of the stroke nearest to the mean."""
+    cells = np.unique(points // STROKE_CELL_PX, axis=0, return_index=True)[1]
+    points = points[cells]
+    y, x = points[np.square(points - points.mean(axis=0)).sum(axis=1).argmin()].tolist()
+    red, green, blue = pixels[y, x, :3].tolist()
+    return Hint(x, y, (red, green, blue), stroke=tuple((column, row) for row, column in points.tolist()))
+
+
+def _strokes(pixels: Pixels, thing: str) -> Iterator[NDArray[np.intp]]:
+    """Yield the pixels [N, 2] as (y, x) of each connected stroke of one color."""
+    solid = pixels[..., 3] >= SOLID
+    codes = np.where(solid, pixels[..., :3].astype(np.int32) @ np.array([65_536, 256, 1], np.int32), -1)
+    values, counts = np.unique(codes[solid], return_counts=True)
+    if (counts >= MIN_STROKE_PX).sum() > MAX_STROKE_COLORS:
+        found = f"has {len(values):,} colors"
+        raise ConfigError(thing, found, f"strokes have at most {MAX_STROKE_COLORS} plain colors, without shading")
+    labels = _components(codes, solid)
+    order = np.argsort(labels, kind="stable")
+    places = np.argwhere(solid)[order]
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    yield from (stroke for stroke in np.split(places, starts[1:]) if len(stroke) >= MIN_STROKE_PX)
+
+
+def _components(codes: NDArray[np.int32], solid: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return the component of each solid pixel, in row order: 8-connected pixels of the same code have the same number.
+
+    A number is the index of a pixel of the component. Both ends of an edge take the smaller number, and numbers are
+    followed to their ends, until nothing changes: a few rounds, whatever the shape.
+    """
+    index = np.full(codes.shape, -1, np.intp)
+    index[solid] = np.arange(solid.sum())
+    steps = (
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:-1, :-1], np.s_[1:, 1:]),
+        (np.s_[1:, :-1], np.s_[:-1, 1:]),
+    )
+    joined = [(index[one], index[other], solid[one] & (codes[one] == codes[other])) for one, other in steps]
+    one = np.concatenate([first[same] for first, _, same in joined])
+    other = np.concatenate([second[same] for _, second, same in joined])
+    labels = np.arange(solid.sum())
+    while True:
+        left, right = labels[one], labels[other]
+        smaller = np.minimum(left, right)
+        if (left == right).all():
+            return labels
+        np.minimum.at(labels, left, smaller)
+        np.minimum.at(labels, right, smaller)
+        while (labels[labels] != labels).any():
+            labels = labels[labels]
