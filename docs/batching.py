@@ -3,8 +3,8 @@
     python docs/batching.py [--model BUNDLE] [--out docs/images]
 
 Without --model a small untrained network is used, because the schedule of the requests does not depend on the network.
-The script itself runs each turn (one evaluation of the batch), and requests arrive at fixed turns, so the diagram is
-the same on every machine.
+The script itself runs each engine step (one evaluation of the batch), and requests arrive at fixed steps, so the
+diagram is the same on every machine.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ STEPS = (4, 8, 16, 25)
 KEYS = {"studio": (58, 116, 168), "page": (206, 110, 52), "batch job": (96, 140, 84)}
 """Clients and their colors in the diagram."""
 LEAVES = 6
-"""Index of the request whose client leaves, LEAVES_AFTER turns after the request started."""
+"""Index of the request whose client leaves, LEAVES_AFTER engine steps after the request started."""
 LEAVES_AFTER = 5
 
-TURN, BAR, GAP = 15, 11, 4
-"""Pixels: width of a turn, height of a bar, gap between bars."""
+STEP, BAR, GAP = 15, 11, 4
+"""Pixels: width of an engine step, height of a bar, gap between bars."""
 LEFT, STRIP = 128, 84
 """Pixels: width of the names at the left, height of the chart at the bottom."""
 
 
 @dataclass
 class Asked:
-    """A request, with its times in turns."""
+    """A request, with its times in engine steps."""
 
     key: str
     steps: int
@@ -66,23 +66,23 @@ def pattern() -> list[Asked]:
 
 
 def trace(bundle: Bundle, asked: Sequence[Asked]) -> list[EngineStep]:
-    """Run the requests, record when each started and ended, and return the engine's turns."""
-    turns: list[EngineStep] = []
-    engine = Engine(bundle, max_batch=MAX_BATCH, own_thread=False, on_step=turns.append)
+    """Run the requests, record when each started and ended, and return the engine's steps."""
+    steps: list[EngineStep] = []
+    engine = Engine(bundle, max_batch=MAX_BATCH, own_thread=False, on_step=steps.append)
     coming, futures = list(asked), list[Future[Any]]()
     while coming or engine.num_running or engine.num_waiting:
-        while coming and coming[0].came <= len(turns):
+        while coming and coming[0].came <= len(steps):
             futures.append(engine.submit(_request(bundle, coming.pop(0), len(futures))))
         if not engine.step():
             raise RuntimeError("nothing runs, but requests are still to come: let them come closer together")
         running = asked[LEAVES]
-        running.started = running.started or next((t.number for t in turns if LEAVES in t.running), None)
-        if running.started is not None and len(turns) == running.started + LEAVES_AFTER - 1:
+        running.started = running.started or next((step.number for step in steps if LEAVES in step.running), None)
+        if running.started is not None and len(steps) == running.started + LEAVES_AFTER - 1:
             running.left = futures[LEAVES].cancel()
     for number, one in enumerate(asked):
-        ran = [turn.number for turn in turns if number in turn.running]
+        ran = [step.number for step in steps if number in step.running]
         one.started, one.ended = ran[0], ran[-1]
-    return turns
+    return steps
 
 
 def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
@@ -97,25 +97,25 @@ def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
     )
 
 
-def draw(asked: Sequence[Asked], turns: Sequence[EngineStep]) -> Array:
-    """Draw the requests as bars over turns, and below them the number of network rows in each turn."""
-    width = LEFT + TURN * len(turns) + 2 * EDGE
+def draw(asked: Sequence[Asked], steps: Sequence[EngineStep]) -> Array:
+    """Draw the requests as bars over engine steps, and below them the number of network rows in each engine step."""
+    width = LEFT + STEP * len(steps) + 2 * EDGE
     bars = len(asked) * (BAR + GAP)
     top = EDGE + 56
     board = Board(width, top + bars + 26 + STRIP + 44)
     _legend(board)
-    for turn in range(0, len(turns) + 1, 10):
-        board.lines([(_x(turn), top - 4), (_x(turn), top + bars + 26 + STRIP)], FAINT, 0.5)
-        board.text(str(turn), _x(turn), top + bars + 12, 12)
+    for step in range(0, len(steps) + 1, 10):
+        board.lines([(_x(step), top - 4), (_x(step), top + bars + 26 + STRIP)], FAINT, 0.5)
+        board.text(str(step), _x(step), top + bars + 12, 12)
     for number, one in enumerate(asked):
         _bar(board, one, top + number * (BAR + GAP))
-    _rows(board, turns, top + bars + 26)
-    board.text("turns", _x(len(turns) / 2), top + bars + 26 + STRIP + 24)
+    _rows(board, steps, top + bars + 26)
+    board.text("engine steps", _x(len(steps) / 2), top + bars + 26 + STRIP + 24)
     return board.array()
 
 
-def _x(turn: float) -> float:
-    return LEFT + EDGE + TURN * turn
+def _x(step: float) -> float:
+    return LEFT + EDGE + STEP * step
 
 
 def _bar(board: Board, asked: Asked, y: int) -> None:
@@ -132,12 +132,12 @@ def _bar(board: Board, asked: Asked, y: int) -> None:
     board.text(f"{asked.key}, {asked.steps}", LEFT + EDGE - 8, y + BAR / 2, 11, "rm")
 
 
-def _rows(board: Board, turns: Sequence[EngineStep], top: int) -> None:
-    """Draw the number of network rows in each turn, from 0 to MAX_BATCH."""
+def _rows(board: Board, steps: Sequence[EngineStep], top: int) -> None:
+    """Draw the number of network rows in each engine step, from 0 to MAX_BATCH."""
     bottom = top + STRIP
-    for turn in turns:
-        height = round(STRIP * turn.num_evaluated / MAX_BATCH)
-        _box(board, _x(turn.number - 1) + 1, _x(turn.number), bottom - height, height, FAINT)
+    for step in steps:
+        height = round(STRIP * step.num_evaluated / MAX_BATCH)
+        _box(board, _x(step.number - 1) + 1, _x(step.number), bottom - height, height, FAINT)
     board.text("rows of the network", LEFT + EDGE - 24, top + STRIP / 2, 11, "rm")
     for rows in (0, MAX_BATCH):
         board.text(str(rows), LEFT + EDGE - 8, bottom - STRIP * rows / MAX_BATCH, 11, "rm")
@@ -150,7 +150,7 @@ def _legend(board: Board) -> None:
         _box(board, x, x + 18, EDGE - 6, BAR, color)
         board.text(words, x + 24, EDGE, 13, "lm")
         x += 60 + 7 * len(words)
-    words = "thin line through it: guided, takes two places      x: its client left      25: steps"
+    words = "thin line through it: guided, takes two slots      x: its client left      25: steps"
     board.text(words, LEFT + EDGE, EDGE + 24, 13, "lm")
 
 
@@ -178,11 +178,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
     asked = pattern()
-    turns = trace(load_bundle(args.model) if args.model else small_bundle(), asked)
+    steps = trace(load_bundle(args.model) if args.model else small_bundle(), asked)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "batching.png"
-    save(draw(asked, turns), path)
-    print(f"{path} {path.stat().st_size // 1000} kB, {len(asked)} requests in {len(turns)} turns")
+    save(draw(asked, steps), path)
+    print(f"{path} {path.stat().st_size // 1000} kB, {len(asked)} requests in {len(steps)} engine steps")
 
 
 if __name__ == "__main__":

@@ -41,22 +41,22 @@ RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 def build(folder: Path) -> list[dict[str, Any]]:
     """Return the objects that `kustomize build` prints, for the few features that we use; see rendered_by_kustomize."""
-    told = yaml.load((folder / "kustomization.yaml").read_text(), yaml.CSafeLoader)
-    unknown = set(told) - {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+    content = yaml.load((folder / "kustomization.yaml").read_text(), yaml.CSafeLoader)
+    unknown = set(content) - {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
     assert not unknown, f"{folder.name}: this build knows nothing of {unknown}"
     objects: list[dict[str, Any]] = []
-    for name in told["resources"]:
+    for name in content["resources"]:
         path = folder / name
         objects += (
             build(path) if path.is_dir() else [one for one in yaml.load_all(path.read_text(), yaml.CSafeLoader) if one]
         )
-    for patch in told.get("patches", []):
+    for patch in content.get("patches", []):
         objects = _patched(objects, folder, patch)
     for one in objects:
         if one["kind"] != "Namespace":
-            one["metadata"]["namespace"] = told["namespace"]
+            one["metadata"]["namespace"] = content["namespace"]
         for container in containers(one):
-            _name_image(container, told.get("images", []))
+            _name_image(container, content.get("images", []))
     return objects
 
 

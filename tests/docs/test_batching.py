@@ -34,11 +34,11 @@ def test_the_picture_is_that_of_a_trace_and_shows_every_kind_of_request(batching
 
 def test_every_request_of_the_trace_ran_as_long_as_it_asked_for_unless_its_client_left(batching):
     asked = batching.pattern()
-    turns = batching.trace(batching.small_bundle(), asked)
+    steps = batching.trace(batching.small_bundle(), asked)
     ran = [one.ended - one.started + 1 for one in asked]
     expected = [batching.LEAVES_AFTER if one.left else one.steps for one in asked]
     assert ran == expected
     assert [one.left for one in asked].count(True) == 1
     assert any(one.guided for one in asked)
-    assert any(turn.waiting for turn in turns)
-    assert max(turn.num_evaluated for turn in turns) == batching.MAX_BATCH
+    assert any(step.waiting for step in steps)
+    assert max(step.num_evaluated for step in steps) == batching.MAX_BATCH

@@ -42,10 +42,10 @@ def test_every_picture_of_the_text_is_drawn(pictures, bundle, faces_dataset, tmp
     monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments])
     monkeypatch.setattr(pictures, "LIMIT", 2**21)  # an untrained model draws noise, and fewer colors take minutes
     pictures.main()
-    told = set(re.findall(r"images/(method-\w+\.png)", (DOCS / "method.md").read_text()))
+    linked = set(re.findall(r"images/(method-\w+\.png)", (DOCS / "method.md").read_text()))
     drawn = {path.name for path in tmp_path.iterdir()}
     assert len(drawn) == 5
-    assert told >= drawn
+    assert linked >= drawn
     for name in drawn:
         assert len(np.unique(decode_rgb((tmp_path / name).read_bytes()).reshape(-1, 3), axis=0)) > 100
 

@@ -108,7 +108,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def here(config: dict) -> dict:
-    """A Serve configuration for loopback, and a port that nobody has."""
+    """A Serve configuration for loopback, and a free port."""
     return {**config, "http_options": {"host": "127.0.0.1", "port": PORT}}
 
 

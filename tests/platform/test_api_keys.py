@@ -104,7 +104,7 @@ def test_a_change_in_a_store_that_was_overtaken_is_made_again_on_what_is_there_n
 
     def add(old):
         calls.append(old)
-        if len(calls) in (1, 2):  # somebody else is faster: first by creating the file, then by changing it
+        if len(calls) in (1, 2):  # another process is faster: first by creating the file, then by changing it
             storage.write_bytes(uri, (old or b"") + b"theirs ")
         return (old or b"") + b"ours"
 

@@ -25,14 +25,14 @@ class Closed:
     key: str
     log: Path
     """The file of the access log."""
-    told: list[str]
+    messages: list[str]
     """What was said while it started."""
 
 
 @pytest.fixture(scope="module")
 def closed(serve_port, tmp_path_factory, bundle_folder):
     """It has to wait for CPUs when it starts."""
-    folder, told = tmp_path_factory.mktemp("closed"), []
+    folder, messages = tmp_path_factory.mktemp("closed"), []
     keys, log = Keys("s3://bucket/closed/keys.json"), folder / "logs" / "requests.jsonl"
     key = keys.create("studio")
     config = ServeConfig(model=str(bundle_folder), workspace=folder, keys=keys.uri, request_log=log)
@@ -40,18 +40,18 @@ def closed(serve_port, tmp_path_factory, bundle_folder):
     ray.get(group.ready())
 
     def tell(line):
-        told.append(line)
+        messages.append(line)
         ray.util.remove_placement_group(group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "WAITS_S", 1.0)
         url = start(config, port=serve_port, report=tell)
-    yield Closed(url, keys, key, log, told)
+    yield Closed(url, keys, key, log, messages)
     serve.delete(APP_NAME)
 
 
 def test_a_start_that_waits_for_cpus_says_so(closed):
-    [line] = closed.told
+    [line] = closed.messages
     assert line.startswith("waiting: the cluster has no room for")
     assert "0 of 2 CPU free" in line
 

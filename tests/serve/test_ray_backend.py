@@ -1,4 +1,4 @@
-"""The engines as the HTTP side sees them, over a handle of our own that answers what it is told to."""
+"""The engines as the HTTP side sees them, through a handle with prepared answers."""
 
 import asyncio
 import pickle
@@ -163,16 +163,16 @@ def test_a_rejected_client_learns_when_to_retry(backend):
 
 
 def test_models_are_those_of_the_engine_that_polled_last(backend):
-    told = asyncio.run(backend([engine("1", age_s=2.5), engine("2", age_s=0.1, desired="2")]).models())
-    assert told.desired == {"champion": "2", "challenger": None}
-    assert told.traffic == {"1": 0.5, "2": 0.5}
-    assert len(told.replicas) == 2
+    status = asyncio.run(backend([engine("1", age_s=2.5), engine("2", age_s=0.1, desired="2")]).models())
+    assert status.desired == {"champion": "2", "challenger": None}
+    assert status.traffic == {"1": 0.5, "2": 0.5}
+    assert len(status.replicas) == 2
 
 
 def test_without_an_engine_the_registry_is_asked(backend, bundle_folder):
-    told = asyncio.run(backend(NO_ENGINE).models())
+    status = asyncio.run(backend(NO_ENGINE).models())
     version = f"sha256:{identity(bundle_folder)[:12]}"
-    assert told == ModelsStatus(desired={"champion": version, "challenger": None}, traffic={}, replicas=[])
+    assert status == ModelsStatus(desired={"champion": version, "challenger": None}, traffic={}, replicas=[])
 
 
 def test_engines_that_are_too_busy_to_answer_have_said_it_before(backend):

@@ -289,9 +289,9 @@ def test_a_trial_in_another_process_uses_the_attention_of_the_driver(monkeypatch
         )
     finally:
         use_attention("auto")
-    told: list[str] = []
-    monkeypatch.setattr(tune, "use_attention", told.append)
+    backends: list[str] = []
+    monkeypatch.setattr(tune, "use_attention", backends.append)
     monkeypatch.setattr(tune, "_measure", lambda *_: point(1, 20.0))
     monkeypatch.setattr(tune.tune, "report", lambda _: None)
     tune._trial({"steps": 1}, task=task)
-    assert told == ["sdpa"]
+    assert backends == ["sdpa"]

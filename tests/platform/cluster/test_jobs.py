@@ -60,8 +60,8 @@ def test_a_job_hands_over_its_log_and_its_exit_code(cluster: None, job: Job) -> 
 
 def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None, cluster_head: Head, job: Job) -> None:
     assert re.search(r"animediffusion \S+ at \S+/runtime_resources/py_modules_files/", job.log)
-    told = json.loads(cluster_head.get(f"/api/jobs/{job.name}"))
-    assert set(told["runtime_env"]) - {"_ray_commit", "env_vars"} == {"py_modules"}
+    details = json.loads(cluster_head.get(f"/api/jobs/{job.name}"))
+    assert set(details["runtime_env"]) - {"_ray_commit", "env_vars"} == {"py_modules"}
     [resources] = [
         path for path in cluster_head.folder.glob("session_*/runtime_resources") if not path.parent.is_symlink()
     ]
@@ -70,9 +70,9 @@ def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None
 
 
 def test_no_secret_travels_with_a_job(cluster: None, cluster_head: Head, job: Job) -> None:
-    told = cluster_head.get("/api/jobs/") + jobs.logs(job.name) + str(jobs.status(job.name))
-    assert job.name in told
-    assert [secret for secret in job.secrets if secret in told] == []
+    shown = cluster_head.get("/api/jobs/") + jobs.logs(job.name) + str(jobs.status(job.name))
+    assert job.name in shown
+    assert [secret for secret in job.secrets if secret in shown] == []
 
 
 def test_a_job_with_wrong_usage_ends_with_2_without_the_code_sent_along(cluster: None) -> None:
@@ -147,8 +147,8 @@ def test_a_wrong_token_is_one_line_on_the_command_line(
 def test_behind_a_tunnel_the_clusters_own_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/not/on/the cluster/python")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
-    told = subprocess.run(["sh", "-c", f"echo {jobs._python()}"], capture_output=True, text=True, check=True)
-    assert told.stdout == "python\n"
+    done = subprocess.run(["sh", "-c", f"echo {jobs._python()}"], capture_output=True, text=True, check=True)
+    assert done.stdout == "python\n"
 
 
 def test_a_job_needs_a_command() -> None:

@@ -13,7 +13,7 @@ from animediffusion.platform.config import Settings
 
 def report(node: str, **values) -> NodeReport:
     versions = {"python": "3.11.7", "torch": "2.13.0"}
-    told = {
+    defaults = {
         "node": node,
         "versions": versions,
         "device": "cpu",
@@ -21,7 +21,7 @@ def report(node: str, **values) -> NodeReport:
         "mlflow": None,
         "mlflow_uri": "http://m:5000",
     }
-    return NodeReport(**{**told, **values})
+    return NodeReport(**{**defaults, **values})
 
 
 @contextmanager

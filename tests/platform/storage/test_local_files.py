@@ -85,7 +85,7 @@ def test_pipes_and_sockets_are_no_files_and_links_to_nothing_fail_when_read(
 
 @pytest.fixture
 def nobody() -> Iterator[Path]:
-    """A folder of somebody without rights on others' files."""
+    """A folder of a user without rights on other users' files."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         os.chmod(name, 0o755)
         before = os.geteuid()

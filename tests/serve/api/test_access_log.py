@@ -86,8 +86,8 @@ def test_a_key_is_found_nowhere(client, lines, files, key, key_file, tmp_path, c
     logged = "".join(record.getMessage() for record in caplog.records if not record.name.startswith("http"))
     written = json.dumps(lines(7)) + logged + "".join(capfd.readouterr())
     shown = f"{keyring!r} {vars(keyring)!r} {key_file!r} {key_file.entries()!r}"
-    told = "".join(
+    logged = "".join(
         f"{answer.status_code} {answer.headers!r} {answer.text}" for answer in answers if answer != answers[1]
     )
-    assert key not in written + shown + told
+    assert key not in written + shown + logged
     assert [answer.status_code for answer in answers] == [200, 422, 422, 400, 200, 401, 401]

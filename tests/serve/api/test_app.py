@@ -342,7 +342,7 @@ def test_the_description_names_every_field_and_answer(client):
 
 
 class Patient(Replica):
-    """A replica that works until it is told to stop."""
+    """A replica that works until the test stops it."""
 
     was_cancelled = False
 

@@ -81,7 +81,7 @@ class Alone:
 
 @dataclass
 class Run:
-    """An engine, driven through arrivals, and what one saw of it."""
+    """An engine, driven through arrivals, and a record of its steps and requests."""
 
     bundle: Bundle
     sizes: tuple[int, ...] | None = None
@@ -179,7 +179,7 @@ def check_everyone_is_answered(run: Run) -> None:
 
 
 def check_turns(run: Run) -> None:
-    """Each request runs without a gap, for as many steps as its sampler needs, and never once nobody waits for it."""
+    """Each request runs without a gap, for as many steps as its sampler needs, and never after its client has left."""
     for future, (number, asked) in run.futures.items():
         ran = [step.number for step in run.steps if number in step.running]
         assert ran == list(range(ran[0], ran[0] + len(ran))) if ran else True

@@ -10,7 +10,7 @@ from animediffusion.serve.engine.fair_queue import FairQueue
 PATIENCE = 3
 KEYS = "abcde"
 
-# Somebody comes, with a key; somebody starts, while keys have so many slots; somebody gives up.
+# A request arrives, with a key; one starts, while keys have so many slots; one is canceled.
 comes = st.tuples(st.just("comes"), st.sampled_from(KEYS))
 starts = st.tuples(st.just("starts"), st.dictionaries(st.sampled_from(KEYS), st.integers(0, 4)))
 leaves = st.tuples(st.just("leaves"), st.integers(0, 30))
