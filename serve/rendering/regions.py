@@ -23,18 +23,31 @@ Indices = NDArray[np.intp]
 
 WORK_PIXELS = 2_000_000
 """Regions of a larger drawing are found at 1/2, 1/3, ... of its size and continued to the lines at full size."""
-LINE = 0.2
-"""A pixel at least this dark is part of a line."""
+INK = 0.35
+"""A pixel at least this dark is part of a line..."""
+FAINT = 0.06
+"""... and so is one that is darker by this value than the lightest pixels around it,"""
+EDGE = 0.4
+"""and by this share of the same difference of the pixels next to it: the soft edge of a line is paper."""
+THICK_LINE = 0.01
+"""Half the width of the thickest faint line, as a share of the drawing's side..."""
+MIN_LINE_PX = 3
+"""... but at least this many pixels."""
 SPECK_PX = 6
 """Dots of at most this many pixels are not lines."""
-GAP = 1 / 70
-"""Half the width of the widest gap that is closed, as a share of the drawing's longer side..."""
-MIN_GAP_PX = 7.5
+GAP = 0.016
+"""Half the width of the widest gap that is closed, as a share of the drawing's side (the root of its area)..."""
+MIN_GAP_PX = 3.0
 """... but at least this many pixels."""
-NECK = 0.6
+REACH = 2.0
+"""Distances to lines are limited to this multiple of that half width."""
+NECK = 0.5
 """Two hills are one region if the neck between them is at least this share of the lower hill's width."""
-OPEN = 0.5
+OPEN = 0.4
 """Two hills are one region if at least this share of their common border is open."""
+BANKS = 2.0
+"""The border of two hills runs under the lines on both sides of the neck; this multiple of the lines' thickness is not
+counted."""
 SLIVER_PX = 2.0
 """A region whose largest ball has at most this radius is a sliver, unless it is larger than SLIVER_AREA."""
 SLIVER_AREA = 1e-4
@@ -54,10 +67,10 @@ def find_regions(drawing: Drawing) -> Regions:
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     small = _reduced(drawing.darkness, step)
-    lines = _without_specks(small >= LINE)
+    lines = _without_specks(find_lines(small))
     if lines.all():
         return Regions(np.ones((height, width), np.int32), 1)
-    labels = _merged(lines, max(small.shape))
+    labels = _merged(lines)
     if step > 1:
         labels = labels.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
     return Regions(np.ascontiguousarray(labels), int(labels.max()))
@@ -72,6 +85,28 @@ def _reduced(darkness: Floats, step: int) -> Floats:
     return reduced
 
 
+def find_lines(darkness: Floats) -> Mask:
+    """Return the pixels of lines, faint lines included, but not the dark side of soft shadows. [H, W]."""
+    radius = max(MIN_LINE_PX, round(THICK_LINE * math.sqrt(darkness.size)))
+    ground = _greatest(-_greatest(-darkness, radius), radius)
+    relief = darkness - ground
+    edge = np.maximum(_greatest(relief, 2) * np.float32(EDGE), np.float32(FAINT))
+    found: Mask = (relief >= edge) | (darkness >= INK)
+    return found
+
+
+def _greatest(values: Floats, radius: int) -> Floats:
+    """Return the greatest value in a square of side 2 radius + 1 around each pixel."""
+    for axis in (0, 1):
+        padded = np.pad(values, [(radius, radius) if axis == one else (0, 0) for one in (0, 1)], mode="edge")
+        padded, width = np.moveaxis(padded, axis, 0), 1
+        while width < 2 * radius + 1:  # the maximum of `width` pixels, doubled as often as possible
+            step = min(width, 2 * radius + 1 - width)
+            padded, width = np.maximum(padded[:-step], padded[step:]), width + step
+        values = np.moveaxis(padded, 0, axis)
+    return values
+
+
 def _without_specks(lines: Mask) -> Mask:
     """Return lines without dots of at most SPECK_PX pixels."""
     labels, count = components(lines, diagonal=True)
@@ -80,13 +115,13 @@ def _without_specks(lines: Mask) -> Mask:
     return (sizes > SPECK_PX)[labels]
 
 
-def _merged(lines: Mask, side: int) -> Labels:
+def _merged(lines: Mask) -> Labels:
     """Return labels 1..count of the merged hills, [H, W]."""
-    reach = max(MIN_GAP_PX, GAP * side)
-    height = distances(lines, reach)
+    gap = max(MIN_GAP_PX, GAP * math.sqrt(lines.size))
+    height = distances(lines, REACH * gap)
     hills, count = _hills(height)
-    graph = _Graph(hills, height, count)
-    graph.merge_wide_necks()
+    graph = _Graph(hills, height, count, BANKS * _thickness(lines))
+    graph.merge_wide_necks(gap)
     graph.merge_open_borders()
     graph.merge_slivers(SLIVER_AREA * lines.size)
     roots = np.array([graph.root(hill) for hill in range(count)])
@@ -94,21 +129,40 @@ def _merged(lines: Mask, side: int) -> Labels:
     return (inverse.reshape(hills.shape) + 1).astype(np.int32)
 
 
+def _thickness(lines: Mask) -> float:
+    """Return the usual thickness of the lines: the median length of their runs in rows and columns."""
+    lengths = []
+    for one in (lines, lines.T):
+        ends = np.flatnonzero(np.diff(np.pad(one, ((0, 0), (1, 1))).astype(np.int8).ravel()))
+        lengths.append(ends[1::2] - ends[::2])
+    return float(np.median(np.concatenate(lengths))) if len(lengths[0]) else 0.0
+
+
 def distances(lines: Mask, reach: float) -> Floats:
-    """Return the Euclidean distance of each pixel to the nearest line, at most `reach`; 0 on lines. [H, W]."""
+    """Return the Euclidean distance of each pixel to the nearest line, at most `reach`; 0 on lines. [H, W].
+
+    Args:
+        lines: the pixels of lines.
+        reach: at most 120; the squares are 16-bit numbers.
+    """
     radius = math.ceil(reach)
-    far = np.float32(radius + 1)
-    across = np.where(lines, np.float32(0), far)
-    for shift in range(1, radius + 1):
-        np.minimum(across[:, shift:], np.where(lines[:, :-shift], np.float32(shift), far), out=across[:, shift:])
-        np.minimum(across[:, :-shift], np.where(lines[:, shift:], np.float32(shift), far), out=across[:, :-shift])
-    squares = across**2
-    nearest = squares.copy()
+    nearest = _distance_in_rows(lines, radius) ** 2
+    squares = nearest.copy()
     for shift in range(1, min(radius, len(lines) - 1) + 1):
-        np.minimum(nearest[shift:], squares[:-shift] + np.float32(shift**2), out=nearest[shift:])
-        np.minimum(nearest[:-shift], squares[shift:] + np.float32(shift**2), out=nearest[:-shift])
-    found: Floats = np.minimum(np.sqrt(nearest), np.float32(reach))
+        np.minimum(nearest[shift:], squares[:-shift] + np.int16(shift**2), out=nearest[shift:])
+        np.minimum(nearest[:-shift], squares[shift:] + np.int16(shift**2), out=nearest[:-shift])
+    found: Floats = np.minimum(np.sqrt(nearest, dtype=np.float32), np.float32(reach))
     return found
+
+
+def _distance_in_rows(lines: Mask, radius: int) -> NDArray[np.int16]:
+    """Return the distance of each pixel to the nearest line in its row, at most radius + 1."""
+    columns = np.arange(lines.shape[1], dtype=np.int32)
+    before = np.maximum.accumulate(np.where(lines, columns, -radius - 1), axis=1)
+    after = np.where(lines, columns, len(columns) + radius)[:, ::-1]
+    after = np.minimum.accumulate(after, axis=1)[:, ::-1]
+    nearest = np.minimum(columns - before, after - columns)
+    return np.minimum(nearest, radius + 1).astype(np.int16)
 
 
 def components(mask: Mask, *, diagonal: bool = False) -> tuple[Labels, int]:
@@ -232,7 +286,8 @@ def _filled(hills: Labels) -> Labels:
 class _Graph:
     """Hills and the borders between them; hills are merged with a union-find structure."""
 
-    def __init__(self, hills: Labels, height: Floats, count: int) -> None:
+    def __init__(self, hills: Labels, height: Floats, count: int, banks: float) -> None:
+        self.banks = banks
         self.parent = list(range(count))
         self.area: list[float] = np.bincount(hills.ravel(), minlength=count).tolist()
         peak = np.zeros(count, np.float32)
@@ -276,8 +331,8 @@ class _Graph:
         self.borders[other] = {}
         return one
 
-    def merge_wide_necks(self) -> None:
-        """Merge hills whose neck is not much narrower than the lower hill, widest neck first."""
+    def merge_wide_necks(self, gap: float) -> None:
+        """Merge hills whose neck is wider than a gap, or not much narrower than the lower hill; widest neck first."""
         edges = sorted(
             ((border[0], low, high) for low, near in enumerate(self.borders) for high, border in near.items()
              if low < high and border[1]),
@@ -285,7 +340,7 @@ class _Graph:
         )  # fmt: skip
         for neck, low, high in edges:
             one, other = self.root(low), self.root(high)
-            if one != other and neck >= NECK * min(self.peak[one], self.peak[other]):
+            if one != other and neck >= min(gap, NECK * min(self.peak[one], self.peak[other])):
                 self.join(one, other)
 
     def merge_open_borders(self) -> None:
@@ -295,7 +350,11 @@ class _Graph:
         for hill in waiting:
             one = self.root(hill)
             while True:
-                shares = [(border[1] / (border[1] + border[2]), near) for near, border in self.borders[one].items()]
+                shares = [
+                    (border[1] / (border[1] + max(0.0, border[2] - self.banks)), near)
+                    for near, border in self.borders[one].items()
+                    if border[1]
+                ]
                 best = max(shares, default=(0.0, -1))
                 if best[0] < OPEN:
                     break
