@@ -25,7 +25,17 @@ from animediffusion.models.sampler_options import ALLOWED, SamplerOptions, numbe
 from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images.codec import letterbox
-from animediffusion.serve.rendering.render import Size, read_picture, read_sketch, render
+from animediffusion.serve.rendering.coloring import Background, Style
+from animediffusion.serve.rendering.render import (
+    Output,
+    Rendered,
+    RenderOptions,
+    Size,
+    palette_argument,
+    read_picture,
+    read_sketch,
+    render,
+)
 from animediffusion.serve.rendering.sketch import as_gray, for_network
 
 
@@ -39,6 +49,9 @@ def paint(
     size: Size = "native",
     thing: str = "sketch",
     lock: AbstractContextManager[object] | None = None,
+    style: Style = "painted",
+    background: Background | None = None,
+    palette: str | bytes = "reference",
 ) -> tuple[bytes, bytes]:
     """Return the colored drawing and its color layer, both as PNG.
 
@@ -53,17 +66,40 @@ def paint(
         size: size of the results: `native` is the size of the sketch, `model` the square of the network.
         thing: name of the sketch in error messages.
         lock: a lock that is held while the network runs; needed if several threads call this function.
+        style: `flat`, `shaded` or `painted`; this and the next two are those of rendering/render.py's RenderOptions.
+        background: `paper` or `reference`.
+        palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
 
     Raises:
         ImageError: the sketch or the reference is not usable.
+        ConfigError: the palette is not usable, or an option would change nothing.
     """
+    options = RenderOptions(size=size, style=style, background=background, palette=palette)
+    made = paint_as("both", bundle, sketch, reference, options, seed=seed, sampler=sampler, thing=thing, lock=lock)
+    return made.files["image"], made.files["color_layer"]
+
+
+def paint_as(
+    output: Output,
+    bundle: Bundle,
+    sketch: bytes,
+    reference: bytes,
+    options: RenderOptions,
+    *,
+    seed: int = 0,
+    sampler: SamplerDefaults | None = None,
+    thing: str = "sketch",
+    lock: AbstractContextManager[object] | None = None,
+) -> Rendered:
+    """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
+    options.check(output)
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
     lines = from_pixels(for_network(as_gray(drawing), side))
-    colors = from_pixels(letterbox(read_picture(reference), side)[0])
+    picture = read_picture(reference)
+    colors = from_pixels(letterbox(picture, side)[0])
     with lock or nullcontext():
         painted = to_uint8(colorize(bundle, lines, colors, seeds=[seed], sampler=sampler))[0].cpu().numpy()
-    made = render(painted, drawing, output="both", size=size)
-    return made["image"], made["color_layer"]
+    return render(painted, drawing, picture, output=output, options=options)
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:
@@ -81,7 +117,9 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     """
     given = _parser().parse_args(arguments)
     options = SamplerOptions(seed=given.seed, steps=given.steps, guidance_scale=given.guidance_scale)
+    look = RenderOptions(size=given.size, style=given.style, background=given.background, palette=given.palette)
     try:
+        look.check(prefix="--")
         _check_files(given)
         bundle = load_bundle(folder, "cuda" if torch.cuda.is_available() else "cpu")
         picture, layer = paint(
@@ -92,6 +130,9 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
             sampler=options.apply_to(bundle.config.sampler),
             size=given.size,
             thing=str(given.sketch),
+            style=given.style,
+            background=given.background,
+            palette=given.palette,
         )
         _write(given.out, picture)
         if given.layer is not None:
@@ -144,6 +185,13 @@ def _option(name: str, read: Callable[[str], float]) -> Callable[[str], float]:
     return convert
 
 
+def _palette(text: str) -> str | bytes:
+    try:
+        return palette_argument(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error.found}; {error.allowed}") from error
+
+
 class _Once(argparse.Action):
     """Stores a value and rejects a second one, because argparse would silently use the last value."""
 
@@ -172,5 +220,23 @@ def _parser() -> argparse.ArgumentParser:
         choices=["native", "model"],
         default="native",
         help="size of the picture: that of the sketch, or of the model",
+    )
+    parser.add_argument(
+        "--style",
+        choices=["flat", "shaded", "painted"],
+        default="painted",
+        help="one color in each region, the same with soft shading, or the model's own colors",
+    )
+    parser.add_argument(
+        "--background",
+        choices=["paper", "reference"],
+        help="with flat or shaded, color outside of the figure: the paper's if omitted",
+    )
+    parser.add_argument(
+        "--palette",
+        metavar="FILE|#RRGGBB,...|reference|none",
+        type=_palette,
+        default="reference",
+        help="with flat or shaded, the colors of the regions: a .gpl or .ase file, a list, or those of the reference",
     )
     return parser

@@ -63,6 +63,9 @@ def signature() -> ModelSignature:
                 ParamSpec("num_inference_steps", "long", None),
                 ParamSpec("guidance_scale", "double", None),
                 ParamSpec("size", "string", "native"),
+                ParamSpec("style", "string", None),
+                ParamSpec("background", "string", None),
+                ParamSpec("palette", "string", None),
             ]
         ),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +27,16 @@ from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, He
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.api.sse import events
-from animediffusion.serve.protocol import Backend, ColorizeJob, ModelsStatus
-from animediffusion.serve.rendering.render import read_picture, read_sketch, render
+from animediffusion.serve.protocol import Backend, ColorizeJob, ModelsStatus, Pixels
+from animediffusion.serve.rendering import openraster, psd
+from animediffusion.serve.rendering.render import Rendered, read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import Drawing, as_gray
 
 T = TypeVar("T")
 
 FOLDER = Path(__file__).parents[1] / "web"
+MEDIA_TYPES = {"ora": openraster.MEDIA_TYPE, "psd": psd.MEDIA_TYPE, "layers": "application/json"}
+"""Media types of the outputs that are not PNGs."""
 EXAMPLES = tuple(f"{kind}_{number}.png" for number in range(1, 5) for kind in ("sketch", "reference"))
 
 
@@ -97,7 +101,7 @@ def create_app(
 def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
     @app.post("/v1/colorize", response_class=Response, openapi_extra=FORM, responses=PICTURE, dependencies=[KEY])
     async def colorize(request: Request) -> Response:
-        """Color a sketch with the colors of a reference and return a PNG."""
+        """Color a sketch with the colors of a reference; return a PNG, a file with layers, or JSON."""
         form = await read_form(request)
         loop = asyncio.get_running_loop()
         if form.output == "both":
@@ -105,11 +109,11 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
-        png = await loop.run_in_executor(
-            pool, lambda: render(answer.picture, drawing, output=form.output, size=form.size)[form.output]
-        )
-        headers = {"X-Model-Version": answer.model_version, "X-Seed": str(form.seed), "Cache-Control": "no-store"}
-        return Response(png, media_type="image/png", headers=headers)
+        made, body = await loop.run_in_executor(pool, _rendered, answer.picture, drawing, job.reference, form)
+        headers = {"X-Model-Version": answer.model_version, **_headers(form)}
+        if made.regions is not None:
+            headers["X-Regions"] = str(len(made.regions))
+        return Response(body, media_type=MEDIA_TYPES.get(form.output, "image/png"), headers=headers)
 
     @app.post(
         "/v1/colorize/stream",
@@ -126,9 +130,20 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
-        body = events(first, items, drawing, form, request.state, pool)
-        headers = {"Cache-Control": "no-store", "X-Seed": str(form.seed)}
-        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+        body = events(first, items, drawing, job.reference, form, request.state, pool)
+        return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
+
+
+def _headers(form: ColorizeForm) -> dict[str, str]:
+    return {"X-Seed": str(form.seed), "X-Style": form.style, "Cache-Control": "no-store"}
+
+
+def _rendered(picture: Pixels, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> tuple[Rendered, bytes]:
+    """Return what render() returns, and the body of the response."""
+    made = render(picture, drawing, reference, output=form.output, options=form.rendering)
+    if form.output == "layers":
+        return made, json.dumps(made.as_json()).encode()
+    return made, made.files[form.output]
 
 
 async def _first(items: AsyncIterator[T]) -> T:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from difflib import get_close_matches
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -26,10 +26,15 @@ from animediffusion.models.sampler_options import (
     number,
     whole_number,
 )
+from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.api.problems import ProblemError, unusable
-from animediffusion.serve.rendering.render import Output, Size
+from animediffusion.serve.rendering import render
+from animediffusion.serve.rendering.coloring import Background, Style
+from animediffusion.serve.rendering.render import Output, RenderOptions, Size
 
 FILES = ("sketch", "reference")
+MAY_BE_FILES = ("palette",)
+"""Fields that are a text or a file."""
 MAX_STEPS = 100
 """Largest number of steps of a request: smaller than in SamplerOptions, so that one request takes seconds."""
 MAX_TEXT_BYTES = 4096
@@ -59,9 +64,25 @@ class ColorizeForm(BaseModel):
     sampler: SamplerName | None = None
     """Sampler; the default of the model if omitted."""
     output: Output = "image"
-    """`color_layer` is RGBA without lines. `both`, for `/v1/colorize/stream` only, adds `color_layer` to the result."""
+    """`color_layer` is RGBA without lines. `both`, for `/v1/colorize/stream` only, adds `color_layer` to the result.
+    `flat` is one color in each region, without lines. `ora` (OpenRaster) and `psd` (Photoshop) are files with layers:
+    line art, shading, flats and hidden region ids. `layers` is JSON with the same layers as PNGs in base64, and the
+    regions."""
     size: Size = "native"
     """`native` is the size of the sketch; `model` is the square of the network."""
+    style: Style = "painted"
+    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors."""
+    background: Background | None = None
+    """With `flat` and `shaded`, the color outside of the figure: that of the `paper`, which is the default, or one from
+    the `reference`."""
+    palette: Annotated[str | bytes, WithJsonSchema({"type": "string"})] = "reference"
+    """The colors that regions may have: those of the `reference`, `none` (any color), a list `#RRGGBB,#RRGGBB,...`, or
+    the file of a GIMP palette (.gpl) or an Adobe Swatch Exchange (.ase)."""
+
+    @property
+    def rendering(self) -> RenderOptions:
+        """The settings of the finished picture."""
+        return RenderOptions(size=self.size, style=self.style, background=self.background, palette=self.palette)
 
     @property
     def options(self) -> SamplerOptions:
@@ -77,8 +98,8 @@ class ColorizeForm(BaseModel):
 ALLOWED = {
     **sampler_options.ALLOWED,
     "num_inference_steps": f"a whole number from 1 to {MAX_STEPS}",
-    "output": "image or color_layer; both from /v1/colorize/stream",
-    "size": "native or model",
+    **render.ALLOWED,
+    "output": "image, color_layer, flat, ora, psd or layers; both from /v1/colorize/stream",
 }
 
 
@@ -93,7 +114,8 @@ async def read_form(request: Request) -> ColorizeForm:
     form = await _parse(request)
     try:
         _check_names(form)
-        return _checked(form, {name: await _file(form, name) for name in FILES})
+        given = [name for name in MAY_BE_FILES if isinstance(form.get(name), UploadFile)]
+        return _checked(form, {name: await _file(form, name) for name in (*FILES, *given)})
     finally:
         await form.close()
 
@@ -119,7 +141,7 @@ class _Parser(MultiPartParser):
     """Starlette's parser, which also rejects a truncated body and records how many bytes were read."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
-        super().__init__(headers, self._counted(stream), max_files=4, max_fields=16, max_part_size=MAX_TEXT_BYTES)
+        super().__init__(headers, self._counted(stream), max_files=8, max_fields=16, max_part_size=MAX_TEXT_BYTES)
         self.is_complete = False
         self.num_read = 0
 
@@ -187,12 +209,16 @@ def _check_names(form: FormData) -> None:
 
 
 def _checked(form: FormData, files: dict[str, bytes]) -> ColorizeForm:
-    texts = {name: value for name, value in form.items() if name not in FILES and value != ""}
+    texts = {name: value for name, value in form.items() if name not in files and value != ""}
     for name, value in texts.items():
         if isinstance(value, UploadFile):
             raise unusable(name, "is a file", ALLOWED[name])
     try:
-        return ColorizeForm.model_validate({**files, **texts})
+        checked = ColorizeForm.model_validate({**files, **texts})
+        checked.rendering.check(checked.output)
+        return checked
+    except ConfigError as error:
+        raise unusable(error.thing, error.found, error.allowed) from error
     except ValidationError as error:
         wrong = [str(one["loc"][0]) for one in error.errors(include_url=False, include_input=False)]
         errors = [{"field": name, "found": str(texts[name])[:80], "allowed": ALLOWED[name]} for name in wrong]

@@ -9,6 +9,7 @@ from fastapi.security import HTTPBearer
 
 from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import MEDIA_TYPE
+from animediffusion.serve.rendering import openraster, psd
 
 KEY = Security(
     HTTPBearer(
@@ -45,7 +46,36 @@ _PROBLEM = {
 _HEADERS = {
     "X-Model-Version": "Registry number, or sha256 and 12 hex digits",
     "X-Seed": "The seed that was used",
+    "X-Style": "The style of the picture",
+    "X-Regions": "Number of regions of the drawing; missing if the output needs no regions",
     "X-Request-Id": "Id of this request in logs",
+}
+
+_BINARY = {"type": "string", "format": "binary"}
+_PNG = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"}
+_MAYBE_PNG = {**_PNG, "type": ["string", "null"]}
+_REGION = {
+    "id": {"type": "integer", "description": "Value of the region's pixels in `labels`"},
+    "name": {"type": "string", "description": "Part of the character; empty if unknown"},
+    "color": {"type": "string", "description": "#rrggbb"},
+    "area": {"type": "integer", "description": "Number of pixels"},
+    "box": {
+        "type": "array",
+        "items": {"type": "integer"},
+        "description": "Left, top, right and bottom; right and bottom are the first pixels outside",
+    },
+}
+_LAYERS = {
+    "type": "object",
+    "description": "image = flats x shading, screened with highlights, x sketch",
+    "properties": {
+        "image": _PNG,
+        "flats": _PNG,
+        "shading": _MAYBE_PNG,
+        "highlights": _MAYBE_PNG,
+        "labels": {**_PNG, "description": "Gray PNG of 16 bits: the id of the region of each pixel"},
+        "regions": {"type": "array", "items": {"type": "object", "properties": _REGION}},
+    },
 }
 
 Responses = dict[int | str, dict[str, Any]]
@@ -63,8 +93,11 @@ FORM = {"requestBody": {"required": True, "content": _FORM}}
 
 PICTURE: Responses = {
     200: {
-        "description": "The picture",
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        "description": "The output: a PNG, a file with layers, or layers and regions as JSON",
+        "content": {
+            **{kind: {"schema": _BINARY} for kind in ("image/png", openraster.MEDIA_TYPE, psd.MEDIA_TYPE)},
+            "application/json": {"schema": _LAYERS},
+        },
         "headers": {name: {"schema": {"type": "string"}, "description": what} for name, what in _HEADERS.items()},
     },
     **problems(*_REASONS),

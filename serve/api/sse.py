@@ -25,6 +25,7 @@ async def events(
     first: Preview | Answer,
     rest: AsyncIterator[Preview | Answer],
     drawing: Drawing,
+    reference: Pixels,
     form: ColorizeForm,
     state: State,
     pool: Executor,
@@ -35,6 +36,7 @@ async def events(
         first: first item from the backend. The caller awaits it, so that an early error is an ordinary error response.
         rest: further items from the backend.
         drawing: the sketch.
+        reference: the reference, [H, W, 3].
         form: the request.
         state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
         pool: executor that renders pictures.
@@ -46,7 +48,7 @@ async def events(
                 yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
             else:
                 state.model_version = item.model_version
-                result = await loop.run_in_executor(pool, _result, item, drawing, form)
+                result = await loop.run_in_executor(pool, _result, item, drawing, reference, form)
                 yield _event("result", {**result, "request_id": state.request_id})
     except Exception as error:
         yield _event("error", from_error(error, state.request_id).body(state.request_id))
@@ -67,12 +69,14 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
     return {"step": item.step, "total": item.total, "preview": f"data:image/png;base64,{picture}"}
 
 
-def _result(item: Answer, drawing: Drawing, form: ColorizeForm) -> dict[str, Any]:
-    made = render(item.picture, drawing, output=form.output, size=form.size)
-    if form.output != "both":
-        made = {"image": made[form.output]}
-    pictures = {name: base64.b64encode(png).decode() for name, png in made.items()}
-    return {**pictures, "model_version": item.model_version, "seed": form.seed}
+def _result(item: Answer, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> dict[str, Any]:
+    made = render(item.picture, drawing, reference, output=form.output, options=form.rendering)
+    if form.output == "layers":
+        found = made.as_json()
+    else:
+        files = made.files if form.output == "both" else {"image": made.files[form.output]}
+        found = {name: base64.b64encode(data).decode() for name, data in files.items()}
+    return {**found, "model_version": item.model_version, "seed": form.seed}
 
 
 def _inside(picture: Pixels, drawing: Drawing) -> Pixels:

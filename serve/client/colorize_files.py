@@ -5,8 +5,8 @@
     for result in colorize_files(colorizer, [Path("drawings")], Path("reference.png"), Path("out"), options):
         print(result.output or result.error)
 
-Both colorizers make the same picture from the same sketch, reference, seed and version. Each PNG contains metadata
-about its inputs and settings (png_metadata.py), so that an interrupted command resumes when it is run again.
+Both colorizers make the same picture from the same sketch, reference, seed and version. Each file contains metadata
+about its inputs and settings (file_metadata.py), so that an interrupted command resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.picture_names import PICTURES, UPLOADED_SUFFIXES, is_junk
 from animediffusion.platform.storage.storage import explained, write_bytes
-from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
-from animediffusion.serve.rendering.render import Size, read_picture
+from animediffusion.serve.client.file_metadata import read_metadata, with_metadata
+from animediffusion.serve.rendering.render import DEFAULTS, Output, RenderOptions, read_picture
 
+FileFormat = Literal["png", "ora", "psd"]
+
+OUTPUTS: dict[FileFormat, Output] = {"png": "both", "ora": "ora", "psd": "psd"}
+"""What is asked for to write files of a format."""
 LAYER_SUFFIX = ".color.png"
 MAX_NAME_BYTES = 255
 """Longest name of a file on the usual file systems."""
@@ -35,11 +39,13 @@ MAX_FILE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class ColoredDrawing:
-    """One colored drawing, as PNGs."""
+    """One colored drawing, as files."""
 
     picture: bytes
-    color_layer: bytes
+    """PNG, or the file with layers."""
     model_version: str
+    color_layer: bytes | None = None
+    """PNG; None if the picture is a file with layers."""
 
 
 class Colorizer(Protocol):
@@ -49,7 +55,14 @@ class Colorizer(Protocol):
     """Number of drawings to color concurrently."""
 
     def colorize(
-        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+        self,
+        sketch: bytes,
+        reference: bytes,
+        options: SamplerOptions,
+        rendering: RenderOptions = ...,
+        file_format: FileFormat = ...,
+        *,
+        name: str,
     ) -> ColoredDrawing:
         """Color one drawing.
 
@@ -57,7 +70,8 @@ class Colorizer(Protocol):
             sketch: bytes of the image file.
             reference: bytes of the image file.
             options: sampler settings.
-            size: size of the pictures; see rendering/render.py.
+            rendering: settings of the finished picture.
+            file_format: format of the picture.
             name: name of the sketch in error messages.
 
         Raises:
@@ -98,9 +112,12 @@ def colorize_files(
     reference: Path,
     out: Path,
     options: SamplerOptions,
-    size: Size = "native",
+    rendering: RenderOptions = DEFAULTS,
+    file_format: FileFormat = "png",
 ) -> Iterator[FileResult]:
-    """Write OUT/STEM.png and OUT/STEM.color.png for every drawing; yield the results in the order of the drawings.
+    """Write the files of every drawing; yield the results in the order of the drawings.
+
+    The files are OUT/STEM.png and OUT/STEM.color.png, or OUT/STEM.ora, or OUT/STEM.psd.
 
     If a drawing cannot be colored or written, or two drawings would be written to the same file, their results contain
     an error, and the other drawings are colored. A drawing is skipped if its files exist already, made from the same
@@ -112,7 +129,8 @@ def colorize_files(
         reference: image file with the colors.
         out: output folder, which is created if it is missing.
         options: sampler settings for all drawings.
-        size: size of the pictures; see rendering/render.py.
+        rendering: settings of the finished pictures.
+        file_format: format of the pictures.
 
     Raises:
         AnimeDiffusionError: there is nothing to color, the reference or `out` is not usable, or the colorizer does not
@@ -120,11 +138,11 @@ def colorize_files(
     """
     files = list_sketches(sketches)
     with explained(str(out)):
-        targets, clashes = _targets(files, out)
+        targets, clashes = _targets(files, out, file_format)
         out.mkdir(parents=True, exist_ok=True)
     colors = _read(reference)
     read_picture(colors, thing=str(reference))
-    run = _Run(colorizer, colors, options, size)
+    run = _Run(colorizer, colors, options, rendering, file_format)
 
     def color(sketch: Path, target: Path) -> FileResult:
         error = clashes.get(sketch)
@@ -138,27 +156,39 @@ def colorize_files(
 class _Run:
     """State that all drawings of one command share."""
 
-    def __init__(self, colorizer: Colorizer, reference: bytes, options: SamplerOptions, size: Size) -> None:
+    def __init__(
+        self,
+        colorizer: Colorizer,
+        reference: bytes,
+        options: SamplerOptions,
+        rendering: RenderOptions,
+        file_format: FileFormat,
+    ) -> None:
         self.colorizer = colorizer
         self.reference = reference
         self.options = options
-        self.size: Size = size
-        self.metadata = {"reference": _sha256(reference), **asdict(options), "size": size}
+        self.rendering = rendering
+        self.file_format: FileFormat = file_format
+        self.metadata = {"reference": _sha256(reference), **asdict(options), **_settings(rendering)}
 
     def color(self, sketch: Path, target: Path) -> FileResult:
         """Color one file and write the layer before the picture, so that a picture always has its layer."""
-        layer, seed = _layer_of(target), self.options.seed
+        files, seed = _files_of(target), self.options.seed
         try:
-            _check_length(sketch, layer)
+            _check_length(sketch, files[-1])
             drawing = _read(sketch)
             metadata = {"sketch": _sha256(drawing), **self.metadata}
             before = read_metadata(target)
-            if before is not None and self._is_done(before, metadata) and read_metadata(layer) == before:
+            is_whole = all(read_metadata(file) == before for file in files[1:])
+            if before is not None and self._is_done(before, metadata) and is_whole:
                 version = str(before["model_version"])
                 return FileResult(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
-            colored = self.colorizer.colorize(drawing, self.reference, self.options, self.size, name=str(sketch))
+            colored = self.colorizer.colorize(
+                drawing, self.reference, self.options, self.rendering, self.file_format, name=str(sketch)
+            )
             metadata["model_version"] = colored.model_version
-            write_bytes(str(layer), with_metadata(colored.color_layer, metadata))
+            if colored.color_layer is not None:
+                write_bytes(str(files[1]), with_metadata(colored.color_layer, metadata))
             write_bytes(str(target), with_metadata(colored.picture, metadata))
         except (ImageError, DataError, StorageError) as error:
             return FileResult(sketch=sketch, seed=seed, error=error)
@@ -246,20 +276,20 @@ def _pictures(folder: Path, suffixes: Collection[str]) -> list[Path]:
     )
 
 
-def _targets(files: Sequence[Path], out: Path) -> tuple[list[Path], dict[Path, ConfigError]]:
-    """Return OUT/STEM.png for every file, and an error for each file whose output another file would write, too.
+def _targets(files: Sequence[Path], out: Path, file_format: FileFormat) -> tuple[list[Path], dict[Path, ConfigError]]:
+    """Return the picture of every file, and an error for each file whose output another file would write, too.
 
     Raises:
         ConfigError: `out` is a file, or a sketch would be overwritten.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
-    targets = [out / f"{file.stem}.png" for file in files]
+    targets = [out / f"{file.stem}.{file_format}" for file in files]
     # realpath() accepts links that lead to each other, for which resolve() raises a RuntimeError.
     sources = {place for file in files for place in (os.path.realpath(file), str(_place(file)))}
     makers: dict[Path, list[Path]] = {}
     for file, target in zip(files, targets, strict=True):
-        for written in (target, _layer_of(target)):
+        for written in _files_of(target):
             if os.path.realpath(written) in sources:
                 raise ConfigError("--out", f"{written} is a sketch and would be overwritten", "choose another folder")
             makers.setdefault(written, []).append(file)
@@ -276,15 +306,31 @@ def _clash(file: Path, other: Path, written: Path) -> ConfigError:
     return ConfigError(str(file), found, "color them in two commands with different --out folders")
 
 
-def _check_length(sketch: Path, layer: Path) -> None:
-    surplus = len(os.fsencode(layer.name)) - MAX_NAME_BYTES
+def _check_length(sketch: Path, written: Path) -> None:
+    surplus = len(os.fsencode(written.name)) - MAX_NAME_BYTES
     if surplus > 0:
-        found = f"its name is {surplus} bytes too long for STEM{LAYER_SUFFIX}"
+        suffix = LAYER_SUFFIX if written.suffix == ".png" else written.suffix
+        found = f"its name is {surplus} bytes too long for STEM{suffix}"
         raise DataError(str(sketch), found, "give it a shorter name")
 
 
-def _layer_of(target: Path) -> Path:
-    return target.with_name(target.stem + LAYER_SUFFIX)
+def _files_of(target: Path) -> list[Path]:
+    """Return the files of one drawing: the picture, and for a PNG its color layer, which has the longest name."""
+    return [target, target.with_name(target.stem + LAYER_SUFFIX)] if target.suffix == ".png" else [target]
+
+
+def _settings(rendering: RenderOptions) -> dict[str, Any]:
+    """Return the settings of a picture for its metadata, without those that the style `painted` of PNGs never had."""
+    palette = rendering.palette
+    found = {
+        "size": rendering.size,
+        "style": None if rendering.style == "painted" else rendering.style,
+        "background": rendering.background,
+        "palette": _sha256(palette) if isinstance(palette, bytes) else palette,
+    }
+    if found["palette"] == "reference":
+        del found["palette"]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _sha256(data: bytes) -> str:

@@ -11,10 +11,10 @@ import torch
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
-from animediffusion.serve.client.colorize_files import ColoredDrawing
-from animediffusion.serve.rendering.render import Size
+from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat
+from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
 from animediffusion.serve.replica.model_source import ModelSource
-from animediffusion.serve.standalone import paint
+from animediffusion.serve.standalone import paint_as
 
 
 class LocalColorizer:
@@ -39,20 +39,30 @@ class LocalColorizer:
         self.bundle: Bundle = load_bundle(folder, device, name=model)
 
     def colorize(
-        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+        self,
+        sketch: bytes,
+        reference: bytes,
+        options: SamplerOptions,
+        rendering: RenderOptions = DEFAULTS,
+        file_format: FileFormat = "png",
+        *,
+        name: str,
     ) -> ColoredDrawing:
         """See colorize_files.Colorizer. One thread at a time runs the network; other threads decode and render."""
-        picture, layer = paint(
+        made = paint_as(
+            OUTPUTS[file_format],
             self.bundle,
             sketch,
             reference,
+            rendering,
             seed=options.seed,
             sampler=options.apply_to(self.bundle.config.sampler),
-            size=size,
             thing=name,
             lock=self._lock,
         )
-        return ColoredDrawing(picture, layer, self.version)
+        if file_format == "png":
+            return ColoredDrawing(made.files["image"], self.version, made.files["color_layer"])
+        return ColoredDrawing(made.files[file_format], self.version)
 
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""

@@ -16,8 +16,8 @@ import httpx
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ClusterError, ConfigError, DataError
 from animediffusion.platform.network import without_password
-from animediffusion.serve.client.colorize_files import ColoredDrawing
-from animediffusion.serve.rendering.render import Size
+from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat
+from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
 
 API_KEY = "ANIMEDIFFUSION_API_KEY"
 _KEY_HINT = "set it to a key that `animediffusion keys create` printed"
@@ -49,7 +49,14 @@ class RemoteColorizer:
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, headers=headers, transport=transport)
 
     def colorize(
-        self, sketch: bytes, reference: bytes, options: SamplerOptions, size: Size = "native", *, name: str
+        self,
+        sketch: bytes,
+        reference: bytes,
+        options: SamplerOptions,
+        rendering: RenderOptions = DEFAULTS,
+        file_format: FileFormat = "png",
+        *,
+        name: str,
     ) -> ColoredDrawing:
         """See colorize_files.Colorizer. One request returns picture and color layer, so version and seed are the same.
 
@@ -60,12 +67,18 @@ class RemoteColorizer:
         """
         files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
         fields = {NAMES.get(field, field): str(value) for field, value in asdict(options).items() if value is not None}
+        for field, value in vars(rendering).items():
+            if isinstance(value, bytes):
+                files[field] = (field, value)
+            elif value != getattr(DEFAULTS, field):  # A server of version 0.1 knows only the size.
+                fields[field] = value
+        fields["output"] = OUTPUTS[file_format]
         end = time.monotonic() + self.timeout_s
         while True:
             try:
-                result = self._post(files, {**fields, "size": size, "output": "both"})
-                image, layer = (base64.b64decode(result[kind]) for kind in ("image", "color_layer"))
-                return ColoredDrawing(image, layer, result["model_version"])
+                result = self._post(files, fields)
+                layer = base64.b64decode(result["color_layer"]) if file_format == "png" else None
+                return ColoredDrawing(base64.b64decode(result["image"]), result["model_version"], layer)
             except (ValueError, KeyError, TypeError) as error:
                 raise self._not_this_api() from error
             except _RejectedError as rejected:

@@ -1,25 +1,108 @@
-"""Decoding of uploaded images to arrays, and rendering of the network's picture to the PNG of the response."""
+"""Decoding of uploaded images to arrays, and rendering of the network's picture to the files of the response."""
 
 from __future__ import annotations
 
-from typing import Literal
+import base64
+import io
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
+from PIL import Image
 
-from animediffusion.platform.errors import ImageError
+from animediffusion.platform.errors import ConfigError, ImageError
 from animediffusion.platform.images.codec import decode_alpha, decode_rgb, encode_png, letterbox
+from animediffusion.serve.rendering.coloring import Background, Coloring, Region, Style, color_regions
+from animediffusion.serve.rendering.layers import colors_of, hex_of, layers_of, picture_of, shades_of, shading_from
+from animediffusion.serve.rendering.openraster import write_openraster
+from animediffusion.serve.rendering.palette import Palette, read_palette
+from animediffusion.serve.rendering.psd import write_psd
+from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
-from animediffusion.serve.rendering.upsample import layer_of, to_picture
+from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
 
-Output = Literal["image", "color_layer", "both"]
+Output = Literal["image", "color_layer", "both", "flat", "ora", "psd", "layers"]
 Size = Literal["native", "model"]
 
 UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
+MAX_PALETTE_BYTES = 2**20
 FAST_COMPRESSION = 3
 """PNG compression level of responses: low, because a client waits for them."""
+ALLOWED = {
+    "style": "flat, shaded or painted",
+    "background": "paper or reference",
+    "palette": "reference, none, #RRGGBB,#RRGGBB,..., or a .gpl or .ase file",
+    "size": "native or model",
+}
+"""The allowed values of each field of RenderOptions, as error messages state them."""
+_CHOICES = {"size": get_args(Size), "style": get_args(Style), "background": (None, *get_args(Background))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """Settings of the finished picture. They change neither the network's work nor its result."""
+
+    size: Size = "native"
+    """`native` is the size of the sketch; `model` is the square of the network."""
+    style: Style = "painted"
+    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors."""
+    background: Background | None = None
+    """Color outside of the figure, where the drawing has no background: that of the paper, which is the default of flat
+    and shaded, or one from the reference, as `painted` always has."""
+    palette: str | bytes = "reference"
+    """The colors that regions may have: `reference`, `none` (any color), a list of #RRGGBB, or the bytes of a file."""
+
+    @property
+    def has_own_palette(self) -> bool:
+        """Whether the palette is a list or a file."""
+        return self.palette not in ("reference", "none")
+
+    def check(self, output: Output = "image", prefix: str = "") -> None:
+        """Raise a ConfigError if a setting is wrong, or would change nothing; `prefix` comes before its name."""
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{prefix}{name}", repr(getattr(self, name))[:80], ALLOWED[name])
+        if self.has_own_palette:
+            if len(self.palette) > MAX_PALETTE_BYTES:
+                raise ConfigError(f"{prefix}palette", "is larger than 1 MiB", ALLOWED["palette"])
+            read_palette(self.palette, thing=f"{prefix}palette")
+        if self.style != "painted":
+            return
+        for name, found in (("background", self.background), ("palette", self.palette)):
+            is_today = found in (None, "reference")
+            if not is_today and (name == "background" or output in _PAINTED):
+                shown = repr(found) if isinstance(found, str) else "a file"
+                raise ConfigError(f"{prefix}{name}", f"{shown[:80]} with style painted", "choose style flat or shaded")
+
+
+DEFAULTS = RenderOptions()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The files of one picture."""
+
+    files: dict[str, bytes]
+    """By name: that of the output; `image` and `color_layer` of both; `image`, `flats`, `labels`, and where there is
+    shading `shading` and `highlights`, of layers."""
+    regions: tuple[Region, ...] | None = None
+    """None if no regions were needed."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the layers as an object for JSON: files in base64, and the regions."""
+        files = {name: base64.b64encode(data).decode() for name, data in self.files.items()}
+        regions = [
+            {"id": one.id, "name": one.name, "color": hex_of(one.color), "area": one.area, "box": list(one.box)}
+            for one in self.regions or ()
+        ]
+        return {"shading": None, "highlights": None, **files, "regions": regions}
+
+
+_PAINTED = ("image", "color_layer", "both")
+"""Outputs that need no regions with the style `painted`."""
 
 
 def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
@@ -51,16 +134,57 @@ def read_picture(data: bytes, *, thing: str = "reference") -> Pixels:
     return pixels
 
 
-def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size: Size = "native") -> dict[str, bytes]:
-    """Return the requested PNGs by name: `image` is the finished picture, `color_layer` its colors without lines, RGBA.
+def palette_argument(text: str) -> str | bytes:
+    """Return the palette that an argument of a command line means: itself, or the bytes of the file that it names.
+
+    Raises:
+        ConfigError: there is no such file, or it is too large.
+    """
+    if text in ("reference", "none") or text.lstrip().startswith("#"):
+        return text
+    try:
+        with open(text, "rb") as file:
+            return file.read(MAX_PALETTE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        found = f"{text!r}: {getattr(error, 'strerror', None) or 'is not a file name'}"
+        raise ConfigError("--palette", found, ALLOWED["palette"]) from error
+
+
+def render(
+    painted: Pixels,
+    drawing: Drawing,
+    reference: Pixels,
+    *,
+    output: Output = "image",
+    options: RenderOptions = DEFAULTS,
+) -> Rendered:
+    """Return the requested files.
+
+    `image` is the finished picture and `color_layer` its colors without lines, RGBA; both are PNGs. `flat` is a PNG of
+    the flat colors. `ora` and `psd` are files with layers, and `layers` are the same layers as PNGs.
 
     Args:
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch.
-        output: the PNGs to return: one of the two, or both.
-        size: size of the PNGs. `native` is the size of the sketch, and `image` is `color_layer` times the sketch.
-            `model` is the square of the network, and `image` is the unchanged picture of the network with its lines.
+        reference: the reference, [H, W, 3].
+        output: the files to return; `both` are `image` and `color_layer`.
+        options: size, style, background and palette. If the size is `native`, `image` is `color_layer` times the
+            sketch. If it is `model`, the image of the style `painted` is the unchanged picture of the network with its
+            lines.
+
+    Raises:
+        ConfigError: the palette is not usable, or an option would change nothing.
     """
+    options.check(output)
+    if options.style == "painted" and output in _PAINTED:
+        return Rendered(_painted(painted, drawing, output, options.size))
+    if options.size == "model":
+        drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
+    coloring = _color(painted, drawing, reference, options)
+    return Rendered(_files(coloring, painted if options.style == "painted" else None, output), coloring.regions)
+
+
+def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> dict[str, bytes]:
     if (output, size) == ("image", "model"):
         return {"image": encode_png(painted, FAST_COMPRESSION)}
     drawing = drawing if size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
@@ -71,3 +195,62 @@ def render(painted: Pixels, drawing: Drawing, *, output: Output = "image", size:
     if output != "image":
         made["color_layer"] = encode_png(layer, FAST_COMPRESSION)
     return made
+
+
+def _color(painted: Pixels, drawing: Drawing, reference: Pixels, options: RenderOptions) -> Coloring:
+    palette: Palette | Literal["reference"] | None = None
+    if options.has_own_palette:
+        palette = read_palette(options.palette)
+    elif options.palette == "reference":
+        palette = "reference"
+    return color_regions(
+        painted,
+        drawing,
+        find_regions(drawing),
+        reference=reference,
+        palette=palette,
+        background=options.background or "paper",
+        style="shaded" if options.style == "shaded" else "flat",
+    )
+
+
+def _files(coloring: Coloring, painted: Pixels | None, output: Output) -> dict[str, bytes]:
+    """Return the files of a coloring; with `painted`, those of the style `painted`, whose shading is what it adds."""
+    if output == "flat":
+        return {"flat": encode_png(coloring.flats, FAST_COMPRESSION)}
+    picture = None
+    if painted is not None:
+        layer = layer_of(painted, coloring.drawing)
+        picture = to_picture(layer, coloring.drawing)
+        coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
+    shades = shades_of(coloring)
+    if output == "color_layer":
+        return {"color_layer": _color_layer(colors_of(coloring, shades))}
+    picture = picture_of(coloring, shades) if picture is None else picture
+    if output in ("ora", "psd"):
+        write = write_openraster if output == "ora" else write_psd
+        return {output: write(picture, layers_of(coloring, shades))}
+    made = {"image": encode_png(picture, FAST_COMPRESSION)}
+    if output == "both":
+        made["color_layer"] = _color_layer(colors_of(coloring, shades))
+    if output == "layers":
+        made["flats"] = encode_png(coloring.flats, FAST_COMPRESSION)
+        made["labels"] = _labels(coloring)
+        if shades is not None:
+            made["shading"] = encode_png(shades.shading, FAST_COMPRESSION)
+            if shades.highlights is not None:
+                made["highlights"] = encode_png(shades.highlights, FAST_COMPRESSION)
+    return made
+
+
+def _color_layer(colors: Pixels) -> bytes:
+    """Return colors as RGBA; white is transparent."""
+    opacity = np.where((colors < 255).any(axis=2, keepdims=True), np.uint8(255), np.uint8(0))
+    return encode_png(np.concatenate([colors, opacity], axis=2), FAST_COMPRESSION)
+
+
+def _labels(coloring: Coloring) -> bytes:
+    """Return the ids of the regions as a gray PNG of 16 bits."""
+    buffer = io.BytesIO()
+    Image.fromarray(coloring.labels.astype(np.uint16)).save(buffer, "PNG", compress_level=FAST_COMPRESSION)
+    return buffer.getvalue()

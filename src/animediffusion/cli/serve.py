@@ -10,10 +10,12 @@ import typer
 from animediffusion.cli import common
 from animediffusion.console import table
 from animediffusion.models.sampler_options import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, SamplerOptions
+from animediffusion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
-    from animediffusion.serve.client.colorize_files import Colorizer
+    from animediffusion.serve.client.colorize_files import Colorizer, FileFormat
+    from animediffusion.serve.rendering.coloring import Background, Style
     from animediffusion.serve.rendering.render import Size
 
 keys = common.group(help="Create, list and revoke API keys.")
@@ -47,22 +49,56 @@ def colorize(
     size: Annotated[
         str, typer.Option(metavar="SIZE", help="Size of the output: native (that of the sketch) or model.")
     ] = "native",
+    style: Annotated[
+        str,
+        typer.Option(
+            metavar="STYLE",
+            help="Colors: flat (one in each region), shaded (flat with soft shading), or painted (the model's own).",
+        ),
+    ] = "painted",
+    background: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Color outside of the figure with flat or shaded: paper, which is the default, or reference.",
+        ),
+    ] = None,
+    palette: Annotated[
+        str,
+        typer.Option(
+            metavar="PALETTE",
+            help="Colors of the regions with flat or shaded: reference, none, #RRGGBB,..., or a .gpl or .ase file.",
+        ),
+    ] = "reference",
+    file_format: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help="Files to write: png, or layers in one file: ora or psd."),
+    ] = "png",
 ) -> int:
     """Color drawings with the colors of a reference image.
 
-    Writes STEM.png, and the color layer without lines as STEM.color.png.
+    Writes STEM.png, and the color layer without lines as STEM.color.png; with --format, STEM.ora or STEM.psd.
     """
-    from animediffusion.platform.errors import ConfigError
     from animediffusion.serve.client.colorize_files import (
+        OUTPUTS,
         colorize_files,
         list_inner_folders,
         list_own_results,
         list_sketches,
         list_unsupported,
     )
+    from animediffusion.serve.rendering.render import RenderOptions, palette_argument
 
-    if size not in ("native", "model"):
-        raise ConfigError("--size", repr(size), "native or model")
+    kind = cast("FileFormat", file_format)
+    if kind not in OUTPUTS:
+        raise ConfigError("--format", repr(file_format), "png, ora or psd")
+    rendering = RenderOptions(
+        size=cast("Size", size),
+        style=cast("Style", style),
+        background=cast("Background | None", background),
+        palette=palette_argument(palette),
+    )
+    rendering.check(OUTPUTS[kind], prefix="--")
     if model is not None and url is not None:
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = common.console(), common.settings()
@@ -75,7 +111,8 @@ def colorize(
     if inner := list_inner_folders(sketches):
         console.note(f"skipped {_named(inner, 'folder')}; give them by name to color their drawings")
     with console.progress("colored", "drawings") as progress:
-        for one in colorize_files(_colorizer(settings, model, url), files, reference, out, options, cast("Size", size)):
+        colorizer = _colorizer(settings, model, url)
+        for one in colorize_files(colorizer, files, reference, out, options, rendering, kind):
             done.append(one)
             failed += one.error is not None
             if one.error:

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 import json
+import zipfile
 import zlib
 
 import numpy as np
@@ -93,6 +94,12 @@ def test_the_stream_returns_picture_and_layer_together(client, files):
         assert name == "event: result"
         return json.loads(found.partition(": ")[2])
 
+    layers = result(output="layers", style="flat")
+    alone = client.post("/v1/colorize", files=files, data={"seed": "1", "style": "flat", "output": "layers"}).json()
+    assert {name: layers[name] for name in alone} == alone
+    assert {*layers} - {*alone} == {"model_version", "seed", "request_id"}
+    psd = client.post("/v1/colorize", files=files, data={"seed": "1", "output": "psd"}).content
+    assert base64.b64decode(result(output="psd")["image"]) == psd
     both, image, layer = result(output="both"), result(), result(output="color_layer")
     assert (both["image"], both["color_layer"]) == (image["image"], layer["image"])
     assert {*both} - {*image} == {"color_layer"}
@@ -103,6 +110,111 @@ def test_the_stream_returns_picture_and_layer_together(client, files):
 def test_the_models_own_size_can_be_asked_for(client, files):
     response = client.post("/v1/colorize", files=files, data={"size": "model"})
     assert decoded(response.content).shape == (32, 32, 3)
+
+
+def png(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def colored(client, files, **data: str):
+    response = client.post("/v1/colorize", files=files, data={"seed": "1", **data})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-style"] == data.get("style", "painted")
+    return response
+
+
+@pytest.mark.parametrize("style", ["flat", "shaded", "painted"])
+def test_the_layers_give_the_image_and_name_the_regions(client, files, sketch, style):
+    response = colored(client, files, output="layers", style=style)
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert response.headers["x-regions"] == str(len(body["regions"]))
+    layers = {name: png(base64.b64decode(data)) for name, data in body.items() if name != "regions" and data}
+    image = png(colored(client, files, style=style).content).astype(int)
+    assert (layers["image"] == image).all()
+    labels = layers["labels"]
+    assert (labels.dtype, labels.shape) == (np.uint16, sketch.shape[:2])
+    assert [region["id"] for region in body["regions"]] == list(range(1, labels.max() + 1))
+    for region in body["regions"]:
+        assert set(region) == {"id", "name", "color", "area", "box"}
+        inside = labels == region["id"]
+        left, top, right, bottom = region["box"]
+        assert inside.sum() == inside[top:bottom, left:right].sum() == region["area"]
+        assert {"#{:02x}{:02x}{:02x}".format(*color) for color in layers["flats"][inside]} == {region["color"]}
+    merged = layers["flats"] / 255
+    if style == "flat":
+        assert (body["shading"], body["highlights"]) == (None, None)
+    else:
+        merged = merged * layers["shading"] / 255
+    if "highlights" in layers:
+        merged = 1 - (1 - merged) * (1 - layers["highlights"] / 255)
+    assert np.abs(merged * sketch - image).max() <= 2
+
+
+@pytest.mark.parametrize("style", ["flat", "shaded", "painted"])
+def test_files_with_layers_show_the_image(client, files, style):
+    image = png(colored(client, files, style=style).content)
+    for output, kind in (("ora", "image/openraster"), ("psd", "image/vnd.adobe.photoshop")):
+        response = colored(client, files, output=output, style=style)
+        assert response.headers["content-type"] == kind
+        assert int(response.headers["x-regions"]) > 0
+        data = response.content
+        if output == "ora":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = archive.read("mergedimage.png")
+        assert (png(data) == image).all()
+
+
+@pytest.mark.parametrize("style", ["flat", "shaded"])
+def test_the_color_layer_of_a_style_times_the_sketch_is_its_image(client, files, sketch, style):
+    layer = Image.open(io.BytesIO(colored(client, files, output="color_layer", style=style).content))
+    assert layer.mode == "RGBA"
+    white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    image = png(colored(client, files, style=style).content)
+    assert np.abs(np.asarray(white) / 255 * sketch - image).max() <= 2
+
+
+def test_flat_colors_are_those_of_the_palette(client, files):
+    gimp = b"GIMP Palette\nName: two\n#\n 10  20  30\tink\n200 100  50\tclay\n"
+    with_file = {**files, "palette": ("two.gpl", gimp)}
+    by_text = colored(client, files, output="flat", style="flat", palette="#0a141e,#C86432", background="reference")
+    by_file = colored(client, with_file, output="flat", style="flat", background="reference")
+    assert by_text.content == by_file.content
+    assert {tuple(color) for color in png(by_text.content).reshape(-1, 3)} <= {(10, 20, 30), (200, 100, 50)}
+
+
+def test_the_default_style_needs_no_regions(client, files):
+    default, painted = (colored(client, files, **data) for data in ({}, {"style": "painted"}))
+    assert default.content == painted.content
+    assert "x-regions" not in default.headers
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({"palette": "#12", "style": "flat"}, "palette"),
+        ({"palette": ",", "style": "flat"}, "palette"),
+        ({"palette": "#aabbcc"}, "palette"),
+        ({"background": "paper"}, "background"),
+    ],
+)
+def test_a_palette_of_nothing_and_an_option_without_effect_are_refused(client, files, data, field):
+    for path in ("/v1/colorize", "/v1/colorize/stream"):
+        body = check_problem(client.post(path, files=files, data=data), 422)
+        assert [set(error) for error in body["errors"]] == [{"field", "found", "allowed"}]
+        assert body["errors"][0]["field"] == field
+        assert "\n" not in body["detail"]
+
+
+@pytest.mark.parametrize("data", [b"\0\1\2", b"GIMP Palette\n", b"ASEF", b"#aabbcc," * 200_000])
+def test_a_file_that_is_no_palette_is_refused(client, files, data):
+    response = client.post("/v1/colorize", files={**files, "palette": ("p", data)}, data={"style": "flat"})
+    assert check_problem(response, 422)["errors"][0]["field"] == "palette"
+
+
+def test_a_style_in_the_address_is_refused(client, files):
+    response = client.post("/v1/colorize?style=flat", files=files)
+    assert check_problem(response, 422)["errors"][0]["field"] == "style"
 
 
 def test_all_settings_are_used(client, files):
@@ -125,6 +237,8 @@ def test_all_settings_are_used(client, files):
         ("sampler", "magic"),
         ("output", "pdf"),
         ("size", "huge"),
+        ("style", "oil"),
+        ("background", "blue"),
     ],
 )
 def test_a_wrong_parameter_is_named_with_what_is_allowed(client, files, field, value):
@@ -335,9 +449,10 @@ def test_pages_need_nothing_from_elsewhere(client):
 def test_the_description_names_every_field_and_answer(client):
     operation = client.get("/openapi.json").json()["paths"]["/v1/colorize"]["post"]
     fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
-    assert {"sketch", "reference", "num_inference_steps", "guidance_scale", "seed", "sampler", "output", "size"} == set(
-        fields
-    )
+    known = "sketch reference num_inference_steps guidance_scale seed sampler output size style background palette"
+    assert set(fields) == set(known.split())
+    kinds = {"image/png", "image/openraster", "image/vnd.adobe.photoshop", "application/json"}
+    assert set(operation["responses"]["200"]["content"]) == kinds
     assert {"200", "400", "413", "415", "422", "429", "503", "504"} <= set(operation["responses"])
 
 

@@ -14,8 +14,8 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.codec import decode_rgb, encode_png
 from animediffusion.serve.client.colorize_files import colorize_files, list_own_results, list_sketches
+from animediffusion.serve.client.file_metadata import read_metadata, with_metadata
 from animediffusion.serve.client.local import LocalColorizer
-from animediffusion.serve.client.png_metadata import read_metadata, with_metadata
 from animediffusion.serve.client.remote import RemoteColorizer
 
 
