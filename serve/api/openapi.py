@@ -67,9 +67,10 @@ _REGION = {
 }
 _LAYERS = {
     "type": "object",
-    "description": "image = flats x shading, screened with highlights, x sketch",
+    "description": "image = flats x shading, screened with highlights, x lines",
     "properties": {
         "image": _PNG,
+        "lines": {**_PNG, "description": "The sketch as it was decoded"},
         "flats": _PNG,
         "shading": _MAYBE_PNG,
         "highlights": _MAYBE_PNG,

@@ -23,8 +23,10 @@ Blend = Literal["normal", "multiply", "screen"]
 Rect = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are the first pixels outside."""
 
-MAX_FLAT_LAYERS = 32
+MAX_FLAT_LAYERS = 64
 """With more parts or colors, the flats are one layer: nobody wants to search for a color among hundreds of layers."""
+MAX_FLAT_PIXELS = 250_000_000
+"""With more pixels in their boxes together, the flats are one layer, so that a large drawing does not take minutes."""
 ID_STEP = 0x9E3779
 """Odd, so that id x ID_STEP modulo 2^24 is a different color for each id; neighboring ids get very different colors."""
 _BAND_PIXELS = 1 << 20
@@ -133,16 +135,21 @@ def _flats(coloring: Coloring, page: Rect) -> Layer | LayerGroup:
     for region in coloring.regions:
         has_part = region.name not in ("", f"region {region.id}")
         parts.setdefault(region.name if has_part else hex_of(region.color), []).append(region)
-    if len(parts) > MAX_FLAT_LAYERS:
-        return Layer("Flats", page, lambda: coloring.flats)
     ordered = sorted(parts.items(), key=lambda part: sum(region.area for region in part[1]))
     layers = [Layer(name, _around(regions), partial(_part, coloring, regions)) for name, regions in ordered]
+    if len(layers) > MAX_FLAT_LAYERS or sum(_area(layer.box) for layer in layers) > MAX_FLAT_PIXELS:
+        return Layer("Flats", page, lambda: coloring.flats)
     return LayerGroup("Flats", tuple(layers))
 
 
 def _around(regions: Sequence[Region]) -> Rect:
     left, top, right, bottom = zip(*(region.box for region in regions), strict=True)
     return min(left), min(top), max(right), max(bottom)
+
+
+def _area(box: Rect) -> int:
+    left, top, right, bottom = box
+    return (right - left) * (bottom - top)
 
 
 def _part(coloring: Coloring, regions: Sequence[Region]) -> Pixels:

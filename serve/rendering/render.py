@@ -86,8 +86,8 @@ class Rendered:
     """The files of one picture."""
 
     files: dict[str, bytes]
-    """By name: that of the output; `image` and `color_layer` of both; `image`, `flats`, `labels`, and where there is
-    shading `shading` and `highlights`, of layers."""
+    """By name: that of the output; `image` and `color_layer` of both; `image`, `lines`, `flats`, `labels`, and where they
+    change anything `shading` and `highlights`, of layers."""
     regions: tuple[Region, ...] | None = None
     """None if no regions were needed."""
 
@@ -235,6 +235,7 @@ def _files(coloring: Coloring, painted: Pixels | None, output: Output) -> dict[s
         made["color_layer"] = _color_layer(colors_of(coloring, shades))
     if output == "layers":
         made["flats"] = encode_png(coloring.flats, FAST_COMPRESSION)
+        made["lines"] = encode_png(coloring.drawing.pixels, FAST_COMPRESSION)
         made["labels"] = _labels(coloring)
         if shades is not None:
             made["shading"] = encode_png(shades.shading, FAST_COMPRESSION)

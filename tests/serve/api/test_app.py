@@ -148,7 +148,8 @@ def test_the_layers_give_the_image_and_name_the_regions(client, files, sketch, s
         merged = merged * layers["shading"] / 255
     if "highlights" in layers:
         merged = 1 - (1 - merged) * (1 - layers["highlights"] / 255)
-    assert np.abs(merged * sketch - image).max() <= 2
+    assert np.abs(merged * layers["lines"] - image).max() <= 2
+    assert (layers["lines"] == sketch).all()
 
 
 @pytest.mark.parametrize("style", ["flat", "shaded", "painted"])
