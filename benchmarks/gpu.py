@@ -251,8 +251,8 @@ def right(bench: Bench) -> None:
         )
     engine = Engine(bundle, max_batch=4, max_queue=PICTURES)
     requests = [
-        Request(sketch=s, reference=r, options=SamplerOptions(seed=i, steps=4))
-        for i, (_, s, r) in enumerate(zip(*batch, strict=True))
+        Request(sketch=s, references=(r,), options=SamplerOptions(seed=i, steps=4))
+        for i, (s, r) in enumerate(zip(batch.sketch, batch.reference, strict=True))
     ]
     pictures = [future.result() for future in [engine.submit(request) for request in requests]]
     engine.close()
@@ -381,7 +381,9 @@ def engine_table(bench: Bench) -> None:
         def submit(number: int, engine: Engine = engine, batch: Any = batch) -> Any:
             row = number % PICTURES
             request = Request(
-                sketch=batch.sketch[row], reference=batch.reference[row], options=SamplerOptions(seed=number, steps=4)
+                sketch=batch.sketch[row],
+                references=(batch.reference[row],),
+                options=SamplerOptions(seed=number, steps=4),
             )
             return engine.submit(request)
 
@@ -428,7 +430,9 @@ def faces_table(bench: Bench) -> None:
             config = load_recipe(RECIPES[name][0][0]).bundle_config(size)
             save_bundle(bench.args.out / "bundle", denoiser.to(torch.bfloat16), config)
     batch = build(val, "recolored", range(min(PICTURES, len(val["target"]))))
-    sketch, reference, truth = (to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), *batch[::-2]))
+    sketch, reference, truth = (
+        to_uint8(x).numpy() for x in (batch.sketch.expand(-1, 3, -1, -1), batch.reference, batch.target)
+    )
     sheet = contact_sheet(
         list(zip(sketch, reference, *columns.values(), truth, strict=True)), ["sketch", "reference", *columns, "truth"]
     )

@@ -99,7 +99,7 @@ class Load:
             self._num_sent += 1
             steps, began, version = self._random.choice(STEPS), time.perf_counter(), ""
             options = SamplerOptions(seed=self._random.randrange(2**32), steps=steps)
-            job = ColorizeJob(lines=self.lines, reference=self.reference, options=options)
+            job = ColorizeJob(lines=self.lines, references=(self.reference,), options=options)
             try:
                 version = (await self.replica.colorize(job)).model_version
             except Exception as error:

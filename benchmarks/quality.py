@@ -85,13 +85,13 @@ def color(denoiser: Denoiser, batch: Batch, steps: int, strict: bool, device: to
     size = batch.target.shape[-1]
     parts = []
     for start in range(0, len(batch.target), CHUNK):
-        part = Batch(*(x[start : start + CHUNK].to(device) for x in batch))
+        part = batch.rows(slice(start, start + CHUNK)).to(device)
         noise = torch.stack([noise_for(start + i, size) for i in range(len(part.target))]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             if strict:
                 image = strict_images(denoiser, part, noise)
             else:
-                image = sample_images(denoiser, part.sketch, part.reference, noise, SamplerDefaults(steps=steps))
+                image = sample_images(denoiser, part.sketch, part.references, noise, SamplerDefaults(steps=steps))
         parts.append(to_uint8(image.clamp(-1, 1)).cpu().numpy())
     return np.concatenate(parts)
 

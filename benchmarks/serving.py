@@ -188,7 +188,7 @@ class EngineAlone:
     def _request(self, number: int) -> Request:
         sketch, reference = self.pairs[number % NUM_PAIRS]
         options = SamplerOptions(seed=number, steps=steps_of(number), guidance_scale=1.0)
-        return Request(sketch=sketch[:1], reference=reference, options=options)
+        return Request(sketch=sketch[:1], references=(reference,), options=options)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def color_together(bundle: Bundle, jobs: list[ColorizeJob]) -> list[Pixels]:
     """Color a fixed batch: encode once, then evaluate all rows as often as the longest job needs."""
     denoiser, size = bundle.denoiser, bundle.config.image_size
     sketch = torch.cat([_tensor(for_network(job.lines, size)) for job in jobs])
-    reference = torch.cat([_tensor(letterbox(job.reference, size)[0]) for job in jobs])
+    reference = torch.cat([_tensor(letterbox(job.references[0], size)[0]) for job in jobs])
     condition = denoiser.encode(sketch, reference)
     settings = [replace(job.options, guidance_scale=1.0, sampler=None).apply_to(bundle.config.sampler) for job in jobs]
     sampler = build_sampler(settings[0].name, denoiser.path)

@@ -1,4 +1,4 @@
-"""Colorize a sketch with the colors of a reference image."""
+"""Colorize a sketch with the colors of one or more reference images, and of hints."""
 
 from __future__ import annotations
 
@@ -18,34 +18,44 @@ from animediffusion.models.diffusion.sampler import build_sampler, sample, sampl
 def colorize(
     bundle: Bundle,
     sketch: Tensor,
-    reference: Tensor,
+    reference: Tensor | Sequence[Tensor],
     *,
     seeds: Sequence[int],
     sampler: SamplerDefaults | None = None,
+    hints: Tensor | None = None,
 ) -> Tensor:
     """Return colored images [B, 3, S, S] in [-1, 1], on the bundle's device.
 
     Args:
         bundle: the model.
         sketch: [B, 1, S, S] in [-1, 1], dark lines on white.
-        reference: [B, 3, S, S] in [-1, 1].
+        reference: [B, 3, S, S] in [-1, 1], or several such references.
         seeds: one seed per row; an image depends only on its own row and seed.
         sampler: sampler settings that replace the bundle's defaults.
+        hints: [B, 4, S, S] from hint_planes(). A network without hints ignores them.
     """
     device = next(bundle.denoiser.parameters()).device
     noise = torch.stack([noise_for(seed, sketch.shape[-1]) for seed in seeds]).to(device)
     settings = sampler or bundle.config.sampler
-    return sample_images(bundle.denoiser, sketch.to(device), reference.to(device), noise, settings).clamp(-1, 1)
+    references = [one.to(device) for one in ([reference] if isinstance(reference, Tensor) else reference)]
+    planes = None if hints is None else hints.to(device)
+    return sample_images(bundle.denoiser, sketch.to(device), references, noise, settings, planes).clamp(-1, 1)
 
 
 def sample_images(
-    denoiser: Denoiser, sketch: Tensor, reference: Tensor, noise: Tensor, settings: SamplerDefaults
+    denoiser: Denoiser,
+    sketch: Tensor,
+    reference: Tensor | Sequence[Tensor],
+    noise: Tensor,
+    settings: SamplerDefaults,
+    hints: Tensor | None = None,
 ) -> Tensor:
     """Return images for the given noise [B, 3, S, S], neither clamped nor detached from the autograd graph."""
-    condition = denoiser.encode(sketch, reference)
+    condition = denoiser.encode(sketch, reference, hints=hints)
     null = None
     if settings.guidance_scale != 1:
-        null = denoiser.encode(sketch, reference, torch.zeros(len(sketch), dtype=torch.bool, device=sketch.device))
+        nothing = torch.zeros(len(sketch), dtype=torch.bool, device=sketch.device)
+        null = denoiser.encode(sketch, reference, nothing, hints)
     denoise = guided(denoiser, condition, null, settings.guidance_scale, settings.guidance_interval)
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift).to(noise.device)
     return sample(build_sampler(settings.name, denoiser.path), denoise, noise, times)

@@ -18,6 +18,7 @@ SamplerName = Literal["euler", "heun", "dpmpp_2m"]
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE_SCALE = 20
+MAX_REFERENCES = 4
 ALLOWED = {
     "seed": f"a whole number from 0 to {MAX_SEED}",
     "steps": f"a whole number from 1 to {MAX_STEPS}",

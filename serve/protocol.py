@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from animediffusion.models.sampler_options import SamplerOptions
 
 Pixels = NDArray[np.uint8]
+HintPoint = tuple[int, int, tuple[int, int, int]]
+"""A hint for the network: x and y in pixels of the drawing, and the color as 8-bit RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +22,11 @@ class ColorizeJob:
 
     lines: Pixels
     """[H, W]: black lines on white, of any size."""
-    reference: Pixels
-    """[H, W, 3], of any size."""
+    references: tuple[Pixels, ...]
+    """1 to MAX_REFERENCES pictures [H, W, 3], each of any size."""
     options: SamplerOptions
+    hints: tuple[HintPoint, ...] = ()
+    """Hints for the network, in pixels of `lines`. A model without hints ignores them, see Answer.saw_hints."""
     timeout_s: float = 60.0
     key: str = ""
     """Name of the API key, by which the queue is fair."""
@@ -46,6 +50,8 @@ class Answer:
     """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
+    saw_hints: bool = False
+    """Whether the network saw the hints of the job; false if it had none, or if the model cannot see hints."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ LAYERS = {
     "models": {
         "network": set(),
         "diffusion": {"network"},
-        "augmentation": {"authors", "tensors"},
+        "augmentation": {"authors", "network", "tensors"},
         "authors": {"network", "diffusion", "bundle", "tensors"},
         "training": {"network", "diffusion", "augmentation", "authors", "bundle", "compile", "tensors"},
     },

@@ -1,4 +1,4 @@
-"""Turn decoded rows into training batches on the device: extract line art, warp references, recolor pairs.
+"""Turn decoded rows into training batches on the device: extract line art, warp references, recolor pairs, draw hints.
 
 Every random number comes from the generator of the step, so a step can be repeated exactly. An augmentation that is
 switched off draws no numbers, so adding a new option does not change the random numbers of runs without it. Numbers
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from animediffusion.models.augmentation.lineart import PEN_RANGES, STYLES, Pens,
 from animediffusion.models.augmentation.patch_shuffle import CELLS, SIDES, patch_order, shuffle
 from animediffusion.models.augmentation.recolor import NUM_ORDERS, apply_gamma, apply_matrix, hue_matrix, order_matrix
 from animediffusion.models.authors.warp import draw_points, warp_diagonal
+from animediffusion.models.network.hints import RADIUS_PX, hint_planes
 from animediffusion.models.tensors import onto, to_tensor
 
 
@@ -34,9 +35,38 @@ class Batch(NamedTuple):
     """[B, 1, S, S]"""
     reference: Tensor
     """[B, 3, S, S]"""
+    second: Tensor | None = None
+    """[B, 3, S, S]: a second reference of every row, if there is one."""
+    hints: Tensor | None = None
+    """[B, 4, S, S] from hint_planes(); None if no row has hints."""
+
+    @property
+    def references(self) -> tuple[Tensor, ...]:
+        """One or two references."""
+        return (self.reference,) if self.second is None else (self.reference, self.second)
+
+    def rows(self, index: slice) -> Batch:
+        """Return some rows."""
+        return self._changed(lambda part: part[index])
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return self._changed(lambda part: part.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: list[Any] = [None if part is None else change(part) for part in self]
+        return Batch(*parts)
 
 
-_SHARES = ("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften", "line_styles")
+_SHARES = (
+    *("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften", "line_styles"),
+    *("hints", "wrong_reference", "two_views"),
+)
+MAX_HINTS = 32
+HINT_JITTER = 0.08
+"""Largest difference of a hint's color from that of the target, per channel in [-1, 1]: artists pick colors by eye."""
+LINE_LEVEL = 0.5
+"""A hint is not drawn where the sketch is darker than this within the hint's square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +109,12 @@ class AugmentConfig:
     line_styles: float = 0.0
     """Probability that extracted line art is drawn in a random style of models/augmentation/lineart.py instead of
     XDoG."""
+    hints: float = 0.0
+    """Probability that a row gets 1 to MAX_HINTS hints: points of the target's color. Small numbers are frequent."""
+    wrong_reference: float = 0.5
+    """Probability that a row with hints gets the reference of another row, so that hints overrule references."""
+    two_views: float = 0.0
+    """Probability that all rows of a step get two references, of which each shows what the other lacks."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
@@ -114,11 +150,16 @@ def make_batch(rows: Mapping[str, Tensor], config: AugmentConfig, generator: tor
     rows, target = _with_flags(rows), to_tensor(rows["target"])
     chance = Chance(len(target), generator.device, generator)
     sketch = _soften(_sketches(rows, target, config, chance), config, chance)
-    reference = _references(rows, config, chance)
-    target, reference = recolor(target, reference, config, chance)
+    views = [_references(rows, config, chance)]
+    if config.two_views and chance.once() < config.two_views:
+        views = _two_views(views[0], target, config, chance)
+    # Side by side, all views get the same color map.
+    target, joined = recolor(target, torch.cat(views, -1), config, chance)
     mirrored = chance(config.flip)
     target, sketch = (_either(mirrored, x.flip(-1), x) for x in (target, sketch))
-    return Batch(target, sketch, _either(chance(config.flip), reference.flip(-1), reference))
+    views = [_either(chance(config.flip), x.flip(-1), x) for x in joined.chunk(len(views), -1)]
+    batch = Batch(target, sketch, views[0], views[1] if len(views) > 1 else None)
+    return _hinted(batch, config, chance) if config.hints else batch
 
 
 def fixed_batch(rows: Mapping[str, Tensor], track: str, generator: torch.Generator) -> Batch:
@@ -161,6 +202,10 @@ class Chance:
     def __call__(self, probability: float) -> Tensor:
         """Return bool [B, 1, 1, 1], each value true with this probability."""
         return _mask(self.uniform(0, 1) < probability)
+
+    def once(self) -> float:
+        """Return one uniform number in [0, 1) for all rows."""
+        return float(torch.rand((), generator=self.generator, device=self.device))
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """Return uniform numbers in [low, high), [B, *shape]."""
@@ -232,6 +277,44 @@ def _references(rows: Mapping[str, Tensor], config: AugmentConfig, chance: Chanc
     if not config.shuffle:
         return reference
     return _changed(reference, chance(config.shuffle), shuffle, (draw_order(chance),))
+
+
+def _two_views(first: Tensor, target: Tensor, config: AugmentConfig, chance: Chance) -> list[Tensor]:
+    """Return the reference and a warped copy of the target, of which each lacks something that the other has.
+
+    In half of the rows, a random line divides the picture, and each view shows one side of it. In a quarter of the rows
+    each, the first or the second view is the reference of another row.
+    """
+    second = bend(target, *draw_warp(config, chance))
+    kind, angle = chance.below(4), chance.uniform(-torch.pi, torch.pi)
+    height, width = target.shape[-2:]
+    # [B, S * S]: the signed distance from a line through the center.
+    distance = (_lattice(height, width, chance.device)[0] @ torch.stack([angle.cos(), angle.sin()])).T
+    side = (distance > chance.uniform(-0.4, 0.4, 1)).reshape(-1, 1, height, width)
+    paper = onto(chance.uniform(-1, 1, 2, 3, 1, 1), target)
+    parts = _mask(kind >= 2) & torch.stack([~side, side])
+    views = [_either(_mask(kind == n), view.roll(1, 0), view) for n, view in enumerate((first, second))]
+    return [_either(parts[n], paper[:, n], view) for n, view in enumerate(views)]
+
+
+def _hinted(batch: Batch, config: AugmentConfig, chance: Chance) -> Batch:
+    """Give some rows hints, and some of these rows the references of other rows."""
+    size = batch.target.shape[-1]
+    chosen, wrong = chance(config.hints), chance(config.wrong_reference)
+    count = ((MAX_HINTS + 1) ** chance.uniform(0, 1)).long()
+    points = chance.uniform(0, size, MAX_HINTS, 2).long().clamp_max(size - 1)
+    jitter = chance.uniform(-HINT_JITTER, HINT_JITTER, MAX_HINTS, 3)
+    there = chosen.flatten()[:, None] & (torch.arange(MAX_HINTS, device=chance.device) < count[:, None])
+    points, jitter, there = (onto(small, batch.target) for small in (points, jitter, there))
+    side = 2 * RADIUS_PX + 1
+    index = (points[..., 1] * size + points[..., 0])[:, None]
+    lightness = -F.max_pool2d(-batch.sketch, side, 1, RADIUS_PX)
+    there = there & (lightness.flatten(2).gather(2, index)[:, 0] > LINE_LEVEL)
+    mean = F.avg_pool2d(batch.target, side, 1, RADIUS_PX, count_include_pad=False)
+    colors = mean.flatten(2).gather(2, index.expand(-1, 3, -1)).transpose(1, 2)
+    planes = hint_planes(torch.where(there[..., None], points, -1), (colors + jitter).clamp(-1, 1), size)
+    views = [_either(chosen & wrong, view.roll(1, 0), view) for view in batch.references]
+    return batch._replace(**dict(zip(("reference", "second"), views, strict=False)), hints=planes)
 
 
 def draw_order(chance: Chance) -> Tensor:

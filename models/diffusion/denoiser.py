@@ -5,6 +5,7 @@ Samplers access a model only through its denoiser. Shapes: x_t, x_0 [B, 3, H, W]
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -54,22 +55,42 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.clamp = clamp
 
-    def encode(self, sketch: Tensor, reference: Tensor, keep_reference: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        sketch: Tensor,
+        reference: Tensor | Sequence[Tensor],
+        keep_reference: Tensor | None = None,
+        hints: Tensor | None = None,
+    ) -> Condition:
         """See UNet.encode."""
-        return self.network.encode(self._narrow(sketch), self._narrow(reference), keep_reference)
+        references = [reference] if isinstance(reference, Tensor) else reference
+        narrow = [self._narrow(one) for one in references]
+        return self.network.encode(self._narrow(sketch), narrow, keep_reference, self._narrow_hints(hints))
 
     def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
         """See UNet.encode_reference."""
         return self.network.encode_reference(self._narrow(reference), keep_reference)
 
-    def combine(self, sketch: Tensor, reference: Reference) -> Condition:
+    def combine(self, sketch: Tensor, reference: Reference, hints: Tensor | None = None) -> Condition:
         """See UNet.combine."""
-        return self.network.combine(self._narrow(sketch), reference)
+        return self.network.combine(self._narrow(sketch), reference, self._narrow_hints(hints))
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of a network that is equal but may lack hints; the weights of hints then stay zero.
+
+        Raises:
+            RuntimeError: if the weights are those of another network.
+        """
+        new = {name: tensor for name, tensor in self.state_dict().items() if "hint_input." in name}
+        self.load_state_dict({**new, **weights})
 
     def _narrow(self, images: Tensor) -> Tensor:
         """Convert images to the weights' type if that has 16 bits (bfloat16); else return them unchanged."""
         dtype = self.network.condition_input.weight.dtype
         return images.to(dtype) if dtype.itemsize == 2 else images
+
+    def _narrow_hints(self, hints: Tensor | None) -> Tensor | None:
+        return None if hints is None else self._narrow(hints)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the estimate of x_0 in float32."""

@@ -1,4 +1,4 @@
-"""The condition of a request: everything computed from sketch and reference before the first denoising step."""
+"""The condition of a request: everything computed from sketch, references and hints before the first denoising step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Condition(NamedTuple):
-    """The encoded sketch and reference of B rows, computed once per request, as it depends on neither t nor noise."""
+    """The encoded sketch, references and hints of B rows, computed once per request: neither t nor noise matter."""
 
     features: Tensor
     """[B, C, h, w]: output of the first convolution on sketch and reference, which is added to that on x_t."""
     tokens: Tensor
-    """[B, N, D]: the reference as attention tokens; N = 0 for a network without reference tokens."""
+    """[B, N, D]: the references as attention tokens, one after the other; N = 0 for a network without such tokens."""
     palette: Tensor
     """[B, E]: pooled tokens, added to the time embedding; E = 0 without tokens."""
     sketch: Tensor
@@ -36,6 +36,19 @@ class Reference(NamedTuple):
 
 
 Rows = TypeVar("Rows", Condition, Reference)
+
+
+def join_references(references: Sequence[Reference]) -> Reference:
+    """Join several references of the same rows to one: every attention then searches the tokens of all of them.
+
+    The picture, which the network compares with the sketch at the same positions, is that of the first reference: the
+    mean of several pictures would show colors that none of them has, and the matcher finds colors at any position.
+    """
+    if len(references) == 1:
+        return references[0]
+    tokens = torch.cat([reference.tokens for reference in references], 1)
+    palette = torch.stack([reference.palette for reference in references]).mean(0)
+    return Reference(references[0].picture, tokens, palette)
 
 
 def cat_conditions(conditions: Sequence[Rows]) -> Rows:

@@ -1,4 +1,4 @@
-"""The network: a U-Net with inputs x_t, sketch and reference.
+"""The network: a U-Net with inputs x_t, sketch, references and hints.
 
 One class implements the authors' network (52.3 M parameters: patch_size 1, no reference tokens) and ours
 (pixel-unshuffled input, reference tokens in every attention, full-resolution last layers). Unlike in a usual U-Net,
@@ -11,6 +11,7 @@ channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from animediffusion.models.network.attention import attention
-from animediffusion.models.network.condition import Condition, Reference
+from animediffusion.models.network.condition import Condition, Reference, join_references
+from animediffusion.models.network.hints import HINT_PLANES
 
 GROUPS = 32
 
@@ -53,6 +55,9 @@ class UNetConfig:
     leaves it out. It requires reference_channels."""
     detail_channels: int = 0
     """Width of the last layers, which get the sketch at full resolution; 0 leaves them out."""
+    hints: bool = False
+    """Whether the network sees hints. The weights of these inputs start at zero, so a trained network without hints
+    can be continued as a network with hints."""
 
     def __post_init__(self) -> None:
         for name in ("base_channels", "num_res_blocks", "patch_size", "head_channels", "reference_stride"):
@@ -100,6 +105,7 @@ class UNet(nn.Module):
         )
         self.input = nn.Conv2d(3 * patch, base, kernel, padding=kernel // 2)
         self.condition_input = nn.Conv2d(4 * patch, base, kernel, padding=kernel // 2, bias=False)
+        self.hint_input = _zero_convolution(HINT_PLANES * patch, base, kernel) if config.hints else None
         self.null_reference = nn.Parameter(torch.zeros(1, 3, 1, 1))
         self.reference_encoder = (
             ReferenceEncoder(config, self.embedding_channels) if config.reference_channels else None
@@ -136,7 +142,7 @@ class UNet(nn.Module):
         """Return the matrices and kernels between the first and the last layers, which Muon can train."""
         found = [self.encoder, self.bottom, self.decoder, self.reference_encoder, self.matcher]
         named = (pair for module in found if module is not None for pair in module.named_parameters())
-        ends = ("input.", "colors.")
+        ends = ("input.", "hint_input.", "colors.")
         return [weight for name, weight in named if weight.ndim > 1 and not name.startswith(ends)]
 
     def _residual(self, width_in: int, width_out: int) -> ResidualBlock:
@@ -153,20 +159,34 @@ class UNet(nn.Module):
             layers.append(self._attention(width_out))
         return Stage(layers)
 
-    def encode(self, sketch: Tensor, reference: Tensor, keep_reference: Tensor | None = None) -> Condition:
-        """Compute everything that depends on sketch and reference alone.
+    @property
+    def takes_several(self) -> bool:
+        """Whether the network can use more than one reference, which needs reference tokens."""
+        return self.reference_encoder is not None
+
+    def encode(
+        self,
+        sketch: Tensor,
+        reference: Tensor | Sequence[Tensor],
+        keep_reference: Tensor | None = None,
+        hints: Tensor | None = None,
+    ) -> Condition:
+        """Compute everything that depends on sketch, references and hints alone.
 
         Args:
             sketch: [B, 1, H, W] in [-1, 1].
-            reference: [B, 3, H, W] in [-1, 1].
-            keep_reference: bool [B]; rows with False get the learned null reference instead of their own.
+            reference: [B, 3, H, W] in [-1, 1], or several such references, see join_references().
+            keep_reference: bool [B]; rows with False get the learned null reference instead of all their own.
+            hints: [B, 4, H, W] from hint_planes(). A network without `config.hints` ignores them.
 
         Raises:
             ValueError: if the sides are not multiples of `config.size_multiple`.
         """
         if keep_reference is None:
             keep_reference = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
-        return self.combine(sketch, self.encode_reference(reference, keep_reference))
+        references = [reference] if isinstance(reference, Tensor) else reference
+        encoded = [self.encode_reference(one, keep_reference) for one in references]
+        return self.combine(sketch, join_references(encoded), hints)
 
     def encode_reference(self, reference: Tensor, keep_reference: Tensor) -> Reference:
         """Compute the part of `encode` that needs no sketch; arguments and errors are those of `encode`."""
@@ -178,15 +198,20 @@ class UNet(nn.Module):
             return Reference(picture, picture.new_zeros(rows, 0, 0), picture.new_zeros(rows, 0))
         return Reference(picture, *self.reference_encoder(picture))
 
-    def combine(self, sketch: Tensor, reference: Reference) -> Condition:
-        """Compute the rest of `encode` for sketches [B, 1, H, W] and encoded references of as many rows."""
+    def combine(self, sketch: Tensor, reference: Reference, hints: Tensor | None = None) -> Condition:
+        """Compute the rest of `encode` for sketches [B, 1, H, W], encoded references and hints of as many rows."""
         self._check_sides(sketch)
         folded = F.pixel_unshuffle(torch.cat([sketch, reference.picture], 1), self.config.patch_size)
         features = self.condition_input(folded)
+        if self.hint_input is not None:
+            # Rows without hints get zeros, because DDP expects every parameter in the graph of every step.
+            planes = sketch.new_zeros(len(sketch), HINT_PLANES, *sketch.shape[2:]) if hints is None else hints
+            hints = F.pixel_unshuffle(planes, self.config.patch_size)
+            features = features + self.hint_input(hints)
         if self.matcher is None:
             nothing = features.new_zeros(len(sketch), 3, 0, 0)
             return Condition(features, reference.tokens, reference.palette, sketch, nothing)
-        found = self.matcher(sketch, reference.tokens)
+        found = self.matcher(sketch, reference.tokens, hints)
         return Condition(features + found, reference.tokens, reference.palette, sketch, self.matcher.guess(found))
 
     def _check_sides(self, images: Tensor) -> None:
@@ -317,6 +342,7 @@ class Matcher(nn.Module):
         width = config.match_channels
         self.stride, self.num_heads = config.patch_size, width // config.head_channels
         self.input = nn.Conv2d(self.stride**2, width, 3, padding=1)
+        self.hint_input = _zero_convolution(HINT_PLANES * self.stride**2, width, 3) if config.hints else None
         self.blocks = nn.Sequential(ResidualBlock(width, width, 0), ResidualBlock(width, width, 0))
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
@@ -324,8 +350,11 @@ class Matcher(nn.Module):
         self.output = nn.Linear(2 * width, config.base_channels)
         self.colors = nn.Conv2d(config.base_channels, 3 * self.stride**2, 1)
 
-    def forward(self, sketch: Tensor, tokens: Tensor) -> Tensor:
-        h = self.blocks(self.input(F.pixel_unshuffle(sketch, self.stride)))
+    def forward(self, sketch: Tensor, tokens: Tensor, hints: Tensor | None = None) -> Tensor:
+        h = self.input(F.pixel_unshuffle(sketch, self.stride))
+        if self.hint_input is not None and hints is not None:
+            h = h + self.hint_input(hints)
+        h = self.blocks(h)
         flat = self.norm((h + positions(h)).flatten(2).transpose(1, 2))
         query = self.query(flat).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
@@ -352,6 +381,15 @@ class DetailLayers(nn.Module):
         h = h + self.hidden(F.silu(h))
         image: Tensor = self.output(F.silu(h))
         return image
+
+
+def _zero_convolution(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
+    """Return a convolution with zero weights; it draws no random numbers, so the other layers start as without it."""
+    made: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv2d, channels_in, channels_out, kernel, padding=kernel // 2, bias=False
+    )
+    nn.init.zeros_(made.weight)
+    return made
 
 
 def sinusoidal(value: Tensor, channels: int, max_period: float = 1000.0) -> Tensor:

@@ -84,7 +84,8 @@ class DenoisingObjective(nn.Module):
         t = t_min + (t_max - t_min) * self._times(len(batch.target), batch.target.device, generator)
         noise = _normal(batch.target, generator)
         drawn = torch.rand(len(t), device=t.device, generator=generator)
-        condition = self.denoiser.encode(batch.sketch, batch.reference, drawn >= self.config.drop_reference)
+        keep = drawn >= self.config.drop_reference
+        condition = self.denoiser.encode(batch.sketch, batch.references, keep, batch.hints)
         output, target = self.denoiser.loss_pair(batch.target, noise, t, condition)
         if self.config.loss == "huber":
             each = F.huber_loss(output, target, reduction="none", delta=0.3) / 0.3
@@ -161,7 +162,7 @@ class ReconstructionObjective(nn.Module):
         sampled = _differentiated(own.mean(), list(self.denoiser.parameters()))
         del image, pixel, structure, own
         seen = max(1, round(self.config.denoising_rows * len(batch.target)))
-        phase1: Loss = self.denoising(Batch(*(part[:seen] for part in batch)), generator, step)
+        phase1: Loss = self.denoising(batch.rows(slice(seen)), generator, step)
         total = sampled + self.config.denoising_weight * phase1.total
         return phase1._replace(total=total)
 
@@ -171,7 +172,7 @@ class ReconstructionObjective(nn.Module):
         return 1 + int(torch.randint(most, (), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step)))
 
     def _sample(self, batch: Batch, generator: torch.Generator, gradient_steps: int) -> Tensor:
-        condition = self.denoiser.encode(batch.sketch, batch.reference)
+        condition = self.denoiser.encode(batch.sketch, batch.references, hints=batch.hints)
         sampler = build_sampler(self.settings.name, self.denoiser.path)
         times = sample_times(self.denoiser.path, self.settings.steps, shift=self.settings.shift)
         state = sampler.start(_normal(batch.target, generator), onto(times, batch.target))

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,12 @@ NOT_IDENTITY = frozenset(
     | {"log_every", "checkpoint_every", "keep_checkpoints", "num_samples", "max_failures", "bundle"}
 )
 """Keys (budget, workers, addresses, logging, ...) that may change when the same run continues."""
+LATER_KEYS: dict[str, Values] = {
+    "network": {"hints": False},
+    "augment": {"hints": 0.0, "wrong_reference": 0.5, "two_views": 0.0},
+}
+"""Keys of version 0.2 and their defaults. With these values they are not part of identity(), so that runs that began
+without them keep their names."""
 MOST_WORKERS = 4096
 CPU_WORKERS = 2
 """Most workers without GPUs if the recipe sets no number."""
@@ -132,6 +139,8 @@ class TrainConfig(Config):
     def identity(self) -> Values:
         """Return the settings that decide what is learned, as plain values."""
         values: Values = self.model_dump(mode="json")
+        for part, defaults in LATER_KEYS.items():
+            values[part] = {k: v for k, v in values[part].items() if k not in defaults or v != defaults[k]}
         return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
 
     def fingerprint(self) -> str:
@@ -151,8 +160,12 @@ class TrainConfig(Config):
         )
 
     def started_from(self, parent: BundleConfig) -> TrainConfig:
-        """Return this config with the network, path, prediction and clamp of `parent`, and its sampler unless set."""
-        values = {"network": parent.network, "path": parent.path, "prediction": parent.prediction}
+        """Return this config with the network, path, prediction and clamp of `parent`, and its sampler unless set.
+
+        The network also gets the hints of this config; their weights start at zero if `parent` has none.
+        """
+        network = replace(parent.network, hints=parent.network.hints or self.network.hints)
+        values = {"network": network, "path": parent.path, "prediction": parent.prediction}
         return self.model_copy(update={**values, "clamp": parent.clamp, "sampler": self.sampler or parent.sampler})
 
 

@@ -170,7 +170,7 @@ class _Rank:
         torch.manual_seed(self.config.seed)  # initial weights, equal on all ranks
         denoiser = self.bundle_config.build()
         if self.context.init_weights is not None:
-            denoiser.load_state_dict(ray.get(self.context.init_weights))
+            denoiser.start_from(ray.get(self.context.init_weights))
         state = TrainState(denoiser.to(self.device), self.config.optimizer, self.config.max_steps)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "state"

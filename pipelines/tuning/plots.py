@@ -89,7 +89,7 @@ def draw_strip(
     bundle: Bundle, averages: Averages, batch: Batch, front: Sequence[Measurement], chosen: Measurement
 ) -> bytes:
     """Return a PNG with one line per row: sketch, reference, the colors from points along the front, and the truth."""
-    some = Batch(*(part[:STRIP_ROWS] for part in batch))
+    some = batch.rows(slice(STRIP_ROWS))
     points = _spaced_points(front, chosen)
     columns = [some.sketch.expand(-1, 3, -1, -1), some.reference]
     seeds = range(len(some.target))

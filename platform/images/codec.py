@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from animediffusion.platform.images.color_profiles import to_srgb
 from animediffusion.platform.images.formats import broken, ends_in_zeros, format_of, not_an_image
 
 Array = NDArray[np.uint8]
+Value = TypeVar("Value")
 
 DECODED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that are read. Pillow's other parsers never get untrusted bytes, because some of them start programs."""
@@ -137,6 +138,15 @@ def letterbox(array: Array, size: int, *, fill: int = 255) -> tuple[Array, Box]:
     square = np.full((size, size, *array.shape[2:]), fill, np.uint8)
     square[top : top + inner_height, left : left + inner_width] = _resize(array, inner_width, inner_height)
     return square, Box(left, top, inner_width, inner_height, width, height)
+
+
+def letterbox_points(
+    points: Iterable[tuple[int, int, Value]], height: int, width: int, size: int
+) -> list[tuple[int, int, Value]]:
+    """Move points (x, y, value) of a height x width picture to their places in the square that letterbox() makes."""
+    scale = size / max(height, width)
+    left, top = ((size - max(1, round(side * scale))) // 2 for side in (width, height))
+    return [(left + int((x + 0.5) * scale), top + int((y + 0.5) * scale), value) for x, y, value in points]
 
 
 def unletterbox(array: Array, box: Box) -> Array:

@@ -159,7 +159,7 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
     drawing = read_sketch(form.sketch)
     job = ColorizeJob(
         lines=as_gray(drawing),
-        reference=read_picture(form.reference),
+        references=(read_picture(form.reference),),
         options=form.options,
         timeout_s=timeout_s,
         key=key,

@@ -128,7 +128,8 @@ def new_row(denoiser: Denoiser, request: Request, defaults: SamplerDefaults) -> 
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift)
     guided = guided_evaluations(denoiser.path, settings)
     noise = noise_for(request.options.seed, request.sketch.shape[-1])
-    return Row(request, pair_of(request.sketch, request.reference), sampler, settings, noise, times, guided)
+    pair = pair_of(request.sketch, request.references, request.hints)
+    return Row(request, pair, sampler, settings, noise, times, guided)
 
 
 @dataclass(eq=False)
@@ -217,7 +218,7 @@ class RunningBatch:
         x, t = (torch.cat(parts) for parts in zip(*queries, strict=True))
         self.num_evaluated = 0
         before, self._layouts = self._layouts, []
-        found = self._estimates(rows, x, t, before)
+        found = self._all_estimates(rows, x, t, before)
         self._memory_limit.end_step()
         estimates = torch.split(found, [len(group.rows) for group in groups])
         for group, x_0 in zip(groups, estimates, strict=True):
@@ -242,6 +243,19 @@ class RunningBatch:
         if len(rows) > 1:
             for row in rows:
                 self._encode([row])
+
+    def _all_estimates(self, rows: list[Row], x: Tensor, t: Tensor, before: list[_Layout]) -> Tensor:
+        """Return x_0 of all rows; rows with different numbers of references need separate calls of the network."""
+        counts = [len(row.request.references) for row in rows]
+        if len(set(counts)) == 1:
+            return self._estimates(rows, x, t, before)
+        found = torch.zeros_like(x)
+        for count in sorted(set(counts)):
+            numbers = [number for number, other in enumerate(counts) if other == count]
+            index = torch.tensor(numbers, device=self._runner.device)
+            part = self._estimates([rows[number] for number in numbers], x[index], t[index], before)
+            found.index_copy_(0, index, part)
+        return found
 
     def _estimates(self, rows: list[Row], x: Tensor, t: Tensor, before: list[_Layout]) -> Tensor:
         """Return x_0 [B, 3, S, S] of rows at x, t. A row for which the network fails gets the error and zeros."""

@@ -1,8 +1,9 @@
 """Cache of encoded conditions: a reference is encoded once for all sketches, a pair of both once for all seeds.
 
-The null condition of guidance counts as one more reference, the same for every sketch, so a model encodes it once. All
-missing entries are encoded in one call. The entries stay on the device of the model, and the least recently used entry
-is dropped first. The cache is not thread-safe.
+Hints are part of the sketch, and a pair has one or more references. The null condition of guidance counts as one more
+reference, the same for every sketch, so a model encodes it once. All missing references are encoded in one call, and
+all missing pairs with the same number of references. The entries stay on the device of the model, and the least
+recently used entry is dropped first. The cache is not thread-safe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from animediffusion.models.diffusion.denoiser import Denoiser
-from animediffusion.models.network.condition import Condition, Reference, cat_conditions, select
+from animediffusion.models.network.condition import Condition, Reference, cat_conditions, join_references, select
+from animediffusion.models.network.hints import HINT_PLANES
 
 NULL = b""
 """Digest that stands for no reference."""
@@ -26,24 +28,36 @@ Cached = TypeVar("Cached", Condition, Reference)
 
 
 class Pair(NamedTuple):
-    """The inputs of a condition."""
+    """The inputs of a condition: a sketch, with or without hints, and its references."""
 
     sketch: Tensor
     """[1, S, S] in [-1, 1]."""
-    reference: Tensor
-    """[3, S, S] in [-1, 1]."""
+    references: tuple[Tensor, ...]
+    """Each [3, S, S] in [-1, 1]."""
+    hints: Tensor | None
+    """[4, S, S], see models/network/hints.py."""
     sketch_digest: bytes
-    reference_digest: bytes
+    """Digest of sketch and hints."""
+    reference_digests: tuple[bytes, ...]
+
+    @property
+    def key(self) -> tuple[bytes, tuple[bytes, ...]]:
+        """The digests, which identify the pair."""
+        return self.sketch_digest, self.reference_digests
 
     def without_reference(self) -> Pair:
-        """Return the same sketch without a reference: the null condition of guidance."""
-        return self._replace(reference_digest=NULL)
+        """Return the same sketch with as many null references: the null condition of guidance."""
+        return self._replace(reference_digests=(NULL,) * len(self.references))
 
 
-def pair_of(sketch: Tensor, reference: Tensor) -> Pair:
+def pair_of(sketch: Tensor, references: Sequence[Tensor], hints: Tensor | None = None) -> Pair:
     """Return a pair with its digests. The thread that submits calls this, so that the engine's thread need not hash."""
-    one, two = (hashlib.sha256(picture.numpy().tobytes()).digest() for picture in (sketch, reference))
-    return Pair(sketch, reference, one, two)
+    drawn = _digest(sketch) if hints is None else _digest(sketch, hints)
+    return Pair(sketch, tuple(references), hints, drawn, tuple(_digest(reference) for reference in references))
+
+
+def _digest(*pictures: Tensor) -> bytes:
+    return hashlib.sha256(b"".join(picture.numpy().tobytes() for picture in pictures)).digest()
 
 
 class ConditionCache:
@@ -57,24 +71,38 @@ class ConditionCache:
     def __init__(self, denoiser: Denoiser, size: int) -> None:
         self._denoiser = denoiser
         self._device = next(denoiser.parameters()).device
-        self._conditions = _LruCache[tuple[bytes, bytes], Condition](size)
+        self._conditions = _LruCache[tuple[bytes, tuple[bytes, ...]], Condition](size)
         self._references = _LruCache[bytes, Reference](size)
         self.hits = 0
-        """Requested conditions whose reference was encoded already, with this sketch or another; nulls do not count."""
+        """Requested references that were encoded already, with this sketch or another; nulls do not count."""
         self.misses = 0
-        """Requested conditions whose reference had to be encoded; nulls do not count."""
+        """Requested references that had to be encoded; nulls do not count."""
 
     def get(self, pairs: Sequence[Pair]) -> list[Condition]:
         """Return the condition of each pair, as one row each."""
         self._count(pairs)
-        named = {(pair.sketch_digest, pair.reference_digest): pair for pair in pairs}
+        named = {pair.key: pair for pair in pairs}
 
-        def combine(missing: list[tuple[bytes, bytes]]) -> Condition:
+        def combine(missing: list[tuple[bytes, tuple[bytes, ...]]]) -> list[Condition]:
             new = [named[key] for key in missing]
-            sketches = torch.stack([pair.sketch for pair in new]).to(self._device)
-            return self._denoiser.combine(sketches, cat_conditions(self._get_references(new)))
+            made: dict[int, Condition] = {}
+            references = self._get_references(new)
+            # Rows of one call must have the same number of references.
+            for count in {len(pair.references) for pair in new}:
+                numbers = [number for number, pair in enumerate(new) if len(pair.references) == count]
+                together = self._combine([new[n] for n in numbers], [references[n] for n in numbers])
+                made.update({number: _row(together, place) for place, number in enumerate(numbers)})
+            return [made[number] for number in range(len(new))]
 
-        return self._conditions.get([(pair.sketch_digest, pair.reference_digest) for pair in pairs], combine)
+        return self._conditions.get([pair.key for pair in pairs], combine)
+
+    def _combine(self, pairs: list[Pair], references: list[Reference]) -> Condition:
+        sketches = torch.stack([pair.sketch for pair in pairs]).to(self._device)
+        if all(pair.hints is None for pair in pairs):
+            return self._denoiser.combine(sketches, cat_conditions(references))
+        none = torch.zeros(HINT_PLANES, *sketches.shape[2:])
+        hints = torch.stack([none if pair.hints is None else pair.hints for pair in pairs]).to(self._device)
+        return self._denoiser.combine(sketches, cat_conditions(references), hints)
 
     def clear(self) -> None:
         """Drop all entries to free their memory."""
@@ -82,24 +110,33 @@ class ConditionCache:
         self._references.clear()
 
     def _get_references(self, pairs: Sequence[Pair]) -> list[Reference]:
-        named = {pair.reference_digest: pair.reference for pair in pairs}
+        """Return the joined references of each pair, as one row each."""
+        named = dict(one for pair in pairs for one in zip(pair.reference_digests, pair.references, strict=True))
 
-        def encode(missing: list[bytes]) -> Reference:
+        def encode(missing: list[bytes]) -> list[Reference]:
             pictures = torch.stack([named[digest] for digest in missing]).to(self._device)
             keep = torch.tensor([digest != NULL for digest in missing], device=self._device)
-            return self._denoiser.encode_reference(pictures, keep)
+            made = self._denoiser.encode_reference(pictures, keep)
+            return [_row(made, number) for number in range(len(missing))]
 
-        return self._references.get([pair.reference_digest for pair in pairs], encode)
+        found = iter(self._references.get([digest for pair in pairs for digest in pair.reference_digests], encode))
+        return [join_references([next(found) for _ in pair.references]) for pair in pairs]
 
     def _count(self, pairs: Sequence[Pair]) -> None:
         new: set[bytes] = set()
         for pair in pairs:
-            if pair.reference_digest != NULL:
-                known = pair.reference_digest in self._references or pair.reference_digest in new
-                known = known or (pair.sketch_digest, pair.reference_digest) in self._conditions
-                self.hits += known
-                self.misses += not known
-                new.add(pair.reference_digest)
+            for digest in pair.reference_digests:
+                if digest != NULL:
+                    known = digest in self._references or digest in new or pair.key in self._conditions
+                    self.hits += known
+                    self.misses += not known
+                    new.add(digest)
+
+
+def _row(rows: Cached, number: int) -> Cached:
+    """Return a copy of one row; a view would keep the neighboring rows in memory, too."""
+    row = select(rows, slice(number, number + 1))
+    return type(row)(*(part.clone() for part in row))
 
 
 class _LruCache(Generic[Key, Cached]):
@@ -115,14 +152,10 @@ class _LruCache(Generic[Key, Cached]):
     def clear(self) -> None:
         self._rows.clear()
 
-    def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Cached]) -> list[Cached]:
+    def get(self, keys: Sequence[Key], make: Callable[[list[Key]], list[Cached]]) -> list[Cached]:
         """Return the row of each key; `make` computes the rows of all missing keys."""
         if missing := [key for key in dict.fromkeys(keys) if key not in self._rows]:
-            made = make(missing)
-            for number, key in enumerate(missing):
-                row = select(made, slice(number, number + 1))
-                # A view would keep the neighboring rows in memory, too.
-                self._rows[key] = type(row)(*(part.clone() for part in row))
+            self._rows.update(zip(missing, make(missing), strict=True))
         for key in keys:
             self._rows.move_to_end(key)
         found = [self._rows[key] for key in keys]

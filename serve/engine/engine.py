@@ -5,7 +5,7 @@ a sampler step of heun takes two engine steps. New requests join at the next eng
 requests leave. Language-model servers use the same method. The code is plain Python and torch.
 
     engine = Engine(load_bundle(folder))
-    future = engine.submit(Request(sketch=sketch, reference=reference, options=SamplerOptions(seed=7)))
+    future = engine.submit(Request(sketch=sketch, references=(reference,), options=SamplerOptions(seed=7)))
     picture = future.result()           # uint8 [S, S, 3]; future.cancel() frees the slot within one engine step
 
 Guarantees:
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.out_of_memory import is_out_of_memory
+from animediffusion.models.sampler_options import MAX_REFERENCES
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine.admission import Claim, StepTimes, steps_until_done
 from animediffusion.serve.engine.batch import NotFiniteError, Row, RunningBatch, new_row
@@ -206,13 +207,17 @@ class Engine:
     def _blank(self, number: int) -> Pair:
         """Return a pair of uniform pictures, a different pair for each number."""
         size = self.bundle.config.image_size
-        return pair_of(torch.full((1, size, size), 1 - number / 8), torch.full((3, size, size), number / 8))
+        return pair_of(torch.full((1, size, size), 1 - number / 8), [torch.full((3, size, size), number / 8)])
 
     def _new_row(self, request: Request) -> Row:
         size = self.bundle.config.image_size
-        if request.sketch.shape != (1, size, size) or request.reference.shape != (3, size, size):
-            found = f"{tuple(request.sketch.shape)} and {tuple(request.reference.shape)}"
+        shapes = {reference.shape for reference in request.references}
+        if request.sketch.shape != (1, size, size) or shapes - {(3, size, size)}:
+            found = f"{tuple(request.sketch.shape)} and {', '.join(str(tuple(shape)) for shape in shapes)}"
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
+        most = MAX_REFERENCES if self.bundle.denoiser.network.takes_several else 1
+        if not 1 <= len(request.references) <= most:
+            raise ValueError(f"this model takes 1 to {most} references, got {len(request.references)}")
         return new_row(self.bundle.denoiser, request, self.bundle.config.sampler)
 
     def _reject_if_unable(self) -> None:

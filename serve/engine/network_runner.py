@@ -113,6 +113,8 @@ class NetworkRunner:
         """Return the graphs, with one of `size` rows; None if there cannot be a graph of this size."""
         if self._capture is None or self._sizes is None or size not in self._sizes:
             return None
+        if self._graphs is not None and not self._graphs.fits(like):
+            return None  # The graphs are for one reference.
         try:
             graphs = self._graphs or _Graphs(self.denoiser.output, self._capture, self._sizes[-1], like)
             graphs.capture(size)
@@ -142,6 +144,10 @@ class _Graphs:
         self._t = torch.full((most,), 0.5, device=picture.device)
         self._holds: Condition | None = None
         self._replays: dict[int, Callable[[], None]] = {}
+
+    def fits(self, condition: Condition) -> bool:
+        """Return whether the condition has as many reference tokens as those of the graphs."""
+        return condition.tokens.shape[1:] == self._condition.tokens.shape[1:]
 
     def capture(self, size: int) -> None:
         """Capture the graph of `size` rows unless it exists already."""

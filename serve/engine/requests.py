@@ -22,9 +22,11 @@ class Request:
 
     sketch: Tensor
     """[1, S, S] in [-1, 1]."""
-    reference: Tensor
-    """[3, S, S] in [-1, 1]."""
+    references: tuple[Tensor, ...]
+    """1 to MAX_REFERENCES pictures, each [3, S, S] in [-1, 1]; the first one counts most, see join_references()."""
     options: SamplerOptions
+    hints: Tensor | None = None
+    """[4, S, S], see models/network/hints.py. A model without hints ignores them."""
     deadline: float | None = None
     """Time of the engine's clock, by default time.monotonic(), at which the request fails."""
     key: str = ""

@@ -13,8 +13,9 @@ import torch
 from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
 from animediffusion.models.compile import compiled
 from animediffusion.models.diffusion.sampler import build_sampler
+from animediffusion.models.network.hints import draw_hints
 from animediffusion.models.tensors import from_pixels
-from animediffusion.platform.images.codec import letterbox
+from animediffusion.platform.images.codec import letterbox, letterbox_points
 from animediffusion.serve.engine.engine import Engine, EngineStep, Progress, Request
 from animediffusion.serve.protocol import ColorizeJob
 from animediffusion.serve.rendering.sketch import Pixels, for_network
@@ -67,16 +68,22 @@ class LoadedModel:
 
     def submit(self, job: ColorizeJob, on_progress: Progress | None) -> Future[Pixels]:
         """Submit a job and return the future of its picture; see Engine.submit."""
-        size = self.engine.bundle.config.image_size
+        size, (height, width) = self.engine.bundle.config.image_size, job.lines.shape
         request = Request(
             sketch=from_pixels(for_network(job.lines, size))[0],
-            reference=from_pixels(letterbox(job.reference, size)[0])[0],
+            references=tuple(from_pixels(letterbox(reference, size)[0])[0] for reference in job.references),
             options=job.options,
+            hints=draw_hints(letterbox_points(job.hints, height, width, size), size) if self.sees_hints else None,
             deadline=time.monotonic() + job.timeout_s,
             key=job.key,
             on_progress=on_progress,
         )
         return self.engine.submit(request)
+
+    @property
+    def sees_hints(self) -> bool:
+        """Whether the network was trained with hints."""
+        return self.engine.bundle.config.network.hints
 
     @property
     def pending_pictures(self) -> float:

@@ -146,8 +146,8 @@ class Replica:
 
     async def colorize(self, job: ColorizeJob) -> Answer:
         """Return the network's picture for a job; see protocol.Backend."""
-        version, future = await asyncio.to_thread(self._submit, job, None)
-        return Answer(picture=await asyncio.wrap_future(future), model_version=version)
+        model, future = await asyncio.to_thread(self._submit, job, None)
+        return _answer(job, model, await asyncio.wrap_future(future))
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """Yield previews while the picture is made, then the answer."""
@@ -156,12 +156,12 @@ class Replica:
         def on_progress(step: int, total: int, picture: Pixels) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, Preview(step=step, total=total, picture=picture))
 
-        version, future = await asyncio.to_thread(self._submit, job, on_progress)
+        model, future = await asyncio.to_thread(self._submit, job, on_progress)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(previews.put_nowait, None))
         try:
             while (preview := await previews.get()) is not None:
                 yield preview
-            yield Answer(picture=await asyncio.wrap_future(future), model_version=version)
+            yield _answer(job, model, await asyncio.wrap_future(future))
         finally:
             future.cancel()  # If the client has disconnected, this frees the slot.
 
@@ -235,7 +235,7 @@ class Replica:
     def _all(self) -> list[LoadedModel]:
         return [*self._loaded.values(), *self._retiring]
 
-    def _submit(self, job: ColorizeJob, on_progress: Progress | None) -> tuple[str, Future[Pixels]]:
+    def _submit(self, job: ColorizeJob, on_progress: Progress | None) -> tuple[LoadedModel, Future[Pixels]]:
         loaded, shares = self._loaded, self._shares
         if not shares:
             raise NoModelError(self.error or "the model is being loaded")
@@ -251,7 +251,7 @@ class Replica:
             self.counters.count(REQUESTS, version, "busy")
             raise
         future.add_done_callback(lambda done: self._count(version, done))
-        return version, future
+        return chosen, future
 
     def _count(self, version: str, done: Future[Pixels]) -> None:
         self.counters.count(REQUESTS, version, "cancelled" if done.cancelled() else _outcome(done.exception()))
@@ -268,6 +268,10 @@ class Replica:
         with self._lock:
             self._retiring.append(model)
         threading.Thread(target=drain, name="drain", daemon=True).start()
+
+
+def _answer(job: ColorizeJob, model: LoadedModel, picture: Pixels) -> Answer:
+    return Answer(picture=picture, model_version=model.version, saw_hints=bool(job.hints) and model.sees_hints)
 
 
 def _outcome(error: BaseException | None) -> str:

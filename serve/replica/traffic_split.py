@@ -21,7 +21,7 @@ Mpixel would take tens of milliseconds."""
 def hash_position(job: ColorizeJob) -> float:
     """Return the hash of a request as a number in [0, 1], which is uniformly distributed over different requests."""
     digest = hashlib.blake2b(digest_size=8)
-    for pixels in (job.lines, job.reference):
+    for pixels in (job.lines, *job.references):
         digest.update(np.ascontiguousarray(pixels[::STRIDE, ::STRIDE]).tobytes())
     digest.update(str(job.options.seed).encode())
     return int.from_bytes(digest.digest()) / 2**64

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ def test_a_loaded_bundle_colors_as_the_saved_model_did(tmp_path, config, new_bat
     sha256 = save_bundle(tmp_path / "b", denoiser, config, {"psnr": 20.5})
     bundle = load_bundle(tmp_path / "b")
     t = torch.tensor([0.2, 0.9])
-    before, after = (model(batch.target, t, model.encode(*batch[1:])) for model in (denoiser, bundle.denoiser))
+    before, after = (
+        model(batch.target, t, model.encode(batch.sketch, batch.reference)) for model in (denoiser, bundle.denoiser)
+    )
     assert torch.equal(before, after)
     assert (bundle.config, bundle.metrics, bundle.sha256) == (config, {"psnr": 20.5}, sha256)
     assert len(sha256) == 64
@@ -160,7 +163,7 @@ def test_impossible_sampler_defaults_are_refused(values, message):
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another(folder, new_batch):
     bundle, batch = load_bundle(folder), new_batch(1)
-    first, again, other = (colorize(bundle, *batch[1:], seeds=[seed]) for seed in (4, 4, 5))
+    first, again, other = (colorize(bundle, batch.sketch, batch.reference, seeds=[seed]) for seed in (4, 4, 5))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=0.01)
     assert first.shape == (1, 3, 16, 16)
@@ -169,7 +172,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another(folder, new
 
 def test_an_image_does_not_depend_on_its_neighbours(folder, new_batch):
     bundle, batch = load_bundle(folder), new_batch(3)
-    together = colorize(bundle, *batch[1:], seeds=[1, 2, 3])
+    together = colorize(bundle, batch.sketch, batch.reference, seeds=[1, 2, 3])
     for row in range(3):
         alone = colorize(bundle, batch.sketch[row : row + 1], batch.reference[row : row + 1], seeds=[row + 1])
         # Far below half an 8-bit level (0.004).
@@ -178,6 +181,18 @@ def test_an_image_does_not_depend_on_its_neighbours(folder, new_batch):
 
 def test_a_request_may_ask_for_another_sampler(folder, new_batch):
     bundle, batch = load_bundle(folder), new_batch(1)
-    own = colorize(bundle, *batch[1:], seeds=[0])
-    other = colorize(bundle, *batch[1:], seeds=[0], sampler=SamplerDefaults(steps=1))
+    own = colorize(bundle, batch.sketch, batch.reference, seeds=[0])
+    other = colorize(bundle, batch.sketch, batch.reference, seeds=[0], sampler=SamplerDefaults(steps=1))
     assert not torch.allclose(own, other, atol=0.01)
+
+
+def test_a_bundle_without_hints_is_as_version_0_1_wrote_it(folder, config, new_batch, tmp_path):
+    assert "hints" not in json.loads((folder / "config.json").read_text())["network"]
+    network = replace(config.network, hints=True)
+    hinted = replace(config, network=network)
+    save_bundle(tmp_path / "hinted", hinted.build(), hinted)
+    bundle = load_bundle(tmp_path / "hinted")
+    assert bundle.config.network.hints
+    batch = new_batch(1)
+    planes = torch.ones(1, 4, *batch.sketch.shape[2:])
+    assert colorize(bundle, batch.sketch, [batch.reference] * 2, seeds=[1], hints=planes).shape == batch.target.shape

@@ -17,7 +17,9 @@ from animediffusion.serve.protocol import Answer, ColorizeJob, EngineStatus, Mod
 from animediffusion.serve.ray_backend import RayBackend
 from animediffusion.serve.replica.model_source import ModelSource
 
-JOB = ColorizeJob(lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), options=SamplerOptions())
+JOB = ColorizeJob(
+    lines=np.zeros((8, 8), np.uint8), references=(np.zeros((8, 8, 3), np.uint8),), options=SamplerOptions()
+)
 ANSWER = Answer(picture=np.zeros((8, 8, 3), np.uint8), model_version="1")
 NO_ENGINE = DeploymentUnavailableError(DeploymentID("engine", "app"))
 

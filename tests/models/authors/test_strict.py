@@ -115,7 +115,7 @@ def test_phase_1_sums_what_the_loss_gives_each_row(strict_denoiser, new_batch):
     generator = seeded()
     eps = torch.randn(batch.target.shape, generator=generator)
     n = torch.randint(1000, (3,), generator=generator)
-    ask = noise_predictor(strict_denoiser, strict_denoiser.encode(*batch[1:]))
+    ask = noise_predictor(strict_denoiser, strict_denoiser.encode(batch.sketch, batch.reference))
     each = strict_loss(ask, gammas(PathConfig(name="linear")), batch.target, eps, n)
     torch.testing.assert_close(loss.total, each.sum())
     assert float(loss.counts.sum()) == 3

@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from animediffusion.models.network.condition import cat_conditions, select
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.diffusion.path import PathConfig
+from animediffusion.models.network.condition import cat_conditions, join_references, select
 from animediffusion.models.network.unet import UNet, UNetConfig
 
 
@@ -43,7 +47,11 @@ def test_reference_and_sketch_and_time_all_matter(new_denoiser, new_batch):
     t = torch.tensor([0.5])
     with torch.no_grad():
         first = denoiser(a.target, t, denoiser.encode(a.sketch, a.reference))
-        for sketch, reference, time in ((b.sketch, a.reference, t), (a.sketch, b.reference, t), (*a[1:], t / 2)):
+        for sketch, reference, time in (
+            (b.sketch, a.reference, t),
+            (a.sketch, b.reference, t),
+            (a.sketch, a.reference, t / 2),
+        ):
             assert not torch.allclose(first, denoiser(a.target, time, denoiser.encode(sketch, reference)), atol=1e-4)
 
 
@@ -96,3 +104,80 @@ def test_sides_are_multiples_of_patches_and_levels_and_reference_tokens(values, 
 def test_impossible_sizes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**values)
+
+
+def hinted(network, weights=None):
+    """The network of the fixtures with inputs for hints, optionally with the weights of one without."""
+    torch.manual_seed(0)
+    made = Denoiser(replace(network, hints=True), PathConfig(name="flow"))
+    if weights is not None:
+        made.start_from(weights)
+    return made
+
+
+def test_a_network_with_hints_starts_as_the_one_without(network, new_denoiser, new_batch):
+    plain, batch = new_denoiser(), new_batch()
+    denoiser = hinted(network, plain.state_dict())
+    hints = torch.ones(4, 4, 16, 16)
+    for one in (None, hints):
+        for part, expected in zip(
+            denoiser.encode(batch.sketch, batch.reference, hints=one),
+            plain.encode(batch.sketch, batch.reference),
+            strict=True,
+        ):
+            assert torch.equal(part, expected)
+
+
+def test_inputs_for_hints_leave_the_random_initial_weights_alone(network):
+    torch.manual_seed(0)
+    plain = Denoiser(network, PathConfig(name="flow")).state_dict()
+    assert all(torch.equal(tensor, hinted(network).state_dict()[name]) for name, tensor in plain.items())
+
+
+def test_other_missing_weights_are_not_ignored(network, new_denoiser):
+    weights = dict(new_denoiser().state_dict())
+    del weights["network.input.bias"]
+    with pytest.raises(RuntimeError, match=r"network\.input\.bias"):
+        hinted(network, weights)
+
+
+def test_trained_hints_reach_features_and_matcher_and_every_weight_gets_a_gradient(network, new_batch):
+    denoiser, batch = hinted(network), new_batch()
+    condition = denoiser.encode(batch.sketch, batch.reference)
+    (condition.features.sum() + condition.guess.sum()).backward()
+    found = {name: p.grad for name, p in denoiser.named_parameters() if "hint_input" in name}
+    assert sorted(found) == ["network.hint_input.weight", "network.matcher.hint_input.weight"]
+    assert all(gradient is not None for gradient in found.values())
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if "hint_input" in name:
+                parameter.fill_(0.1)
+    changed = denoiser.encode(batch.sketch, batch.reference, hints=torch.ones(4, 4, 16, 16))
+    assert not torch.equal(condition.features, changed.features)
+    assert not torch.equal(condition.guess, changed.guess)
+
+
+def test_a_network_without_hints_ignores_them(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch()
+    hints = torch.ones(4, 4, 16, 16)
+    with_hints = denoiser.encode(batch.sketch, batch.reference, hints=hints)
+    assert torch.equal(with_hints.features, denoiser.encode(batch.sketch, batch.reference).features)
+
+
+def test_several_references_are_one_with_the_tokens_of_all_and_the_picture_of_the_first(new_denoiser, new_batch):
+    denoiser, a, b = new_denoiser(), new_batch(), new_batch(seed=1)
+    keep = torch.ones(4, dtype=torch.bool)
+    one, two = (denoiser.encode_reference(batch.reference, keep) for batch in (a, b))
+    joined = join_references([one, two])
+    assert torch.equal(joined.picture, a.reference)
+    assert torch.equal(joined.tokens, torch.cat([one.tokens, two.tokens], 1))
+    torch.testing.assert_close(joined.palette, (one.palette + two.palette) / 2)
+    condition = denoiser.encode(a.sketch, [a.reference, b.reference])
+    assert torch.equal(condition.features, denoiser.combine(a.sketch, joined).features)
+    assert not torch.equal(condition.features, denoiser.encode(a.sketch, a.reference).features)
+
+
+def test_the_matcher_finds_the_same_in_a_reference_that_is_given_twice(new_denoiser, new_batch):
+    denoiser, batch = new_denoiser(), new_batch()
+    once, twice = (denoiser.encode(batch.sketch, [batch.reference] * count) for count in (1, 2))
+    torch.testing.assert_close(once.features, twice.features, rtol=1e-4, atol=1e-5)

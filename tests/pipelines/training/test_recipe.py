@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,20 @@ def test_left_out_num_workers_is_one_for_each_gpu_that_divides_the_batch(batch_s
 def test_num_workers_that_is_set_does_not_depend_on_gpus():
     assert load_recipe("demo", ["num_workers=4"]).workers_on(8) == (4, 4)
     assert load_recipe("demo", ["num_workers=[1,2]"]).workers_on(8) == (1, 2)
+
+
+def test_settings_that_are_newer_than_a_run_leave_its_name_alone_until_they_are_used():
+    old = load_recipe("demo", ["data=x"]).identity()
+    assert "hints" not in old["network"]
+    assert not {"hints", "wrong_reference", "two_views"} & old["augment"].keys()
+    new = load_recipe("demo", ["data=x", "network.hints=true", "augment.hints=0.5"]).identity()
+    assert changed_keys(old, new) == ["augment.hints", "network.hints"]
+
+
+def test_a_run_from_a_model_without_hints_can_add_them():
+    parent = load_recipe("demo").bundle_config(64)
+    config = load_recipe("demo-phase2", ["network.hints=true", "init_from=x"]).started_from(parent)
+    assert config.network == replace(parent.network, hints=True)
+    assert (
+        load_recipe("demo-phase2", ["init_from=x"]).started_from(replace(parent, network=config.network)).network.hints
+    )

@@ -12,7 +12,7 @@ def picture(channels, seed):
 
 
 def pair(sketch, reference):
-    return pair_of(picture(1, sketch), picture(3, 100 + reference))
+    return pair_of(picture(1, sketch), [picture(3, 100 + reference)])
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def test_a_condition_is_that_of_the_pair_alone(bundle: Bundle):
     pairs = [pair(0, 0), pair(1, 0), pair(0, 1).without_reference(), pair(0, 1)]
     found = ConditionCache(bundle.denoiser, 8).get(pairs)
     for one, condition in zip(pairs, found, strict=True):
-        keep = torch.tensor([one.reference_digest != b""])
-        assert_rows_are(condition, bundle.denoiser.encode(one.sketch[None], one.reference[None], keep))
+        keep = torch.tensor([one.reference_digests != (b"",)])
+        assert_rows_are(condition, bundle.denoiser.encode(one.sketch[None], one.references[0][None], keep))
 
 
 def test_a_reference_is_encoded_once_for_all_sketches_and_a_pair_once(bundle: Bundle, encoded):
@@ -64,3 +64,24 @@ def test_the_least_recently_used_is_dropped(bundle: Bundle, encoded):
 
 def test_more_conditions_in_one_call_than_the_cache_keeps_are_not_an_error(bundle: Bundle):
     assert len(ConditionCache(bundle.denoiser, 1).get([pair(0, 0), pair(1, 1), pair(0, 0)])) == 3
+
+
+def test_each_of_several_references_is_encoded_once_and_pairs_with_equally_many_together(bundle: Bundle, encoded):
+    cache = ConditionCache(bundle.denoiser, 8)
+    one, two, both = (pair_of(picture(1, 0), [picture(3, seed) for seed in seeds]) for seeds in ((1,), (2,), (1, 2)))
+    found = cache.get([one, two, both])
+    assert encoded == {"encode_reference": [2], "combine": [2, 1]}
+    for pair, condition in zip((one, two, both), found, strict=True):
+        references = [reference[None] for reference in pair.references]
+        assert_rows_are(condition, bundle.denoiser.encode(pair.sketch[None], references))
+    assert found[2].tokens.shape[1] == 2 * found[0].tokens.shape[1]
+    null = cache.get([both.without_reference()])[0]
+    assert_rows_are(null, bundle.denoiser.encode(picture(1, 0)[None], [picture(3, 1)[None]] * 2, torch.tensor([False])))
+
+
+def test_hints_are_part_of_the_sketch(bundle: Bundle, encoded):
+    cache = ConditionCache(bundle.denoiser, 8)
+    hints = torch.ones(4, SIZE, SIZE)
+    pairs = [pair_of(picture(1, 0), [picture(3, 1)], given) for given in (None, hints, 2 * hints, hints)]
+    cache.get(pairs)
+    assert encoded == {"encode_reference": [1], "combine": [3]}

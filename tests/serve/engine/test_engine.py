@@ -27,13 +27,13 @@ def request(number: int, *, deadline=None, key="", on_progress=None, **settings)
     reference = torch.rand(3, SIZE, SIZE, generator=generator) * 2 - 1
     options = SamplerOptions(seed=number, **settings)
     return Request(
-        sketch=sketch, reference=reference, options=options, deadline=deadline, key=key, on_progress=on_progress
+        sketch=sketch, references=(reference,), options=options, deadline=deadline, key=key, on_progress=on_progress
     )
 
 
 def alone(bundle: Bundle, asked: Request) -> np.ndarray:
     settings, seeds = asked.options.apply_to(bundle.config.sampler), [asked.options.seed]
-    picture = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=seeds, sampler=settings)
+    picture = colorize(bundle, asked.sketch[None], asked.references[0][None], seeds=seeds, sampler=settings)
     return to_uint8(picture)[0].numpy()
 
 
@@ -275,7 +275,9 @@ def test_settings_out_of_range_are_refused_at_submission(engine: Engine, setting
 
 def test_a_picture_of_another_size_is_refused(engine: Engine):
     with pytest.raises(ValueError, match="must be"):
-        engine.submit(Request(sketch=torch.zeros(1, 8, 8), reference=torch.zeros(3, 8, 8), options=SamplerOptions()))
+        engine.submit(
+            Request(sketch=torch.zeros(1, 8, 8), references=(torch.zeros(3, 8, 8),), options=SamplerOptions())
+        )
 
 
 def test_closing_finishes_present_requests_and_rejects_new_ones(bundle: Bundle):

@@ -138,7 +138,7 @@ class Run:
             future = self.engine.submit(
                 Request(
                     sketch=sketch,
-                    reference=reference,
+                    references=(reference,),
                     options=SamplerOptions(
                         seed=asked.pair, steps=asked.steps, guidance_scale=asked.guidance, sampler=asked.sampler
                     ),

@@ -30,13 +30,13 @@ def request(number: int, *, on_progress=None, **settings) -> Request:
     generator = torch.Generator().manual_seed(number)
     sketch, reference = (torch.rand(c, SIZE, SIZE, generator=generator) * 2 - 1 for c in (1, 3))
     options = SamplerOptions(seed=number, **settings)
-    return Request(sketch=sketch, reference=reference, options=options, on_progress=on_progress)
+    return Request(sketch=sketch, references=(reference,), options=options, on_progress=on_progress)
 
 
 def is_right(picture: np.ndarray, bundle: Bundle, asked: Request) -> bool:
     """Whether an engine's picture is the one that the request gets alone, but for rounding."""
     settings, seeds = asked.options.apply_to(bundle.config.sampler), [asked.options.seed]
-    alone = colorize(bundle, asked.sketch[None], asked.reference[None], seeds=seeds, sampler=settings)
+    alone = colorize(bundle, asked.sketch[None], asked.references[0][None], seeds=seeds, sampler=settings)
     return int(np.abs(picture.astype(int) - to_uint8(alone)[0].numpy().astype(int)).max()) <= 1
 
 

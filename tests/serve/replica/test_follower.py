@@ -67,7 +67,7 @@ def follower(replicas, registry) -> Follower:
 
 
 def answers(follower: Follower, sketch: np.ndarray, reference: np.ndarray, seed: int = 1) -> str:
-    job = ColorizeJob(lines=sketch[..., 0], reference=reference, options=SamplerOptions(seed=seed, steps=1))
+    job = ColorizeJob(lines=sketch[..., 0], references=(reference,), options=SamplerOptions(seed=seed, steps=1))
     return asyncio.run(follower.replica.colorize(job)).model_version
 
 

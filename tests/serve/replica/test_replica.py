@@ -16,7 +16,7 @@ from animediffusion.serve.replica.replica import Replica
 
 def job(sketch: np.ndarray, reference: np.ndarray, *, seed=1, timeout_s=60.0, **settings) -> ColorizeJob:
     options = SamplerOptions(seed=seed, **settings)
-    return ColorizeJob(lines=sketch[..., 0], reference=reference, options=options, timeout_s=timeout_s)
+    return ColorizeJob(lines=sketch[..., 0], references=(reference,), options=options, timeout_s=timeout_s)
 
 
 def wait_for(condition, seconds: float = 60) -> bool:

@@ -11,7 +11,7 @@ GRAY = np.full((32, 32, 3), 128, np.uint8)
 
 
 def place(seed: int, lines: np.ndarray = WHITE, reference: np.ndarray = GRAY) -> float:
-    return hash_position(ColorizeJob(lines=lines, reference=reference, options=SamplerOptions(seed=seed)))
+    return hash_position(ColorizeJob(lines=lines, references=(reference,), options=SamplerOptions(seed=seed)))
 
 
 def test_requests_that_differ_are_spread_evenly():
