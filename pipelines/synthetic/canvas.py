@@ -21,11 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from skimage.measure import label
 from skimage.segmentation import expand_labels
 
+from animediffusion.pipelines.synthetic.linework import Manner
 from animediffusion.pipelines.synthetic.palette import INK, Color, Tone
+from animediffusion.pipelines.synthetic.shading import Shading
 
 Points = NDArray[np.float64]
 PointsLike = Points | Sequence[Sequence[float]]
@@ -114,17 +116,21 @@ def _bulge(count: int, start: float, end: float) -> Points:
 
 @dataclass(frozen=True)
 class Frame:
-    """Transform from local coordinates to the picture: rotate by `angle`, scale, and move to (x, y)."""
+    """Transform from local coordinates to the picture: bend, stretch, rotate by `angle`, scale, and move to (x, y)."""
 
     scale: float
     x: float
     y: float
     angle: float = 0.0
+    bend: tuple[float, float, float] | None = None
+    """Amplitude, frequency and phase of waves along both axes."""
+    stretch: float = 1.0
+    """Factor on the width; negative mirrors."""
 
     @functools.cached_property
     def _turn(self) -> Points:
         cos, sin = math.cos(self.angle) * self.scale, math.sin(self.angle) * self.scale
-        return np.array([[cos, sin], [-sin, cos]])
+        return np.array([[cos * self.stretch, sin * self.stretch], [-sin, cos]])
 
     @functools.cached_property
     def _origin(self) -> Points:
@@ -136,6 +142,10 @@ class Frame:
         return replace(self, x=float(x), y=float(y))
 
     def __call__(self, points: PointsLike) -> Points:
+        if self.bend:
+            amplitude, frequency, phase = self.bend
+            p = np.asarray(points, np.float64)
+            points = p + amplitude * np.sin(frequency * p[:, ::-1] + phase)
         return np.asarray(points, np.float64) @ self._turn + self._origin
 
 
@@ -154,11 +164,23 @@ class Canvas:
 
     Args:
         size: side of the picture in pixels.
-        ground: color of the empty canvas.
+        ground: first color of the background.
+        shading: look of the picture; by default hard shadows and full lines.
+        manner: how the lines of the sketch are drawn; by default the sketch has the lines of the picture.
+        rng: random generator of the sketch's lines, needed with `manner`.
         keep_fills: whether to remember which fill each pixel comes from; regions() needs it.
     """
 
-    def __init__(self, size: int, ground: Color, *, keep_fills: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        ground: Color,
+        shading: Shading | None = None,
+        manner: Manner | None = None,
+        rng: np.random.Generator | None = None,
+        *,
+        keep_fills: bool = False,
+    ) -> None:
         self.size = size
         self.oversampling = 4 if size <= 256 else 2
         self.side = size * self.oversampling
@@ -168,21 +190,58 @@ class Canvas:
         self.nib = ImageDraw.Draw(self.ink)
         self.fills = Image.new("I", (self.side, self.side)) if keep_fills else None
         self.flat_colors = [ground]
+        self.shading = shading or Shading()
+        self.draft = _Draft(self.side, manner, rng) if manner and rng else None
+        self._figure: Image.Image | None = None
+        self._outline: ImageDraw.ImageDraw | None = None
         # Line width grows slower than the picture: 0.8 pixels at 64 px, 1.9 at 256 px.
         self.line = 0.067 * size**0.6 / size
 
+    def begin_figures(self) -> None:
+        """Say that all that is drawn from now on belongs to figures, which get rim light."""
+        if self.shading.rim and self._figure is None:
+            self._figure = Image.new("L", (self.side, self.side))
+            self._outline = ImageDraw.Draw(self._figure)
+
+    def fill(self, flat: list[float], color: Color) -> None:
+        """Fill a polygon, given in canvas pixels, with a color and erase the lines in it."""
+        self.brush.polygon(flat, fill=color)
+        self.nib.polygon(flat, fill=0)
+        if self.draft:
+            self.draft.fill(flat, color)
+        if self._outline:
+            self._outline.polygon(flat, fill=255)
+        if self.fills is not None:
+            ImageDraw.Draw(self.fills).polygon(flat, fill=self._number(color))
+
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return the picture [size, size, 3] with its lines, and the lines alone [size, size], dark on white."""
-        self.color.paste(INK, (0, 0), self.ink)
-        sketch = ImageChops.invert(self.ink)
-        return np.array(self.color.reduce(self.oversampling)), np.array(sketch.reduce(self.oversampling))
+        if self.shading == _PLAIN:
+            self.color.paste(INK, (0, 0), self.ink)
+            target = np.array(self.color.reduce(self.oversampling))
+        else:
+            target = self._shaded()
+        if self.draft:
+            return target, self.draft.finish(self.oversampling, target)
+        return target, np.array(ImageChops.invert(self.ink).reduce(self.oversampling))
 
-    def fill(self, outline: list[float], color: Color) -> None:
-        """Fill an outline, in canvas pixels, with a color, and erase the lines in it."""
-        self.brush.polygon(outline, fill=color)
-        self.nib.polygon(outline, fill=0)
+    def _shaded(self) -> NDArray[np.uint8]:
+        figure = None if self._figure is None else self._share(self._figure)
+        colors = self.shading.apply(np.asarray(self.color.reduce(self.oversampling), np.float32), figure)
+        ink = self.shading.ink_opacity * self._share(self.ink)[..., None]
+        return np.asarray(np.round(colors + ink * (np.asarray(self.shading.ink, np.float32) - colors)), np.uint8)
+
+    def _share(self, layer: Image.Image) -> NDArray[np.float32]:
+        return np.asarray(layer.reduce(self.oversampling), np.float32) / np.float32(255)
+
+    def fill_mask(self, mask: Image.Image, box: tuple[int, int, int, int], color: Color) -> None:
+        """Fill a box, in canvas pixels, with a color where the mask is white, and erase the lines there."""
+        self.color.paste(color, box, mask)
+        self.ink.paste(0, box, mask)
+        if self.draft:
+            self.draft.ink.paste(0, box, mask)
         if self.fills is not None:
-            ImageDraw.Draw(self.fills).polygon(outline, fill=self._number(color))
+            self.fills.paste(self._number(color), box, mask)
 
     def gradient(self, box: tuple[int, int, int, int], top: Color, bottom: Color, mask: Image.Image) -> None:
         """Color a box, in canvas pixels, with a vertical gradient where the mask is white."""
@@ -230,6 +289,51 @@ class Canvas:
         return self.flat_colors.index(color)
 
 
+_PLAIN = Shading()
+_FULL_LINES = 0.2
+"""Scale of a frame below which its lines get thinner, so that small figures keep their colors."""
+
+
+class _Draft:
+    """The lines of a sketch that are drawn in another manner than the picture's."""
+
+    def __init__(self, side: int, manner: Manner, rng: np.random.Generator) -> None:
+        self.manner, self.rng = manner, rng
+        self.ink = Image.new("L", (side, side))
+        self.nib = ImageDraw.Draw(self.ink)
+        self.hatch = manner.hatch(side) if manner.hatching else None
+
+    def fill(self, flat: list[float], color: Color) -> None:
+        """Erase the lines in a polygon, or fill it with ink if its color is dark and the manner has blacks."""
+        self.nib.polygon(flat, fill=255 if max(color) < 255 * self.manner.blacks else 0)
+
+    def shade(self, mask: Image.Image, box: tuple[int, int, int, int]) -> None:
+        """Hatch a shadow."""
+        if self.hatch:
+            self.ink.paste(200, box, ImageChops.multiply(mask, self.hatch.crop(box)))
+
+    def stroke(self, path: NDArray[np.complex128], half: float, strength: float, taper: tuple[float, float]) -> None:
+        """Draw a line given in canvas pixels."""
+        if self.manner.extracted:
+            return
+        start, end = (value * (1 - self.manner.taper) for value in taper)
+        for line, darkness in self.manner.lines(path, self.ink.width, self.rng):
+            outline = _band(line, half * self.manner.width, (start, end))
+            self.nib.polygon(outline, fill=round(255 * strength * darkness))
+
+    def finish(self, oversampling: int, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        ink = np.asarray(self.ink.reduce(oversampling), np.float32) / np.float32(255)
+        return self.manner.scan(ink, picture, self.rng)
+
+
+def _band(path: NDArray[np.complex128], half: float, taper: tuple[float, float]) -> list[float]:
+    """Return the outline of a line of half width `half`, in canvas pixels."""
+    steps = path[_following(len(path))] - path[_preceding(len(path))]
+    across = steps * (half * 1j * _bulge(len(path), *taper) / (np.abs(steps) + 1e-9))
+    outline: list[float] = np.concatenate([path + across, (path - across)[::-1]]).view(np.float64).tolist()
+    return outline
+
+
 class Pen:
     """A pen that draws on a canvas in the coordinates of one frame."""
 
@@ -256,6 +360,12 @@ class Pen:
         if region is not None:
             ImageDraw.Draw(region).polygon(flat, fill=255)
 
+    def fill_within(self, points: PointsLike, region: Image.Image, color: Color) -> None:
+        """Fill the part of a shape that is inside a region with a color, and erase the lines there."""
+        if (local := self._mask(self._pixels(points), region, 1.0)) is not None:
+            mask, box = local
+            self.canvas.fill_mask(mask, box, color)
+
     def tint(
         self, points: PointsLike, color: Color, *, within: Image.Image | None = None, opacity: float = 1.0
     ) -> None:
@@ -263,9 +373,11 @@ class Pen:
         flat = self._pixels(points)
         if within is None and opacity == 1.0:
             self.canvas.brush.polygon(flat, fill=color)
-        elif (local := self._mask(flat, within, opacity)) is not None:
+        elif (local := self._mask(flat, within, opacity, soft=True)) is not None:
             mask, box = local
             self.canvas.color.paste(color, box, mask)
+            if self.canvas.draft:
+                self.canvas.draft.shade(mask, box)
 
     def gradient(self, points: PointsLike, top: Color, bottom: Color, *, within: Image.Image | None = None) -> None:
         """Color a shape with a vertical gradient, below the lines; with `within`, only inside that region."""
@@ -284,44 +396,58 @@ class Pen:
             strength: opacity of the ink; 1 is full ink.
             taper: width at the start and at the end, as a share of `width`.
         """
-        self.canvas.nib.polygon(self._band(points, width, taper), fill=round(255 * strength))
+        path, half = self._path(points), self._half(width)
+        self.canvas.nib.polygon(_band(path, half * self.canvas.shading.width, taper), fill=round(255 * strength))
+        if self.canvas.draft:
+            self.canvas.draft.stroke(path, half, strength, taper)
 
     def rim(self, points: PointsLike, color: Color, width: float) -> None:
         """Draw a thick colored band with ink edges along a curve, for example a wire or a cord."""
-        flat = self._band(points, width, (1.0, 1.0))
-        self.canvas.nib.polygon(self._band(points, width + 1.2, (1.0, 1.0)), fill=255)
+        path = self._path(points)
+        flat, edge = (_band(path, self._half(wide), (1.0, 1.0)) for wide in (width, width + 1.2))
+        self.canvas.nib.polygon(edge, fill=255)
+        if self.canvas.draft:
+            self.canvas.draft.nib.polygon(edge, fill=255)
         self.canvas.fill(flat, color)
 
     def stroke_within(self, points: PointsLike, region: Image.Image, width: float) -> None:
         """Draw an ink line along a curve, only inside a region."""
-        local = self._mask(self._band(points, width, (1.0, 1.0)), region, 1.0)
+        local = self._mask(_band(self._path(points), self._half(width), (1.0, 1.0)), region, 1.0)
         if local is not None:
             mask, box = local
             self.canvas.ink.paste(255, box, mask)
+            if self.canvas.draft:
+                self.canvas.draft.ink.paste(255, box, mask)
 
     def erase(self, points: PointsLike) -> None:
         """Remove the ink inside a shape; colors stay."""
         self.canvas.nib.polygon(self._pixels(points), fill=0)
+        if self.canvas.draft:
+            self.canvas.draft.nib.polygon(self._pixels(points), fill=0)
 
-    def _band(self, points: PointsLike, width: float, taper: tuple[float, float]) -> list[float]:
-        """Return the outline of a stroke along a curve, in canvas pixels."""
-        path = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
-        steps = path[_following(len(path))] - path[_preceding(len(path))]
-        reach = 0.5j * width * self.canvas.line * self.canvas.side
-        half = steps * (reach * _bulge(len(path), *taper) / (np.abs(steps) + 1e-9))
-        outline: list[float] = np.concatenate([path + half, (path - half)[::-1]]).view(np.float64).tolist()
-        return outline
+    def _path(self, points: PointsLike) -> NDArray[np.complex128]:
+        path: NDArray[np.complex128] = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
+        return path
+
+    def _half(self, width: float) -> float:
+        thin = max(0.55, min(1.0, self.frame.scale / _FULL_LINES)) ** 0.6
+        half: float = 0.5 * width * thin * self.canvas.line * self.canvas.side
+        return half
 
     def _pixels(self, points: PointsLike) -> list[float]:
         pixels: list[float] = (self.frame(points) * self.canvas.side).ravel().tolist()
         return pixels
 
     def _mask(
-        self, flat: list[float], within: Image.Image | None, opacity: float
+        self, flat: list[float], within: Image.Image | None, opacity: float, *, soft: bool = False
     ) -> tuple[Image.Image, tuple[int, int, int, int]] | None:
         """Return the shape as a mask of its bounding box, and the box; None if the box is outside the picture."""
         points, side = np.array(flat).reshape(-1, 2), self.canvas.side
         (low_x, low_y), (high_x, high_y) = points.min(0).tolist(), points.max(0).tolist()
+        blur = 0.0
+        if soft and within is not None and self.canvas.shading.softness:
+            blur = min(self.canvas.shading.softness * side, 0.2 * min(high_x - low_x, high_y - low_y))
+            low_x, low_y, high_x, high_y = low_x - blur, low_y - blur, high_x + blur, high_y + blur
         left, top = max(0, int(low_x) - 1), max(0, int(low_y) - 1)
         right, bottom = min(side, int(high_x) + 2), min(side, int(high_y) + 2)
         if right <= left or bottom <= top:
@@ -329,6 +455,8 @@ class Pen:
         mask = Image.new("L", (right - left, bottom - top))
         shifted = (points - (left, top)).ravel().tolist()
         ImageDraw.Draw(mask).polygon(shifted, fill=round(255 * opacity))
+        if blur >= 1:
+            mask = mask.filter(ImageFilter.BoxBlur(blur))
         if within is not None:
             mask = ImageChops.multiply(mask, within.crop((left, top, right, bottom)))
         return mask, (left, top, right, bottom)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from animediffusion.pipelines.synthetic.canvas import (
     Pen,
     Points,
@@ -34,16 +36,13 @@ def draw_clothes(pen: Pen, kind: str, palette: CharacterPalette) -> None:
         pen.stroke(torso)
         for side in (-1, 1):
             pen.stroke(curve([(side * 0.72, 1.62), (side * 0.70, 1.42), (side * 0.78, 1.28)]), 0.8, taper=(1, 0))
-    {
-        "sailor": _sailor,
-        "hoodie": _hoodie,
-        "blazer": _blazer,
-        "kimono": _kimono,
-        "straps": _straps,
-        "turtleneck": _turtleneck,
-        "shirt": _shirt,
-        "cape": _cape,
-    }[kind](pen, palette)
+    _DETAILS[kind](pen, palette)
+
+
+def draw_collar(pen: Pen, kind: str, palette: CharacterPalette) -> None:
+    """Draw what distinguishes the clothes over a torso that is already drawn."""
+    if kind != "straps":  # they draw shoulders of their own
+        _DETAILS[kind](pen, palette)
 
 
 def draw_accessory(pen: Pen, kind: str, palette: CharacterPalette, side: int) -> None:
@@ -271,3 +270,15 @@ def _headphones(pen: Pen, palette: CharacterPalette) -> None:
     for side in (-1, 1):
         _piece(pen, ellipse(side * 0.86, 0.08, 0.15, 0.27), palette.accent.base)
         pen.stroke(ellipse(side * 0.88, 0.08, 0.08, 0.18), 0.8)
+
+
+_DETAILS: dict[str, Callable[[Pen, CharacterPalette], None]] = {
+    "sailor": _sailor,
+    "hoodie": _hoodie,
+    "blazer": _blazer,
+    "kimono": _kimono,
+    "straps": _straps,
+    "turtleneck": _turtleneck,
+    "shirt": _shirt,
+    "cape": _cape,
+}

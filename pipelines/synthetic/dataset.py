@@ -25,6 +25,8 @@ from PIL import Image
 
 from animediffusion.pipelines.synthetic.canvas import FlatRegions
 from animediffusion.pipelines.synthetic.faces import draw, draw_regions, random_character, random_geometry
+from animediffusion.pipelines.synthetic.scenes.views import draw_view_regions, draw_views
+from animediffusion.pipelines.synthetic.variety import FACES, Variety
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.codec import encode_png
 
@@ -33,6 +35,7 @@ COLUMNS = ("sketch", "reference", "cross_reference", "target")
 SIZES = (16, 1024)
 VAL_EVERY = 10
 
+Record = dict[str, int | dict[str, float]]
 _RECORD = ".synthesize.json"
 _DRAWING = 1
 """Version of the drawing code; increase it when the pictures of a seed change."""
@@ -55,16 +58,18 @@ def synthesize(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
+    variety: Variety = FACES,
 ) -> dict[str, int | float]:
     """Draw the missing rows of a dataset, and return `rows, train, val, seconds`.
 
     Args:
-        destination: a local folder: new, empty, or with a dataset of the same size and seed and at most `count` rows.
+        destination: a local folder: new, empty, or with a dataset of the same size, seed and variety and no more rows.
         count: total number of rows, train and val together.
         size: side of the pictures in pixels.
         seed: seed of all random numbers.
         progress: a callback that gets (rows done, count).
         workers: number of processes; by default one per usable core, or only this process if there is little work.
+        variety: how varied the drawings are.
 
     Raises:
         ConfigError: if count, size or seed is out of range, or the destination is not a local path.
@@ -72,10 +77,10 @@ def synthesize(
     """
     _check(destination, count, size, seed)
     folder, started = Path(destination), time.monotonic()
-    _claim(folder, {"drawing": _DRAWING, "size": size, "seed": seed, "count": count})
+    _claim(folder, {"drawing": _DRAWING, "size": size, "seed": seed, "count": count, "variety": variety.record})
     missing = [index for index in range(count) if not _path(folder, index, "target").exists()]
     done = count - len(missing)
-    for finished in _draw_all(folder, missing, size, seed, workers):
+    for finished in _draw_all(folder, missing, size, seed, variety, workers):
         done += finished
         if progress:
             progress(done, count)
@@ -88,8 +93,11 @@ def split_of(index: int) -> str:
     return "val" if index % VAL_EVERY == 1 else "train"
 
 
-def make_row(seed: int, index: int, size: int) -> DrawnRow:
-    """Draw row `index` of the dataset with this seed."""
+def make_row(seed: int, index: int, size: int, variety: Variety = FACES) -> DrawnRow:
+    """Draw row `index` of the dataset with this seed and variety."""
+    if variety != FACES:
+        views, rng = draw_views(seed, index, size, variety)
+        return DrawnRow(views.target, views.sketch, warp(views.target, rng), views.cross_reference)
     rng = np.random.default_rng([seed, index])
     character = random_character(rng)
     target, sketch = draw(character, random_geometry(rng), size)
@@ -97,8 +105,10 @@ def make_row(seed: int, index: int, size: int) -> DrawnRow:
     return DrawnRow(target, sketch, warp(target, rng), other)
 
 
-def make_regions(seed: int, index: int, size: int) -> tuple[FlatRegions, FlatRegions]:
+def make_regions(seed: int, index: int, size: int, variety: Variety = FACES) -> tuple[FlatRegions, FlatRegions]:
     """Return the exact regions of the target and of the cross reference of make_row() for the same arguments."""
+    if variety != FACES:
+        return draw_view_regions(seed, index, size, variety)
     rng = np.random.default_rng([seed, index])
     character = random_character(rng)
     target, other = (draw_regions(character, random_geometry(rng), size) for _ in range(2))
@@ -144,12 +154,12 @@ def _check(destination: str, count: int, size: int, seed: int) -> None:
         raise ConfigError("seed", str(seed), "0 or more")
 
 
-def _claim(folder: Path, record: dict[str, int]) -> None:
+def _claim(folder: Path, record: Record) -> None:
     """Prepare the folder and write its record.
 
     Raises:
-        DataError: if the folder holds anything but a dataset of the same drawing version, size and seed with at most
-            as many rows.
+        DataError: if the folder holds anything but a dataset of the same drawing version, size, seed and variety with
+            at most as many rows.
     """
     path = folder / _RECORD
     if folder.exists() and not folder.is_dir():
@@ -164,19 +174,28 @@ def _claim(folder: Path, record: dict[str, int]) -> None:
     _replace(path, (json.dumps(record) + "\n").encode())
 
 
-def _read_record(path: Path) -> dict[str, int]:
+def _read_record(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(str(path), "is damaged", "give a new folder") from error
-    return record if isinstance(record, dict) else {}
+    return {"variety": {}, **record} if isinstance(record, dict) else {}
 
 
-def _compare(folder: Path, there: dict[str, int], wanted: dict[str, int]) -> None:
+def _compare(folder: Path, there: Record, wanted: Record) -> None:
     for key, value in wanted.items():
         found = there.get(key)
-        if found != value and not (key == "count" and found is not None and found < value):
-            raise DataError(str(folder), f"was drawn with {key} {found}, not {value}", "give a new folder")
+        grows = key == "count" and isinstance(found, int) and isinstance(value, int) and found < value
+        if found != value and not grows:
+            raise DataError(
+                str(folder), f"was drawn with {key} {_shown(found)}, not {_shown(value)}", "give a new folder"
+            )
+
+
+def _shown(value: int | dict[str, float] | None) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={share:g}" for name, share in value.items()) or "faces"
+    return str(value)
 
 
 def _path(folder: Path, index: int, column: str) -> Path:
@@ -187,7 +206,9 @@ def _path(folder: Path, index: int, column: str) -> Path:
     return folder / "train" / column / f"{block * (VAL_EVERY - 1) + place - (place > 1) + 1:06d}.png"
 
 
-def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: int | None) -> Iterator[int]:
+def _draw_all(
+    folder: Path, missing: list[int], size: int, seed: int, variety: Variety, workers: int | None
+) -> Iterator[int]:
     """Write the missing rows, and yield the number of rows of each finished task."""
     step = max(1, _TASK_PIXELS // size**2)
     tasks = [missing[start : start + step] for start in range(0, len(missing), step)]
@@ -195,11 +216,11 @@ def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: i
         workers = _usable_cores() if len(tasks) > 8 else 1
     workers = min(workers, len(tasks))
     if workers <= 1:
-        yield from (_draw_rows(folder, rows, size, seed) for rows in tasks)
+        yield from (_draw_rows(folder, rows, size, seed, variety) for rows in tasks)
         return
     # spawn, because a forked child of a process with threads (torch, Ray) may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_draw_rows, folder, rows, size, seed) for rows in tasks]
+        futures = [pool.submit(_draw_rows, folder, rows, size, seed, variety) for rows in tasks]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -207,9 +228,9 @@ def _draw_all(folder: Path, missing: list[int], size: int, seed: int, workers: i
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _draw_rows(folder: Path, indices: list[int], size: int, seed: int) -> int:
+def _draw_rows(folder: Path, indices: list[int], size: int, seed: int, variety: Variety) -> int:
     for index in indices:
-        row = make_row(seed, index, size)
+        row = make_row(seed, index, size, variety)
         for column in COLUMNS:
             _replace(_path(folder, index, column), encode_png(getattr(row, column)))
     return len(indices)

@@ -11,6 +11,7 @@ of the first drawing, and the sketch determines its shapes. pipelines/synthetic/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +30,58 @@ from animediffusion.pipelines.synthetic.canvas import (
     join,
     mirror,
     shifted,
+    straight,
 )
-from animediffusion.pipelines.synthetic.palette import MOUTH, TONGUE, WHITE, CharacterPalette, random_palette
+from animediffusion.pipelines.synthetic.figures import Outfit, Pose, draw_body, draw_raised_arms
+from animediffusion.pipelines.synthetic.palette import MOUTH, TONGUE, WHITE, CharacterPalette, Color, random_palette
 
 EYES = ("round", "tall", "sharp", "droopy", "calm")
 MOUTHS = ("smile", "open", "cat", "small", "line", "grin")
+
+
+MORE_EYES = ("dots", "closed", "plain")
+MORE_MOUTHS = ("frown", "fang", "tongue", "shout")
+PUPILS = ("round", "slit", "none", "ring")
+EARS = ("round", "round", "round", "pointed", "long", "none")
+NOSES = ("hook", "dot", "shadow", "long", "none")
+
+
+class Build(NamedTuple):
+    """Proportions and kinds of the parts of a head; the defaults are the usual face."""
+
+    stretch: float = 1.0
+    """Width of the head."""
+    bend: tuple[float, float, float] | None = None
+    width: float = 1.0
+    """Width of the face below the hair."""
+    cheeks: float = 1.0
+    spacing: float = 1.0
+    """Distance of the eyes."""
+    eye_y: float = 0.0
+    eye_width: float = 1.0
+    eye_height: float = 1.0
+    lids: tuple[float, ...] = ()
+    """Displacements of the lids' points (x, y, x, y, ...), in half sizes of the eye."""
+    iris: float = 1.0
+    pupil: str = "round"
+    glints: int = 2
+    lash: float = 1.0
+    brow: float = 1.0
+    """Width of the brows; 0 = none."""
+    mouth_y: float = 0.0
+    mouth_width: float = 1.0
+    nose: str = "hook"
+    ears: str = "round"
+    blush: bool = True
+    marks: int = 0
+    """Number of marks on each cheek."""
+    volume: float = 1.0
+    """Width of the hair behind the head."""
+    strands: tuple[float, ...] = ()
+    """Displacements of the outline of the hair and of its locks."""
+
+
+_USUAL = Build()
 
 
 @dataclass(frozen=True)
@@ -76,6 +124,9 @@ class Geometry:
     """Side of an accessory or a wink: -1 (left) or 1 (right)."""
     jitter: tuple[float, ...]
     """Small variations of hair locks and background, each -1..1."""
+    build: Build = _USUAL
+    pose: Pose | None = None
+    """Pose of the body; None draws only the shoulders."""
 
 
 def random_character(rng: np.random.Generator) -> Character:
@@ -136,9 +187,15 @@ def draw_regions(character: Character, geometry: Geometry, size: int) -> FlatReg
 
 def _drawn(character: Character, geometry: Geometry, canvas: Canvas) -> Canvas:
     """Draw the character on an empty canvas, and return the canvas."""
+    draw_background(canvas, character.background, character.palette, (geometry.x, geometry.y), geometry.jitter[-1])
+    draw_character(canvas, character, geometry)
+    return canvas
+
+
+def draw_character(canvas: Canvas, character: Character, geometry: Geometry, outfit: Outfit | None = None) -> None:
+    """Draw a character over what is on the canvas: head and shoulders, or a figure if it has a pose and an outfit."""
     g, palette = geometry, character.palette
-    draw_background(canvas, character.background, palette, (g.x, g.y), g.jitter[-1])
-    head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt))
+    head = Pen(canvas, Frame(g.scale, g.x, g.y, g.tilt, g.build.bend, g.build.stretch))
     body = Pen(canvas, Frame(g.scale, g.x - 0.6 * g.tilt * g.scale, g.y))
     hidden = g.back == "buns" and character.accessory in ("beret", "cat ears")
     back = "bob" if hidden else g.back  # all drawings of a character must show the accent color
@@ -146,9 +203,16 @@ def _drawn(character: Character, geometry: Geometry, canvas: Canvas) -> Canvas:
     far, skull, features = (head.moved(depth * g.yaw, 0.6 * depth * g.pitch) for depth in (-0.05, 0.04, 0.13))
     if character.accessory == "cat ears":
         clothes.draw_cat_ears(far, palette)
-    hair.draw_behind(far, back, palette.hair)
-    _neck(body, head, g, palette)
-    clothes.draw_clothes(body, character.clothes, palette)
+    hair.draw_behind(far, back, palette.hair, g.build.volume, g.build.strands)
+    bare = character.clothes == "straps"
+    figure = (palette, outfit, g.pose) if outfit and g.pose else None
+    if figure:
+        draw_body(body, *figure, bare=bare)
+        _neck(body, head, g, palette, short=True)
+        clothes.draw_collar(body, character.clothes, palette)
+    else:
+        _neck(body, head, g, palette)
+        clothes.draw_clothes(body, character.clothes, palette)
     hair.draw_tails(far, back, palette.hair, palette.trim, g.jitter)
     _face(head, skull, features, g, palette)
     _eyes(features, g, palette)
@@ -158,25 +222,27 @@ def _drawn(character: Character, geometry: Geometry, canvas: Canvas) -> Canvas:
         clothes.draw_glasses(features, palette, 0.31)
     else:
         clothes.draw_accessory(skull, character.accessory, palette, g.side)
-    return canvas
+    if figure:
+        draw_raised_arms(body, *figure, bare=bare)
 
 
 def _outline(g: Geometry) -> Points:
+    wide, cheeks = g.build.width, g.build.width * g.build.cheeks
     half = [
         (0.46, -0.86),
         (0.63, -0.45),
-        (0.66, -0.05),
-        (0.625, 0.24),
-        (0.50 * g.jaw, 0.50),
-        (0.27 * g.jaw, g.chin - 0.09),
+        (0.66 * wide, -0.05),
+        (0.625 * cheeks, 0.24),
+        (0.50 * g.jaw * cheeks, 0.50),
+        (0.27 * g.jaw * wide, g.chin - 0.09),
     ]
     points = blob([(0, -1.0), *half, (0, g.chin), *mirror(half)])
     lean = 0.075 * g.yaw * np.clip(points[:, 1:] + 0.5, 0, None)  # the chin moves most when the head turns
     return np.asarray(points + lean * (1.0, 0.0), np.float64)
 
 
-def _neck(body: Pen, head: Pen, g: Geometry, palette: CharacterPalette) -> None:
-    half = [(0.19, 0.4), (0.19, 0.80), (0.24, 0.93), (0.50, 1.06), (0.6, 1.4)]
+def _neck(body: Pen, head: Pen, g: Geometry, palette: CharacterPalette, *, short: bool = False) -> None:
+    half = [(0.19, 0.4), (0.19, 0.80), (0.24, 0.93), *([(0.1, 1.1)] if short else [(0.50, 1.06), (0.6, 1.4)])]
     neck = join(curve(half), curve(mirror(half)))
     body.fill(neck, palette.skin.base)
     region = body.region(neck)
@@ -188,7 +254,20 @@ def _neck(body: Pen, head: Pen, g: Geometry, palette: CharacterPalette) -> None:
 def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: CharacterPalette) -> None:
     skin = palette.skin
     for side in (-1, 1):
+        if g.build.ears == "none":
+            break
         ear = blob([(side * 0.60, 0.0), (side * 0.74, -0.02), (side * 0.76, 0.16), (side * 0.64, 0.32)])
+        if g.build.ears != "round":
+            reach, rise = (0.98, -0.22) if g.build.ears == "pointed" else (1.3, -0.06)
+            ear = blob(
+                [
+                    (side * 0.58, 0.0),
+                    (side * 0.76, -0.08),
+                    (side * reach, rise),
+                    (side * 0.78, 0.22),
+                    (side * 0.62, 0.3),
+                ]
+            )
         head.fill(ear, skin.base)
         head.tint(ellipse(side * 0.67, 0.12, 0.05, 0.1), skin.shade)
         head.stroke(ear)
@@ -198,16 +277,32 @@ def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: CharacterP
     for shape in hair.shadow_on_face(g.front, g.jitter):
         skull.tint(shape, skin.shade, within=region)
     for side in (-1, 1):
-        features.tint(ellipse(side * 0.40, 0.42, 0.15, 0.085), TONGUE, within=region, opacity=0.36)
+        if g.build.blush:
+            features.tint(ellipse(side * 0.40, 0.42, 0.15, 0.085), TONGUE, within=region, opacity=0.36)
+        for number in range(g.build.marks):
+            mark = [(side * 0.34, 0.40 + 0.09 * number), (side * 0.54, 0.37 + 0.11 * number)]
+            features.stroke(straight(mark), 0.9, taper=(0.3, 0.3))
     head.stroke(outline)
-    features.stroke(curve([(-0.01, 0.35), (0.025, 0.385), (-0.015, 0.40)], 5), 0.9, taper=(0.2, 0.5))
-    _mouth(features, g)
+    _nose(features, g.build.nose, skin.shade)
+    _mouth(features.moved(0, g.build.mouth_y) if g.build.mouth_y else features, g)
+
+
+def _nose(pen: Pen, kind: str, shade: Color) -> None:
+    if kind == "hook":
+        pen.stroke(curve([(-0.01, 0.35), (0.025, 0.385), (-0.015, 0.40)], 5), 0.9, taper=(0.2, 0.5))
+    elif kind == "dot":
+        pen.stroke(curve([(0.0, 0.36), (0.015, 0.375), (0.0, 0.39)], 5), 1.4)
+    elif kind == "shadow":
+        pen.tint([(0.0, 0.27), (0.07, 0.40), (-0.03, 0.40)], shade)
+    elif kind == "long":
+        pen.stroke(curve([(0.05, 0.0), (0.03, 0.2), (0.09, 0.37), (-0.03, 0.40)], 5), 0.9, taper=(0.0, 0.6))
 
 
 def _mouth(pen: Pen, g: Geometry) -> None:
-    y = 0.56 + 0.3 * (g.chin - 0.8)
-    if g.mouth in ("open", "grin"):
-        wide, deep = (0.13, 0.15) if g.mouth == "open" else (0.18, 0.11)
+    y, w = 0.56 + 0.3 * (g.chin - 0.8), g.build.mouth_width
+    if g.mouth in ("open", "grin", "tongue", "shout"):
+        wide, deep = {"open": (0.13, 0.15), "grin": (0.18, 0.11), "tongue": (0.1, 0.09)}.get(g.mouth, (0.2, 0.17))
+        wide *= w
         lips = join(
             curve([(-wide, y - 0.02), (0, y + 0.005), (wide, y - 0.02)]),
             curve([(wide * 0.8, y + deep * 0.7), (0, y + deep), (-wide * 0.8, y + deep * 0.7)]),
@@ -215,21 +310,32 @@ def _mouth(pen: Pen, g: Geometry) -> None:
         pen.fill(lips, MOUTH)
         pen.tint(ellipse(0, y + deep, wide * 0.62, deep * 0.5), TONGUE, within=pen.region(lips))
         pen.stroke(join(lips, lips[:2]))
+        if g.mouth == "shout":
+            teeth = [(-0.14 * w, y), (0.14 * w, y), (0.11 * w, y + 0.045), (-0.11 * w, y + 0.045)]
+            pen.fill(teeth, WHITE)
+            pen.stroke(straight([*teeth, teeth[0]]), 0.7)
     elif g.mouth == "cat":
-        pen.stroke(curve([(-0.13, y - 0.01), (-0.07, y + 0.04), (0, y), (0.07, y + 0.04), (0.13, y - 0.01)]), 1.1)
+        points = np.array([(-0.13, y - 0.01), (-0.07, y + 0.04), (0, y), (0.07, y + 0.04), (0.13, y - 0.01)])
+        pen.stroke(curve(points * (w, 1)), 1.1)
     elif g.mouth == "small":
         dot = ellipse(0, y + 0.02, 0.05, 0.06)
         pen.fill(dot, MOUTH)
         pen.stroke(dot)
     else:
-        sag = 0.05 if g.mouth == "smile" else 0.008
-        pen.stroke(curve([(-0.13, y), (0, y + sag), (0.13, y)]), 1.1, taper=(0.5, 0.5))
+        sag = {"smile": 0.05, "frown": -0.05, "fang": 0.04}.get(g.mouth, 0.008)
+        pen.stroke(curve([(-0.13 * w, y), (0, y + sag), (0.13 * w, y)]), 1.1, taper=(0.5, 0.5))
+        if g.mouth == "fang":
+            tooth = [(0.03, y + 0.03), (0.055, y + 0.09), (0.085, y + 0.02)]
+            pen.fill(tooth, WHITE)
+            pen.stroke(straight(tooth), 0.7)
 
 
 def _brows(pen: Pen, g: Geometry) -> None:
     for side in (-1, 1):
+        if not g.build.brow:
+            break
         arch = [(side * 0.17, -0.22 + 0.03 * g.brow), (side * 0.32, -0.265), (side * 0.46, -0.21 - 0.02 * g.brow)]
-        pen.stroke(curve(arch), 1.5, taper=(0.8, 0.1))
+        pen.stroke(curve(arch), 1.5 * g.build.brow, taper=(0.8, 0.1))
 
 
 # Points of the upper and the lower lid of each kind of eye: (outward, down) in half sizes of the eye.
@@ -257,20 +363,41 @@ _LIDS = {
 }
 
 
+_PUPILS = {
+    "round": ((0.27, 0.42, "deep"),),
+    "slit": ((0.10, 0.55, "deep"),),
+    "none": (),
+    "ring": ((0.42, 0.60, "deep"), (0.26, 0.36, "light")),
+}
+
+
 def _eyes(pen: Pen, g: Geometry, palette: CharacterPalette) -> None:
+    build = g.build
     for side in (-1, 1):
-        width = 0.195 * g.eye_size * (1 - 0.16 * g.yaw * side)
-        center = (side * 0.31 * (1 - 0.06 * g.yaw * side), 0.13)
+        width = 0.195 * g.eye_size * (1 - 0.16 * g.yaw * side) * build.eye_width
+        center = (side * 0.31 * (1 - 0.06 * g.yaw * side) * build.spacing, 0.13 + build.eye_y)
         at = pen.moved(*center)
-        scale = np.array((side * width, 0.215 * g.eye_size))
-        if g.wink and side == g.side:
+        scale = np.array((side * width, 0.215 * g.eye_size * build.eye_height))
+        if g.eyes == "closed":
+            lid = curve(np.array([(-0.95, 0.25), (0, -0.35), (0.95, 0.25)]) * scale)
+            at.stroke(lid, 2.2, taper=(0.4, 0.6))
+        elif g.eyes == "dots":
+            dot = ellipse(0, 0, 0.4 * width, 0.55 * scale[1], 16)
+            at.fill(dot, palette.eyes.deep)
+            at.stroke(dot, 1.2)
+            at.fill(ellipse(-0.1 * width, -0.2 * scale[1], 0.14 * width, 0.16 * scale[1], 10), WHITE)
+        elif g.wink and side == g.side:
             at.stroke(curve(np.array([(-0.9, 0.1), (0, 0.62), (0.9, 0.1)]) * scale), 2.2, taper=(0.4, 0.6))
         else:
             _eye(at, g, scale, palette)
 
 
 def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: CharacterPalette) -> None:
-    upper_lid, lower_lid = _LIDS[g.eyes]
+    upper_lid, lower_lid = _LIDS.get(g.eyes, _LIDS["round"])
+    if g.build.lids:
+        moved = np.array([*upper_lid, *lower_lid]) + np.reshape(g.build.lids, (-1, 2))
+        points = [(float(x), float(y)) for x, y in moved]
+        upper_lid, lower_lid = points[: len(upper_lid)], points[len(upper_lid) :]
     upper = curve(np.array(upper_lid) * scale)
     lower = curve(np.array([upper_lid[-1], *lower_lid, upper_lid[0]]) * scale)
     opening = join(upper, lower)
@@ -279,18 +406,25 @@ def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: CharacterPa
     pen.fill(opening, WHITE)
     pen.tint(shifted(opening, 0, -1.55 * height), palette.skin.shade, within=region)
     x, y = 0.16 * g.gaze * width, 0.08 * height
-    iris = ellipse(x, y, 0.66 * width, 0.92 * height)
-    pen.gradient(iris, palette.eyes.deep, palette.eyes.light, within=region)
-    pen.tint(ellipse(x, y - 0.04 * height, 0.27 * width, 0.42 * height), palette.eyes.deep, within=region)
-    pen.tint(ellipse(x, y + 0.58 * height, 0.36 * width, 0.20 * height), palette.eyes.light, within=region)
+    size = g.build.iris
+    iris = ellipse(x, y, 0.66 * width * size, 0.92 * height * size)
+    if g.eyes == "plain":
+        pen.fill_within(iris, region, palette.eyes.base)
+    else:
+        pen.gradient(iris, palette.eyes.deep, palette.eyes.light, within=region)
+    for dx, dy, color in _PUPILS[g.build.pupil]:
+        tone = palette.eyes.deep if color == "deep" else palette.eyes.light
+        pen.tint(ellipse(x, y - 0.04 * height, dx * width * size, dy * height * size), tone, within=region)
+    if g.eyes != "plain":
+        pen.tint(ellipse(x, y + 0.58 * height, 0.36 * width, 0.20 * height), palette.eyes.light, within=region)
     pen.stroke_within(iris, region, 0.8)
-    for dx, dy, radius in ((-0.26, -0.40, 0.25), (0.26, 0.40, 0.12)):
+    for dx, dy, radius in ((-0.26, -0.40, 0.25), (0.26, 0.40, 0.12))[: g.build.glints]:
         glint = ellipse(x + dx * width, y + dy * height, radius * width, radius * height)
         pen.tint(glint, WHITE)  # light on the iris, not a region of its own
         pen.erase(glint)
-    pen.stroke(upper, 2.6, taper=(0.35, 0.8))
+    pen.stroke(upper, 2.6 * g.build.lash, taper=(0.35, 0.8))
     flick = np.array([upper_lid[-2], upper_lid[-1], (upper_lid[-1][0] + 0.22, upper_lid[-1][1] - 0.16)]) * scale
-    pen.stroke(curve(flick), 2.0, taper=(0.8, 0.0))
+    pen.stroke(curve(flick), 2.0 * g.build.lash, taper=(0.8, 0.0))
     pen.stroke(lower[2 : len(lower) // 2 + 4], 1.0, taper=(1.0, 0.0))
     crease = np.array([(x * 0.92, y - 0.26) for x, y in upper_lid[1:4]]) * scale
     pen.stroke(curve(crease), 0.7, taper=(0.0, 0.2))

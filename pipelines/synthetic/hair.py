@@ -16,21 +16,43 @@ from animediffusion.pipelines.synthetic.palette import Tone
 
 BACKS = ("long", "wavy", "bob", "short", "spiky", "twin tails", "braids", "buns", "side tail")
 FRONTS = ("locks", "blunt", "swept", "parted", "spiky", "curtain")
+MORE_BACKS = ("afro", "ponytail", "drills", "waterfall", "none")
+MORE_FRONTS = ("wild", "wild", "cover", "slick")
 
 _HALVES: dict[str, list[tuple[float, float]]] = {
     "long": [(0.72, -0.86), (0.90, -0.25), (0.92, 0.4), (1.0, 1.0), (1.04, 2.0)],
     "wavy": [(0.74, -0.86), (0.96, -0.25), (0.90, 0.2), (1.14, 0.62), (1.0, 1.05), (1.2, 1.5), (1.05, 2.0)],
     "bob": [(0.74, -0.86), (0.93, -0.2), (0.98, 0.3), (0.90, 0.72), (0.62, 0.86)],
     "short": [(0.68, -0.86), (0.82, -0.3), (0.78, 0.2), (0.58, 0.52)],
+    "afro": [(0.80, -1.30), (1.28, -0.85), (1.36, -0.2), (1.18, 0.4), (0.70, 0.62)],
+    "waterfall": [(0.76, -0.9), (1.06, -0.3), (1.20, 0.6), (1.34, 1.6), (1.20, 2.8), (0.8, 3.4)],
 }
-_BACK_OF_NECK = {"bob": 0.62, "short": 0.4}
+_BACK_OF_NECK = {"bob": 0.62, "short": 0.4, "afro": 0.5, "waterfall": 3.5}
 
 
-def draw_behind(pen: Pen, back: str, tone: Tone) -> None:
-    """Draw the hair behind the shoulders."""
+def draw_behind(pen: Pen, back: str, tone: Tone, volume: float = 1.0, strands: Sequence[float] = ()) -> None:
+    """Draw the hair behind the shoulders.
+
+    Args:
+        pen: a pen in head coordinates.
+        back: a style of BACKS or MORE_BACKS.
+        tone: color of the hair.
+        volume: factor on its width.
+        strands: displacements of the points of the outline, the left half's after the right half's.
+    """
+    if back == "none":
+        return
+    if back == "ponytail":
+        _ponytail(pen, tone, strands)
     half = _HALVES.get(back, _HALVES["short"])
     low = _BACK_OF_NECK.get(back, 2.0 if back in _HALVES else 0.4)
-    outline = blob([(0, -1.08), *half, (0, low), *mirror(half)])
+    top = (0, -1.45) if back == "afro" else (0, -1.08)
+    points = np.array([top, *half, (0, low), *mirror(half)])
+    if volume != 1.0 or len(strands):
+        points[:, 0] *= volume
+        free = np.arange(len(points)) % (len(half) + 1) > 1  # not at the crown
+        points += np.resize(np.asarray(strands, np.float64), points.shape) * free[:, None] if len(strands) else 0.0
+    outline = blob(points)
     pen.fill(outline, tone.shade)
     pen.tint(ellipse(0.0, 0.62, 0.62, 0.62), tone.deep, within=pen.region(outline))
     pen.stroke(outline)
@@ -52,12 +74,16 @@ def draw_tails(pen: Pen, back: str, tone: Tone, tie: Tone, jitter: Sequence[floa
             _braid(pen, side, tone, tie)
         elif back == "buns":
             _bun(pen, side, tone)
+        elif back == "drills":
+            _drill(pen, side, tone, 0.1 * jitter[1 + (side > 0)])
 
 
 def draw_front(
     pen: Pen, front: str, back: str, tone: Tone, jitter: Sequence[float], *, shine: bool, ahoge: bool
 ) -> None:
     """Draw the hair over the skull, the locks at the sides of the face and the fringe, with shading."""
+    if front == "bald":
+        return
     region = pen.region()
     cap = _cap(front)
     pen.fill(cap, tone.base, region=region)
@@ -66,7 +92,7 @@ def draw_front(
     pen.stroke(curve(_SKULL))
     if back == "spiky":
         _spikes(pen, tone, jitter, region)
-    for side in (-1, 1):
+    for side in (-1, 1) if front != "slick" else ():
         _side_lock(pen, side, front, tone, jitter[3 + (side > 0)], region)
     for root, tip, width, bend in fringe(front, jitter):
         _lock(pen, root, tip, width, bend, tone, region)
@@ -79,6 +105,8 @@ def draw_front(
 
 def shadow_on_face(front: str, jitter: Sequence[float]) -> list[Points]:
     """Return the shapes of the shadow that the fringe throws on the skin."""
+    if front == "bald":
+        return []
     shapes = [shifted(_outline(root, tip, width, bend), 0.03, 0.09) for root, tip, width, bend in fringe(front, jitter)]
     return [*shapes, shifted(_cap(front), 0.02, 0.08)]
 
@@ -106,6 +134,26 @@ def fringe(front: str, jitter: Sequence[float]) -> list[Lock]:
         ]
     if front == "spiky":
         return [((0.45 * x, -0.66), (x + 0.09 * wave[i], 0.06 - 0.1 * wave[i]), 0.2, 0.05) for i, x in _inward(5, 0.56)]
+    if front == "slick":
+        return []
+    if front == "wild":
+        count = 4 + round(2.5 * (wave[0] + 1))
+        return [
+            (
+                (0.4 * x + 0.1 * wave[(i + 1) % 9], -0.76),
+                (x + 0.14 * wave[(2 * i + 3) % 9], 0.08 + 0.26 * wave[(i + 4) % 9]),
+                0.75 / count + 0.04 * wave[(i + 2) % 9],
+                0.16 * wave[(3 * i + 1) % 9],
+            )
+            for i, x in _inward(count, 0.62)
+        ]
+    if front == "cover":
+        side = 1 if wave[0] > 0 else -1
+        tips = [(-0.62, 0.40), (-0.46, 0.52), (-0.27, 0.48), (-0.05, 0.26), (0.25, -0.06), (0.6, 0.05)]
+        return [
+            ((side * (0.25 - 0.02 * i), -0.78), (side * x, y + 0.05 * wave[i]), 0.16, -side * 0.12)
+            for i, (x, y) in enumerate(tips)
+        ]
     return [
         ((0.35 * x, -0.74), (x + 0.06 * wave[i], 0.03 + 0.07 * wave[i]), 0.17, 0.06 * x) for i, x in _inward(6, 0.6)
     ]
@@ -126,7 +174,7 @@ def _parted(wave: Sequence[float], part: float, xs: Sequence[float], ys: Sequenc
 
 
 def _cap(front: str) -> Points:
-    high = {"parted": -0.74, "curtain": -0.74}.get(front, -0.5)
+    high = {"parted": -0.74, "curtain": -0.74, "slick": -0.72}.get(front, -0.5)
     hairline = [(0.62, -0.1), (0.48, high + 0.22), (0.0, high), (-0.48, high + 0.22), (-0.62, -0.1)]
     return join(curve([(-0.80, 0.1), *_SKULL, (0.80, 0.1)]), curve(hairline))
 
@@ -246,3 +294,28 @@ def _bun(pen: Pen, side: int, tone: Tone) -> None:
     pen.stroke(ball)
     swirl = [(side * 0.50, -0.92), (side * 0.62, -1.12), (side * 0.82, -1.04), (side * 0.76, -0.88)]
     pen.stroke(curve(swirl), 0.8, taper=(0.0, 0.0))
+
+
+def _ponytail(pen: Pen, tone: Tone, strands: Sequence[float]) -> None:
+    """Draw a tail that hangs from the back of the head to one side."""
+    side = -1 if len(strands) and strands[0] < 0 else 1
+    sway = 2.0 * strands[1] if len(strands) > 1 else 0.0
+    outer = curve([(side * 0.2, -1.1), (side * 0.9, -1.35), (side * (1.35 + sway), -0.6), (side * (1.3 + sway), 0.9)])
+    inner = curve([(side * (1.3 + sway), 0.9), (side * (1.0 + sway), 0.2), (side * 0.95, -0.5), (side * 0.4, -0.8)])
+    outline = join(outer, inner)
+    pen.fill(outline, tone.base)
+    pen.tint(shifted(outline, 0.14, 0.1), tone.shade, within=pen.region(outline))
+    pen.stroke(outer)
+    pen.stroke(inner)
+
+
+def _drill(pen: Pen, side: int, tone: Tone, sway: float) -> None:
+    """Draw a curled tail: rolls that get smaller toward the tip."""
+    for step in range(5, -1, -1):
+        wide, y = 0.30 - 0.035 * step, -0.25 + 0.27 * step
+        x = side * (0.95 + 0.02 * step) + sway * step / 5
+        roll = blob([(x - wide, y - 0.1), (x, y - 0.2), (x + wide, y - 0.04), (x + 0.9 * wide, y + 0.16), (x, y + 0.2),
+                     (x - 0.9 * wide, y + 0.1)], 5)  # fmt: skip
+        pen.fill(roll, tone.base)
+        pen.tint(shifted(roll, 0.12, 0.08), tone.shade, within=pen.region(roll))
+        pen.stroke(roll)

@@ -8,10 +8,11 @@ color.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 Color = tuple[int, int, int]
 
@@ -178,3 +179,95 @@ def _linear(lightness: float, a: float, b: float) -> tuple[float, float, float]:
 
 def _gamma(value: float) -> float:
     return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
+
+
+def varied_palette(rng: np.random.Generator) -> CharacterPalette:
+    """Return a palette of one of many moods.
+
+    Natural colors in colored light, any colors at all, pale, dark, loud or gray colors, or colors of nearly one hue.
+    """
+    mood = str(rng.choice(_MOODS, p=_MOOD_SHARES))
+    if mood == "tinted":
+        return _lit(random_palette(rng), rng.uniform(0.45, 1.05, 3))
+    pick = _mood(rng, mood)
+    chosen: list[_Lch] = []
+    for _ in range(7):
+        chosen.append(_far_from(chosen[-3:], 0.10, pick) if chosen else pick())
+    hair, skin, upper, clothes, trim, accent, eyes = chosen
+    if rng.random() < 0.4:
+        skin = _random_skin(rng)
+    if rng.random() < 0.3:
+        upper = (0.99, 0.005, 90.0)
+    tones = [_tone(color) for color in (hair, skin, eyes, clothes, trim, accent)]
+    background = [_rgb(*upper), _rgb(*_similar(rng, upper))]
+    return _palette(tones, background)
+
+
+def free_tones(rng: np.random.Generator, count: int, *, paper: bool) -> list[Tone]:
+    """Return `count` colors of one mood; neighbors in the list differ. With `paper`, the first is nearly white."""
+    pick = _mood(rng, str(rng.choice(_MOODS[1:])))
+    chosen = [_between(rng, (0.95, 0.0, 0), (1.0, 0.02, 360)) if paper else pick()]
+    for _ in range(count - 1):
+        chosen.append(_far_from([chosen[0], *chosen[-3:]], 0.11, pick))
+    return [_tone(color) for color in chosen]
+
+
+def with_shadows(palette: CharacterPalette, amount: float) -> CharacterPalette:
+    """Return the palette with its shadows and lights moved toward the base colors (amount below 1) or away."""
+    return _palette([_shadowed(tone, amount) for tone in palette[:6]], palette[6:])
+
+
+def shadowed(tones: Sequence[Tone], amount: float) -> list[Tone]:
+    """Do for single colors what with_shadows() does for a palette."""
+    return [_shadowed(tone, amount) for tone in tones]
+
+
+def _palette(tones: Sequence[Tone], background: Sequence[Color]) -> CharacterPalette:
+    hair, skin, eyes, clothes, trim, accent = tones
+    upper, lower = background
+    return CharacterPalette(hair, skin, eyes, clothes, trim, accent, upper, lower)
+
+
+_MOODS = ("tinted", "any", "any", "pale", "dark", "loud", "gray", "one hue")
+_MOOD_SHARES = (0.25, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.1)
+
+
+def _mood(rng: np.random.Generator, mood: str) -> Callable[[], _Lch]:
+    """Return a function that picks a color of a mood."""
+    hue = float(rng.uniform(0, 360))
+    low, high = {
+        "pale": ((0.72, 0.01, 0), (0.97, 0.09, 360)),
+        "dark": ((0.24, 0.01, 0), (0.58, 0.12, 360)),
+        "loud": ((0.4, 0.12, 0), (0.85, 0.26, 360)),
+        "gray": ((0.15, 0.0, 0), (0.98, 0.02, 360)),
+        "one hue": ((0.2, 0.02, hue - 25), (0.97, 0.16, hue + 25)),
+    }.get(mood, ((0.2, 0.0, 0), (0.98, 0.2, 360)))
+
+    def pick() -> _Lch:
+        lightness, chroma, angle = (float(rng.uniform(a, b)) for a, b in zip(low, high, strict=True))
+        return lightness, chroma, angle
+
+    return pick
+
+
+def _lit(palette: CharacterPalette, light: NDArray[np.float64]) -> CharacterPalette:
+    """Return the palette under colored light."""
+
+    def dim(color: Color) -> Color:
+        red, green, blue = (
+            min(255, round(value * factor)) for value, factor in zip(color, light.tolist(), strict=True)
+        )
+        return red, green, blue
+
+    return _palette([Tone(*map(dim, tone)) for tone in palette[:6]], [dim(color) for color in palette[6:]])
+
+
+def _shadowed(tone: Tone, amount: float) -> Tone:
+    def moved(color: Color) -> Color:
+        red, green, blue = (
+            min(255, max(0, round(base + amount * (value - base))))
+            for base, value in zip(tone.base, color, strict=True)
+        )
+        return red, green, blue
+
+    return Tone(tone.base, moved(tone.shade), moved(tone.deep), moved(tone.light))

@@ -109,7 +109,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
-        made, body = await loop.run_in_executor(pool, _rendered, answer.picture, drawing, job.reference, form)
+        made, body = await loop.run_in_executor(pool, _rendered, answer.picture, drawing, job.references[0], form)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
         if made.regions is not None:
             headers["X-Regions"] = str(len(made.regions))
@@ -130,7 +130,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
-        body = events(first, items, drawing, job.reference, form, request.state, pool)
+        body = events(first, items, drawing, job.references[0], form, request.state, pool)
         return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
 
 

@@ -21,16 +21,24 @@ def data_synthesize(
     ],
     size: Annotated[int, typer.Option(metavar="PX", help="Side of the images in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed; the same seed gives the same pictures.")] = 0,
+    variety: Annotated[
+        str,
+        typer.Option(
+            metavar="PRESET|NAME=SHARE,...",
+            help="How varied the drawings are: faces, diverse, or shares 0..1 of factors, as lines=0.5,shapes=0.3.",
+        ),
+    ] = "faces",
 ) -> None:
-    """Draw anime faces as training images.
+    """Draw anime faces, and with --variety much else, as training images.
 
     Each row has a target, a sketch, a reference, and a second view with the same colors.
     """
     from animediffusion.pipelines.synthetic.dataset import synthesize
+    from animediffusion.pipelines.synthetic.variety import Variety
 
     console = common.console()
     with console.progress("drawing", "rows") as progress:
-        result = synthesize(dst, count, size, seed, progress)
+        result = synthesize(dst, count, size, seed, progress, variety=Variety.parse(variety))
     console.result(result, f"drew {result['rows']} rows in {result['seconds']:.1f} s: {dst}")
 
 
