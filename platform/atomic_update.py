@@ -18,9 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
-from botocore.config import Config as ClientConfig
-from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 
 from animediffusion.platform.errors import StorageError
@@ -70,6 +67,10 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _update_object(uri: str, change: Change) -> None:
+    import boto3  # here, because it takes time to import and most files are local
+    from botocore.config import Config as ClientConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
     bucket, key, endpoint, region = storage.s3_object(uri)
     patient = ClientConfig(connect_timeout=3, read_timeout=15, retries={"mode": "standard", "max_attempts": 5})
     client = boto3.client("s3", endpoint_url=endpoint, region_name=region, config=patient)
@@ -95,6 +96,8 @@ def _read(client: Any, bucket: str, key: str) -> tuple[bytes | None, dict[str, s
 
 def _write(client: Any, bucket: str, key: str, data: bytes, condition: dict[str, str]) -> bool:
     """Write an object; return False if another process has written it since it was read."""
+    from botocore.exceptions import ClientError
+
     try:
         client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
     except ClientError as error:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import optuna
 import ray
@@ -30,8 +30,6 @@ from animediffusion.models.network.attention import Backend, chosen_attention, u
 from animediffusion.models.training.ema import Averages, read_averages
 from animediffusion.pipelines.evaluation.evaluate import Evaluation
 from animediffusion.pipelines.evaluation.measure import MeasuredRows, Measurement, load_rows, measure
-from animediffusion.pipelines.release import release
-from animediffusion.pipelines.release.checks import check_bundle
 from animediffusion.pipelines.tuning.optuna_searcher import (
     Point,
     SearchConfig,
@@ -42,13 +40,14 @@ from animediffusion.pipelines.tuning.optuna_searcher import (
     run_trials,
 )
 from animediffusion.pipelines.tuning.pareto import Prefer, choose, describe, floor, pareto_front
-from animediffusion.pipelines.tuning.plots import draw_front, draw_strip
 from animediffusion.pipelines.tuning.sampler_space import SamplerSpace
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, Interrupted
-from animediffusion.platform.registry.client import Registry
-from animediffusion.platform.tracking.tracking import TUNING, Run
+
+if TYPE_CHECKING:
+    from animediffusion.platform.registry.client import Registry
+    from animediffusion.platform.tracking.tracking import Run
 
 FORMAT = 1
 """Version of the trial log; it must change when the same settings would be measured differently."""
@@ -145,6 +144,12 @@ def tune_sampler(
         ClusterError: the defaults could not be measured.
         Interrupted: a signal arrived; the same call resumes.
     """
+    # Here, because the processes of the trials need neither MLflow nor matplotlib, which take seconds to import.
+    from animediffusion.pipelines.release.checks import check_bundle
+    from animediffusion.pipelines.tuning.plots import draw_front
+    from animediffusion.platform.registry.client import Registry
+    from animediffusion.platform.tracking.tracking import TUNING, Run
+
     if prefer not in get_args(Prefer):
         raise ConfigError("--prefer", repr(prefer), ", ".join(get_args(Prefer)))
     if trials < 1:
@@ -286,6 +291,8 @@ def _conclude_here(
     use_attention(attention)
     bundle.denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
     chosen, unseen = confirm(bundle, averages, rows, points, prefer)
+    from animediffusion.pipelines.tuning.plots import draw_strip
+
     return _Conclusion(chosen, unseen, draw_strip(bundle, averages, rows.searched, pareto_front(points), chosen))
 
 
@@ -370,6 +377,8 @@ def _register(
 
     Returns the version, and whether it is a new one.
     """
+    from animediffusion.pipelines.release import release
+
     settings, sampler = registry.settings, chosen.settings
     same_weights = chosen.ema_length == averages.length
     if same_weights and sampler == _space(bundle, averages).simplest(bundle.config.sampler):
