@@ -176,8 +176,8 @@ def run_watched(
 
     Args:
         work: the function to run, for example fit() of a Ray Train or Ray Tune run.
-        poll: called every POLL_S with the number of the first signal (None until it arrives) and a function to call
-            whenever the work makes progress; it returns whether to keep waiting for the work.
+        poll: called every POLL_S, and once after the work has ended, with the number of the first signal (None until it
+            arrives) and a function to call whenever the work makes progress; it returns whether to keep waiting.
         on_signal: called when the first signal arrives.
         report: called with a line on unmet resource demands, see waits().
 
@@ -195,8 +195,10 @@ def run_watched(
     thread = threading.Thread(target=body, name="work", daemon=True)
     with StopSignals(on_signal) as stop, waits(report) as moved:
         thread.start()
-        while thread.is_alive():
+        runs = True
+        while runs:
             thread.join(POLL_S)
+            runs = thread.is_alive()  # read before poll(), so that a poll follows the end of the work
             if not poll(stop.number, moved):
                 break
     return stop.number, failed[0] if failed else None

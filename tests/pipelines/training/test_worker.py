@@ -1,5 +1,6 @@
 """A worker of a run without Ray: what it does when memory is short, or fails otherwise."""
 
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import ray
 import torch
 from tiny import NETWORK
 
-from animediffusion.pipelines.training import worker
+from animediffusion.pipelines.training import driver, worker
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.pipelines.training.reporting import RunAddress
+from animediffusion.pipelines.training.reporting import RunAddress, TrainProgress
 from animediffusion.pipelines.training.trial_report import TrialContext
 from animediffusion.pipelines.training.validation import SharedColorizer
+from animediffusion.platform.cluster import cluster
+from animediffusion.platform.errors import TrainingError
 
 
 @pytest.fixture
@@ -21,8 +24,10 @@ def context(tmp_path):
     """What a worker gets; the progress actor only collects failures."""
     path, failures = tmp_path / "tiny.yaml", []
     path.write_text(f"data: here\n{NETWORK}max_steps: 4\n")
-    calls = {"start": lambda _worker: None, "fail": failures.append, "latest": lambda: failures}
+    start, ignore = (lambda _worker: failures[0] if failures else None), (lambda *_: None)
+    calls = {"start": start, "fail": failures.append, "latest": TrainProgress, "stop": ignore, "warn": ignore}
     progress = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+    progress.failures = failures
     address = RunAddress("uri", "id", tmp_path / "unsent")
     return worker.WorkerContext(load_recipe(str(path)), "tiny", 32, str(tmp_path), address, progress)
 
@@ -40,7 +45,7 @@ def failing(monkeypatch, context):
         with pytest.raises(type(error)):
             worker.train_worker({"context": replace(context, **changes)})
 
-    return context.progress.latest.remote(), fail
+    return context.progress.failures, fail
 
 
 @pytest.mark.parametrize(
@@ -77,12 +82,24 @@ def test_what_may_pass_is_tried_again(failing, error):
 
 def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(monkeypatch, context):
     monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(cluster, "waits", lambda _report: nullcontext(lambda: None))
     wanted = replace(context, config=context.config.model_copy(update={"attention": "xformers"}))
-    with pytest.raises(ValueError, match="attention is 'xformers'"):
-        worker.train_worker({"context": wanted})
-    [failure] = context.progress.latest.remote()
-    assert failure.reason.startswith("attention is 'xformers', which cannot run: it needs CUDA")
-    assert failure.advice == "set attention=auto"
+    failures, tries = context.progress.failures, []
+
+    def fit():
+        """Start the worker again after each error, as Ray Train does."""
+        while len(tries) < 5:
+            tries.append(len(failures))
+            with suppress(ValueError):
+                worker.train_worker({"context": wanted})
+                break
+
+    context.progress.latest.remote = lambda: TrainProgress(failure=failures[0] if failures else None)
+    work = SimpleNamespace(run="tiny", checkpoints=context.checkpoints)
+    reason = "run tiny: attention is 'xformers', which cannot run: it needs CUDA.*; set attention=auto$"
+    with pytest.raises(TrainingError, match=reason):
+        driver._run_and_watch(SimpleNamespace(fit=fit), work, context.progress, None)
+    assert tries == [0, 1], "the second worker returns immediately"
 
 
 def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatch, context):
