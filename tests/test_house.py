@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections import Counter
 from importlib.metadata import distribution
@@ -307,6 +308,28 @@ def test_the_pins_for_gpus_are_of_one_cuda_version_and_fit_the_others():
     assert gpu["torch"][1] == built["torch"].partition("+")[0]
     assert gpu[f"nvidia-cuda-runtime-cu{major}"][1].startswith(f"{major}.{minor}.")
     assert f"libcudart.so.{major}\0".encode() in wheel.locate_file("xformers/_C.so").read_bytes()
+
+
+def test_the_hooks_before_a_commit_have_the_versions_of_the_checks():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    versions = {one["repo"].rpartition("/")[2]: one["rev"] for one in hooks}
+    pins = pins_of("constraints.txt")
+    assert versions.keys() == {"ruff-pre-commit", "codespell", "pre-commit-hooks"}
+    assert versions["ruff-pre-commit"] == f"v{pins['ruff'][1]}"
+    assert versions["codespell"] == f"v{pins['codespell'][1]}"
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", versions["pre-commit-hooks"])
+    assert "detect-private-key" in {hook["id"] for one in hooks for hook in one["hooks"]}
+
+
+def test_the_workflow_runs_what_contributors_run():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_changelog_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\n## {version}, " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_links_of_the_texts_lead_to_files_of_the_repository():
