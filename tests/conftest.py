@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import resource
@@ -31,6 +32,8 @@ MOST_CPU_S = 10.0
 TESTS = Path(__file__).parent
 SHARED = {"ray_cluster": "ray", "cluster_head": "head"}
 """Fixtures that only one process should start, and the groups of the tests that use them."""
+_MAY_LEAK = {"ray", "browser", "slow"}
+"""Marks of tests with Ray or other programs, whose clients leave sockets and processes to the garbage collector."""
 LONGEST = (
     "ray",
     "docs/test_walkthrough.py",
@@ -55,9 +58,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = SHARED[min(shared)] if shared else item.path.relative_to(TESTS).as_posix()
         if shared:
             item.add_marker(pytest.mark.ray)
+        if not _may_leak(item):
+            # The garbage collector finds an unclosed file in whatever code runs then, and pytest warns of its warning.
+            item.add_marker(pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("error::ResourceWarning"))
         item.add_marker(pytest.mark.xdist_group(group))
         order[item] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
     items.sort(key=order.__getitem__)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Collect the garbage of the last test that may leak, so that its warnings do not end the next test."""
+    if nextitem is not None and _may_leak(item) and not _may_leak(nextitem):
+        gc.collect()
+
+
+def _may_leak(item: pytest.Item) -> bool:
+    return bool(_MAY_LEAK & {mark.name for mark in item.iter_markers()})
 
 
 def _cpu_seconds() -> float:
