@@ -1,10 +1,9 @@
-"""The application on a real Ray, while versions come and go: one deployment for all tests here, in their order."""
+"""The application on a real Ray, while versions come and go: one deployment for all tests here, in any order."""
 
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import httpx
 import pytest
@@ -40,6 +39,17 @@ class Studio:
 
     def models(self) -> dict:
         return self.client.get("/v1/models").json()
+
+    def total(self, *counts: str) -> int:
+        return sum(replica[count] for replica in self.models()["replicas"] for count in counts)
+
+    def errors(self) -> list[str]:
+        return [replica["error"] for replica in self.models()["replicas"] if replica["error"]]
+
+    def serve_champion(self, version: str) -> float:
+        """Wait until all pictures are made by a version, and return the seconds; a request wakes an engine up."""
+        self.color()
+        return self.seconds_until(lambda: self.models()["traffic"] == {version: 1.0})
 
     def seconds_until(self, condition) -> float:
         began = time.monotonic()
@@ -77,26 +87,49 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def studio(serve_port, tmp_path_factory, bundle_folder, files):
-    """Version 1 is champion, 2 works, too, 3 makes pictures that are no numbers. No engine runs yet."""
+def registry(tmp_path_factory, bundle_folder):
+    """Versions 1 and 2 work; 3 makes pictures that are not finite."""
     folder = tmp_path_factory.mktemp("live")
     with_sampler(bundle_folder, folder / "other", SamplerDefaults(name="euler", steps=2))
     broken_copy(bundle_folder, folder / "broken", not_finite)
     registry = Registry(Settings(workspace=folder / "workspace"))
     for bundle in (bundle_folder, folder / "other", folder / "broken"):
         registry.register(bundle, sha256=identity(bundle))
-    release.promote(registry.settings, 1, force=True)
-    config = ServeConfig(
-        workspace=registry.settings.workspace, min_replicas=0, max_batch=4, poll_s=0.5, engine_cpus=0.5
-    )
-    yield Studio(start(config, port=serve_port), registry, files)
-    with suppress(Exception):  # a test has deleted it
+    return registry
+
+
+@pytest.fixture(scope="module")
+def config(registry):
+    """Settings of an application that starts without an engine, and whose engines follow the registry quickly."""
+    yield ServeConfig(workspace=registry.settings.workspace, min_replicas=0, max_batch=4, poll_s=0.5, engine_cpus=0.5)
+    serve.delete(APP_NAME)
+
+
+@pytest.fixture
+def studio(serve_port, registry, config, files):
+    """The running application, with version 1 as champion."""
+    if registry.alias("champion") != 1:
+        release.promote(registry.settings, 1, force=True)
+    if APP_NAME not in serve.status().applications:
+        start(config, port=serve_port)
+    studio = Studio(f"http://127.0.0.1:{serve_port}", registry, files)
+    yield studio
+    studio.client.close()
+
+
+@pytest.fixture
+def sleeping_studio(studio, serve_port, config):
+    """The running application, without an engine."""
+    if studio.models()["replicas"]:
         serve.delete(APP_NAME)
+        start(config, port=serve_port)
+    return studio
 
 
-def test_a_request_wakes_an_engine_up(studio):
+def test_a_request_wakes_an_engine_up(sleeping_studio):
+    studio = sleeping_studio
     asleep = studio.models()
-    assert asleep == {"desired": {"champion": "1", "challenger": None}, "traffic": {}, "replicas": []}
+    assert (asleep["desired"]["champion"], asleep["traffic"], asleep["replicas"]) == ("1", {}, [])
     assert studio.client.get("/readyz").status_code == 200
     answer = studio.color()
     assert (answer.status_code, answer.headers["x-model-version"]) == (200, "1"), answer.text
@@ -152,50 +185,60 @@ def test_versions_come_and_go_under_load_and_no_request_fails(studio):
         with pytest.raises(BundleError, match="version 3"):
             release.promote(studio.settings, 3, force=True)  # the gate, even so
         studio.registry.set_alias("champion", 3)  # around the gate
-        studio.seconds_until(lambda: studio.models()["replicas"][0]["error"])
+        studio.seconds_until(studio.errors)
         before = len(load.answers)
         studio.seconds_until(lambda: len(load.answers) > before + 3)
         assert load.latest == "2"
-        told = studio.models()
-        assert told["desired"]["champion"] == "3"
-        assert told["traffic"] == {"2": 1.0}
-        assert "not a finite" in told["replicas"][0]["error"]
-        assert told["replicas"][0]["state"] == "ready"
+        models = studio.models()
+        assert models["desired"]["champion"] == "3"
+        assert models["traffic"] == {"2": 1.0}
+        assert "not a finite" in models["replicas"][0]["error"]
+        assert models["replicas"][0]["state"] == "ready"
 
         assert release.rollback(studio.settings).version == 2
         assert release.rollback(studio.settings).version == 1
         assert studio.seconds_until(lambda: load.latest == "1") < FOLLOWS_WITHIN_S
-        assert studio.seconds_until(lambda: studio.models()["replicas"][0]["error"] is None) < FOLLOWS_WITHIN_S
+        assert studio.seconds_until(lambda: not studio.errors()) < FOLLOWS_WITHIN_S
 
     assert {status for status, _ in load.answers} == {200}, Counter(load.answers)
     assert {version for _, version in load.answers} == {"1", "2"}
 
 
 def test_a_canary_gets_its_part_and_gives_it_back(studio):
+    studio.serve_champion("1")
     release.promote(studio.settings, 2, alias="challenger", force=True)
     canary(studio.settings, 40)
     assert studio.seconds_until(lambda: len(studio.models()["traffic"]) == 2) < FOLLOWS_WITHIN_S
-    told = studio.models()
-    assert told["traffic"] == {"1": 0.6, "2": 0.4}
-    assert told["desired"] == {"champion": "1", "challenger": "2"}
+    models = studio.models()
+    assert models["traffic"] == {"1": 0.6, "2": 0.4}
+    assert models["desired"] == {"champion": "1", "challenger": "2"}
     drawn = [studio.color(seed).headers["x-model-version"] for seed in range(15)]
     assert set(drawn) == {"1", "2"}
     assert [studio.color(seed).headers["x-model-version"] for seed in range(15)] == drawn
     canary(studio.settings, 0)
-    assert studio.seconds_until(lambda: studio.models()["traffic"] == {"1": 1.0}) < FOLLOWS_WITHIN_S
+    assert studio.serve_champion("1") < FOLLOWS_WITHIN_S
 
 
 def test_prometheus_finds_what_the_engines_count(studio):
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
-    def scraped() -> str:
-        return httpx.get(url, trust_env=False, timeout=10).text
+    def scraped() -> list[str]:
+        lines = httpx.get(url, trust_env=False, timeout=10).text.splitlines()
+        return [line for line in lines if line.startswith("ray_animediffusion_")]
 
+    def counted(name: str, *labels: str) -> bool:
+        found = [line for line in scraped() if line.startswith(f"ray_animediffusion_{name}{{")]
+        return any(all(label in line for label in labels) and float(line.split()[-1]) > 0 for line in found)
+
+    release.promote(studio.settings, 2, force=True)
+    studio.serve_champion("2")
     studio.color()
-    studio.seconds_until(lambda: "ray_animediffusion_requests_total{" in scraped() and 'outcome="ok"' in scraped())
-    series = [line for line in scraped().splitlines() if line.startswith("ray_animediffusion_")]
-    assert {line.partition("{")[0] for line in series} >= {
+    studio.registry.set_alias("champion", 3)  # without the checks of a promotion
+    studio.seconds_until(studio.errors)
+    studio.seconds_until(lambda: counted("requests_total", 'version="2"', 'outcome="ok"'))
+    studio.seconds_until(lambda: counted("swaps_total", 'version="3"', 'outcome="failed"'))
+    assert {line.partition("{")[0] for line in scraped()} >= {
         "ray_animediffusion_queued",
         "ray_animediffusion_running",
         "ray_animediffusion_occupancy",
@@ -208,16 +251,12 @@ def test_prometheus_finds_what_the_engines_count(studio):
         "ray_animediffusion_turn_seconds_bucket",
         "ray_animediffusion_turn_seconds_count",
     }
-    requests = [line for line in series if line.startswith("ray_animediffusion_requests_total{")]
-    assert any('version="2"' in line and 'outcome="ok"' in line and float(line.split()[-1]) > 0 for line in requests)
-    swaps = [line for line in series if line.startswith("ray_animediffusion_swaps_total{")]
-    assert any('version="3"' in line and 'outcome="failed"' in line for line in swaps)
 
 
 def test_pictures_that_are_being_made_are_finished_when_the_application_ends(studio):
     slow = {"num_inference_steps": "100", "sampler": "heun", "guidance_scale": "2"}
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(studio.client.post, "/v1/colorize", files=studio.files, data=slow) for _ in range(4)]
-        studio.seconds_until(lambda: sum(studio.models()["replicas"][0][key] for key in ("running", "queued")) == 4)
+        studio.seconds_until(lambda: studio.total("running", "queued") == 4)
         serve.delete(APP_NAME)
     assert [answer.result().status_code for answer in answers] == [200] * 4
