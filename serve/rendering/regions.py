@@ -9,6 +9,7 @@ smaller hill, because such a neck is no gap in a line but a narrow place of one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ Labels = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
-WORK_PIXELS = 2_000_000
+WORK_PIXELS = 4_000_000
 """Regions of a larger drawing are found at 1/2, 1/3, ... of its size and continued to the lines at full size."""
 INK = 0.35
 """A pixel at least this dark is part of a line..."""
@@ -45,13 +46,25 @@ NECK = 0.5
 """Two hills are one region if the neck between them is at least this share of the lower hill's width."""
 OPEN = 0.4
 """Two hills are one region if at least this share of their common border is open."""
+SPREAD_LEVELS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
+"""Under the lines, regions grow over pixels that are lighter than each of these values in turn, then over all."""
 BANKS = 2.0
 """The border of two hills runs under the lines on both sides of the neck; this multiple of the lines' thickness is not
 counted."""
-SLIVER_PX = 2.0
-"""A region whose largest ball has at most this radius is a sliver, unless it is larger than SLIVER_AREA."""
+SLIVER = 0.002
+"""Half the width up to which a region is a sliver, as a share of the drawing's side..."""
+MIN_SLIVER_PX = 2.0
+"""... but at least this many pixels."""
 SLIVER_AREA = 1e-4
-"""Share of the drawing's area below which a region is a sliver."""
+"""Share of the drawing's area below which a region with an open border is a sliver."""
+OPENNESS = 4.0
+"""A sliver belongs to the neighbor with the longest border, in which open pixels count this much more."""
+
+_NEIGHBORS = (
+    ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
+    ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
+)
+"""Index pairs of a picture [H, W]: pixels and their right neighbors, pixels and their lower neighbors."""
 
 
 class Regions(NamedTuple):
@@ -64,16 +77,14 @@ class Regions(NamedTuple):
 
 def find_regions(drawing: Drawing) -> Regions:
     """Return the regions of a drawing; the result depends only on the darkness of its lines."""
-    height, width = drawing.darkness.shape
-    step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
-    small = _reduced(drawing.darkness, step)
+    darkness = drawing.darkness
+    step = math.ceil(math.sqrt(darkness.size / WORK_PIXELS))
+    small = _reduced(darkness, step) if step > 1 else darkness
     lines = _without_specks(find_lines(small))
     if lines.all():
-        return Regions(np.ones((height, width), np.int32), 1)
-    labels = _merged(lines)
-    if step > 1:
-        labels = labels.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
-    return Regions(np.ascontiguousarray(labels), int(labels.max()))
+        return Regions(np.ones(darkness.shape, np.int32), 1)
+    labels, count = _merged(lines, small)
+    return Regions(_enlarged(labels, count, darkness, step) if step > 1 else labels, count)
 
 
 def _reduced(darkness: Floats, step: int) -> Floats:
@@ -115,18 +126,73 @@ def _without_specks(lines: Mask) -> Mask:
     return (sizes > SPECK_PX)[labels]
 
 
-def _merged(lines: Mask) -> Labels:
-    """Return labels 1..count of the merged hills, [H, W]."""
+def _enlarged(small: Labels, count: int, darkness: Floats, step: int) -> Labels:
+    """Return labels at `step` times their size; their borders move to the lines of the full-size drawing."""
+    height, width = darkness.shape
+    inside = np.ones(small.shape, bool)
+    for one, other in _NEIGHBORS:
+        same = small[one] == small[other]
+        inside[one] &= same
+        inside[other] &= same
+    lost = np.bincount(small[inside], minlength=count + 1) == 0  # these regions have no pixel off their border
+    known = np.where(inside | lost[small], small, 0)
+    return spread(known.repeat(step, axis=0).repeat(step, axis=1)[:height, :width], darkness)
+
+
+def spread(labels: Labels, darkness: Floats) -> Labels:
+    """Give pixels with label 0 the label of the nearest labeled pixel, light pixels first. [H, W].
+
+    So labels meet on the darkest pixels of a line, and do not cross it where it is dark.
+    """
+    rows, columns = labels.shape
+    stride = columns + 2
+    padded = np.full((rows + 2, stride), -1, np.int32)
+    padded[1:-1, 1:-1] = labels
+    flat = padded.ravel()
+    waiting = np.flatnonzero(flat == 0)
+    level = darkness.ravel()[waiting - stride - 1 - 2 * (waiting // stride - 1)]
+    for limit in (*SPREAD_LEVELS, np.inf):
+        allowed = level < limit
+        rest = _spread_over(flat, waiting[allowed], stride)
+        waiting, level = (
+            np.concatenate([waiting[~allowed], rest]),
+            np.concatenate([level[~allowed], np.zeros(len(rest))]),
+        )
+    return np.ascontiguousarray(padded[1:-1, 1:-1])
+
+
+def _spread_over(flat: Labels, waiting: Indices, stride: int) -> Indices:
+    """Spread labels over the waiting pixels of a padded picture, in place; return the pixels that none reached."""
+    straight = (-stride, -1, 1, stride)
+    round_about = (*straight, -stride - 1, -stride + 1, stride - 1, stride + 1)
+    misses = 0
+    for turn in itertools.count():  # Alternating 4 and 8 neighbors makes circles octagons.
+        labels = np.zeros(len(waiting), np.int32)
+        for offset in round_about if turn % 2 else straight:
+            beside = flat[waiting + offset]
+            labels = np.where((labels <= 0) & (beside > 0), beside, labels)
+        reached = labels > 0
+        flat[waiting[reached]] = labels[reached]
+        waiting = waiting[~reached]
+        misses = 0 if reached.any() else misses + 1
+        if misses == 2 or not len(waiting):
+            break
+    return waiting
+
+
+def _merged(lines: Mask, darkness: Floats) -> tuple[Labels, int]:
+    """Return the region 1..count of each pixel, [H, W], and the count."""
     gap = max(MIN_GAP_PX, GAP * math.sqrt(lines.size))
     height = distances(lines, REACH * gap)
     hills, count = _hills(height)
+    hills = spread(hills, darkness) - 1
     graph = _Graph(hills, height, count, BANKS * _thickness(lines))
     graph.merge_wide_necks(gap)
     graph.merge_open_borders()
-    graph.merge_slivers(SLIVER_AREA * lines.size)
+    graph.merge_slivers(max(MIN_SLIVER_PX, SLIVER * math.sqrt(lines.size)), SLIVER_AREA * lines.size)
     roots = np.array([graph.root(hill) for hill in range(count)])
-    _, inverse = np.unique(roots[hills], return_inverse=True)
-    return (inverse.reshape(hills.shape) + 1).astype(np.int32)
+    numbers = np.unique(roots, return_inverse=True)[1]
+    return (numbers + 1).astype(np.int32)[hills], int(numbers.max()) + 1
 
 
 def _thickness(lines: Mask) -> float:
@@ -211,76 +277,60 @@ def _joined(count: int, left: Indices, right: Indices) -> Indices:
 
 
 def _hills(height: Floats) -> tuple[Labels, int]:
-    """Return the hill 0..count-1 of each pixel, [H, W]: the one that steepest ascent reaches.
-
-    Pixels of lines (height 0) belong to the hill whose foot is nearest.
-    """
+    """Return the hill 1..count of each pixel, [H, W]: the one that steepest ascent reaches; 0 on lines (height 0)."""
     rows, columns = height.shape
     stride = columns + 2
-    flat = np.full((rows + 2, stride), -1, np.float32)
-    flat[1:-1, 1:-1] = height
-    flat = flat.ravel()
-    target = np.arange(flat.size)
+    padded = np.zeros((rows + 2, stride), np.float32)
+    padded[1:-1, 1:-1] = height
+    flat = padded.ravel()
+    target = np.arange(flat.size, dtype=np.int32)
     best = flat.copy()
+    inner = slice(stride, -stride)
     for offset in (-stride, -1, 1, stride):
-        neighbor = np.roll(flat, -offset)
-        higher = neighbor > best
-        best[higher] = neighbor[higher]
-        target[higher] = np.flatnonzero(higher) + offset
-    target[flat < 0] = np.flatnonzero(flat < 0)
-    settled = best > flat
-    settled &= flat > 0
-    # On level ground, follow the neighbor from which a way up is shortest.
-    ground = (flat > 0) & ~settled
-    _follow(np.flatnonzero(ground), flat, settled, target, stride)
-    tops = (flat > 0) & ~settled
-    labels, count = components(tops.reshape(rows + 2, stride))
-    target[tops] = np.flatnonzero(tops)
+        neighbor = flat[stride + offset : len(flat) - stride + offset]
+        higher = np.flatnonzero(neighbor > best[inner])
+        best[inner][higher] = neighbor[higher]
+        target[inner][higher] = higher + (stride + offset)
+    level = (flat > 0) & (best == flat)
+    tops = level.copy()
+    _follow(flat, level & (flat < flat.max()), tops, target, stride)
+    hills, count = components(tops.reshape(padded.shape))
     while True:
         higher_target = target[target]
         if np.array_equal(higher_target, target):
             break
         target = higher_target
-    hills = labels.ravel()[target].reshape(rows + 2, stride)[1:-1, 1:-1] - 1
-    return _filled(hills), count
+    target[flat == 0] = 0
+    return np.ascontiguousarray(hills.ravel()[target].reshape(padded.shape)[1:-1, 1:-1]), count
 
 
-def _follow(waiting: Indices, flat: Floats, settled: Mask, target: Indices, stride: int) -> None:
-    """Let pixels without a higher neighbor follow a settled neighbor of the same height, nearest first, in place."""
-    while len(waiting):
-        found = np.zeros(len(waiting), np.bool_)
-        for offset in (-stride, -1, 1, stride):
-            beside = waiting + offset
-            follows = ~found & settled[beside] & (flat[beside] == flat[waiting])
-            target[waiting[follows]] = beside[follows]
-            found |= follows
-        if not found.any():
-            break
-        settled[waiting[found]] = True
-        waiting = waiting[~found]
+def _follow(flat: Floats, level: Mask, tops: Mask, target: NDArray[np.int32], stride: int) -> None:
+    """Let pixels on level ground follow the neighbor from which a way up is shortest, in place.
 
-
-def _filled(hills: Labels) -> Labels:
-    """Give pixels with label -1 the label of the nearest labeled pixel."""
-    rows, columns = hills.shape
-    stride = columns + 2
-    padded = np.full((rows + 2, stride), -2, np.int32)
-    padded[1:-1, 1:-1] = hills
-    flat = padded.ravel()
-    waiting = np.flatnonzero(flat == -1)
-    turn = 0
-    while len(waiting):
-        offsets = [-stride, -1, 1, stride]
-        if turn % 2:  # Alternating 4 and 8 neighbors makes circles octagons.
-            offsets += [-stride - 1, -stride + 1, stride - 1, stride + 1]
-        labels = np.full(len(waiting), -1, np.int32)
-        for offset in offsets:
-            beside = flat[waiting + offset]
-            labels = np.where((labels < 0) & (beside >= 0), beside, labels)
-        flat[waiting] = labels
-        waiting = waiting[labels < 0]
-        turn += 1
-    return np.ascontiguousarray(padded[1:-1, 1:-1])
+    Args:
+        flat: heights.
+        level: pixels that have no higher neighbor.
+        tops: the same pixels; those from which a way up is found are removed.
+        target: the neighbor that each pixel follows.
+        stride: distance of rows.
+    """
+    offsets = (-stride, -1, 1, stride)
+    waiting = np.flatnonzero(level)
+    front = [(waiting, waiting + offset) for offset in offsets]
+    front = [(pixels[one], beside[one]) for pixels, beside in front
+             for one in [(flat[beside] == flat[pixels]) & ~level[beside]]]  # fmt: skip
+    while True:
+        for pixels, beside in front:
+            new = tops[pixels]
+            target[pixels[new]] = beside[new]
+        settled = np.unique(np.concatenate([pixels for pixels, _ in front]))
+        settled = settled[tops[settled]]
+        if not len(settled):
+            return
+        tops[settled] = False
+        front = [(settled + offset, settled) for offset in offsets]
+        front = [(pixels[one], beside[one]) for pixels, beside in front
+                 for one in [tops[pixels] & level[pixels] & (flat[pixels] == flat[beside])]]  # fmt: skip
 
 
 class _Graph:
@@ -360,25 +410,28 @@ class _Graph:
                     break
                 one = self.join(one, best[1])
 
-    def merge_slivers(self, small: float) -> None:
-        """Merge narrow or small regions with the neighbor of the longest open border, else of the longest border."""
+    def merge_slivers(self, width: float, area: float) -> None:
+        """Merge narrow regions, and small ones with an open border, with the neighbor of the longest border.
+
+        Args:
+            width: half the width up to which a region is narrow.
+            area: area below which a region is small.
+        """
         waiting = [hill for hill in range(len(self.parent)) if self.parent[hill] == hill]
         waiting.sort(key=lambda hill: (self.area[hill], hill))
         for hill in waiting:
-            if self.parent[hill] != hill or (self.peak[hill] > SLIVER_PX and self.area[hill] > small):
+            near = self.borders[hill]
+            if self.parent[hill] != hill or not near:
                 continue
-            if self.borders[hill]:
-                best = max((border[1], border[2], -near) for near, border in self.borders[hill].items())
-                self.join(hill, -best[2])
+            if self.peak[hill] <= width or (self.area[hill] < area and any(border[1] for border in near.values())):
+                best = max((OPENNESS * border[1] + border[2], -other) for other, border in near.items())
+                self.join(hill, -best[1])
 
 
 def _borders(hills: Labels, height: Floats, count: int) -> list[tuple[int, int, float, float, float]]:
     """Return (lower hill, higher hill, neck, open length, length under lines) of each border."""
     keys, necks = [], []
-    for one, other in (
-        ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
-        ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
-    ):
+    for one, other in _NEIGHBORS:
         differ = hills[one] != hills[other]
         a, b = hills[one][differ].astype(np.int64), hills[other][differ].astype(np.int64)
         keys.append(np.minimum(a, b) * count + np.maximum(a, b))
