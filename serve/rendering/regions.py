@@ -34,6 +34,12 @@ THICK_LINE = 0.01
 """Half the width of the thickest faint line, as a share of the drawing's side..."""
 MIN_LINE_PX = 3
 """... but at least this many pixels."""
+BLOCK_PX = 16
+"""Side of the blocks in which the grain of the paper is measured."""
+PLAIN_BLOCKS = 0.2
+"""At least this share of the blocks is assumed to be paper without lines."""
+GRAIN = 3.5
+"""Grain rarely exceeds its mean by more than this many standard deviations."""
 SPECK_PX = 6
 """Dots of at most this many pixels are not lines."""
 GAP = 0.016
@@ -88,22 +94,48 @@ def find_regions(drawing: Drawing) -> Regions:
 
 
 def _reduced(darkness: Floats, step: int) -> Floats:
-    """Return the darkness at 1 / step of its size; lines keep their maximum, so that they remain closed."""
+    """Return the mean darkness of squares of side `step`."""
     height, width = (-(-side // step) for side in darkness.shape)
     margins = ((0, height * step - darkness.shape[0]), (0, width * step - darkness.shape[1]))
-    blocks = np.pad(darkness, margins).reshape(height, step, width, step)
-    reduced: Floats = blocks.max(axis=(1, 3))
+    reduced: Floats = np.pad(darkness, margins, mode="edge").reshape(height, step, width, step).mean(axis=(1, 3))
     return reduced
 
 
 def find_lines(darkness: Floats) -> Mask:
-    """Return the pixels of lines, faint lines included, but not the dark side of soft shadows. [H, W]."""
-    radius = max(MIN_LINE_PX, round(THICK_LINE * math.sqrt(darkness.size)))
-    ground = _greatest(-_greatest(-darkness, radius), radius)
-    relief = darkness - ground
-    edge = np.maximum(_greatest(relief, 2) * np.float32(EDGE), np.float32(FAINT))
+    """Return the pixels of lines, faint lines included, but not the grain of paper or the dark side of soft shadows."""
+    relief = _relief(darkness)
+    if (faint := _grain(relief)) > FAINT:
+        darkness = _smoothed(darkness)
+        relief = _relief(darkness)
+        faint = _grain(relief)
+    edge = np.maximum(_greatest(relief, 2) * np.float32(EDGE), np.float32(max(faint, FAINT)))
     found: Mask = (relief >= edge) | (darkness >= INK)
     return found
+
+
+def _relief(darkness: Floats) -> Floats:
+    """Return how much darker each pixel is than the lightest ground of the size of a thick line around it, [H, W]."""
+    radius = max(MIN_LINE_PX, round(THICK_LINE * math.sqrt(darkness.size)))
+    relief: Floats = darkness - _greatest(-_greatest(-darkness, radius), radius)
+    return relief
+
+
+def _grain(relief: Floats) -> float:
+    """Return the darkness that the grain of the paper rarely exceeds, measured where contrast is least."""
+    rows, columns = (side // BLOCK_PX for side in relief.shape)
+    if not rows * columns:
+        return 0.0
+    blocks = relief[: rows * BLOCK_PX, : columns * BLOCK_PX].reshape(rows, BLOCK_PX, columns, BLOCK_PX)
+    mean, deviation = blocks.mean(axis=(1, 3)).ravel(), blocks.std(axis=(1, 3)).ravel()
+    return float(np.quantile(mean + GRAIN * deviation, PLAIN_BLOCKS))
+
+
+def _smoothed(values: Floats) -> Floats:
+    """Return the values weighted 1 2 1 in both directions, [H, W]; edges are repeated."""
+    padded = np.pad(values, 1, mode="edge")
+    rows = (padded[:-2] + np.float32(2) * padded[1:-1] + padded[2:]) / np.float32(4)
+    smoothed: Floats = (rows[:, :-2] + np.float32(2) * rows[:, 1:-1] + rows[:, 2:]) / np.float32(4)
+    return smoothed
 
 
 def _greatest(values: Floats, radius: int) -> Floats:
@@ -134,6 +166,10 @@ def _enlarged(small: Labels, count: int, darkness: Floats, step: int) -> Labels:
         same = small[one] == small[other]
         inside[one] &= same
         inside[other] &= same
+    for one, other in _NEIGHBORS:  # The border may lie one pixel beside the line.
+        inner = inside[one] & inside[other]
+        inside[one] &= inner
+        inside[other] &= inner
     lost = np.bincount(small[inside], minlength=count + 1) == 0  # these regions have no pixel off their border
     known = np.where(inside | lost[small], small, 0)
     return spread(known.repeat(step, axis=0).repeat(step, axis=1)[:height, :width], darkness)

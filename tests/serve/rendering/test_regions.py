@@ -107,6 +107,16 @@ def test_specks_do_not_divide():
     assert find_regions(to_drawing(picture)).count == 1
 
 
+def test_grain_of_paper_does_not_divide():
+    picture, pen = blank()
+    pen.ellipse([60, 60, 240, 240], outline=60, width=3)
+    grain = np.random.default_rng(0).normal(0, 10, (300, 300))
+    noisy = np.clip(np.asarray(picture) * 0.9 + grain, 0, 255).astype(np.uint8)
+    labels, count = find_regions(to_drawing(noisy))
+    assert count == 2
+    assert labels[2, 2] != labels[150, 150]
+
+
 def test_a_soft_shadow_is_not_a_line():
     picture, pen = blank()
     pen.ellipse([-100, 100, 160, 400], fill=215)
