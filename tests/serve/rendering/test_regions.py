@@ -7,7 +7,8 @@ from scipy import ndimage
 
 from animediffusion.pipelines.synthetic.dataset import make_regions, make_row
 from animediffusion.serve.rendering import regions
-from animediffusion.serve.rendering.regions import components, distances, find_regions
+from animediffusion.serve.rendering.morphology import components, distances
+from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Drawing, read_drawing
 
 
@@ -154,6 +155,15 @@ def test_twenty_thousand_regions():
     labels, count = find_regions(to_drawing(pixels))
     assert count == 143 * 143
     assert set(np.unique(labels)) == set(range(1, count + 1))
+
+
+def test_a_screen_of_dots_is_one_region():
+    pixels = np.full((800, 800), 255, np.uint8)
+    for offset in range(9):
+        pixels[offset // 3 + 2 :: 8, offset % 3 + 2 :: 8] = 0
+    labels, count = find_regions(to_drawing(pixels))
+    assert count == 1
+    assert (labels == 1).all()
 
 
 def test_the_result_is_the_same_each_time():
