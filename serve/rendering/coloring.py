@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from animediffusion.serve.rendering.palette import Color, Palette, palette_of, perceptual
+from animediffusion.serve.rendering.palette import Color, Palette, dominant_colors, perceptual
 from animediffusion.serve.rendering.regions import Regions
 from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels
 from animediffusion.serve.rendering.upsample import Flow, box_mean, enlarge, flow_of, reduced
@@ -31,11 +31,13 @@ BOUND = 20.0
 """Largest cost of a pixel: colors farther away than this cost the same."""
 SNAP = 8.0
 """A color of the network that is not in the reference costs this much more than one that is."""
-NUM_SPLITS = 2
+COMMON = 0.5
+"""A color of a smaller share of the reference costs more: this times the negative logarithm of the share."""
+NUM_SPLITS = 3
 """Rounds of splits, so a region has at most 2 ** NUM_SPLITS colors."""
 SMALLEST_PART = 1.0
 """Each part of a split region covers at least this many pixels of the network's picture."""
-CLEAR = 3.0
+CLEAR = 1.5
 """A split lowers the mean cost of the smaller part's pixels by at least this much."""
 DISTRUST = 0.02
 """Weight of pixels next to lines, relative to upsample.py's: they decide only where no other pixel is."""
@@ -101,8 +103,9 @@ def color_regions(
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     flow = flow_of(painted, drawing if step == 1 else reduced(drawing, step))
     weight = flow.trust + np.float32(DISTRUST) * flow.little + np.float32(1e-6)
-    colors, penalty = _candidates(flow, reference, palette)
-    cost = _costs(flow, colors, penalty)
+    pixels = flow.color + flow.trust[..., None] * (flow.clear - flow.color)
+    colors, penalty = _candidates(pixels, reference, palette)
+    cost = _costs(pixels, colors, penalty)
     labels = regions.labels.copy()
     for _ in range(NUM_SPLITS):
         small = _sampled(labels, step)
@@ -118,23 +121,32 @@ def color_regions(
     return Coloring(drawing, *_listed(labels, found), shading)
 
 
-def _candidates(flow: Flow, reference: Pixels, palette: Palette | str | None) -> tuple[Pixels, Floats]:
+def _candidates(pixels: Floats, reference: Pixels, palette: Palette | str | None) -> tuple[Pixels, Floats]:
     """Return the colors [K, 3] that a region may have, and what each costs more than its distance, [K]."""
     if isinstance(palette, Palette):
         return np.array(palette.colors, np.uint8), np.zeros(len(palette.colors), np.float32)
-    own = np.array(palette_of(np.rint(255 * flow.color).astype(np.uint8)).colors, np.uint8)
+    own = dominant_colors(np.rint(255 * pixels).astype(np.uint8)).colors
     if palette is None:
-        return own, np.zeros(len(own), np.float32)
-    given = np.array(palette_of(reference).colors, np.uint8)
-    return np.concatenate([given, own]), np.repeat(np.array([0, SNAP], np.float32), [len(given), len(own)])
+        return own.astype(np.uint8), np.zeros(len(own), np.float32)
+    given = dominant_colors(reference)
+    penalty = -np.float32(COMMON) * np.log(given.share)
+    far = _distances(perceptual(own), given.colors).min(axis=1) > SNAP
+    colors = np.concatenate([given.colors, own[far]]).astype(np.uint8)
+    return colors, np.concatenate([penalty, np.repeat(np.float32(SNAP), far.sum())])
 
 
-def _costs(flow: Flow, colors: Pixels, penalty: Floats) -> Floats:
+def _costs(pixels: Floats, colors: Pixels, penalty: Floats) -> Floats:
     """Return the cost of each color for each pixel, [H, W, K]."""
-    pixels, entries = perceptual(255 * flow.color), perceptual(colors)
-    squared = (pixels**2).sum(axis=2)[..., None] + (entries**2).sum(axis=1) - 2 * pixels @ entries.T
-    cost: Floats = np.minimum(np.sqrt(np.maximum(squared, 0)), BOUND) + penalty
+    cost: Floats = np.minimum(_distances(perceptual(255 * pixels), colors), np.float32(BOUND)) + penalty
     return cost
+
+
+def _distances(places: Floats, colors: NDArray[Any]) -> Floats:
+    """Return the distances of places [..., 3] in the space of `perceptual` to colors [K, 3], [..., K]."""
+    entries = perceptual(colors)
+    squared = (places**2).sum(axis=-1)[..., None] + (entries**2).sum(axis=1) - 2 * places @ entries.T
+    distances: Floats = np.sqrt(np.maximum(squared, 0))
+    return distances
 
 
 def _sampled(labels: Labels, step: int) -> Labels:
@@ -163,10 +175,11 @@ def _split(labels: Labels, small: Labels, cost: Floats, weight: Floats, scale: f
     paid = np.take_along_axis(cost, first, axis=2)
     second = _votes(small, np.maximum(paid - cost, 0) * weight[..., None]).argmax(axis=1)[small][..., None]
     saved = box_mean((paid - np.take_along_axis(cost, second, axis=2))[..., 0], 2 * round(scale / 2) + 1)
-    part = (saved > 0) * weight
-    area, whole, gain = _votes(small, np.stack([part, weight, part * saved], axis=2)).T
+    part = saved > 0
+    planes = (part, np.ones_like(part), part * weight, part * weight * saved)
+    area, whole, trusted, gain = _votes(small, np.stack(planes, axis=2)).T
     enough = SMALLEST_PART * scale**2
-    clear = (area > enough) & (whole - area > enough) & (gain > CLEAR * area)
+    clear = (area > enough) & (whole - area > enough) & (gain > CLEAR * trusted)
     if not clear.any():
         return labels
     number = np.where(clear, int(labels.max()) + np.cumsum(clear), 0).astype(np.int32)

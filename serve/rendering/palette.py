@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,14 +70,31 @@ def read_palette(data: str | bytes, *, thing: str = "palette") -> Palette:
     return Palette(tuple(named), tuple(named.values()))
 
 
+class Dominant(NamedTuple):
+    """The dominant colors of a picture, largest area first."""
+
+    colors: NDArray[np.int32]
+    """[K, 3]: 0..255."""
+    share: Floats
+    """[K]: share of the picture's area that has about this color."""
+    flatness: Floats
+    """[K]: 1 if the area near this color has exactly this color, but for noise; near 0 in a gradient."""
+
+
 def palette_of(reference: Pixels) -> Palette:
-    """Return the dominant colors of a picture [H, W, 3], largest area first, at most NUM_DOMINANT.
+    """Return the dominant colors of a picture [H, W, 3] as a palette."""
+    dominant = tuple((red, green, blue) for red, green, blue in dominant_colors(reference).colors.tolist())
+    return Palette(dominant, ("",) * len(dominant))
+
+
+def dominant_colors(picture: Pixels) -> Dominant:
+    """Return the dominant colors of a picture [H, W, 3], at most NUM_DOMINANT.
 
     Each color is a mode of the histogram, so the flat areas of a clean picture give their exact colors, and the noise
     of a JPEG around a color is not a second color. Pixels on lines and edges hardly count.
     """
-    step = -(-max(reference.shape[:2]) // SAMPLES)
-    sample = reference[::step, ::step]
+    step = -(-max(picture.shape[:2]) // SAMPLES)
+    sample = picture[::step, ::step]
     codes = sample.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     found, where = np.unique(codes, return_inverse=True)
     area: NDArray[np.float64] = np.bincount(where.ravel(), _inner(sample).ravel()).astype(np.float64)
@@ -85,15 +102,19 @@ def palette_of(reference: Pixels) -> Palette:
     places, left = perceptual(colors), area.copy()
     # A color's support is the area of all colors near it: the peak of a noisy flat is where most of its noise is.
     chosen: list[int] = []
+    shares: list[float] = []
+    flatness: list[float] = []
     while len(chosen) < NUM_DOMINANT:
         peak = _peak(colors, left)
-        near = np.linalg.norm(places - places[peak], axis=1) < APART
-        if left[near].sum() < SMALLEST_SHARE * area.sum():
+        distance = np.linalg.norm(places - places[peak], axis=1)
+        share = left[distance < APART].sum() / area.sum()
+        if not share > SMALLEST_SHARE:
             break
         chosen.append(peak)
-        left[near] = 0
-    dominant = tuple((red, green, blue) for red, green, blue in colors[chosen].tolist())
-    return Palette(dominant, ("",) * len(dominant))
+        shares.append(share)
+        flatness.append(area[distance < APART / 2].sum() / area[distance < 2 * APART].sum())
+        left[distance < APART] = 0
+    return Dominant(colors[chosen], np.array(shares, np.float32), np.array(flatness, np.float32))
 
 
 def perceptual(colors: NDArray[Any]) -> Floats:
