@@ -86,8 +86,8 @@ class Rendered:
     """The files of one picture."""
 
     files: dict[str, bytes]
-    """By name: that of the output; `image` and `color_layer` of both; `image`, `lines`, `flats`, `labels`, and where
-    they change anything `shading` and `highlights`, of layers."""
+    """By name: that of the output; of both, `image` and `color_layer`; of layers, `image`, `lines`, `flats`, `labels`,
+    and `shading` and `highlights` where they change anything."""
     regions: tuple[Region, ...] | None = None
     """None if no regions were needed."""
 

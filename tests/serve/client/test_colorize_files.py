@@ -1,12 +1,15 @@
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from psd_tools import PSDImage
 
 from animediffusion.cli import app as cli
 from animediffusion.models.sampler_options import SamplerOptions
@@ -17,6 +20,7 @@ from animediffusion.serve.client.colorize_files import colorize_files, list_own_
 from animediffusion.serve.client.file_metadata import read_metadata, with_metadata
 from animediffusion.serve.client.local import LocalColorizer
 from animediffusion.serve.client.remote import RemoteColorizer
+from animediffusion.serve.rendering.render import RenderOptions
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +313,121 @@ def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path,
     layer = Image.open(io.BytesIO(colored.color_layer))
     white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(colored.picture)).max() <= 2
+
+
+@pytest.mark.parametrize("file_format", ["png", "ora", "psd"])
+def test_a_file_with_layers_is_written_instead_of_pictures_and_skipped_when_it_is_done(
+    colorizer, drawings, tmp_path, file_format
+):
+    def run(**look) -> list:
+        rendering = RenderOptions(**look)
+        reference, out = tmp_path / "reference.png", tmp_path / "out"
+        return list(
+            colorize_files(colorizer, [drawings], reference, out, SamplerOptions(seed=1), rendering, file_format)
+        )
+
+    first = run(style="flat")
+    names = {f"{stem}.{file_format}" for stem in "ab"} | (
+        {"a.color.png", "b.color.png"} if file_format == "png" else set()
+    )
+    assert outputs(tmp_path) == names
+    assert [one.output.name for one in first] == [f"a.{file_format}", f"b.{file_format}"]
+    assert [one.skipped for one in run(style="flat")] == [True, True]
+    for look in (
+        {"style": "shaded"},
+        {"style": "shaded", "background": "reference"},
+        {"style": "shaded", "palette": "none"},
+        {"style": "shaded", "palette": b"GIMP Palette\n1 2 3\n"},
+        {"style": "shaded", "palette": b"GIMP Palette\n1 2 4\n"},
+        {"style": "painted"},
+    ):
+        assert [one.skipped for one in run(**look)] == [False, False]
+        assert [one.skipped for one in run(**look)] == [True, True]
+    assert outputs(tmp_path) == names
+
+
+def test_pictures_of_version_0_1_are_done(colorizer, drawings, tmp_path):
+    color(colorizer, [drawings / "a.png"], tmp_path, seed=3)
+    known = {"sketch", "reference", "seed", "steps", "guidance_scale", "sampler", "size", "model_version"}
+    assert set(read_metadata(tmp_path / "out" / "a.png")) == known
+
+
+@pytest.mark.parametrize("file_format", ["png", "ora", "psd"])
+@pytest.mark.parametrize("palette", ["#0a0b0c,#f0e0d0", b"GIMP Palette\n10 11 12 ink\n240 224 208 paper\n"])
+def test_a_server_makes_the_same_bytes(colorizer, url, sketch, reference, file_format, palette):
+    rendering = RenderOptions(style="flat", palette=palette, background="reference")
+    files = encode_png(sketch), encode_png(reference), SamplerOptions(seed=5, steps=2), rendering, file_format
+    here = colorizer.colorize(*files, name="a")
+    with RemoteColorizer(url) as remote:
+        there = remote.colorize(*files, name="a")
+    assert (here.picture, here.color_layer) == (there.picture, there.color_layer)
+
+
+def test_metadata_does_not_change_layers(colorizer, tmp_path, sketch, reference):
+    metadata = {"seed": 7, "sketch": "<&>\u00e4"}
+    for kind in ("ora", "psd"):
+        files = encode_png(sketch), encode_png(reference), SamplerOptions(), RenderOptions(style="flat"), kind
+        plain = colorizer.colorize(*files, name="a").picture
+        file = tmp_path / f"a.{kind}"
+        file.write_bytes(plain)
+        assert read_metadata(file) is None
+        file.write_bytes(with_metadata(plain, metadata))
+        assert read_metadata(file) == metadata
+        file.write_bytes(with_metadata(plain, metadata)[:-40])
+        if kind == "ora":
+            assert read_metadata(file) is None
+    with zipfile.ZipFile(io.BytesIO(with_metadata(plain_ora(colorizer, sketch, reference), metadata))) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist()[0] == "mimetype"
+    psd = PSDImage.open(io.BytesIO(with_metadata(plain, metadata)))
+    assert [layer.name for layer in psd] == ["Region ids", "Flats", "Line art"]
+    assert (np.asarray(psd.topil().convert("RGB")) == np.asarray(Image.open(io.BytesIO(plain)).convert("RGB"))).all()
+
+
+def plain_ora(colorizer, sketch, reference) -> bytes:
+    return colorizer.colorize(
+        encode_png(sketch), encode_png(reference), SamplerOptions(), RenderOptions(style="flat"), "ora", name="a"
+    ).picture
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--style", "oil"], "--style: 'oil'; flat, shaded or painted"),
+        (["--background", "sea"], "--background: 'sea'; paper or reference"),
+        (["--background", "paper"], "--background: 'paper' with style painted; choose style flat or shaded"),
+        (["--palette", "#123456"], "--palette: '#123456' with style painted; choose style flat or shaded"),
+        (["--style", "flat", "--palette", "nowhere.gpl"], "--palette: 'nowhere.gpl': No such file or directory; "),
+        (["--style", "flat", "--palette", "#12"], "--palette: '#12' is not a color; "),
+        (["--style", "flat", "--palette", "notes.txt"], "--palette: 'not' is not a color; "),
+        (["--format", "tiff"], "--format: 'tiff'; png, ora or psd"),
+        (["--size", "big"], "--size: 'big'; native or model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_of_the_picture_that_is_wrong_is_one_line(drawings, tmp_path, capsys, monkeypatch, words, line):
+    monkeypatch.chdir(drawings)
+    files = ["colorize", str(drawings / "a.png"), "--reference", str(tmp_path / "reference.png")]
+    assert cli.run([*files, "--out", str(tmp_path / "out"), *words]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {line}")
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_layers_with_a_palette_file(drawings, tmp_path, bundle_folder, capsys):
+    (tmp_path / "two.gpl").write_text("GIMP Palette\n10 20 30 ink\n240 230 220 paper\n")
+    words = ["colorize", drawings, "--reference", tmp_path / "reference.png", "--out", drawings, "--format", "ora"]
+    words += ["--model", bundle_folder, "--workspace", tmp_path / "workspace"]
+    words += ["--style", "flat", "--palette", tmp_path / "two.gpl", "--background", "reference"]
+    for done in ("colored 2 of 2\n", "colored 0 of 2; 2 done before with the same settings\n"):
+        assert cli.run([str(word) for word in words]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == done
+        assert "skipped" not in captured.err
+    with zipfile.ZipFile(drawings / "a.ora") as archive:
+        names = [layer.get("name") for layer in ElementTree.fromstring(archive.read("stack.xml")).iter("layer")]
+    assert set(names) - {"#0a141e", "#f0e6dc"} == {"Line art", "Region ids"}
 
 
 ANOTHER_SERVER = {
