@@ -187,7 +187,9 @@ def _option(name: str, read: Callable[[str], float]) -> Callable[[str], float]:
 
 def _palette(text: str) -> str | bytes:
     try:
-        return palette_argument(text)
+        palette = palette_argument(text)
+        RenderOptions(style="flat", palette=palette).check()
+        return palette
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{error.found}; {error.allowed}") from error
 

@@ -82,6 +82,16 @@ def test_a_batch_is_a_row_each_with_the_next_seed(model, drawing):
     assert pixels(out["image"][0]).shape == (16, 16, 3)
 
 
+def test_a_style_and_a_palette_are_those_of_colorize(champion, model, drawing):
+    look = {"style": "flat", "palette": "#0a141e,#f0e6dc", "background": "reference"}
+    out = model.predict(drawing, params={"seed": 5, **look})
+    expected = paint(load_bundle(champion[1]), drawing["sketch"], drawing["reference"], seed=5, **look)
+    assert (out["image"][0], out["color_layer"][0]) == expected
+    for wrong in ({"style": "oil"}, {"background": "sea"}, {"palette": "#12", "style": "flat"}):
+        with pytest.raises(Exception, match=rf"^{next(iter(wrong))}: "):
+            model.predict(drawing, params=wrong)
+
+
 def test_the_models_own_steps_are_the_default(model, drawing):
     own, same, other = (model.predict(drawing, params=params) for params in (
         None, {"num_inference_steps": 2}, {"num_inference_steps": 1, "guidance_scale": 2.0}

@@ -96,6 +96,27 @@ def test_an_exported_model_makes_the_picture_of_colorize(bare_python, settings, 
     assert found.num_files > 10
 
 
+def test_an_exported_model_colors_by_regions_with_a_palette(bare_python, settings, drawing, tmp_path):
+    export(settings, str(write_bundle(tmp_path / "bundle", 1)), tmp_path / "model")
+    Path("two.gpl").write_text("GIMP Palette\n10 20 30 ink\n240 230 220 paper\n")
+    script = tmp_path / "model" / "colorize.py"
+    for palette in ("two.gpl", "#0a141e,#f0e6dc"):
+        words = ["s.png", "r.png", "out.png", "--layer", "layer.png", "--style", "flat", "--background", "reference"]
+        done = run(bare_python, script, *words, "--palette", palette, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        colors = np.asarray(Image.open("layer.png").convert("RGB")).reshape(-1, 3)
+        assert {tuple(color) for color in colors.tolist()} <= {(10, 20, 30), (240, 230, 220)}
+    for words, line in (
+        (["--style", "flat", "--palette", "#12"], "argument --palette: '#12' is not a color; "),
+        (["--style", "flat", "--palette", "no.gpl"], "argument --palette: 'no.gpl': No such file or directory; "),
+        (["--palette", "#123456"], "error: --palette: '#123456' with style painted; choose style flat or shaded"),
+        (["--style", "oil"], "argument --style: invalid choice: 'oil'"),
+    ):
+        done = run(bare_python, script, "s.png", "r.png", "out.png", *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert line in done.stderr.splitlines()[-1]
+
+
 def test_the_bare_environment_is_bare(bare_python, tmp_path):
     for module in ("scipy", "mlflow", "ray", "animediffusion", "kornia", "pydantic"):
         assert "ModuleNotFoundError" in run(bare_python, "-c", f"import {module}", cwd=tmp_path).stderr
