@@ -94,6 +94,7 @@ def paint_as(
     """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
     options.check(output)
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
+    options.read_hints(drawing)  # A wrong hint is reported before the network runs.
     lines = from_pixels(for_network(as_gray(drawing), side))
     picture = read_picture(reference)
     colors = from_pixels(letterbox(picture, side)[0])

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from animediffusion.platform.api_keys import Keyring
-from animediffusion.platform.errors import DeadlineError, NoModelError
+from animediffusion.platform.errors import ConfigError, DeadlineError, NoModelError
 from animediffusion.serve.api.access_log import CLIENT_LEFT, AccessLog
 from animediffusion.serve.api.auth import KeyAuthentication
 from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
@@ -157,6 +157,10 @@ def _key(request: Request) -> str:
 
 def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, ColorizeJob]:
     drawing = read_sketch(form.sketch)
+    try:
+        form.rendering.read_hints(drawing)
+    except ConfigError as error:
+        raise unusable(error.thing, error.found, error.allowed) from error
     job = ColorizeJob(
         lines=as_gray(drawing),
         references=(read_picture(form.reference),),

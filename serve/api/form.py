@@ -33,11 +33,11 @@ from animediffusion.serve.rendering.coloring import Background, Style
 from animediffusion.serve.rendering.render import Output, RenderOptions, Size
 
 FILES = ("sketch", "reference")
-MAY_BE_FILES = ("palette",)
+MAY_BE_FILES = ("palette", "hints")
 """Fields that are a text or a file."""
 MAX_STEPS = 100
 """Largest number of steps of a request: smaller than in SamplerOptions, so that one request takes seconds."""
-MAX_TEXT_BYTES = 4096
+MAX_TEXT_BYTES = 2**16
 """Maximum size of a text field."""
 _CODINGS = (b"content-encoding", b"content-transfer-encoding")
 _AS_IT_IS = (b"", b"identity", b"binary", b"8bit", b"7bit")
@@ -78,11 +78,16 @@ class ColorizeForm(BaseModel):
     palette: Annotated[str | bytes, WithJsonSchema({"type": "string"})] = "reference"
     """The colors that regions may have: those of the `reference`, `none` (any color), a list `#RRGGBB,#RRGGBB,...`, or
     the file of a GIMP palette (.gpl) or an Adobe Swatch Exchange (.ase)."""
+    hints: Annotated[str | bytes | None, WithJsonSchema({"type": "string"})] = None
+    """Exact colors of regions: JSON `[{"x": 120, "y": 88, "color": "#e0b080"}]` with places in pixels of the sketch, or
+    a transparent PNG of strokes of the size of the sketch. A later hint of a region wins."""
 
     @property
     def rendering(self) -> RenderOptions:
         """The settings of the finished picture."""
-        return RenderOptions(size=self.size, style=self.style, background=self.background, palette=self.palette)
+        return RenderOptions(
+            size=self.size, style=self.style, background=self.background, palette=self.palette, hints=self.hints
+        )
 
     @property
     def options(self) -> SamplerOptions:

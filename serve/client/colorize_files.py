@@ -192,6 +192,11 @@ class _Run:
             write_bytes(str(target), with_metadata(colored.picture, metadata))
         except (ImageError, DataError, StorageError) as error:
             return FileResult(sketch=sketch, seed=seed, error=error)
+        except ConfigError as error:
+            if error.thing != "hints":
+                raise
+            wrong = DataError(str(sketch), f"the hints do not fit it ({error.found})", error.allowed)
+            return FileResult(sketch=sketch, seed=seed, error=wrong)
         return FileResult(sketch=sketch, output=target, seed=seed, model_version=colored.model_version)
 
     def _is_done(self, before: dict[str, Any], metadata: dict[str, Any]) -> bool:
@@ -321,12 +326,13 @@ def _files_of(target: Path) -> list[Path]:
 
 def _settings(rendering: RenderOptions) -> dict[str, Any]:
     """Return the settings of a picture for its metadata, without those that the style `painted` of PNGs never had."""
-    palette = rendering.palette
+    palette, hints = rendering.palette, rendering.hints
     found = {
         "size": rendering.size,
         "style": None if rendering.style == "painted" else rendering.style,
         "background": rendering.background,
         "palette": _sha256(palette) if isinstance(palette, bytes) else palette,
+        "hints": None if hints is None else _sha256(hints if isinstance(hints, bytes) else hints.encode()),
     }
     if found["palette"] == "reference":
         del found["palette"]

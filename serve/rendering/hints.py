@@ -26,6 +26,8 @@ from animediffusion.serve.rendering.palette import Color
 from animediffusion.serve.rendering.sketch import Pixels
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ANY_SIZE = 1_000_000
+"""A side that no drawing exceeds."""
 MAX_HINTS = 500
 MAX_STROKE_COLORS = 256
 """An image with more colors is a painting or a photograph, not a layer of strokes."""
@@ -80,6 +82,12 @@ def read_hints(data: str | bytes, *, width: int, height: int, thing: str = "hint
     if len(hints) > MAX_HINTS:
         raise ConfigError(thing, f"contains {len(hints):,} hints", f"at most {MAX_HINTS} are allowed")
     return hints
+
+
+def check_hints(data: str | bytes, *, thing: str = "hints") -> None:
+    """Raise ConfigError if the hints would be wrong for every drawing. Strokes are checked only with a drawing."""
+    if not (isinstance(data, bytes) and data.startswith(PNG_SIGNATURE)):
+        read_hints(data, width=ANY_SIZE, height=ANY_SIZE, thing=thing)
 
 
 def apply_hints(coloring: Coloring, hints: Sequence[Hint]) -> Coloring:

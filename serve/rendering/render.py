@@ -13,7 +13,16 @@ from PIL import Image
 from animediffusion.platform.errors import ConfigError, ImageError
 from animediffusion.platform.images.codec import decode_alpha, decode_rgb, encode_png, letterbox
 from animediffusion.serve.rendering.coloring import Background, Coloring, Region, Style, color_regions
-from animediffusion.serve.rendering.layers import colors_of, hex_of, layers_of, picture_of, shades_of, shading_from
+from animediffusion.serve.rendering.hints import Hint, apply_hints, check_hints, read_hints
+from animediffusion.serve.rendering.layers import (
+    Shades,
+    colors_of,
+    hex_of,
+    layers_of,
+    picture_of,
+    shades_of,
+    shading_from,
+)
 from animediffusion.serve.rendering.openraster import write_openraster
 from animediffusion.serve.rendering.palette import Palette, read_palette
 from animediffusion.serve.rendering.psd import write_psd
@@ -29,6 +38,7 @@ MAX_PIXELS = 25_000_000
 MIN_SIDE_PX = 8
 MAX_ASPECT = 16
 MAX_PALETTE_BYTES = 2**20
+MAX_HINTS_BYTES = 64 * 2**20
 FAST_COMPRESSION = 3
 """PNG compression level of responses: low, because a client waits for them."""
 ALLOWED = {
@@ -54,6 +64,9 @@ class RenderOptions:
     and shaded, or one from the reference, as `painted` always has."""
     palette: str | bytes = "reference"
     """The colors that regions may have: `reference`, `none` (any color), a list of #RRGGBB, or the bytes of a file."""
+    hints: str | bytes | None = None
+    """Exact colors of regions, JSON or the bytes of a file; see hints.py. A region keeps its shading, with `painted`
+    what the network painted in it."""
 
     @property
     def has_own_palette(self) -> bool:
@@ -69,6 +82,10 @@ class RenderOptions:
             if len(self.palette) > MAX_PALETTE_BYTES:
                 raise ConfigError(f"{prefix}palette", "is larger than 1 MiB", ALLOWED["palette"])
             read_palette(self.palette, thing=f"{prefix}palette")
+        if self.hints is not None:
+            if self.size == "model":
+                raise ConfigError(f"{prefix}hints", "given with size model", "choose size native")
+            check_hints(self.hints, thing=f"{prefix}hints")
         if self.style != "painted":
             return
         for name, found in (("background", self.background), ("palette", self.palette)):
@@ -76,6 +93,11 @@ class RenderOptions:
             if not is_today and (name == "background" or output in _PAINTED):
                 shown = repr(found) if isinstance(found, str) else "a file"
                 raise ConfigError(f"{prefix}{name}", f"{shown[:80]} with style painted", "choose style flat or shaded")
+
+    def read_hints(self, drawing: Drawing, thing: str = "hints") -> tuple[Hint, ...]:
+        """Return the hints for a drawing; raise a ConfigError or ImageError if they do not fit it."""
+        height, width = drawing.darkness.shape
+        return () if self.hints is None else read_hints(self.hints, width=width, height=height, thing=thing)
 
 
 DEFAULTS = RenderOptions()
@@ -142,12 +164,22 @@ def palette_argument(text: str) -> str | bytes:
     """
     if text in ("reference", "none") or text.lstrip().startswith("#"):
         return text
+    return file_argument("--palette", text, MAX_PALETTE_BYTES, ALLOWED["palette"])
+
+
+def file_argument(name: str, text: str, max_bytes: int, allowed: str) -> bytes:
+    """Return the bytes of the file that the argument `name` of a command line names, at most max_bytes + 1."""
     try:
         with open(text, "rb") as file:
-            return file.read(MAX_PALETTE_BYTES + 1)
+            return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         found = f"{text!r}: {getattr(error, 'strerror', None) or 'is not a file name'}"
-        raise ConfigError("--palette", found, ALLOWED["palette"]) from error
+        raise ConfigError(name, found, allowed) from error
+
+
+def hints_argument(text: str) -> bytes:
+    """Return the bytes of the file that --hints names; raise ConfigError if it cannot be read."""
+    return file_argument("--hints", text, MAX_HINTS_BYTES, "give a .json file of points or a .png file of strokes")
 
 
 def render(
@@ -176,12 +208,20 @@ def render(
         ConfigError: the palette is not usable, or an option would change nothing.
     """
     options.check(output)
-    if options.style == "painted" and output in _PAINTED:
+    if options.style == "painted" and output in _PAINTED and options.hints is None:
         return Rendered(_painted(painted, drawing, output, options.size))
     if options.size == "model":
         drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
     coloring = _color(painted, drawing, reference, options)
-    return Rendered(_files(coloring, painted if options.style == "painted" else None, output), coloring.regions)
+    picture = None
+    if options.style == "painted":
+        layer = layer_of(painted, drawing)
+        coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
+        picture = to_picture(layer, drawing) if options.hints is None else None
+    # The layers of shading are those without hints, so that a color can be replaced under them.
+    shades = None if output == "flat" else shades_of(coloring)
+    coloring = apply_hints(coloring, options.read_hints(drawing))
+    return Rendered(_files(coloring, shades, picture, output), coloring.regions)
 
 
 def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> dict[str, bytes]:
@@ -214,16 +254,10 @@ def _color(painted: Pixels, drawing: Drawing, reference: Pixels, options: Render
     )
 
 
-def _files(coloring: Coloring, painted: Pixels | None, output: Output) -> dict[str, bytes]:
-    """Return the files of a coloring; with `painted`, those of the style `painted`, whose shading is what it adds."""
+def _files(coloring: Coloring, shades: Shades | None, picture: Pixels | None, output: Output) -> dict[str, bytes]:
+    """Return the files of a coloring with these layers of shading; `picture` is the finished picture if it exists."""
     if output == "flat":
         return {"flat": encode_png(coloring.flats, FAST_COMPRESSION)}
-    picture = None
-    if painted is not None:
-        layer = layer_of(painted, coloring.drawing)
-        picture = to_picture(layer, coloring.drawing)
-        coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
-    shades = shades_of(coloring)
     if output == "color_layer":
         return {"color_layer": _color_layer(colors_of(coloring, shades))}
     picture = picture_of(coloring, shades) if picture is None else picture

@@ -70,6 +70,10 @@ def colorize(
             help="Colors of the regions with flat or shaded: reference, none, #RRGGBB,..., or a .gpl or .ase file.",
         ),
     ] = "reference",
+    hints: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Exact colors of regions: points as .json, or strokes as .png."),
+    ] = None,
     file_format: Annotated[
         str,
         typer.Option("--format", metavar="FORMAT", help="Files to write: png, or layers in one file: ora or psd."),
@@ -87,7 +91,7 @@ def colorize(
         list_sketches,
         list_unsupported,
     )
-    from animediffusion.serve.rendering.render import RenderOptions, palette_argument
+    from animediffusion.serve.rendering.render import RenderOptions, hints_argument, palette_argument
 
     kind = cast("FileFormat", file_format)
     if kind not in OUTPUTS:
@@ -97,6 +101,7 @@ def colorize(
         style=cast("Style", style),
         background=cast("Background | None", background),
         palette=palette_argument(palette),
+        hints=None if hints is None else hints_argument(str(hints)),
     )
     rendering.check(OUTPUTS[kind], prefix="--")
     if model is not None and url is not None:
