@@ -2,8 +2,8 @@
 
     python docs/screenshots.py --model BUNDLE [--out docs/images]
 
-The script needs Chromium. page.png shows a desktop window with the comparison slider in use; page-phone.png shows a
-phone in dark mode.
+The script needs Chromium. page.png shows a desktop window with the comparison slider in use and a color changed by
+hand; page-phone.png shows a phone in dark mode.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ class Shot(NamedTuple):
     reference: int
     seeds: tuple[int, ...]
     compare: int
+    dots: tuple[tuple[float, float, str], ...]
+    """Places in the picture, as shares of its width and height, and the colors that their regions get."""
 
 
 SHOTS = (
-    Shot("page.png", 1180, 800, 1.0, "light", sketch=0, reference=2, seeds=(5, 6, 7), compare=38),
-    Shot("page-phone.png", 390, 844, 1.5, "dark", sketch=2, reference=0, seeds=(7,), compare=34),
+    Shot("page.png", 1180, 1130, 1.0, "light", 0, 2, seeds=(5, 6, 7), compare=30, dots=((0.5, 0.55, "#f4cfb8"),)),
+    Shot("page-phone.png", 390, 844, 1.5, "dark", 2, 0, seeds=(7,), compare=24, dots=((0.5, 0.2, "#5b8fd6"),)),
 )
 
 
@@ -93,7 +95,7 @@ def take(browser: Browser, url: str, shot: Shot) -> bytes:
 
 
 def color(page: Page, shot: Shot) -> None:
-    """Color the examples of a shot once per seed, and set the comparison slider."""
+    """Color the examples of a shot once per seed, change colors by hand, and set the comparison slider."""
     page.locator("#sketch-examples button").nth(shot.sketch).click()
     page.locator("#reference-examples button").nth(shot.reference).click()
     page.click("summary")
@@ -104,6 +106,12 @@ def color(page: Page, shot: Shot) -> None:
         expect(page.locator("#note")).to_contain_text(f"seed {seed},", timeout=TIMEOUT_MS)
         expect(page.locator("#go")).to_have_text("Color it", timeout=TIMEOUT_MS)
     page.click("summary")
+    for x, y, color in shot.dots:
+        box = page.locator("#after").bounding_box()
+        assert box
+        page.locator("#after").click(position={"x": x * box["width"], "y": y * box["height"]})
+        page.fill("#hex", color)
+        page.press("#hex", "Enter")
     page.locator("#compare").fill(str(shot.compare))
 
 

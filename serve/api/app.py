@@ -216,10 +216,9 @@ def _add_pages(app: FastAPI) -> None:
 
     page("/", "page.html")
     page("/page.css", "page.css", "text/css")
-    page("/page.js", "page.js", "text/javascript")
-    page("/colorize.js", "colorize.js", "text/javascript")
-    page("/key.js", "key.js", "text/javascript")
     page("/docs", "docs.html")
+    for script in sorted((FOLDER / "scripts").glob("*.js")):
+        page(f"/scripts/{script.name}", f"scripts/{script.name}", "text/javascript")
 
     @app.get("/examples/{name}", include_in_schema=False)
     async def example(name: str) -> Response:

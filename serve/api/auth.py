@@ -1,4 +1,4 @@
-"""Authentication with API keys. Every path requires a key except those in PUBLIC and PUBLIC_FOLDER.
+"""Authentication with API keys. Every path requires a key except those in PUBLIC and PUBLIC_FOLDERS.
 
 The public paths contain no data of users: health checks, the web page and its examples, and the description of the API.
 """
@@ -11,9 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from animediffusion.platform.api_keys import Keyring
 from animediffusion.serve.api.problems import ProblemError, respond
 
-PAGE_FILES = ("/page.css", "/page.js", "/colorize.js", "/key.js")
-PUBLIC = ("/", *PAGE_FILES, "/docs", "/openapi.json", "/examples", "/healthz", "/readyz")
-PUBLIC_FOLDER = "/examples/"
+PUBLIC = ("/", "/page.css", "/docs", "/openapi.json", "/examples", "/healthz", "/readyz")
+PUBLIC_FOLDERS = ("/examples/", "/scripts/")
 REALM = 'Bearer realm="animediffusion"'
 
 
@@ -43,7 +42,7 @@ class KeyAuthentication:
 
 def _is_public(scope: Scope) -> bool:
     path = str(scope["path"]).removeprefix(str(scope.get("root_path", ""))) or "/"
-    return path in PUBLIC or path.startswith(PUBLIC_FOLDER)
+    return path in PUBLIC or path.startswith(PUBLIC_FOLDERS)
 
 
 def _token(header: str) -> str:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from playwright.sync_api import Page, expect, sync_playwright
 from ports import free_port
+from programs import chromium
 from ray import serve
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
@@ -164,3 +166,41 @@ def lines(tmp_path):
 
     yield read
     access_log.write_to(None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a page at an address; it may not fail, nor ask for anything from elsewhere."""
+    contexts, errors = [], []
+
+    def open_page(url: str, **options) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request", lambda request: request.url.startswith((url, "data:", "blob:")) or errors.append(request.url)
+        )
+        # Keeps file choosers intercepted: turning that on for each one comes too late at times.
+        page.on("filechooser", lambda _: None)
+        page.goto(url)
+        expect(page.locator("#reference-examples img").nth(3)).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def page(opened, url) -> Page:
+    return opened(url)

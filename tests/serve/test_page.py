@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
-from programs import chromium
+from playwright.sync_api import Page, expect
 
 from animediffusion.platform.errors import BusyError
 from animediffusion.platform.images.codec import encode_png
@@ -17,44 +16,6 @@ from animediffusion.serve.api.app import create_app
 from animediffusion.serve.replica.replica import Replica
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """Opens a page at an address; it may not fail, nor ask for anything from elsewhere."""
-    contexts, errors = [], []
-
-    def open_page(url: str, **options) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on(
-            "request", lambda request: request.url.startswith((url, "data:", "blob:")) or errors.append(request.url)
-        )
-        # Keeps file choosers intercepted: turning that on for each one comes too late at times.
-        page.on("filechooser", lambda _: None)
-        page.goto(url)
-        expect(page.locator("#reference-examples img").nth(3)).to_be_visible()
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
-
-
-@pytest.fixture
-def page(opened, url) -> Page:
-    return opened(url)
 
 
 def choose(page: Page, kind: str, path: Path) -> None:
@@ -301,7 +262,7 @@ def test_texts_stand_out_from_their_ground(opened, url: str, scheme: str):
             }
         };
         document.querySelector("#go").disabled = false;
-        return [...document.querySelectorAll("h1, h2, p, label, summary, .pill, .drop span, .button, footer, a")]
+        return [...document.querySelectorAll("h1, h2, h3, p, label, summary, .pill, .drop span, .button, footer, a")]
             .filter(one => one.checkVisibility()).map(one => {
                 const [a, b] = [light(rgb(getComputedStyle(one).color)), light(ground(one))].sort((x, y) => y - x);
                 return [one.textContent.trim().slice(0, 30), (a + .05) / (b + .05)];

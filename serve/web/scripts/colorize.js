@@ -1,4 +1,4 @@
-// Requests a picture from the server: reads the event stream, retries while the server is busy, and words the errors.
+// Requests pictures from the server: reads the event stream, retries while the server is busy, and words the errors.
 
 import {fetch_with_key} from "./key.js";
 
@@ -6,6 +6,7 @@ const RETRIES = 30;
 const BUSY = [429, 503];
 const NAMES = {
   sketch: "Line art", reference: "Color picture", num_inference_steps: "Steps", guidance_scale: "Reference strength", seed: "Seed", sampler: "Sampler",
+  style: "Style", background: "Background", hints: "Colors by hand",
 };
 
 /** An error of the server or of the connection: a message for people, and the form fields that caused the error. */
@@ -20,10 +21,23 @@ export class Problem extends Error {
  * Return the data of the event `result`; throw a Problem on an error, or an AbortError if `signal` aborts.
  * Calls on_progress(event data) after each step, and on_wait(seconds left, problem) every second before a retry.
  */
-export async function colorize(body, {signal, on_progress, on_wait}) {
+export function colorize(body, {signal, on_progress, on_wait}) {
+  return retry(() => ask(body, signal, on_progress), signal, on_wait);
+}
+
+/** Return {blob, version}: a file that the server makes for a form, and the model version that made it. */
+export function ask_file(body) {
+  return retry(() => reached(async () => {
+    const response = await fetch_with_key("v1/colorize", {method: "POST", body});
+    if (!response.ok) throw await problem_of(response);
+    return {blob: await response.blob(), version: response.headers.get("X-Model-Version")};
+  }), new AbortController().signal, () => {});
+}
+
+async function retry(request, signal, on_wait) {
   for (let tries = 0; ; tries++) {
     try {
-      return await ask(body, signal, on_progress);
+      return await request();
     } catch (error) {
       if (!BUSY.includes(error.status) || tries === RETRIES) throw error;
       for (let left = error.wait; left > 0; left--) {
@@ -35,8 +49,18 @@ export async function colorize(body, {signal, on_progress, on_wait}) {
   }
 }
 
-async function ask(body, signal, on_progress) {
+/** Call `request`, and throw a Problem if the connection fails. */
+async function reached(request) {
   try {
+    return await request();
+  } catch (error) {
+    if (error instanceof Problem || error.name === "AbortError") throw error;
+    throw new Problem("The server cannot be reached. Your pictures are still here: try again when it is back.");
+  }
+}
+
+function ask(body, signal, on_progress) {
+  return reached(async () => {
     const response = await fetch_with_key("v1/colorize/stream", {method: "POST", body, signal});
     if (!response.ok) throw await problem_of(response);
     for await (const {name, data} of read_events(response.body)) {
@@ -44,11 +68,8 @@ async function ask(body, signal, on_progress) {
       else if (name === "error") throw problem(data);
       else if (name === "result") return data;
     }
-  } catch (error) {
-    if (error instanceof Problem || error.name === "AbortError") throw error;
-    throw new Problem("The server cannot be reached. Your pictures are still here: try again when it is back.");
-  }
-  throw new Problem("The connection ended before the picture was finished. Please try again.");
+    throw new Problem("The connection ended before the picture was finished. Please try again.");
+  });
 }
 
 async function problem_of(response) {

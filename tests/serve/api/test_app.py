@@ -379,7 +379,7 @@ def test_a_server_without_a_model_says_so():
 
 
 def test_head_answers_as_get_without_a_body(client):
-    pages = ("/", "/docs", "/page.css", "/page.js", "/examples", "/examples/sketch_1.png", "/openapi.json")
+    pages = ("/", "/docs", "/page.css", "/scripts/page.js", "/examples", "/examples/sketch_1.png", "/openapi.json")
     for path in (*pages, "/healthz", "/readyz", "/v1/models", "/nothing", "/examples/x", "/v1/colorize"):
         headers = {"X-Request-Id": "one"}
         get, head = client.get(path, headers=headers), client.head(path, headers=headers)

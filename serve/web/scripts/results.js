@@ -1,0 +1,197 @@
+// The results: the stage with the shown picture, the list of all pictures, and what is saved.
+
+import {ask_file} from "./colorize.js";
+import {offer} from "./colors.js";
+import {$, bytes_of, download, element, png_blob, say, show} from "./dom.js";
+import {colors_by, edit, new_edits} from "./editor.js";
+import {zip} from "./formats.js";
+import {Picture} from "./picture.js";
+
+const MAX_KEPT = 60;
+const THUMBNAIL_PX = 128;
+/** Each result is {answer, form, sketch (File), url (of the sketch), stem, seconds, edits, thumbnail}. */
+const results = [];
+let shown = null, picture = null, sweep = 0;
+
+// --- the stage ------------------------------------------------------------------------------------------------------
+
+/** Set the state of the stage: hint, drawing (line art over a preview), or result (a comparison with the line art). */
+export function set_stage(state) {
+  const result = state === "result";
+  cancelAnimationFrame(sweep);
+  show("hint", state === "hint");
+  show("preview", false);
+  show("before", state !== "hint");
+  for (const id of ["after", "divider", "tag-before", "tag-after", "compare", "actions", "keep-seed", "open"]) show(id, result);
+  if (!result) edit(null);
+  $("stage").classList.toggle("drawing", state === "drawing");
+  $("stage").classList.toggle("result", result);
+}
+
+/** Show the line art at this URL. */
+export async function set_sketch(url) {
+  $("before").src = url;
+  try { await $("before").decode(); } catch { return; /* The server will report what is wrong with the file. */ }
+  $("stage").style.setProperty("--ratio", $("before").naturalWidth / $("before").naturalHeight);
+}
+
+/** Show a result, and let people change its colors. */
+export async function present(one) {
+  shown = one;
+  const [decoded] = await Promise.all([decode(one), set_sketch(one.url)]);
+  if (shown !== one) return;
+  picture = decoded;
+  set_stage("result");
+  cut(Number($("compare").value));
+  picture.draw_on($("after"));
+  edit(picture, one.edits, show_change);
+  offer(picture, one.form.get("reference"));
+  one.thumbnail ??= thumbnail();
+  describe();
+  show_list();
+}
+
+async function decode({answer, edits}) {
+  const decoded = await Picture.decode(answer);
+  decoded.recolor(colors_by(edits.dots, decoded));
+  return decoded;
+}
+
+/** Show the last result again, for example after an error. Returns whether there is one. */
+export async function present_last() {
+  if (shown) await present(shown);
+  return Boolean(shown);
+}
+
+function describe() {
+  const {answer: {model_version, seed}, seconds, edits} = shown, number = edits.dots.length;
+  const version = /^\d+$/.test(model_version) ? `version ${model_version}` : model_version;
+  const changes = number ? `, ${number} color${number > 1 ? "s" : ""} by hand` : "";
+  $("note").textContent = `${$("after").width} x ${$("after").height} px in ${seconds.toFixed(1)} s, seed ${seed}, model ${version}${changes}`;
+}
+
+function show_change() {
+  shown.thumbnail = thumbnail();
+  describe();
+  show_list();
+}
+
+/** Animate the slider once from the line art to the picture, so that people notice the slider. */
+export function reveal() {
+  const started = performance.now();
+  $("compare").value = 0;
+  if (matchMedia("(prefers-reduced-motion: reduce)").matches) return cut(0);
+  const move = now => {
+    const part = Math.min(1, (now - started) / 900);
+    cut(100 - 100 * part ** 2 * (3 - 2 * part));
+    if (part < 1) sweep = requestAnimationFrame(move);
+  };
+  sweep = requestAnimationFrame(move);
+}
+
+function cut(percent) {
+  $("stage").style.setProperty("--cut", `${percent}%`);
+  $("compare").setAttribute("aria-valuetext", `${Math.round(percent)} percent line art`);
+  show("tag-before", percent > 12);
+  show("tag-after", percent < 88);
+}
+
+$("compare").oninput = () => { cancelAnimationFrame(sweep); cut(Number($("compare").value)); };
+
+// --- the list -------------------------------------------------------------------------------------------------------
+
+/** Add the answer of the server for a form, and return the result; the oldest results are dropped. */
+export function add(answer, form, seconds) {
+  const sketch = form.get("sketch"), stem = (sketch.name || "drawing").replace(/\.[^.]*$/, "");
+  const one = {answer, form, sketch, stem, seconds, url: URL.createObjectURL(sketch), edits: new_edits()};
+  results.push(one);
+  while (results.length > MAX_KEPT) URL.revokeObjectURL(results.shift().url);
+  return one;
+}
+
+export const seed_of_shown = () => shown.answer.seed;
+
+export function show_list() {
+  const named = new Set(results.map(one => one.stem)).size > 1;
+  show("pictures", results.length > 1);
+  $("tries").classList.toggle("named", named);
+  $("tries").replaceChildren(...results.map((one, number) => {
+    const label = `Picture ${number + 1}${named ? ` of ${one.stem}` : ""}, seed ${one.answer.seed}`;
+    const image = element("img", {src: one.thumbnail || `data:image/png;base64,${one.answer.image}`, alt: label, title: one.stem});
+    const button = element("button", {type: "button", "aria-pressed": String(one === shown)}, image);
+    if (named) button.append(element("span", {textContent: one.stem, "aria-hidden": "true"}));
+    button.onclick = async () => {
+      await present(one);
+      $("tries").children[results.indexOf(one)]?.focus();
+    };
+    return button;
+  }));
+}
+
+function thumbnail() {
+  const source = $("after"), scale = THUMBNAIL_PX / Math.min(source.width, source.height), canvas = document.createElement("canvas");
+  Object.assign(canvas, {width: Math.round(source.width * scale), height: Math.round(source.height * scale)});
+  canvas.getContext("2d").drawImage(source, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/png");
+}
+
+// --- saving ---------------------------------------------------------------------------------------------------------
+
+/** Return the bytes of the picture and of its color layer, as PNGs. */
+async function pngs_of({answer, edits}, decoded) {
+  return {image: edits.dots.length ? await decoded.png() : bytes_of(answer.image), layer: await decoded.layer_png()};
+}
+
+async function save_zip() {
+  const used = new Map(), files = [];
+  for (const one of results) {
+    const number = (used.get(one.stem) || 0) + 1, name = number > 1 ? `${one.stem}-${number}` : one.stem;
+    used.set(one.stem, number);
+    const {image, layer} = await pngs_of(one, one === shown ? picture : await decode(one));
+    files.push({name: `${name}.colored.png`, bytes: image}, {name: `${name}.color-layer.png`, bytes: layer});
+  }
+  download(zip(files), "colored.zip");
+  say(`${results.length} pictures saved.`);
+}
+
+/** Save a layered file of the shown result: the server makes it from the same inputs, the same seed and the dots. */
+async function save_layered(output) {
+  const one = shown, form = new FormData();
+  for (const [name, value] of one.form.entries()) form.append(name, value);
+  form.set("output", output);
+  form.set("seed", one.answer.seed);
+  if (one.edits.dots.length) {
+    const hints = one.edits.dots.map(({x, y, color}) => ({x, y, color, learned: false}));
+    form.set("hints", new Blob([JSON.stringify(hints)], {type: "application/json"}), "hints.json");
+  }
+  $("note").textContent = `Making the ${output.toUpperCase()} file...`;
+  const {blob, version} = await ask_file(form);
+  download(blob, `${one.stem}.${output}`);
+  describe();
+  if (version !== one.answer.model_version) $("note").textContent += `. The file was made with the newer version ${version}: its colors may differ.`;
+  say(`${output.toUpperCase()} file saved.`);
+}
+
+/** Let a button save something; errors go to `fail`. */
+export function set_up_saving(fail) {
+  const actions = {
+    "save": async () => download(png_blob((await pngs_of(shown, picture)).image), `${shown.stem}.colored.png`),
+    "save-layer": async () => download(png_blob((await pngs_of(shown, picture)).layer), `${shown.stem}.color-layer.png`),
+    "save-ora": () => save_layered("ora"),
+    "save-psd": () => save_layered("psd"),
+    "save-all": save_zip,
+    "open": async () => {
+      const opened = window.open("", "_blank"), {image} = await pngs_of(shown, picture);
+      if (opened) opened.location = URL.createObjectURL(png_blob(image));
+    },
+  };
+  for (const [id, save] of Object.entries(actions))
+    $(id).onclick = async () => {
+      $(id).disabled = true;
+      fail("");
+      try { await save(); } catch (error) {
+        describe();
+        fail(error.message, error.fields);
+      } finally { $(id).disabled = false; }
+    };
+}
