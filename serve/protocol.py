@@ -30,6 +30,8 @@ class ColorizeJob:
     timeout_s: float = 60.0
     key: str = ""
     """Name of the API key, by which the queue is fair."""
+    wants_doubt: bool = False
+    """Whether the answer should contain the doubt about the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,9 @@ class Answer:
     """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
     """Registry number, or `sha256:` and 12 hex digits."""
+    doubt: Pixels | None = None
+    """[S, S]: where the picture is likely to be wrong, if the job wants it (models/doubt.py, 255 times); None if the
+    model has no matcher."""
     saw_hints: bool = False
     """Whether the network saw the hints of the job; false if it had none, or if the model cannot see hints."""
 

@@ -30,6 +30,7 @@ from animediffusion.models.diffusion.sampler import (
     sample_times,
     select_states,
 )
+from animediffusion.models.doubt import doubt_map
 from animediffusion.models.network.condition import Condition
 from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
@@ -71,6 +72,8 @@ class Row:
     """uint8 [S, S, 3]: the estimate, if this evaluation ended a sampler step and the request has a callback."""
     picture: NDArray[np.uint8] | None = None
     """uint8 [S, S, 3]: the finished picture."""
+    doubt: NDArray[np.uint8] | None = None
+    """uint8 [S, S]: the doubt about the finished picture, if the request has a callback for it."""
     error: Exception | None = None
     """The error that removed the row from the batch."""
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
@@ -114,6 +117,8 @@ class Row:
     def finish(self, picture: NDArray[np.uint8]) -> None:
         """End the request with its picture, unless it has ended or was canceled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
+            if self.request.on_doubt is not None and self.doubt is not None:
+                self.request.on_doubt(self.doubt)
             self.future.set_result(picture)
 
 
@@ -331,6 +336,10 @@ class RunningBatch:
             row.preview = None
         if not wanted:
             return
+        for row, image in wanted:
+            if row.num_left == 0 and row.request.on_doubt is not None and row.condition is not None:
+                doubt = doubt_map(row.condition, image[None])
+                row.doubt = None if doubt is None else (255 * doubt[0]).round().to(torch.uint8).cpu().numpy()
         images = torch.stack([image for _, image in wanted])
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         for (row, _), pixels, is_finite in zip(wanted, to_uint8(images).cpu().numpy(), finite, strict=True):

@@ -32,6 +32,9 @@ class Request:
     key: str = ""
     """Name of the API key. The slots of the batch are shared fairly between keys."""
     on_progress: Progress | None = None
+    on_doubt: Callable[[NDArray[np.uint8]], None] | None = None
+    """Callback with the doubt about the picture, uint8 [S, S] (models/doubt.py, 255 times), before the future ends.
+    It runs on the engine's thread and must not block; a model without a matcher does not call it."""
 
 
 class EngineStep(NamedTuple):

@@ -66,8 +66,8 @@ class LoadedModel:
         self._seen = (0, time.monotonic())
         """(number of engine steps, time) at the latest check that found the engine idle or a further step finished."""
 
-    def submit(self, job: ColorizeJob, on_progress: Progress | None) -> Future[Pixels]:
-        """Submit a job and return the future of its picture; see Engine.submit."""
+    def submit(self, job: ColorizeJob, on_progress: Progress | None, doubts: list[Pixels]) -> Future[Pixels]:
+        """Submit a job and return the future of its picture, see Engine.submit; its doubt is added to `doubts`."""
         size, (height, width) = self.engine.bundle.config.image_size, job.lines.shape
         request = Request(
             sketch=from_pixels(for_network(job.lines, size))[0],
@@ -77,6 +77,7 @@ class LoadedModel:
             deadline=time.monotonic() + job.timeout_s,
             key=job.key,
             on_progress=on_progress,
+            on_doubt=doubts.append if job.wants_doubt else None,
         )
         return self.engine.submit(request)
 

@@ -146,8 +146,9 @@ class Replica:
 
     async def colorize(self, job: ColorizeJob) -> Answer:
         """Return the network's picture for a job; see protocol.Backend."""
-        model, future = await asyncio.to_thread(self._submit, job, None)
-        return _answer(job, model, await asyncio.wrap_future(future))
+        doubts: list[Pixels] = []
+        model, future = await asyncio.to_thread(self._submit, job, None, doubts)
+        return _answer(job, model, await asyncio.wrap_future(future), doubts)
 
     async def stream(self, job: ColorizeJob) -> AsyncIterator[Preview | Answer]:
         """Yield previews while the picture is made, then the answer."""
@@ -156,12 +157,13 @@ class Replica:
         def on_progress(step: int, total: int, picture: Pixels) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, Preview(step=step, total=total, picture=picture))
 
-        model, future = await asyncio.to_thread(self._submit, job, on_progress)
+        doubts: list[Pixels] = []
+        model, future = await asyncio.to_thread(self._submit, job, on_progress, doubts)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(previews.put_nowait, None))
         try:
             while (preview := await previews.get()) is not None:
                 yield preview
-            yield _answer(job, model, await asyncio.wrap_future(future))
+            yield _answer(job, model, await asyncio.wrap_future(future), doubts)
         finally:
             future.cancel()  # If the client has disconnected, this frees the slot.
 
@@ -235,19 +237,21 @@ class Replica:
     def _all(self) -> list[LoadedModel]:
         return [*self._loaded.values(), *self._retiring]
 
-    def _submit(self, job: ColorizeJob, on_progress: Progress | None) -> tuple[LoadedModel, Future[Pixels]]:
+    def _submit(
+        self, job: ColorizeJob, on_progress: Progress | None, doubts: list[Pixels]
+    ) -> tuple[LoadedModel, Future[Pixels]]:
         loaded, shares = self._loaded, self._shares
         if not shares:
             raise NoModelError(self.error or "the model is being loaded")
         version = choose_version(shares, hash_position(job))
         if version not in loaded:  # The shares changed between the two reads above.
-            return self._submit(job, on_progress)
+            return self._submit(job, on_progress, doubts)
         chosen = loaded[version]
         try:
-            future = chosen.submit(job, on_progress)
+            future = chosen.submit(job, on_progress, doubts)
         except BusyError:
             if self._loaded.get(version) is not chosen:  # The version was retired in the meantime.
-                return self._submit(job, on_progress)
+                return self._submit(job, on_progress, doubts)
             self.counters.count(REQUESTS, version, "busy")
             raise
         future.add_done_callback(lambda done: self._count(version, done))
@@ -270,8 +274,13 @@ class Replica:
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
 
-def _answer(job: ColorizeJob, model: LoadedModel, picture: Pixels) -> Answer:
-    return Answer(picture=picture, model_version=model.version, saw_hints=bool(job.hints) and model.sees_hints)
+def _answer(job: ColorizeJob, model: LoadedModel, picture: Pixels, doubts: list[Pixels]) -> Answer:
+    return Answer(
+        picture=picture,
+        model_version=model.version,
+        doubt=doubts[0] if doubts else None,
+        saw_hints=bool(job.hints) and model.sees_hints,
+    )
 
 
 def _outcome(error: BaseException | None) -> str:

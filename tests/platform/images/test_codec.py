@@ -17,6 +17,7 @@ from animediffusion.platform.images.codec import (
     encode_png,
     fit_square,
     letterbox,
+    letterbox_points,
     unletterbox,
 )
 
@@ -233,3 +234,15 @@ def test_a_contact_sheet_names_its_rows_on_the_left_and_leaves_gaps_empty():
     assert np.array_equal(named[:, added + gap :], plain[:, gap:])
     assert (named[lower, added + first : added + gap] == paper).all()
     assert (named[lower, :added] != paper).any()
+
+
+def test_points_move_with_a_letterboxed_picture():
+    picture = np.full((30, 60, 3), 255, np.uint8)
+    spots = [(0, 0, "a"), (59, 29, "b"), (31, 4, "c")]
+    for x, y, _ in spots:
+        picture[y, x] = 0
+    square, _ = letterbox(picture, 60)
+    moved = letterbox_points(spots, 30, 60, 60)
+    assert [value for *_, value in moved] == ["a", "b", "c"]
+    assert all(not square[y, x].any() for x, y, _ in moved)
+    assert [(x, y) for x, y, _ in letterbox_points(spots, 30, 60, 16)] == [(0, 4), (15, 11), (8, 5)]

@@ -11,8 +11,9 @@ import torch
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize, noise_for
 from animediffusion.models.diffusion.sampler import SAMPLERS
+from animediffusion.models.doubt import doubt_map
 from animediffusion.models.sampler_options import SamplerOptions
-from animediffusion.models.tensors import to_uint8
+from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine import batch
 from animediffusion.serve.engine.admission import MIN_STEPS
@@ -51,6 +52,53 @@ def step_once(engine: Engine, count: int) -> None:
     for number in range(count):
         engine.submit(request(number, steps=1, sampler="euler", guidance_scale=1.0))
         assert engine.step()
+
+
+def test_rows_with_different_numbers_of_references_and_hints_share_a_batch(bundle: Bundle):
+    """The network of these tests has no hints, so they change nothing."""
+    engine, _ = by_hand(bundle, max_batch=8)
+    one, other = request(1), request(2)
+    both = replace(one, references=(*one.references, *other.references))
+    asked = [one, both, other, replace(one, hints=torch.ones(4, SIZE, SIZE))]
+    futures = [engine.submit(each) for each in asked]
+    while engine.step():
+        pass
+    pictures = [future.result() for future in futures]
+    expected = [
+        colorize(
+            bundle,
+            each.sketch[None],
+            [reference[None] for reference in each.references],
+            seeds=[each.options.seed],
+            sampler=each.options.apply_to(bundle.config.sampler),
+        )
+        for each in asked
+    ]
+    for picture, image in zip(pictures, expected, strict=True):
+        assert levels_apart(picture, to_uint8(image)[0].numpy()) <= 1
+    assert levels_apart(pictures[0], pictures[1]) > 1
+    assert levels_apart(pictures[0], pictures[3]) <= 1
+
+
+def test_too_many_references_are_refused(bundle: Bundle):
+    engine, _ = by_hand(bundle)
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"takes 1 to 4 references, got {count}"):
+            engine.submit(replace(request(1), references=request(1).references * count))
+
+
+def test_a_request_can_ask_for_the_doubt(bundle: Bundle):
+    engine, _ = by_hand(bundle)
+    doubts: list[np.ndarray] = []
+    future = engine.submit(replace(request(1), on_doubt=doubts.append))
+    plain = engine.submit(request(2))
+    while engine.step():
+        pass
+    assert [(doubt.shape, doubt.dtype) for doubt in doubts] == [((SIZE, SIZE), np.uint8)]
+    condition = bundle.denoiser.encode(request(1).sketch[None], request(1).references[0][None])
+    picture = from_pixels(future.result())
+    assert abs(255 * doubt_map(condition, picture)[0].numpy() - doubts[0]).max() <= 1.5
+    assert plain.result().shape == (SIZE, SIZE, 3)
 
 
 @pytest.fixture

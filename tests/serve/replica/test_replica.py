@@ -1,5 +1,6 @@
 import asyncio
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from animediffusion.models import compile
+from animediffusion.models.bundle import load_bundle, save_bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import BundleError, BusyError, NoModelError, UnavailableError
 from animediffusion.serve.api.problems import from_error
@@ -72,6 +74,29 @@ def test_a_version_that_does_not_load_changes_nothing_but_the_error(
     description = replica.describe()
     assert description.state == "ready"
     assert "version 2" in description.error
+
+
+def test_an_answer_says_where_the_model_doubts_and_whether_it_saw_the_hints(
+    replica, bundle_folder, tmp_path, sketch, reference
+):
+    asked = replace(job(sketch, reference), wants_doubt=True, hints=((3, 4, (255, 0, 0)),))
+    bundle = load_bundle(bundle_folder)
+    config = replace(bundle.config, network=replace(bundle.config.network, hints=True))
+    denoiser = config.build()
+    denoiser.start_from(bundle.denoiser.state_dict())
+    denoiser.network.hint_input.weight.data.normal_()
+    save_bundle(tmp_path / "hinted", denoiser, config)
+    pictures = []
+    for version, folder in (("plain", bundle_folder), ("hinted", tmp_path / "hinted")):
+        replica.load(version, folder)
+        answers = [asyncio.run(replica.colorize(each)) for each in (job(sketch, reference), asked)]
+        assert [answer.saw_hints for answer in answers] == [False, version == "hinted"]
+        assert answers[0].doubt is None
+        assert answers[1].doubt.shape == answers[1].picture.shape[:2]
+        pictures += [answer.picture for answer in answers]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[2], pictures[3])
 
 
 def test_a_full_replica_is_busy(replica, bundle_folder, sketch, reference):
