@@ -98,16 +98,6 @@ def _spline(count: int, samples: int, closed: bool) -> Points:
 
 
 @functools.lru_cache
-def _following(count: int) -> NDArray[np.intp]:
-    return np.minimum(np.arange(1, count + 1), count - 1)
-
-
-@functools.lru_cache
-def _preceding(count: int) -> NDArray[np.intp]:
-    return np.maximum(np.arange(-1, count - 1), 0)
-
-
-@functools.lru_cache
 def _bulge(count: int, start: float, end: float) -> Points:
     """Return the relative width of a stroke at `count` points along it, 1 in the middle."""
     along = np.linspace(0, 1, count)
@@ -290,6 +280,7 @@ class Canvas:
 
 
 _PLAIN = Shading()
+_NOWHERE: Points = np.empty((0, 2))
 _FULL_LINES = 0.2
 """Scale of a frame below which its lines get thinner, so that small figures keep their colors."""
 
@@ -328,7 +319,9 @@ class _Draft:
 
 def _band(path: NDArray[np.complex128], half: float, taper: tuple[float, float]) -> list[float]:
     """Return the outline of a line of half width `half`, in canvas pixels."""
-    steps = path[_following(len(path))] - path[_preceding(len(path))]
+    steps = np.empty_like(path)
+    np.subtract(path[2:], path[:-2], out=steps[1:-1])
+    steps[0], steps[-1] = path[1] - path[0], path[-1] - path[-2]
     across = steps * (half * 1j * _bulge(len(path), *taper) / (np.abs(steps) + 1e-9))
     outline: list[float] = np.concatenate([path + across, (path - across)[::-1]]).view(np.float64).tolist()
     return outline
@@ -340,6 +333,8 @@ class Pen:
     def __init__(self, canvas: Canvas, frame: Frame) -> None:
         self.canvas = canvas
         self.frame = frame
+        self._points: PointsLike = ()
+        self._placed = _NOWHERE
 
     def moved(self, dx: float, dy: float) -> Pen:
         """Return a pen whose origin is shifted by (dx, dy)."""
@@ -425,8 +420,14 @@ class Pen:
         if self.canvas.draft:
             self.canvas.draft.nib.polygon(self._pixels(points), fill=0)
 
+    def _place(self, points: PointsLike) -> Points:
+        """Return the points in canvas pixels; most shapes are filled and then outlined, so the last are kept."""
+        if points is not self._points:
+            self._points, self._placed = points, self.frame(points) * self.canvas.side
+        return self._placed
+
     def _path(self, points: PointsLike) -> NDArray[np.complex128]:
-        path: NDArray[np.complex128] = (self.frame(points) * self.canvas.side).view(np.complex128)[:, 0]
+        path: NDArray[np.complex128] = self._place(points).view(np.complex128)[:, 0]
         return path
 
     def _half(self, width: float) -> float:
@@ -435,7 +436,7 @@ class Pen:
         return half
 
     def _pixels(self, points: PointsLike) -> list[float]:
-        pixels: list[float] = (self.frame(points) * self.canvas.side).ravel().tolist()
+        pixels: list[float] = self._place(points).ravel().tolist()
         return pixels
 
     def _mask(

@@ -5,6 +5,7 @@ The colored picture keeps its own clean lines; only the sketch is drawn in such 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,11 +61,12 @@ class Manner:
     def lines(self, path: Path, side: int, rng: np.random.Generator) -> Iterator[tuple[Path, float]]:
         """Yield the lines to draw for a line of a drawing, each with its darkness, 0..1."""
         low, high = self.pressure
-        along = np.linspace(0.0, 1.0, len(path))
+        along = _along(len(path))
         for _ in range(self.repeats):
-            x, y, wave_x, wave_y = rng.standard_normal(4) * (self.jitter, self.jitter, self.wobble, self.wobble)
-            turn, phase, cut, place = rng.random(4)
-            moved = path + side * (x + 1j * y + (wave_x + 1j * wave_y) * np.sin((3 + 8 * turn) * along + 6.3 * phase))
+            x, y, wave_x, wave_y = rng.standard_normal(4).tolist()
+            turn, phase, cut, place = rng.random(4).tolist()
+            wave = np.sin((3 + 8 * turn) * along + 6.3 * phase) * (side * self.wobble * complex(wave_x, wave_y))
+            moved = path + (wave + side * self.jitter * complex(x, y))
             if self.overshoot:
                 moved = _longer(moved, side * self.overshoot * np.abs(rng.standard_normal(2)))
             darkness = low + (high - low) * place
@@ -154,6 +156,11 @@ def random_manner(rng: np.random.Generator) -> Manner:
 
 _TOOLS = ("ink", "pencil", "rough", "extracted")
 _SHARES = (0.42, 0.22, 0.16, 0.2)
+
+
+@functools.lru_cache
+def _along(count: int) -> NDArray[np.float64]:
+    return np.linspace(0.0, 1.0, count)
 
 
 def _longer(path: Path, lengths: NDArray[np.float64]) -> Path:

@@ -28,7 +28,7 @@ class Member(NamedTuple):
     """A character of a cast, with what it wears below the shoulders."""
 
     character: Character
-    outfit: Outfit
+    outfit: Outfit | None
     framing: str
     """face: as usual; anywhere: a face of any size at any place; half, whole: a figure."""
     bald: bool
@@ -71,10 +71,10 @@ def random_cast(rng: Rng, extra: Rng, varied: frozenset[str], shadow: float = 1.
         character = replace(character, palette=palette if shadow == 1.0 else with_shadows(palette, shadow))
         if backdrop == "paper":
             character = _on_paper(character, extra)
-        tones = shadowed(free_tones(extra, 3, paper=False), shadow)
-        members.append(
-            Member(character, random_outfit(extra, tones), framing, bool("hair" in varied and extra.random() < 0.06))
-        )
+        outfit = None
+        if framing != "face":
+            outfit = random_outfit(extra, shadowed(free_tones(extra, 3, paper=False), shadow))
+        members.append(Member(character, outfit, framing, bool("hair" in varied and extra.random() < 0.06)))
     props: tuple[Thing, ...] = ()
     if "props" in varied:
         tones = shadowed(free_tones(extra, 5, paper=False), shadow)

@@ -81,9 +81,11 @@ def _tones(subject: Scene | Cast) -> list[Tone]:
     """Return the materials of a subject."""
     if isinstance(subject, Scene):
         return [subject.ground, *subject.tones]
-    tones = []
+    tones: list[Tone] = []
     for member in subject.members:
-        tones += [*member.character.palette[:6], member.outfit.bottom, member.outfit.socks, member.outfit.shoes]
+        tones += member.character.palette[:6]
+        if member.outfit:
+            tones += [member.outfit.bottom, member.outfit.socks, member.outfit.shoes]
     for thing in subject.props:
         tones += thing.tones
     return tones + _tones(subject.setting) if subject.setting else tones
