@@ -59,7 +59,9 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     command = ["--head", f"--port={gcs}", "--include-dashboard=true", f"--dashboard-port={port}"]
     command += [f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
-    command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", *options]
+    # A log monitor would read every log file ten times a second, and nobody asks for the output of workers.
+    command += [f"--metrics-export-port={metrics}", "--object-store-memory=100000000", "--include-log-monitor=false"]
+    command += options
     head = Head(f"http://127.0.0.1:{port}", token, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", folder)
     variables = {
         **environment,

@@ -50,12 +50,14 @@ class Stage:
     """A cluster, and training runs on it that are disturbed."""
 
     def __init__(self, data, workspace):
-        cluster.POLL_S = 0.05
+        cluster.POLL_S = 0.2
         self.settings = Settings(workspace=workspace)
         self.recipe = workspace / "tiny.yaml"
         self.recipe.parent.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(f"data: {data}\n{RECIPE}")
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        # A log monitor would read every log file ten times a second, for nobody.
+        head = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         # Two nodes are for the workers; one replaces the node that is lost.
         self.nodes = [self.cluster.add_node(num_cpus=CPUS) for _ in range(3)]
         ray.init(address=self.cluster.address, log_to_driver=False)
