@@ -10,7 +10,7 @@ methods get the open drawing. The table shows, as means over the drawings:
   and the reverse; leaks lower the first, needless cuts the second
 - VI: variation of information in bits, 0 is best; the first part rises with needless cuts, the second with leaks
 - leaked: share of the area that is in a found region whose main true region is another one
-- stable: agreement of the labels after a flip of one random pixel, the lowest of 4 flips of each drawing
+- stable: agreement of the labels after a flip of one random pixel, the lowest of 2 flips of each drawing
 - found/true: number of regions found, divided by the number of true regions
 - s/Mpixel: processor time of one core
 
@@ -45,7 +45,7 @@ TOLERANCE = 2 / 512
 """Distance within which border pixels match, as a share of the drawing's side."""
 DARK = 0.5
 """Darkness from which the simpler methods see a line."""
-NUM_FLIPS = 4
+NUM_FLIPS = 2
 
 Labels = NDArray[np.int32]
 Method = Callable[[Drawing], Labels]

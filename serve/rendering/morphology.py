@@ -19,6 +19,8 @@ Indices = NDArray[np.intp]
 
 SPREAD_LEVELS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85)
 """Labels spread over pixels that are lighter than each of these values in turn, then over all."""
+MAX_REACH_PX = 120
+"""Squares of larger distances do not fit into 16 bits."""
 NEIGHBORS = (
     ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
     ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
@@ -51,7 +53,7 @@ def distances(lines: Mask, reach: float) -> Floats:
 
     Args:
         lines: the pixels of lines.
-        reach: at most 120; the squares are 16-bit numbers.
+        reach: at most MAX_REACH_PX.
     """
     radius = math.ceil(reach)
     nearest = _distance_in_rows(lines, radius) ** 2

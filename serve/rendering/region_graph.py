@@ -40,7 +40,8 @@ class RegionGraph:
 
     Args:
         hills: the hill 0..count-1 of each pixel, [H, W]; pixels of lines belong to the nearest hill.
-        height: distance of each pixel to the nearest line, 0 on lines, [H, W].
+        height: distance of each pixel to the nearest line, 0 on lines, [H, W]. In solid dark areas, which are closed on
+            all sides, half their width, negative.
         darkness: darkness of each pixel, [H, W].
         count: number of hills.
         thickness: usual thickness of the lines, in pixels.
@@ -50,7 +51,7 @@ class RegionGraph:
         self._banks = BANKS * thickness
         self._parent = list(range(count))
         peak = np.zeros(count, np.float32)
-        np.maximum.at(peak, hills.ravel(), height.ravel())
+        np.maximum.at(peak, hills.ravel(), np.abs(height).ravel())
         self._area: list[int] = np.bincount(hills.ravel(), minlength=count).tolist()
         self._peak: list[float] = peak.tolist()
         self._borders: list[dict[int, Border]] = [{} for _ in range(count)]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animediffusion.serve.rendering.morphology import (
+    MAX_REACH_PX,
     NEIGHBORS,
     Labels,
     Mask,
@@ -54,6 +55,9 @@ MIN_GAP_PX = 3.0
 """... but at least this many pixels."""
 REACH = 2.0
 """Distances to lines are limited to this multiple of that half width."""
+SOLID = 2.0
+"""A dark area is not a line but a region if it is wider than this multiple of twice the lines' thickness, and than a
+gap."""
 SLIVER = 0.002
 """Half the width up to which a region is a sliver, as a share of the drawing's side..."""
 MIN_SLIVER_PX = 2.0
@@ -147,15 +151,26 @@ def _enlarged(small: Labels, count: int, darkness: Floats, step: int) -> Labels:
 def _merged(lines: Mask, darkness: Floats) -> tuple[Labels, int]:
     """Return the region 1..count of each pixel, [H, W], and the count."""
     gap = max(MIN_GAP_PX, GAP * math.sqrt(lines.size))
-    height = distances(lines, REACH * gap)
+    height = distances(lines, min(REACH * gap, MAX_REACH_PX))
     hills, count = hills_of(height)
+    thickness = _thickness(lines)
+    solid = _solid(lines, min(max(SOLID * thickness, gap), MAX_REACH_PX))
+    areas, number = components(solid)
+    hills[solid] = areas[solid] + count
+    height[solid] = -gap
     hills = spread(hills, darkness) - 1
-    graph = RegionGraph(hills, height, darkness, count, _thickness(lines))
+    graph = RegionGraph(hills, height, darkness, count + number, thickness)
     graph.merge_wide_necks(gap)
     graph.merge_open_borders()
     graph.merge_slivers(max(MIN_SLIVER_PX, SLIVER * math.sqrt(lines.size)), SLIVER_AREA * lines.size)
     regions = graph.regions()
     return regions[hills], int(regions.max())
+
+
+def _solid(lines: Mask, radius: float) -> Mask:
+    """Return the solid areas among the lines, for example black hair: what a disc of this radius fits into, [H, W]."""
+    centers = distances(~lines, radius) >= radius
+    return lines & (distances(centers, radius) < radius) if centers.any() else centers
 
 
 def _thickness(lines: Mask) -> float:

@@ -121,8 +121,20 @@ def test_grain_of_paper_does_not_divide():
 def test_a_soft_shadow_is_not_a_line():
     picture, pen = blank()
     pen.ellipse([-100, 100, 160, 400], fill=215)
-    shadow = np.asarray(picture.filter(ImageFilter.GaussianBlur(25)))
-    assert find_regions(to_drawing(shadow)).count == 1
+    picture = picture.filter(ImageFilter.GaussianBlur(25))
+    ImageDraw.Draw(picture).ellipse([120, 60, 260, 200], outline=0, width=3)
+    darkness = 1 - np.asarray(picture, np.float32) / 255
+    assert find_regions(to_drawing(picture)._replace(darkness=darkness)).count == 2
+
+
+def test_a_black_area_is_a_region_of_its_own():
+    picture, pen = blank()
+    pen.ellipse([60, 60, 240, 240], outline=0, width=3)
+    pen.polygon([(100, 150), (150, 90), (200, 150), (150, 200)], fill=0)
+    labels, count = find_regions(to_drawing(picture))
+    assert count == 3
+    assert len({labels[2, 2], labels[80, 150], labels[150, 150]}) == 3
+    assert (labels == labels[150, 150]).sum() == pytest.approx(100 * 110 / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 100), (100, 8), (33, 47), (64, 1024)])
