@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from animediffusion.serve.rendering.palette import Color, Palette, dominant_colors, perceptual
-from animediffusion.serve.rendering.regions import Regions
+from animediffusion.serve.rendering.regions import Regions, components
 from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels
-from animediffusion.serve.rendering.upsample import Flow, box_mean, enlarge, flow_of, reduced
+from animediffusion.serve.rendering.upsample import LITTLE_TRUST, REACH_PX, Flow, box_mean, enlarge, flow_of, reduced
 
 Style = Literal["flat", "shaded", "painted"]
 Background = Literal["paper", "reference"]
@@ -27,6 +27,10 @@ Labels = NDArray[np.int32]
 
 WORK_PIXELS = 100_000
 """Votes are counted in at most about this many pixels; the network's picture has fewer."""
+LONELY = 4.0
+"""A pixel between lines keeps its own color if fewer than 1 / LONELY of the pixels around it are trusted."""
+DARK = 0.02
+"""Added to colors in [0, 1] by which shading is divided."""
 BOUND = 20.0
 """Largest cost of a pixel: colors farther away than this cost the same."""
 SNAP = 8.0
@@ -37,10 +41,19 @@ NUM_SPLITS = 3
 """Rounds of splits, so a region has at most 2 ** NUM_SPLITS colors."""
 SMALLEST_PART = 1.0
 """Each part of a split region covers at least this many pixels of the network's picture."""
-CLEAR = 1.5
+CLEAR = 0.9
 """A split lowers the mean cost of the smaller part's pixels by at least this much."""
 DISTRUST = 0.02
 """Weight of pixels next to lines, relative to upsample.py's: they decide only where no other pixel is."""
+RAMP = 0.7
+"""A region is a gradient, and not split, if its distances to a linear gradient are at most this share of those to one
+color, and smaller than those to two colors."""
+EXACT = (0.8, 0.95)
+"""Flatness of a reference's color: from the first value on, the color gets less shading, from the second on, none."""
+ISLAND = 0.5
+"""A part has no islands smaller than this share of SMALLEST_PART."""
+INK = 0.3
+"""Pixels darker than this are lines, whose color is not seen."""
 PAPER_BORDER = 0.25
 """Regions that cover this share of the border of the picture together are outside of the figure."""
 
@@ -102,50 +115,76 @@ def color_regions(
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     flow = flow_of(painted, drawing if step == 1 else reduced(drawing, step))
-    weight = flow.trust + np.float32(DISTRUST) * flow.little + np.float32(1e-6)
-    pixels = flow.color + flow.trust[..., None] * (flow.clear - flow.color)
-    colors, penalty = _candidates(pixels, reference, palette)
-    cost = _costs(pixels, colors, penalty)
-    labels = regions.labels.copy()
-    for _ in range(NUM_SPLITS):
-        small = _sampled(labels, step)
-        labels = _split(labels, small, cost, weight, flow.scale)
+    pixels, weight = _evidence(flow)
+    choice = _choice(pixels, reference, palette)
+    cost = _distances(perceptual(255 * pixels), choice.colors, BOUND) + choice.penalty
+    visible = drawing.darkness[::step, ::step] < INK
+    labels = regions.labels
     small = _sampled(labels, step)
+    for _ in range(NUM_SPLITS):
+        field, parts = _parts(
+            small, cost, weight, visible, flow.scale, choice.softness, _ramp_cost(small, pixels, weight)
+        )
+        labels = _divided(labels, field, parts)
+        small = _sampled(labels, step)
     chosen = _votes(small, cost * weight[..., None]).argmin(axis=1)
-    found = colors[chosen]
+    colors = choice.colors[chosen]
     if palette is None:
-        found = _means(small, flow.color, weight, found)
+        colors = _means(small, pixels, weight, colors)
     if background == "paper":
-        found[_outside(regions.labels, labels)] = 255
-    shading = _shading(flow, found[small], labels.shape) if style == "shaded" else None
-    return Coloring(drawing, *_listed(labels, found), shading)
+        colors[_outside(regions.labels, labels)] = 255
+    shading = None
+    if style == "shaded":
+        small_shading = _shading(pixels, colors[small], weight, choice.softness[chosen][small], flow.scale)
+        shading = 2 * enlarge(np.float32(0.5) * small_shading, width, height)
+    return Coloring(drawing, *_listed(labels, colors), shading)
 
 
-def _candidates(pixels: Floats, reference: Pixels, palette: Palette | str | None) -> tuple[Pixels, Floats]:
-    """Return the colors [K, 3] that a region may have, and what each costs more than its distance, [K]."""
+class _Choice(NamedTuple):
+    """The colors that a region may have."""
+
+    colors: Pixels
+    """[K, 3]"""
+    penalty: Floats
+    """[K]: cost in addition to the distance."""
+    softness: Floats
+    """[K]: share of the network's shading that is kept: 0 for a color that is flat in the reference."""
+
+
+def _choice(pixels: Floats, reference: Pixels, palette: Palette | str | None) -> _Choice:
+    """Return the colors that a region may have."""
     if isinstance(palette, Palette):
-        return np.array(palette.colors, np.uint8), np.zeros(len(palette.colors), np.float32)
+        count = len(palette.colors)
+        return _Choice(np.array(palette.colors, np.uint8), np.zeros(count, np.float32), np.ones(count, np.float32))
     own = dominant_colors(np.rint(255 * pixels).astype(np.uint8)).colors
     if palette is None:
-        return own.astype(np.uint8), np.zeros(len(own), np.float32)
+        return _Choice(own.astype(np.uint8), np.zeros(len(own), np.float32), np.ones(len(own), np.float32))
     given = dominant_colors(reference)
-    penalty = -np.float32(COMMON) * np.log(given.share)
-    far = _distances(perceptual(own), given.colors).min(axis=1) > SNAP
-    colors = np.concatenate([given.colors, own[far]]).astype(np.uint8)
-    return colors, np.concatenate([penalty, np.repeat(np.float32(SNAP), far.sum())])
+    far = own[_distances(perceptual(own), given.colors, BOUND).min(axis=1) > SNAP]
+    return _Choice(
+        np.concatenate([given.colors, far]).astype(np.uint8),
+        np.concatenate([-np.float32(COMMON) * np.log(given.share), np.full(len(far), SNAP, np.float32)]),
+        np.concatenate([np.interp(given.flatness, EXACT, (1, 0)), np.ones(len(far))]).astype(np.float32),
+    )
 
 
-def _costs(pixels: Floats, colors: Pixels, penalty: Floats) -> Floats:
-    """Return the cost of each color for each pixel, [H, W, K]."""
-    cost: Floats = np.minimum(_distances(perceptual(255 * pixels), colors), np.float32(BOUND)) + penalty
-    return cost
+def _evidence(flow: Flow) -> tuple[Floats, Floats]:
+    """Return the colors [H, W, 3] that vote and their weights [H, W].
+
+    Colors that flow are smooth, so a pixel keeps its own color where it is trusted, and also where no pixel around it
+    is trusted, as in eyes.
+    """
+    around = box_mean(flow.trust, 2 * round(REACH_PX * flow.scale) + 1)
+    own = np.maximum(flow.trust, flow.little / LITTLE_TRUST * (1 - np.minimum(LONELY * around, 1)))[..., None]
+    pixels: Floats = flow.color + own * (flow.clear - flow.color)
+    return pixels, flow.trust + np.float32(DISTRUST) * flow.little + np.float32(1e-6)
 
 
-def _distances(places: Floats, colors: NDArray[Any]) -> Floats:
-    """Return the distances of places [..., 3] in the space of `perceptual` to colors [K, 3], [..., K]."""
+def _distances(places: Floats, colors: NDArray[Any], bound: float) -> Floats:
+    """Return the distances, at most `bound`, of places [..., 3] in the space of `perceptual` to colors [K, 3]."""
     entries = perceptual(colors)
     squared = (places**2).sum(axis=-1)[..., None] + (entries**2).sum(axis=1) - 2 * places @ entries.T
-    distances: Floats = np.sqrt(np.maximum(squared, 0))
+    distances: Floats = np.minimum(np.sqrt(np.maximum(squared, 0)), np.float32(bound))
     return distances
 
 
@@ -166,26 +205,68 @@ def _votes(labels: Labels, values: Floats) -> Floats:
     return np.stack([np.bincount(labels.ravel(), plane, minlength=count) for plane in planes], axis=1)
 
 
-def _split(labels: Labels, small: Labels, cost: Floats, weight: Floats, scale: float) -> Labels:
-    """Split each region whose pixels have two clear colors; return new labels [H, W].
+def _ramp_cost(small: Labels, pixels: Floats, weight: Floats) -> Floats:
+    """Fit a linear gradient to each label's pixels; return their summed distances to it, [1 + largest label]."""
+    height, width = small.shape
+    rows, columns = np.mgrid[:height, :width].astype(np.float32) / max(height, width)
+    basis = np.stack([np.ones_like(rows), columns, rows], axis=2)
+    products = (basis[..., None] * np.concatenate([basis, pixels], axis=2)[:, :, None]).reshape(height, width, 18)
+    sums = _votes(small, products * weight[..., None]).reshape(-1, 3, 6)
+    ridge = 1e-4 * np.eye(3) * (sums[:, :1, :1] + 1e-6)
+    planes = np.linalg.solve(sums[..., :3] + ridge, sums[..., 3:]).astype(np.float32)
+    ramp = np.clip(np.einsum("hwi,hwic->hwc", basis, planes[small]), 0, 1)
+    distance = np.minimum(np.linalg.norm(perceptual(255 * ramp) - perceptual(255 * pixels), axis=2), BOUND)
+    return _votes(small, (weight * distance)[..., None])[:, 0]
+
+
+def _parts(
+    small: Labels,
+    cost: Floats,
+    weight: Floats,
+    visible: NDArray[np.bool_],
+    scale: float,
+    softness: Floats,
+    ramp_cost: Floats,
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Find the regions whose pixels have two clear colors.
 
     The second color of a region is the one that saves the most where it is cheaper than the first.
+
+    Returns:
+        A smooth field [H, W], above 0 where a pixel has its region's second color; which labels to split.
     """
-    first = _votes(small, cost * weight[..., None]).argmin(axis=1)[small][..., None]
-    paid = np.take_along_axis(cost, first, axis=2)
-    second = _votes(small, np.maximum(paid - cost, 0) * weight[..., None]).argmax(axis=1)[small][..., None]
-    saved = box_mean((paid - np.take_along_axis(cost, second, axis=2))[..., 0], 2 * round(scale / 2) + 1)
-    part = saved > 0
-    planes = (part, np.ones_like(part), part * weight, part * weight * saved)
-    area, whole, trusted, gain = _votes(small, np.stack(planes, axis=2)).T
+    first = _votes(small, cost * weight[..., None]).argmin(axis=1)
+    one = np.take_along_axis(cost, first[small][..., None], axis=2)
+    second = _votes(small, np.maximum(one - cost, 0) * weight[..., None]).argmax(axis=1)
+    other = np.take_along_axis(cost, second[small][..., None], axis=2)[..., 0]
+    one = one[..., 0]
+    field = box_mean(one - other, 2 * round(scale / 2) + 1)
+    part = field > 0
+    planes = (
+        visible,
+        part & visible,
+        part * weight,
+        part * weight * field,
+        weight * one,
+        weight * np.where(part, other, one),
+    )
+    area, part_area, trusted, gain, single, double = _votes(small, np.stack(planes, axis=2)).T
     enough = SMALLEST_PART * scale**2
-    clear = (area > enough) & (whole - area > enough) & (gain > CLEAR * trusted)
-    if not clear.any():
+    is_ramp = (ramp_cost < np.minimum(RAMP * single, double)) & (softness[first] > 0.5)
+    parts = (part_area > enough) & (area - part_area > enough) & (gain > CLEAR * trusted) & ~is_ramp
+    field = np.where(parts[small], field, -1).astype(np.float32)
+    islands, count = components(field > 0)
+    size = np.bincount(islands.ravel(), visible.ravel(), minlength=count + 1)
+    return np.where((size < ISLAND * enough)[islands], -np.abs(field), field), parts
+
+
+def _divided(labels: Labels, field: Floats, parts: NDArray[np.bool_]) -> Labels:
+    """Return labels [H, W] where a part of each label to split has a new label."""
+    if not parts.any():
         return labels
-    number = np.where(clear, int(labels.max()) + np.cumsum(clear), 0).astype(np.int32)
-    number, clear = (np.pad(one, (0, max(0, int(labels.max()) + 1 - len(one)))) for one in (number, clear))
-    field = Image.fromarray(saved).resize(labels.shape[::-1], Image.Resampling.BILINEAR)
-    return np.where(clear[labels] & (np.asarray(field) > 0), number[labels], labels)
+    number = np.where(parts, labels.max() + np.cumsum(parts), np.arange(len(parts))).astype(np.int32)
+    inside = Image.fromarray(field).resize(labels.shape[::-1], Image.Resampling.BILINEAR)
+    return np.where(np.asarray(inside) > 0, number[labels], labels)
 
 
 def _means(labels: Labels, color: Floats, weight: Floats, chosen: Pixels) -> Pixels:
@@ -203,12 +284,13 @@ def _outside(before: Labels, labels: Labels) -> NDArray[np.intp]:
     return np.unique(labels[(share > PAPER_BORDER)[before]])
 
 
-def _shading(flow: Flow, flats: Pixels, shape: tuple[int, int]) -> Floats:
-    """Return the low frequencies of the network's colors divided by the flat colors, [H, W, 3]."""
-    ratio: Floats = np.clip((flow.color + 0.05) / (flats.astype(np.float32) / 255 + 0.05), 0.5, 2).astype(np.float32)
-    side = 2 * round(flow.scale) + 1
-    smooth = np.stack([box_mean(plane, side) for plane in np.moveaxis(ratio, 2, 0)], axis=2)
-    shading: Floats = 2 * enlarge(np.float32(0.5) * smooth.astype(np.float32), shape[1], shape[0])
+def _shading(pixels: Floats, flats: Pixels, weight: Floats, softness: Floats, scale: float) -> Floats:
+    """Return the low frequencies of the colors that voted, relative to the flat colors [H, W, 3]; 1 is no shading."""
+    flat = flats.astype(np.float32) / np.float32(255)
+    side = 2 * round(scale) + 1
+    known = np.maximum(box_mean(weight, side), 1e-9)
+    change = np.stack([box_mean(weight * plane, side) / known for plane in np.moveaxis(pixels - flat, 2, 0)], axis=2)
+    shading: Floats = np.clip(1 + softness[..., None] * change / (flat + DARK), 0, 2).astype(np.float32)
     return shading
 
 

@@ -112,7 +112,7 @@ def dominant_colors(picture: Pixels) -> Dominant:
             break
         chosen.append(peak)
         shares.append(share)
-        flatness.append(area[distance < APART / 2].sum() / area[distance < 2 * APART].sum())
+        flatness.append(area[distance < APART / 2].sum() / area[distance < APART].sum())
         left[distance < APART] = 0
     return Dominant(colors[chosen], np.array(shares, np.float32), np.array(flatness, np.float32))
 
