@@ -96,25 +96,30 @@ def test_an_exported_model_makes_the_picture_of_colorize(bare_python, settings, 
     assert found.num_files > 10
 
 
-def test_an_exported_model_colors_by_regions_with_a_palette(bare_python, settings, drawing, tmp_path):
+def test_an_exported_model_colors_by_regions_with_a_palette(bare_python, settings, drawing, tmp_path, capsys):
     export(settings, str(write_bundle(tmp_path / "bundle", 1)), tmp_path / "model")
     Path("two.gpl").write_text("GIMP Palette\n10 20 30 ink\n240 230 220 paper\n")
+    words = ["--layer", "layer.png", "--style", "flat", "--background", "reference", "--palette", "two.gpl"]
     script = tmp_path / "model" / "colorize.py"
-    for palette in ("two.gpl", "#0a141e,#f0e6dc"):
-        words = ["s.png", "r.png", "out.png", "--layer", "layer.png", "--style", "flat", "--background", "reference"]
-        done = run(bare_python, script, *words, "--palette", palette, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        colors = np.asarray(Image.open("layer.png").convert("RGB")).reshape(-1, 3)
-        assert {tuple(color) for color in colors.tolist()} <= {(10, 20, 30), (240, 230, 220)}
-    for words, line in (
+    done = run(bare_python, script, "s.png", "r.png", "out.png", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    colors = np.asarray(Image.open("layer.png").convert("RGB")).reshape(-1, 3)
+    assert {tuple(color) for color in colors.tolist()} <= {(10, 20, 30), (240, 230, 220)}
+    by_file = Path("out.png").read_bytes()
+    assert main(tmp_path / "model", ["s.png", "r.png", "out.png", *words[:-1], "#0a141e,#f0e6dc"]) == 0
+    assert Path("out.png").read_bytes() == by_file
+    for wrong, line in (
         (["--style", "flat", "--palette", "#12"], "argument --palette: '#12' is not a color; "),
         (["--style", "flat", "--palette", "no.gpl"], "argument --palette: 'no.gpl': No such file or directory; "),
         (["--palette", "#123456"], "error: --palette: '#123456' with style painted; choose style flat or shaded"),
         (["--style", "oil"], "argument --style: invalid choice: 'oil'"),
     ):
-        done = run(bare_python, script, "s.png", "r.png", "out.png", *words, cwd=tmp_path)
-        assert done.returncode == 2
-        assert line in done.stderr.splitlines()[-1]
+        try:
+            code = main(tmp_path / "model", ["s.png", "r.png", "out.png", *wrong])
+        except SystemExit as left:
+            code = left.code
+        assert code == 2
+        assert line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_bare_environment_is_bare(bare_python, tmp_path):
