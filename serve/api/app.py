@@ -156,8 +156,9 @@ def _key(request: Request) -> str:
 
 
 def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, ColorizeJob]:
-    drawing = read_sketch(form.sketch)
     try:
+        form.rendering.check(form.output)
+        drawing = read_sketch(form.sketch)
         form.rendering.read_hints(drawing)
     except ConfigError as error:
         raise unusable(error.thing, error.found, error.allowed) from error

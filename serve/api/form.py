@@ -26,7 +26,6 @@ from animediffusion.models.sampler_options import (
     number,
     whole_number,
 )
-from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.api.problems import ProblemError, unusable
 from animediffusion.serve.rendering import render
 from animediffusion.serve.rendering.coloring import Background, Style
@@ -219,11 +218,7 @@ def _checked(form: FormData, files: dict[str, bytes]) -> ColorizeForm:
         if isinstance(value, UploadFile):
             raise unusable(name, "is a file", ALLOWED[name])
     try:
-        checked = ColorizeForm.model_validate({**files, **texts})
-        checked.rendering.check(checked.output)
-        return checked
-    except ConfigError as error:
-        raise unusable(error.thing, error.found, error.allowed) from error
+        return ColorizeForm.model_validate({**files, **texts})
     except ValidationError as error:
         wrong = [str(one["loc"][0]) for one in error.errors(include_url=False, include_input=False)]
         errors = [{"field": name, "found": str(texts[name])[:80], "allowed": ALLOWED[name]} for name in wrong]

@@ -450,7 +450,9 @@ def test_pages_need_nothing_from_elsewhere(client):
 def test_the_description_names_every_field_and_answer(client):
     operation = client.get("/openapi.json").json()["paths"]["/v1/colorize"]["post"]
     fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
-    known = "sketch reference num_inference_steps guidance_scale seed sampler output size style background palette"
+    known = (
+        "sketch reference num_inference_steps guidance_scale seed sampler output size style background palette hints"
+    )
     assert set(fields) == set(known.split())
     kinds = {"image/png", "image/openraster", "image/vnd.adobe.photoshop", "application/json"}
     assert set(operation["responses"]["200"]["content"]) == kinds

@@ -134,7 +134,7 @@ def test_a_field_is_given_once_and_is_known(client, parts, files):
 
 
 def test_a_picture_without_a_filename_gets_an_error_that_says_how_to_send_it(client, files):
-    detail = refused(post(client, part("sketch", files["sketch"][1] * 9) + END), 400)["detail"]
+    detail = refused(post(client, part("sketch", files["sketch"][1] * 200) + END), 400)["detail"]
     assert "send sketch and reference as files, each with a filename" in detail
 
 
