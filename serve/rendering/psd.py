@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from animediffusion.serve.rendering.layers.layers import Layer, LayerGroup
+from animediffusion.serve.rendering.layers import Layer, LayerGroup
 from animediffusion.serve.rendering.sketch import Pixels
 
 MEDIA_TYPE = "image/vnd.adobe.photoshop"

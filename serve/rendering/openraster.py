@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from animediffusion.platform.images.codec import encode_png
-from animediffusion.serve.rendering.layers.layers import Layer, LayerGroup
+from animediffusion.serve.rendering.layers import Layer, LayerGroup
 from animediffusion.serve.rendering.sketch import Pixels
 
 MEDIA_TYPE = "image/openraster"
