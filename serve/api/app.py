@@ -28,7 +28,7 @@ from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problem
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.api.sse import events
 from animediffusion.serve.protocol import Backend, ColorizeJob, ModelsStatus, Pixels
-from animediffusion.serve.rendering import openraster, psd
+from animediffusion.serve.rendering.formats import openraster, psd
 from animediffusion.serve.rendering.render import Rendered, read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import Drawing, as_gray
 

@@ -9,7 +9,7 @@ from fastapi.security import HTTPBearer
 
 from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import MEDIA_TYPE
-from animediffusion.serve.rendering import openraster, psd
+from animediffusion.serve.rendering.formats import openraster, psd
 
 KEY = Security(
     HTTPBearer(

@@ -3,7 +3,7 @@
     flats x shading, screened with the highlights, x line art = the finished picture
 
 All layers have 8 bits, and `picture_of` computes the finished picture from them, so a program that flattens the layers
-gets the same picture, except for its own rounding. openraster.py and psd.py write the layers to files.
+gets the same picture, except for its own rounding. The modules in formats/ write the layers to files.
 """
 
 from __future__ import annotations

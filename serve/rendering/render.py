@@ -13,6 +13,8 @@ from PIL import Image
 from animediffusion.platform.errors import ConfigError, ImageError
 from animediffusion.platform.images.codec import decode_alpha, decode_rgb, encode_png, letterbox
 from animediffusion.serve.rendering.coloring import Background, Coloring, Region, Style, color_regions
+from animediffusion.serve.rendering.formats.openraster import write_openraster
+from animediffusion.serve.rendering.formats.psd import write_psd
 from animediffusion.serve.rendering.hints import Hint, apply_hints, check_hints, read_hints
 from animediffusion.serve.rendering.layers import (
     Shades,
@@ -23,9 +25,7 @@ from animediffusion.serve.rendering.layers import (
     shades_of,
     shading_from,
 )
-from animediffusion.serve.rendering.openraster import write_openraster
 from animediffusion.serve.rendering.palette import Palette, read_palette
-from animediffusion.serve.rendering.psd import write_psd
 from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture

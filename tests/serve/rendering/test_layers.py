@@ -14,9 +14,9 @@ from psd_tools.constants import BlendMode
 
 from animediffusion.serve.rendering import layers
 from animediffusion.serve.rendering.coloring import Coloring, Region
+from animediffusion.serve.rendering.formats.openraster import write_openraster
+from animediffusion.serve.rendering.formats.psd import pack_rows, write_psd
 from animediffusion.serve.rendering.layers import Layer, LayerGroup, layers_of, picture_of, shades_of
-from animediffusion.serve.rendering.openraster import write_openraster
-from animediffusion.serve.rendering.psd import pack_rows, write_psd
 from animediffusion.serve.rendering.sketch import read_drawing
 
 COMPOSITE_OPS = {"svg:src-over", "svg:multiply", "svg:screen"}
@@ -268,7 +268,7 @@ def unpacked(data, count):
 @pytest.mark.parametrize("kind", ["noise", "two levels", "constant", "runs"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 128), (4, 129), (40, 300), (3, 1000)])
 def test_packed_rows_are_unpacked_to_the_same(kind, shape, monkeypatch):
-    monkeypatch.setattr("animediffusion.serve.rendering.psd._BLOCK_PIXELS", 700)
+    monkeypatch.setattr("animediffusion.serve.rendering.formats.psd._BLOCK_PIXELS", 700)
     random = np.random.default_rng(0)
     plane = {
         "noise": random.integers(0, 256, shape),
