@@ -198,7 +198,6 @@ function new_button(id) {
     } else return;
     event.preventDefault();
   };
-  button.onkeyup = button.onblur = commit;
   button.onpointerdown = event => {
     take();
     button.setPointerCapture(event.pointerId);
@@ -227,6 +226,7 @@ $("add-dot").onclick = () => {
 $("remove-dot").onclick = remove;
 $("undo").onclick = undo;
 $("redo").onclick = redo;
+window.addEventListener("keyup", commit);
 window.addEventListener("keydown", event => {
   if (!picture || !(event.ctrlKey || event.metaKey) || event.altKey || event.target.matches("input:not([type=range]):not([type=color])")) return;
   const key = event.key.toLowerCase();
