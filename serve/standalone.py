@@ -21,10 +21,11 @@ import torch
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
+from animediffusion.models.network.hints import HintPoint, draw_hints
 from animediffusion.models.sampler_options import ALLOWED, SamplerOptions, number, whole_number
 from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
-from animediffusion.platform.images.codec import letterbox
+from animediffusion.platform.images.codec import letterbox, letterbox_points
 from animediffusion.serve.rendering.coloring import Background, Style
 from animediffusion.serve.rendering.render import (
     Output,
@@ -52,6 +53,8 @@ def paint(
     style: Style = "painted",
     background: Background | None = None,
     palette: str | bytes = "reference",
+    more_references: Sequence[bytes] = (),
+    hints: Sequence[HintPoint] = (),
 ) -> tuple[bytes, bytes]:
     """Return the colored drawing and its color layer, both as PNG.
 
@@ -69,13 +72,26 @@ def paint(
         style: `flat`, `shaded` or `painted`; this and the next two are those of rendering/render.py's RenderOptions.
         background: `paper` or `reference`.
         palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
+        more_references: up to three more image files.
+        hints: hints for the network, in pixels of the sketch. A model without hints ignores them.
 
     Raises:
         ImageError: the sketch or the reference is not usable.
         ConfigError: the palette is not usable, or an option would change nothing.
     """
     options = RenderOptions(size=size, style=style, background=background, palette=palette)
-    made = paint_as("both", bundle, sketch, reference, options, seed=seed, sampler=sampler, thing=thing, lock=lock)
+    made = paint_as(
+        "both",
+        bundle,
+        sketch,
+        (reference, *more_references),
+        options,
+        seed=seed,
+        sampler=sampler,
+        thing=thing,
+        lock=lock,
+        hints=hints,
+    )
     return made.files["image"], made.files["color_layer"]
 
 
@@ -83,24 +99,30 @@ def paint_as(
     output: Output,
     bundle: Bundle,
     sketch: bytes,
-    reference: bytes,
+    references: Sequence[bytes],
     options: RenderOptions,
     *,
     seed: int = 0,
     sampler: SamplerDefaults | None = None,
     thing: str = "sketch",
     lock: AbstractContextManager[object] | None = None,
+    hints: Sequence[HintPoint] = (),
 ) -> Rendered:
     """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
     options.check(output)
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
     options.read_hints(drawing)  # A wrong hint is reported before the network runs.
     lines = from_pixels(for_network(as_gray(drawing), side))
-    picture = read_picture(reference)
-    colors = from_pixels(letterbox(picture, side)[0])
+    pictures = [read_picture(reference) for reference in references]
+    colors = [from_pixels(letterbox(picture, side)[0]) for picture in pictures]
+    height, width = drawing.darkness.shape
+    planes = draw_hints(letterbox_points(hints, height, width, side), side)
     with lock or nullcontext():
-        painted = to_uint8(colorize(bundle, lines, colors, seeds=[seed], sampler=sampler))[0].cpu().numpy()
-    return render(painted, drawing, picture, output=output, options=options)
+        image = colorize(
+            bundle, lines, colors, seeds=[seed], sampler=sampler, hints=None if planes is None else planes[None]
+        )
+    painted = to_uint8(image)[0].cpu().numpy()
+    return render(painted, drawing, pictures[0], output=output, options=options)
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:

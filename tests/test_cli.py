@@ -252,7 +252,7 @@ def test_what_a_command_would_not_use_is_refused(command):
 @pytest.mark.parametrize(
     ("words", "option"),
     [
-        ("colorize a.png --reference b.png --reference c.png --out o", "--reference"),
+        ("colorize a.png --reference b.png --out o --out p", "--out"),
         ("colorize a.png --reference b.png --out o --seed=1 --seed=2", "--seed"),
         ("models promote 1 --force --why --force --why again", "--why"),
         ("tune sampler m d --register --no-register", "--register"),

@@ -54,7 +54,7 @@ LAYERS = {
         "cluster": {"config", "errors", "network", "storage"},
     },
     "models": {
-        "network": set(),
+        "network": {"sampler_options"},
         "diffusion": {"network"},
         "augmentation": {"authors", "network", "tensors"},
         "authors": {"network", "diffusion", "bundle", "tensors"},

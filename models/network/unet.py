@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from animediffusion.models.network.attention import attention
 from animediffusion.models.network.condition import Condition, Reference, join_references
 from animediffusion.models.network.hints import HINT_PLANES
+from animediffusion.models.sampler_options import MAX_REFERENCES
 
 GROUPS = 32
 
@@ -159,10 +160,11 @@ class UNet(nn.Module):
             layers.append(self._attention(width_out))
         return Stage(layers)
 
-    @property
-    def takes_several(self) -> bool:
-        """Whether the network can use more than one reference, which needs reference tokens."""
-        return self.reference_encoder is not None
+    def check_count(self, references: int) -> None:
+        """Raise ValueError if the network cannot use this number of references; more than one need tokens."""
+        most = MAX_REFERENCES if self.reference_encoder is not None else 1
+        if not 1 <= references <= most:
+            raise ValueError(f"this model takes 1 to {most} references, got {references}")
 
     def encode(
         self,
@@ -180,11 +182,13 @@ class UNet(nn.Module):
             hints: [B, 4, H, W] from hint_planes(). A network without `config.hints` ignores them.
 
         Raises:
-            ValueError: if the sides are not multiples of `config.size_multiple`.
+            ValueError: if the sides are not multiples of `config.size_multiple`, or the network cannot use as many
+                references.
         """
         if keep_reference is None:
             keep_reference = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
         references = [reference] if isinstance(reference, Tensor) else reference
+        self.check_count(len(references))
         encoded = [self.encode_reference(one, keep_reference) for one in references]
         return self.combine(sketch, join_references(encoded), hints)
 

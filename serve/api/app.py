@@ -164,7 +164,7 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
         raise unusable(error.thing, error.found, error.allowed) from error
     job = ColorizeJob(
         lines=as_gray(drawing),
-        references=(read_picture(form.reference),),
+        references=tuple(read_picture(reference) for reference in form.reference),
         options=form.options,
         timeout_s=timeout_s,
         key=key,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.exceptions import MultipartParseError
@@ -20,6 +20,7 @@ from starlette.requests import Request
 from animediffusion.models import sampler_options
 from animediffusion.models.sampler_options import (
     MAX_GUIDANCE_SCALE,
+    MAX_REFERENCES,
     MAX_SEED,
     SamplerName,
     SamplerOptions,
@@ -50,8 +51,8 @@ class ColorizeForm(BaseModel):
 
     sketch: bytes
     """Line art: PNG, JPEG or WebP, up to 25 Mpixel."""
-    reference: bytes
-    """A picture with the wanted colors."""
+    reference: Annotated[tuple[bytes, ...], Field(min_length=1, max_length=MAX_REFERENCES)]
+    """A picture with the wanted colors. Repeat the field for up to 4 pictures; the first one counts most."""
     num_inference_steps: Annotated[int | None, BeforeValidator(whole_number), Field(ge=1, le=MAX_STEPS)] = None
     """Number of denoising steps; the default of the model if omitted."""
     guidance_scale: Annotated[float | None, BeforeValidator(number), Field(ge=0, le=MAX_GUIDANCE_SCALE)] = None
@@ -119,7 +120,8 @@ async def read_form(request: Request) -> ColorizeForm:
     try:
         _check_names(form)
         given = [name for name in MAY_BE_FILES if isinstance(form.get(name), UploadFile)]
-        return _checked(form, {name: await _file(form, name) for name in (*FILES, *given)})
+        files: dict[str, Any] = {name: (await _files(form, name))[0] for name in ("sketch", *given)}
+        return _checked(form, {**files, "reference": await _files(form, "reference")})
     finally:
         await form.close()
 
@@ -145,7 +147,7 @@ class _Parser(MultiPartParser):
     """Starlette's parser, which also rejects a truncated body and records how many bytes were read."""
 
     def __init__(self, headers: Headers, stream: AsyncIterator[bytes]) -> None:
-        super().__init__(headers, self._counted(stream), max_files=8, max_fields=16, max_part_size=MAX_TEXT_BYTES)
+        super().__init__(headers, self._counted(stream), max_files=10, max_fields=16, max_part_size=MAX_TEXT_BYTES)
         self.is_complete = False
         self.num_read = 0
 
@@ -193,13 +195,15 @@ def _reason(parser: _Parser, error: MultiPartException) -> str:
     return error.message
 
 
-async def _file(form: FormData, name: str) -> bytes:
-    value = form.get(name)
-    if value is None:
+async def _files(form: FormData, name: str) -> tuple[bytes, ...]:
+    values, found = form.getlist(name), []
+    if not values:
         raise ProblemError(400, f"the file {name} is missing; send sketch and reference")
-    if not isinstance(value, UploadFile):
-        raise ProblemError(400, f"{name} is a text field; send it as a file, with a filename")
-    return await value.read()
+    for value in values:
+        if not isinstance(value, UploadFile):
+            raise ProblemError(400, f"{name} is a text field; send it as a file, with a filename")
+        found.append(await value.read())
+    return tuple(found)
 
 
 def _check_names(form: FormData) -> None:
@@ -208,11 +212,14 @@ def _check_names(form: FormData) -> None:
         if name not in names:
             close = get_close_matches(name, names, n=1)
             raise unusable(name[:80], "unknown field", f"did you mean {close[0]}?" if close else ", ".join(names))
-        if len(form.getlist(name)) > 1:
+        count = len(form.getlist(name))
+        if name == "reference" and count > MAX_REFERENCES:
+            raise unusable(name, f"{count} pictures", f"1 to {MAX_REFERENCES} pictures")
+        if name != "reference" and count > 1:
             raise unusable(name, "given more than once", "give it once")
 
 
-def _checked(form: FormData, files: dict[str, bytes]) -> ColorizeForm:
+def _checked(form: FormData, files: dict[str, Any]) -> ColorizeForm:
     texts = {name: value for name, value in form.items() if name not in files and value != ""}
     for name, value in texts.items():
         if isinstance(value, UploadFile):

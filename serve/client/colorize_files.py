@@ -2,7 +2,7 @@
 
     colorizer = RemoteColorizer(url) if url else LocalColorizer(settings, model)
     options = SamplerOptions(seed=7)
-    for result in colorize_files(colorizer, [Path("drawings")], Path("reference.png"), Path("out"), options):
+    for result in colorize_files(colorizer, [Path("drawings")], [Path("reference.png")], Path("out"), options):
         print(result.output or result.error)
 
 Both colorizers make the same picture from the same sketch, reference, seed and version. Each file contains metadata
@@ -57,7 +57,7 @@ class Colorizer(Protocol):
     def colorize(
         self,
         sketch: bytes,
-        reference: bytes,
+        references: Sequence[bytes],
         options: SamplerOptions,
         rendering: RenderOptions = ...,
         file_format: FileFormat = ...,
@@ -68,7 +68,7 @@ class Colorizer(Protocol):
 
         Args:
             sketch: bytes of the image file.
-            reference: bytes of the image file.
+            references: bytes of one to MAX_REFERENCES image files; the first one counts most.
             options: sampler settings.
             rendering: settings of the finished picture.
             file_format: format of the picture.
@@ -109,7 +109,7 @@ class FileResult:
 def colorize_files(
     colorizer: Colorizer,
     sketches: Sequence[Path],
-    reference: Path,
+    references: Sequence[Path],
     out: Path,
     options: SamplerOptions,
     rendering: RenderOptions = DEFAULTS,
@@ -126,22 +126,23 @@ def colorize_files(
     Args:
         colorizer: a local or remote Colorizer.
         sketches: files, and folders of files.
-        reference: image file with the colors.
+        references: one to MAX_REFERENCES image files with the colors.
         out: output folder, which is created if it is missing.
         options: sampler settings for all drawings.
         rendering: settings of the finished pictures.
         file_format: format of the pictures.
 
     Raises:
-        AnimeDiffusionError: there is nothing to color, the reference or `out` is not usable, or the colorizer does not
+        AnimeDiffusionError: there is nothing to color, a reference or `out` is not usable, or the colorizer does not
             work.
     """
     files = list_sketches(sketches)
     with explained(str(out)):
         targets, clashes = _targets(files, out, file_format)
         out.mkdir(parents=True, exist_ok=True)
-    colors = _read(reference)
-    read_picture(colors, thing=str(reference))
+    colors = [_read(reference) for reference in references]
+    for data, reference in zip(colors, references, strict=True):
+        read_picture(data, thing=str(reference))
     run = _Run(colorizer, colors, options, rendering, file_format)
 
     def color(sketch: Path, target: Path) -> FileResult:
@@ -159,17 +160,17 @@ class _Run:
     def __init__(
         self,
         colorizer: Colorizer,
-        reference: bytes,
+        references: Sequence[bytes],
         options: SamplerOptions,
         rendering: RenderOptions,
         file_format: FileFormat,
     ) -> None:
         self.colorizer = colorizer
-        self.reference = reference
+        self.references = references
         self.options = options
         self.rendering = rendering
         self.file_format: FileFormat = file_format
-        self.metadata = {"reference": _sha256(reference), **asdict(options), **_settings(rendering)}
+        self.metadata = {"reference": " ".join(map(_sha256, references)), **asdict(options), **_settings(rendering)}
 
     def color(self, sketch: Path, target: Path) -> FileResult:
         """Color one file and write the layer before the picture, so that a picture always has its layer."""
@@ -184,7 +185,7 @@ class _Run:
                 version = str(before["model_version"])
                 return FileResult(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
             colored = self.colorizer.colorize(
-                drawing, self.reference, self.options, self.rendering, self.file_format, name=str(sketch)
+                drawing, self.references, self.options, self.rendering, self.file_format, name=str(sketch)
             )
             metadata["model_version"] = colored.model_version
             if colored.color_layer is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -41,7 +41,7 @@ class LocalColorizer:
     def colorize(
         self,
         sketch: bytes,
-        reference: bytes,
+        references: Sequence[bytes],
         options: SamplerOptions,
         rendering: RenderOptions = DEFAULTS,
         file_format: FileFormat = "png",
@@ -53,7 +53,7 @@ class LocalColorizer:
             OUTPUTS[file_format],
             self.bundle,
             sketch,
-            reference,
+            references,
             rendering,
             seed=options.seed,
             sampler=options.apply_to(self.bundle.config.sampler),

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +51,7 @@ class RemoteColorizer:
     def colorize(
         self,
         sketch: bytes,
-        reference: bytes,
+        references: Sequence[bytes],
         options: SamplerOptions,
         rendering: RenderOptions = DEFAULTS,
         file_format: FileFormat = "png",
@@ -65,11 +65,11 @@ class RemoteColorizer:
             ConfigError: the server rejects the API key, or requires one.
             ClusterError: the server is unreachable, or fails.
         """
-        files = {"sketch": ("sketch", sketch), "reference": ("reference", reference)}
+        files = [("sketch", ("sketch", sketch)), *(("reference", ("reference", one)) for one in references)]
         fields = {NAMES.get(field, field): str(value) for field, value in asdict(options).items() if value is not None}
         for field, value in vars(rendering).items():
             if isinstance(value, bytes):
-                files[field] = (field, value)
+                files.append((field, (field, value)))
             elif value != getattr(DEFAULTS, field):  # A server of version 0.1 knows only the size.
                 fields[field] = value
         fields["output"] = OUTPUTS[file_format]
@@ -110,7 +110,7 @@ class RemoteColorizer:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _post(self, files: dict[str, tuple[str, bytes]], fields: dict[str, str]) -> dict[str, Any]:
+    def _post(self, files: Sequence[tuple[str, tuple[str, bytes]]], fields: dict[str, str]) -> dict[str, Any]:
         """Return the data of the event `result`; raise _RejectedError or ClusterError if there is none."""
         try:
             with self._client.stream("POST", "/v1/colorize/stream", files=files, data=fields) as response:

@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle
 from animediffusion.models.out_of_memory import is_out_of_memory
-from animediffusion.models.sampler_options import MAX_REFERENCES
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
 from animediffusion.serve.engine.admission import Claim, StepTimes, steps_until_done
 from animediffusion.serve.engine.batch import NotFiniteError, Row, RunningBatch, new_row
@@ -215,9 +214,7 @@ class Engine:
         if request.sketch.shape != (1, size, size) or shapes - {(3, size, size)}:
             found = f"{tuple(request.sketch.shape)} and {', '.join(str(tuple(shape)) for shape in shapes)}"
             raise ValueError(f"sketch and reference must be [1, {size}, {size}] and [3, {size}, {size}], got {found}")
-        most = MAX_REFERENCES if self.bundle.denoiser.network.takes_several else 1
-        if not 1 <= len(request.references) <= most:
-            raise ValueError(f"this model takes 1 to {most} references, got {len(request.references)}")
+        self.bundle.denoiser.network.check_count(len(request.references))
         return new_row(self.bundle.denoiser, request, self.bundle.config.sampler)
 
     def _reject_if_unable(self) -> None:

@@ -37,7 +37,8 @@ class Command(TyperCommand):
         try:
             values, _, given = self.make_parser(ctx).parse_args(args=list(args))
             for option in given:
-                if option.param_type_name == "option" and given.count(option) > 1:
+                once = option.param_type_name == "option" and not option.multiple
+                if once and given.count(option) > 1:
                     raise ConfigError(option.opts[0], "given twice", "give it once")
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:

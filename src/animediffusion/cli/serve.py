@@ -9,7 +9,13 @@ import typer
 
 from animediffusion.cli import common
 from animediffusion.console import table
-from animediffusion.models.sampler_options import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, SamplerOptions
+from animediffusion.models.sampler_options import (
+    MAX_GUIDANCE_SCALE,
+    MAX_REFERENCES,
+    MAX_SEED,
+    MAX_STEPS,
+    SamplerOptions,
+)
 from animediffusion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +29,10 @@ keys = common.group(help="Create, list and revoke API keys.")
 
 def colorize(
     sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files or folders of image files.")],
-    reference: Annotated[Path, typer.Option(metavar="IMG", help="Reference image with the colors to use.")],
+    reference: Annotated[
+        list[Path],
+        typer.Option(metavar="IMG", help="Reference image with the colors to use; repeat it for up to 4 images."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder for STEM.png and STEM.color.png.")],
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to use; the champion by default.")] = None,
     url: Annotated[
@@ -79,7 +88,7 @@ def colorize(
         typer.Option("--format", metavar="FORMAT", help="Files to write: png, or layers in one file: ora or psd."),
     ] = "png",
 ) -> int:
-    """Color drawings with the colors of a reference image.
+    """Color drawings with the colors of one or more reference images.
 
     Writes STEM.png, and the color layer without lines as STEM.color.png; with --format, STEM.ora or STEM.psd.
     """
@@ -93,6 +102,8 @@ def colorize(
     )
     from animediffusion.serve.rendering.render import RenderOptions, hints_argument, palette_argument
 
+    if len(reference) > MAX_REFERENCES:
+        raise ConfigError("--reference", f"{len(reference)} images", f"1 to {MAX_REFERENCES} images")
     kind = cast("FileFormat", file_format)
     if kind not in OUTPUTS:
         raise ConfigError("--format", repr(file_format), "png, ora or psd")

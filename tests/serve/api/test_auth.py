@@ -137,7 +137,7 @@ def test_our_client_sends_its_key_and_says_what_is_wrong_with_it(closed_url, fil
 
     def paint():
         with RemoteColorizer(closed_url) as colorizer:
-            return colorizer.colorize(sketch, reference, SamplerOptions(seed=1), name="a.png")
+            return colorizer.colorize(sketch, [reference], SamplerOptions(seed=1), name="a.png")
 
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(ConfigError, match=f"{API_KEY}: is not set"):

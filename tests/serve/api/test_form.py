@@ -133,6 +133,14 @@ def test_a_field_is_given_once_and_is_known(client, parts, files):
         assert error["found"] == "unknown field"
 
 
+def test_a_reference_is_given_up_to_four_times(client, parts, files):
+    again = part("reference", files["reference"][1], "r")
+    one, four = (post(client, parts + count * again + END) for count in (0, 3))
+    assert (one.status_code, four.status_code) == (200, 200)
+    (error,) = refused(post(client, parts + 4 * again + END), 422)["errors"]
+    assert error == {"field": "reference", "found": "5 pictures", "allowed": "1 to 4 pictures"}
+
+
 def test_a_picture_without_a_filename_gets_an_error_that_says_how_to_send_it(client, files):
     detail = refused(post(client, part("sketch", files["sketch"][1] * 200) + END), 400)["detail"]
     assert "send sketch and reference as files, each with a filename" in detail

@@ -41,7 +41,7 @@ def drawings(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
 
 def color(colorizer, sketches: list[Path], folder: Path, **options) -> list:
     return list(
-        colorize_files(colorizer, sketches, folder / "reference.png", folder / "out", SamplerOptions(**options))
+        colorize_files(colorizer, sketches, [folder / "reference.png"], folder / "out", SamplerOptions(**options))
     )
 
 
@@ -112,11 +112,11 @@ def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_col
 
 def test_no_sketch_is_overwritten(colorizer, drawings, tmp_path):
     with pytest.raises(ConfigError, match="overwritten"):
-        list(colorize_files(colorizer, [drawings / "b.png"], tmp_path / "reference.png", drawings, SamplerOptions()))
+        list(colorize_files(colorizer, [drawings / "b.png"], [tmp_path / "reference.png"], drawings, SamplerOptions()))
     with pytest.raises(ConfigError, match="is a file"):
         list(
             colorize_files(
-                colorizer, [drawings / "b.png"], tmp_path / "reference.png", drawings / "a.png", SamplerOptions()
+                colorizer, [drawings / "b.png"], [tmp_path / "reference.png"], drawings / "a.png", SamplerOptions()
             )
         )
     assert not (tmp_path / "out").exists()
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_written_to_ends_the_command_before_anything_is_
     with pytest.raises(StorageError, match="file/out: not a directory"):
         list(
             colorize_files(
-                colorizer, [drawings], tmp_path / "reference.png", tmp_path / "file" / "out", SamplerOptions()
+                colorizer, [drawings], [tmp_path / "reference.png"], tmp_path / "file" / "out", SamplerOptions()
             )
         )
 
@@ -309,7 +309,7 @@ def test_metadata_changes_no_pixel(tmp_path, sketch):
 
 def test_one_request_brings_picture_and_layer_of_one_version(drawings, tmp_path, url, sketch, reference):
     with RemoteColorizer(url) as remote:
-        colored = remote.colorize(encode_png(sketch), encode_png(reference), SamplerOptions(seed=5), name="a")
+        colored = remote.colorize(encode_png(sketch), [encode_png(reference)], SamplerOptions(seed=5), name="a")
     layer = Image.open(io.BytesIO(colored.color_layer))
     white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     assert np.abs(np.asarray(white) / 255 * sketch - decode_rgb(colored.picture)).max() <= 2
@@ -323,7 +323,7 @@ def test_a_file_with_layers_is_written_instead_of_pictures_and_skipped_when_it_i
         rendering = RenderOptions(**look)
         reference, out = tmp_path / "reference.png", tmp_path / "out"
         return list(
-            colorize_files(colorizer, [drawings], reference, out, SamplerOptions(seed=1), rendering, file_format)
+            colorize_files(colorizer, [drawings], [reference], out, SamplerOptions(seed=1), rendering, file_format)
         )
 
     first = run(style="flat")
@@ -356,17 +356,44 @@ def test_pictures_of_version_0_1_are_done(colorizer, drawings, tmp_path):
 @pytest.mark.parametrize("palette", ["#0a0b0c,#f0e0d0", b"GIMP Palette\n10 11 12 ink\n240 224 208 paper\n"])
 def test_a_server_makes_the_same_bytes(colorizer, url, sketch, reference, file_format, palette):
     rendering = RenderOptions(style="flat", palette=palette, background="reference")
-    files = encode_png(sketch), encode_png(reference), SamplerOptions(seed=5, steps=2), rendering, file_format
+    files = encode_png(sketch), [encode_png(reference)], SamplerOptions(seed=5, steps=2), rendering, file_format
     here = colorizer.colorize(*files, name="a")
     with RemoteColorizer(url) as remote:
         there = remote.colorize(*files, name="a")
     assert (here.picture, here.color_layer) == (there.picture, there.color_layer)
 
 
+def test_several_references_are_sent_to_a_server_and_five_are_refused(drawings, tmp_path, capsys, url, colorizer):
+    other = np.full((40, 40, 3), (200, 60, 30), np.uint8)
+    (tmp_path / "other.png").write_bytes(encode_png(other))
+    references = [tmp_path / "reference.png", tmp_path / "other.png"]
+    with RemoteColorizer(url) as remote:
+        pictures = [
+            next(colorize_files(each, [drawings / "a.png"], given, tmp_path / name, SamplerOptions(seed=1)))
+            for each, given, name in (
+                (remote, references, "remote"),
+                (colorizer, references, "local"),
+                (colorizer, references[:1], "one"),
+            )
+        ]
+    remote_bytes, local_bytes, one = (decode_rgb(result.output.read_bytes()) for result in pictures)
+    assert np.array_equal(remote_bytes, local_bytes)
+    assert not np.array_equal(local_bytes, one)
+    words = [
+        "colorize",
+        str(drawings / "a.png"),
+        *5 * ["--reference", str(references[0])],
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert cli.run(words) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: --reference: 5 images; 1 to 4 images"]
+
+
 def test_metadata_does_not_change_layers(colorizer, tmp_path, sketch, reference):
     metadata = {"seed": 7, "sketch": "<&>\u00e4"}
     for kind in ("ora", "psd"):
-        files = encode_png(sketch), encode_png(reference), SamplerOptions(), RenderOptions(style="flat"), kind
+        files = encode_png(sketch), [encode_png(reference)], SamplerOptions(), RenderOptions(style="flat"), kind
         plain = colorizer.colorize(*files, name="a").picture
         file = tmp_path / f"a.{kind}"
         file.write_bytes(plain)
@@ -386,7 +413,7 @@ def test_metadata_does_not_change_layers(colorizer, tmp_path, sketch, reference)
 
 def plain_ora(colorizer, sketch, reference) -> bytes:
     return colorizer.colorize(
-        encode_png(sketch), encode_png(reference), SamplerOptions(), RenderOptions(style="flat"), "ora", name="a"
+        encode_png(sketch), [encode_png(reference)], SamplerOptions(), RenderOptions(style="flat"), "ora", name="a"
     ).picture
 
 
@@ -443,7 +470,7 @@ def test_a_server_of_something_else_is_one_line_without_its_password(kind):
     transport = httpx.MockTransport(lambda _: ANOTHER_SERVER[kind])
     remote = RemoteColorizer("HTTP://me:secret@x/", transport=transport)
     with pytest.raises(ClusterError, match="is not an AnimeDiffusion server") as caught:
-        remote.colorize(b"", b"", SamplerOptions(), name="a")
+        remote.colorize(b"", [b""], SamplerOptions(), name="a")
     assert "secret" not in str(caught.value)
     if kind == "a web page":
         with pytest.raises(ClusterError, match="is not an AnimeDiffusion server"):
@@ -454,7 +481,7 @@ def test_the_error_names_where_a_server_has_moved():
     moved = httpx.Response(301, headers={"Location": "https://x/v1/colorize/stream"})
     remote = RemoteColorizer("http://x", transport=httpx.MockTransport(lambda _: moved))
     with pytest.raises(ClusterError, match=r"301 \(Moved Permanently: https://x/v1/colorize/stream\); give"):
-        remote.colorize(b"", b"", SamplerOptions(), name="a")
+        remote.colorize(b"", [b""], SamplerOptions(), name="a")
 
 
 @pytest.mark.parametrize(
@@ -494,7 +521,7 @@ def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
         return answers[len(asked) - 1]
 
     with RemoteColorizer("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
-        colored = remote.colorize(encode_png(sketch), encode_png(reference), SamplerOptions(), name="a")
+        colored = remote.colorize(encode_png(sketch), [encode_png(reference)], SamplerOptions(), name="a")
     assert asked == ["/v1/colorize/stream"] * 3
     assert (colored.picture, colored.color_layer, colored.model_version) == (b"img", b"lay", "4")
 
@@ -528,7 +555,7 @@ def test_nothing_to_color_is_an_error(colorizer, tmp_path, drawings):
     with pytest.raises(DataError, match="no such file"):
         color(colorizer, [tmp_path / "nothing.png"], tmp_path)
     with pytest.raises(DataError):
-        list(colorize_files(colorizer, [drawings], tmp_path / "nothing.png", tmp_path / "out", SamplerOptions()))
+        list(colorize_files(colorizer, [drawings], [tmp_path / "nothing.png"], tmp_path / "out", SamplerOptions()))
 
 
 @pytest.mark.parametrize("words", [("--steps", "0"), ("--seed", "4294967296"), ("--guidance-scale", "21")])
