@@ -305,8 +305,6 @@ class _Draft:
 
     def stroke(self, path: NDArray[np.complex128], half: float, strength: float, taper: tuple[float, float]) -> None:
         """Draw a line given in canvas pixels."""
-        if self.manner.extracted:
-            return
         start, end = (value * (1 - self.manner.taper) for value in taper)
         for line, darkness in self.manner.lines(path, self.ink.width, self.rng):
             outline = _band(line, half * self.manner.width, (start, end))

@@ -82,6 +82,8 @@ class Build(NamedTuple):
 
 
 _USUAL = Build()
+_DETAILS = 0.19
+"""Scale of a head below which eyes are simple and hair throws no shadow."""
 
 
 @dataclass(frozen=True)
@@ -274,10 +276,10 @@ def _face(head: Pen, skull: Pen, features: Pen, g: Geometry, palette: CharacterP
     outline = _outline(g)
     region = head.region(outline)
     head.fill(outline, skin.base)
-    for shape in hair.shadow_on_face(g.front, g.jitter):
+    for shape in hair.shadow_on_face(g.front, g.jitter) if g.scale >= _DETAILS else ():
         skull.tint(shape, skin.shade, within=region)
     for side in (-1, 1):
-        if g.build.blush:
+        if g.build.blush and g.scale >= _DETAILS:
             features.tint(ellipse(side * 0.40, 0.42, 0.15, 0.085), TONGUE, within=region, opacity=0.36)
         for number in range(g.build.marks):
             mark = [(side * 0.34, 0.40 + 0.09 * number), (side * 0.54, 0.37 + 0.11 * number)]
@@ -404,6 +406,10 @@ def _eye(pen: Pen, g: Geometry, scale: NDArray[np.float64], palette: CharacterPa
     region = pen.region(opening)
     width, height = abs(scale[0]), scale[1]
     pen.fill(opening, WHITE)
+    if g.scale < _DETAILS:
+        pen.fill_within(ellipse(0.0, 0.0, 0.66 * width, 0.92 * height, 14), region, palette.eyes.base)
+        pen.stroke(upper, 2.6, taper=(0.35, 0.8))
+        return
     pen.tint(shifted(opening, 0, -1.55 * height), palette.skin.shade, within=region)
     x, y = 0.16 * g.gaze * width, 0.08 * height
     size = g.build.iris

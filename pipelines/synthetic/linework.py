@@ -98,7 +98,7 @@ class Manner:
         """
         side = len(ink)
         if self.extracted:
-            ink = _difference_of_gaussians(picture, *rng.uniform((0.35, 6.0), (0.6, 14.0)).tolist())
+            ink = _kept(ink, _difference_of_gaussians(picture, *rng.uniform((0.35, 6.0), (0.6, 14.0)).tolist()))
         if self.blur:
             blurred = Image.fromarray((255 * ink).astype(np.uint8)).filter(ImageFilter.GaussianBlur(self.blur))
             ink = np.asarray(blurred, np.float32) / np.float32(255)
@@ -158,6 +158,9 @@ _TOOLS = ("ink", "pencil", "rough", "extracted")
 _SHARES = (0.42, 0.22, 0.16, 0.2)
 
 
+_ENOUGH = 0.6
+
+
 @functools.lru_cache
 def _along(count: int) -> NDArray[np.float64]:
     return np.linspace(0.0, 1.0, count)
@@ -169,6 +172,11 @@ def _longer(path: Path, lengths: NDArray[np.float64]) -> Path:
     before = path[0] + lengths[0] * start / (abs(start) + 1e-9)
     after = path[-1] + lengths[1] * end / (abs(end) + 1e-9)
     return np.concatenate([[before], path, [after]])
+
+
+def _kept(drawn: Gray, extracted: Gray) -> Gray:
+    """Return the extracted lines; the drawn lines if extraction finds too little, as in pictures of little contrast."""
+    return extracted if extracted.sum() > _ENOUGH * drawn.sum() else drawn
 
 
 def _difference_of_gaussians(picture: NDArray[np.uint8], sigma: float, strength: float) -> Gray:

@@ -37,6 +37,8 @@ class Thing(NamedTuple):
     """At least TONES colors."""
 
 
+_VISIBLE = 1.0
+"""Width in pixels that a shadow must have to be drawn."""
 TONES = 4
 """Colors that an object may have."""
 
@@ -59,7 +61,7 @@ def draw_thing(pen: Pen, thing: Thing) -> None:
 def piece(pen: Pen, outline: PointsLike, tone: Tone, shade: float = 0.16, width: float = 1.0) -> None:
     """Draw a closed shape with an outline, with a shadow on its lower right side of width `shade`."""
     points = np.asarray(outline, np.float64)
-    if shade:
+    if shade * pen.frame.scale * pen.canvas.size > _VISIBLE:
         pen.fill(points, tone.base)
         pen.tint(points, tone.shade)
         pen.tint(shifted(points, -shade, -shade), tone.base, within=pen.region(points))
