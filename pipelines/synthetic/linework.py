@@ -142,7 +142,7 @@ def random_manner(rng: np.random.Generator) -> Manner:
     }
     if tool == "ink":
         blacks = 0.25 + 0.2 * u[2] if u[15] < 0.3 else 0.0
-        return Manner(**{**free, **paper}, blacks=blacks, threshold=0.4 if u[15] > 0.85 else 0.0)
+        return Manner(**{**free, **paper}, blacks=blacks, threshold=0.22 if u[15] > 0.85 and width > 0.8 else 0.0)
     if tool == "pencil":
         low = 0.3 + 0.3 * u[15]
         return Manner(**{**free, **paper, "width": 0.8 + 0.5 * width}, pressure=(low, low + 0.35), grain=0.5 * u[2])
