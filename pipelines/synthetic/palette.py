@@ -130,9 +130,11 @@ def _similar(rng: np.random.Generator, color: _Lch) -> _Lch:
 def _far_from(others: list[_Lch], distance: float, pick: Callable[[], _Lch]) -> _Lch:
     """Pick a color at a distance of at least `distance` in OKLab from `others`; after 30 tries, return the farthest."""
     best, best_distance = (0.0, 0.0, 0.0), -1.0
+    places = [_lab(*other) for other in others]
     for _ in range(30):
         color = pick()
-        nearest = min(math.dist(_lab(*color), _lab(*other)) for other in others)
+        place = _lab(*color)
+        nearest = min(math.dist(place, other) for other in places)
         if nearest >= distance:
             return color
         if nearest > best_distance:
