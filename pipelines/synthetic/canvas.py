@@ -148,6 +148,11 @@ class FlatRegions(NamedTuple):
     """[N, 3]: the flat color of region 1..N, without shadows and lights, or the mean of its gradient. In two drawings
     of a character, regions of the same color are counterparts."""
 
+    def counterparts(self, other: FlatRegions) -> NDArray[np.bool_]:
+        """Return which regions of another drawing show the same part, [N, M]: row i - 1 is region i of this drawing."""
+        same: NDArray[np.bool_] = (self.colors[:, None] == other.colors[None]).all(axis=-1)
+        return same
+
 
 class Canvas:
     """Two layers of one drawing: `color`, and `ink` (0 = none, 255 = full line).
