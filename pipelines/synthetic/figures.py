@@ -95,15 +95,10 @@ def draw_body(pen: Pen, palette: CharacterPalette, outfit: Outfit, pose: Pose, *
         pose: the joints.
         bare: whether the top has no sleeves.
     """
-    for side, angles in zip((-1, 1), pose.legs, strict=True):
-        _leg(pen, side, angles, palette, outfit, pose)
+    hips = float(pen.frame([(0.0, 1.0 + 1.3 * pose.tall)])[0, 1])
+    if hips < 1.05:  # else they are below the picture
+        _lower_body(pen, palette, outfit, pose)
     torso = _torso(pose)
-    if outfit.bottom_kind == "robe":
-        _skirt(pen, outfit, pose, palette.clothes)
-    elif outfit.bottom_kind in ("skirt", "long skirt"):
-        _skirt(pen, outfit, pose, outfit.bottom)
-    else:
-        _hips(pen, outfit, pose)
     tone = palette.clothes
     region = pen.region(torso)
     pen.fill(torso, tone.base)
@@ -123,6 +118,17 @@ def draw_body(pen: Pen, palette: CharacterPalette, outfit: Outfit, pose: Pose, *
     for side, angles in zip((-1, 1), pose.arms, strict=True):
         if not _raised(angles):
             _arm(pen, side, angles, palette, outfit, pose, bare=bare)
+
+
+def _lower_body(pen: Pen, palette: CharacterPalette, outfit: Outfit, pose: Pose) -> None:
+    for side, angles in zip((-1, 1), pose.legs, strict=True):
+        _leg(pen, side, angles, palette, outfit, pose)
+    if outfit.bottom_kind == "robe":
+        _skirt(pen, outfit, pose, palette.clothes)
+    elif outfit.bottom_kind in ("skirt", "long skirt"):
+        _skirt(pen, outfit, pose, outfit.bottom)
+    else:
+        _hips(pen, outfit, pose)
 
 
 def draw_raised_arms(pen: Pen, palette: CharacterPalette, outfit: Outfit, pose: Pose, *, bare: bool) -> None:

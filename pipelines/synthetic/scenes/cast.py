@@ -82,7 +82,8 @@ def random_cast(rng: Rng, extra: Rng, varied: frozenset[str], shadow: float = 1.
     setting = None
     if backdrop == "objects":
         setting = random_scene(extra)
-        setting = setting._replace(tones=tuple(shadowed(list(setting.tones), shadow)))
+        muted = tuple(shadowed(list(setting.tones), shadow))
+        setting = setting._replace(tones=muted, things=setting.things[:3], scales=setting.scales[:3])
     return Cast(tuple(members), varied, props, setting)
 
 

@@ -90,7 +90,7 @@ def _place(canvas: Canvas, thing: Thing, scale: float, x: float, y: float, rng: 
 
 def _draw_rows(canvas: Canvas, scene: Scene, rng: Rng) -> None:
     """Repeat the things over the picture, as on wallpaper."""
-    number, count = int(rng.integers(len(scene.things))), int(rng.integers(3, 5))
+    number, count = int(rng.integers(len(scene.things))), int(rng.integers(2, 4))
     angle = float(rng.normal(0, 0.2))
     for row in range(count):
         for column in range(count):
@@ -150,7 +150,7 @@ def _room(canvas: Canvas, scene: Scene, rng: Rng) -> None:
 def _cells(canvas: Canvas, scene: Scene, rng: Rng) -> None:
     """Draw the whole picture as stained glass: a bent grid of cells, which keep their colors and neighbors."""
     pen, shape = _whole(canvas), np.random.default_rng(scene.number)
-    columns, rows = (int(n) for n in shape.integers(2, 6, 2))
+    columns, rows = (int(n) for n in shape.integers(2, 5, 2))
     colors = shape.integers(0, len(scene.tones), (rows, columns))
     x, y = np.meshgrid(np.linspace(-0.08, 1.08, columns + 1), np.linspace(-0.08, 1.08, rows + 1))
     nodes = np.stack([x, y], -1)
