@@ -221,6 +221,8 @@ def with_shadows(palette: CharacterPalette, amount: float) -> CharacterPalette:
 
 def shadowed(tones: Sequence[Tone], amount: float) -> list[Tone]:
     """Do for single colors what with_shadows() does for a palette."""
+    if amount == 1.0:
+        return list(tones)
     return [_shadowed(tone, amount) for tone in tones]
 
 

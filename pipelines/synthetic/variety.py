@@ -1,8 +1,10 @@
 """How varied the drawings are: for each factor, the share of the drawings in which it is varied.
 
-Variety.parse("diverse")                 # a preset
-Variety.parse("diverse,shapes=0.2")      # a preset with changes
-Variety.parse("lines=1,palettes=0.5")    # faces with changes
+    Variety.parse("diverse")                 # a preset
+    Variety.parse("diverse,shapes=0.2")      # a preset with changes
+    Variety.parse("lines=1,palettes=0.5")    # faces with changes
+
+The shares are part of a dataset's record: a folder keeps them.
 """
 
 from __future__ import annotations

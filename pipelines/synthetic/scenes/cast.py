@@ -1,8 +1,10 @@
 """Choose and draw varied characters: other heads and hair, figures, several characters, objects, backgrounds.
 
-cast = random_cast(rng, extra, varied)
-geometries = cast.geometries(rng, extra)       # another one for every view
-draw_cast(canvas, cast, geometries, extra)
+    cast = random_cast(rng, extra, varied)
+    geometries = random_geometries(cast, rng, extra)        # other ones for every view
+    draw_cast(canvas, cast, geometries, extra)
+
+The drawings of a cast have the same colors.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from animediffusion.pipelines.synthetic import faces, hair
 from animediffusion.pipelines.synthetic.background import draw_background
 from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen
 from animediffusion.pipelines.synthetic.faces import Build, Character, Geometry, random_character, random_geometry
-from animediffusion.pipelines.synthetic.figures import Outfit, random_outfit
+from animediffusion.pipelines.synthetic.figures import Outfit, random_outfit, random_pose
 from animediffusion.pipelines.synthetic.palette import free_tones, shadowed, varied_palette, with_shadows
 from animediffusion.pipelines.synthetic.scenes.shapes import Scene, draw_setting, random_scene
 from animediffusion.pipelines.synthetic.scenes.things import Thing, draw_thing, random_thing
 
 Rng = np.random.Generator
+
+
+_BEHIND = 3
+"""Largest number of objects in a background."""
 
 
 class Member(NamedTuple):
@@ -81,14 +87,13 @@ def random_cast(rng: Rng, extra: Rng, varied: frozenset[str], shadow: float = 1.
         props = tuple(random_thing(extra, tones) for _ in range(int(extra.integers(1, 4))))
     setting = None
     if backdrop == "objects":
-        setting = random_scene(extra)
-        muted = tuple(shadowed(list(setting.tones), shadow))
-        setting = setting._replace(tones=muted, things=setting.things[:3], scales=setting.scales[:3])
+        scene = random_scene(extra, shadow)
+        setting = scene._replace(things=scene.things[:_BEHIND], scales=scene.scales[:_BEHIND])
     return Cast(tuple(members), varied, props, setting)
 
 
 def random_geometries(cast: Cast, rng: Rng, extra: Rng) -> list[Geometry]:
-    """Choose the geometry of every member for one view, from the back to the front."""
+    """Choose the geometry of every member for one view."""
     count = len(cast.members)
     places = extra.permutation(count)
     found = []
@@ -121,16 +126,14 @@ def draw_cast(canvas: Canvas, cast: Cast, geometries: list[Geometry], extra: Rng
         g = geometries[0]
         draw_background(canvas, first.background, first.palette, (g.x, g.y), g.jitter[-1])
     canvas.begin_figures()
-    behind = [bool(value) for value in extra.random(len(cast.props)) < 0.4]
-    for thing, first_one in zip(cast.props, behind, strict=True):
-        if first_one:
-            _draw_prop(canvas, thing, geometries, extra)
+    num_behind = int(extra.integers(len(cast.props) + 1))
+    for thing in cast.props[:num_behind]:
+        _draw_prop(canvas, thing, geometries, extra)
     for number in np.argsort([g.scale for g in geometries], kind="stable").tolist():
         member = cast.members[number]
         faces.draw_character(canvas, member.character, geometries[number], member.outfit)
-    for thing, first_one in zip(cast.props, behind, strict=True):
-        if not first_one:
-            _draw_prop(canvas, thing, geometries, extra)
+    for thing in cast.props[num_behind:]:
+        _draw_prop(canvas, thing, geometries, extra)
 
 
 def _draw_prop(canvas: Canvas, thing: Thing, geometries: list[Geometry], extra: Rng) -> None:
@@ -156,8 +159,6 @@ def _one_of(rng: Rng, names: tuple[str, ...]) -> str:
 def _framed(geometry: Geometry, framing: str, extra: Rng) -> Geometry:
     if framing == "face":
         return geometry
-    from animediffusion.pipelines.synthetic.figures import random_pose
-
     u = extra.random(4).tolist()
     pose = random_pose(extra)
     if framing == "anywhere":

@@ -1,7 +1,9 @@
 """Scenes without faces: objects and patterns that a second view shows moved, rotated, bent and in another order.
 
-scene = random_scene(rng)
-draw_scene(canvas, scene, rng)          # another view of the same scene with every call
+    scene = random_scene(rng)
+    draw_scene(canvas, scene, rng)          # another view of the same scene with every call
+
+Regions of the same color are counterparts.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animediffusion.pipelines.synthetic.canvas import Canvas, Frame, Pen, curve, ellipse, join
-from animediffusion.pipelines.synthetic.palette import Tone, free_tones
+from animediffusion.pipelines.synthetic.palette import Tone, free_tones, shadowed
 from animediffusion.pipelines.synthetic.scenes.things import Thing, draw_thing, piece, random_thing
 
 Rng = np.random.Generator
@@ -34,10 +36,10 @@ KINDS = ("pile", "pile", "pile", "single", "landscape", "room", "cells", "rows")
 """Kinds to choose from; a kind that appears twice is chosen twice as often."""
 
 
-def random_scene(rng: Rng, *, natural: bool = False) -> Scene:
-    """Choose a scene; `natural` keeps the ground pale, as paper."""
+def random_scene(rng: Rng, shadow: float = 1.0) -> Scene:
+    """Choose a scene; `shadow` is a factor on the strength of all shadows."""
     kind = KINDS[int(rng.integers(len(KINDS)))]
-    ground, *tones = free_tones(rng, int(rng.integers(5, 11)), paper=natural or bool(rng.random() < 0.35))
+    ground, *tones = shadowed(free_tones(rng, int(rng.integers(5, 11)), paper=bool(rng.random() < 0.35)), shadow)
     count = {"single": 1, "cells": int(rng.integers(0, 2)), "rows": int(rng.integers(2, 5))}.get(
         kind, int(rng.integers(2, 7))
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from animediffusion.pipelines.synthetic.canvas import Canvas, FlatRegions
 from animediffusion.pipelines.synthetic.linework import Manner, random_manner
-from animediffusion.pipelines.synthetic.palette import Tone, shadowed
+from animediffusion.pipelines.synthetic.palette import Tone
 from animediffusion.pipelines.synthetic.scenes.cast import Cast, draw_cast, random_cast, random_geometries
 from animediffusion.pipelines.synthetic.scenes.shapes import Scene, draw_scene, random_scene
 from animediffusion.pipelines.synthetic.shading import Shading, random_shading
@@ -53,9 +53,11 @@ def _canvases(
     shading = random_shading(extra) if "shading" in varied else Shading()
     manner = random_manner(extra) if "lines" in varied else None
     lines = np.random.default_rng(extra.integers(1 << 63))
-    subject: Scene | Cast = (
-        _scene(extra, shading) if "shapes" in varied else random_cast(rng, extra, varied, shading.shadow)
-    )
+    subject: Scene | Cast
+    if "shapes" in varied:
+        subject = random_scene(extra, shading.shadow)
+    else:
+        subject = random_cast(rng, extra, varied, shading.shadow)
 
     def view(manner: Manner | None) -> Canvas:
         ground = subject.ground.base if isinstance(subject, Scene) else subject.ground
@@ -67,14 +69,6 @@ def _canvases(
         return canvas
 
     return (view(manner), view(None)), _tones(subject), rng
-
-
-def _scene(rng: Rng, shading: Shading) -> Scene:
-    scene = random_scene(rng)
-    if shading.shadow == 1.0:
-        return scene
-    things = tuple(thing._replace(tones=tuple(shadowed(list(thing.tones), shading.shadow))) for thing in scene.things)
-    return scene._replace(tones=tuple(shadowed(list(scene.tones), shading.shadow)), things=things)
 
 
 def _tones(subject: Scene | Cast) -> list[Tone]:
