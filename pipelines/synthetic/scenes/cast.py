@@ -113,6 +113,8 @@ def random_geometries(cast: Cast, rng: Rng, extra: Rng) -> list[Geometry]:
                 scale=geometry.scale * smaller,
                 y=geometry.y + float(extra.uniform(-0.06, 0.12)),
             )
+            if member.framing == "face":  # shoulders end below the picture
+                geometry = replace(geometry, y=max(geometry.y, 1.03 - 2.0 * geometry.scale))
         found.append(geometry)
     return found
 
