@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from animediffusion.serve.rendering.morphology import components
 from animediffusion.serve.rendering.palette import Color, Palette, dominant_colors, perceptual
-from animediffusion.serve.rendering.regions import Regions, components
+from animediffusion.serve.rendering.regions import Regions
 from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels
 from animediffusion.serve.rendering.upsample import LITTLE_TRUST, REACH_PX, Flow, box_mean, enlarge, flow_of, reduced
 
