@@ -289,6 +289,8 @@ def _shading(pixels: Floats, flats: Pixels, weight: Floats, softness: Floats, sc
     """Return the low frequencies of the colors that voted, relative to the flat colors [H, W, 3]; 1 is no shading."""
     flat = flats.astype(np.float32) / np.float32(255)
     side = 2 * round(scale) + 1
+    alike = np.linalg.norm(perceptual(255 * pixels) - perceptual(flats), axis=2) < BOUND
+    weight = weight * alike * (softness > 0)  # What differs much is another color, not shading.
     known = np.maximum(box_mean(weight, side), 1e-9)
     change = np.stack([box_mean(weight * plane, side) / known for plane in np.moveaxis(pixels - flat, 2, 0)], axis=2)
     shading: Floats = np.clip(1 + softness[..., None] * change / (flat + DARK), 0, 2).astype(np.float32)
