@@ -9,6 +9,7 @@ const MAX_OF_PICTURE = 12;
 const MAX_SIDE_PX = 1536;
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 const recent = [], mark = {x: 0.5, y: 0.5};
+let offered = null;
 
 /** Offer the colors of a picture and of its reference, a Blob. */
 export async function offer(picture, reference) {
@@ -19,7 +20,9 @@ export async function offer(picture, reference) {
   draw_swatches("picture-colors", largest.map(([color]) => color));
   Object.assign(mark, {x: 0.5, y: 0.5});
   draw_mark(false);
+  offered = reference;
   const image = await createImageBitmap(reference), canvas = $("reference-colors");
+  if (offered !== reference) return; // Another result is shown by now.
   const scale = Math.min(1, MAX_SIDE_PX / Math.max(image.width, image.height));
   Object.assign(canvas, {width: Math.round(image.width * scale), height: Math.round(image.height * scale)});
   canvas.getContext("2d", {willReadFrequently: true}).drawImage(image, 0, 0, canvas.width, canvas.height);

@@ -228,6 +228,7 @@ $("undo").onclick = undo;
 $("redo").onclick = redo;
 window.addEventListener("keyup", commit);
 window.addEventListener("keydown", event => {
+  if (event.key === "Escape" && picture && current()) choose(0);
   if (!picture || !(event.ctrlKey || event.metaKey) || event.altKey || event.target.matches("input:not([type=range]):not([type=color])")) return;
   const key = event.key.toLowerCase();
   if (key !== "z" && key !== "y") return;

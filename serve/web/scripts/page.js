@@ -197,7 +197,7 @@ async function color_one(form, {number, count}, signal) {
   };
   try {
     const answer = await colorize(form, {signal, on_progress, on_wait: show_wait});
-    const one = add(answer, form, (performance.now() - started) / 1000);
+    const one = await add(answer, form, (performance.now() - started) / 1000);
     if (count > 1) show_list();
     return one;
   } finally {

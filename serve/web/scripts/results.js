@@ -9,7 +9,7 @@ import {Picture} from "./picture.js";
 
 const MAX_KEPT = 60;
 const THUMBNAIL_PX = 128;
-/** Each result is {answer, form, sketch (File), url (of the sketch), stem, seconds, edits, thumbnail}. */
+/** Each result is {answer, form, stem, seconds, thumbnail, url (of the sketch), edits}. */
 const results = [];
 let shown = null, picture = null, sweep = 0;
 
@@ -46,7 +46,6 @@ export async function present(one) {
   picture.draw_on($("after"));
   edit(picture, one.edits, show_change);
   offer(picture, one.form.get("reference"));
-  one.thumbnail ??= thumbnail();
   describe();
   show_list();
 }
@@ -71,7 +70,7 @@ function describe() {
 }
 
 function show_change() {
-  shown.thumbnail = thumbnail();
+  shown.thumbnail = thumbnail_of($("after"));
   describe();
   show_list();
 }
@@ -101,9 +100,10 @@ $("compare").oninput = () => { cancelAnimationFrame(sweep); cut(Number($("compar
 // --- the list -------------------------------------------------------------------------------------------------------
 
 /** Add the answer of the server for a form, and return the result; the oldest results are dropped. */
-export function add(answer, form, seconds) {
+export async function add(answer, form, seconds) {
   const sketch = form.get("sketch"), stem = (sketch.name || "drawing").replace(/\.[^.]*$/, "");
-  const one = {answer, form, sketch, stem, seconds, url: URL.createObjectURL(sketch), edits: new_edits()};
+  const thumbnail = thumbnail_of(await createImageBitmap(png_blob(bytes_of(answer.image))));
+  const one = {answer, form, stem, seconds, thumbnail, url: URL.createObjectURL(sketch), edits: new_edits()};
   results.push(one);
   while (results.length > MAX_KEPT) URL.revokeObjectURL(results.shift().url);
   return one;
@@ -117,7 +117,7 @@ export function show_list() {
   $("tries").classList.toggle("named", named);
   $("tries").replaceChildren(...results.map((one, number) => {
     const label = `Picture ${number + 1}${named ? ` of ${one.stem}` : ""}, seed ${one.answer.seed}`;
-    const image = element("img", {src: one.thumbnail || `data:image/png;base64,${one.answer.image}`, alt: label, title: one.stem});
+    const image = element("img", {src: one.thumbnail, alt: label, title: one.stem});
     const button = element("button", {type: "button", "aria-pressed": String(one === shown)}, image);
     if (named) button.append(element("span", {textContent: one.stem, "aria-hidden": "true"}));
     button.onclick = async () => {
@@ -128,9 +128,9 @@ export function show_list() {
   }));
 }
 
-function thumbnail() {
-  const source = $("after"), scale = THUMBNAIL_PX / Math.min(source.width, source.height), canvas = document.createElement("canvas");
-  Object.assign(canvas, {width: Math.round(source.width * scale), height: Math.round(source.height * scale)});
+function thumbnail_of(source) {
+  const scale = THUMBNAIL_PX / Math.min(source.width, source.height);
+  const canvas = element("canvas", {width: Math.round(source.width * scale), height: Math.round(source.height * scale)});
   canvas.getContext("2d").drawImage(source, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/png");
 }
