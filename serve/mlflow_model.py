@@ -38,8 +38,8 @@ class ColorizerModel(PythonModel):
             context: MLflow's context; not used.
             model_input: columns `sketch` and `reference`: bytes of PNG, JPEG or WebP files.
             params: `seed` (default 0; row i uses seed + i), `size` (native or model; default native),
-                `num_inference_steps` and `guidance_scale` (defaults of the model), and `style`, `background` and
-                `palette` as in the HTTP API.
+                `num_inference_steps` and `guidance_scale` (defaults of the model), and `style`, `background`,
+                `palette` and `hints` as in the HTTP API.
 
         Returns:
             Columns `image` and `color_layer`: bytes of PNG files.
@@ -54,7 +54,7 @@ class ColorizerModel(PythonModel):
         if size not in ("native", "model"):
             raise ValueError(f"size must be native or model, got {size!r}")
         # A package of version 0.1 has no styles: it is called with them only if they are given.
-        look = {name: given[name] for name in ("style", "background", "palette") if name in given}
+        look = {name: given[name] for name in ("style", "background", "palette", "hints") if name in given}
         pairs = zip(model_input["sketch"], model_input["reference"], strict=True)
         painted = [
             paint(self._bundle, sketch, reference, seed=seed + row, sampler=sampler, size=size, **look)

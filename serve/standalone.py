@@ -21,12 +21,13 @@ import torch
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
-from animediffusion.models.network.hints import HintPoint, draw_hints
+from animediffusion.models.network.hints import draw_hints
 from animediffusion.models.sampler_options import ALLOWED, SamplerOptions, number, whole_number
 from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
 from animediffusion.platform.images.codec import letterbox, letterbox_points
 from animediffusion.serve.rendering.coloring import Background, Style
+from animediffusion.serve.rendering.hints import points_for_network
 from animediffusion.serve.rendering.render import (
     Output,
     Rendered,
@@ -54,7 +55,7 @@ def paint(
     background: Background | None = None,
     palette: str | bytes = "reference",
     more_references: Sequence[bytes] = (),
-    hints: Sequence[HintPoint] = (),
+    hints: str | bytes | None = None,
 ) -> tuple[bytes, bytes]:
     """Return the colored drawing and its color layer, both as PNG.
 
@@ -73,13 +74,14 @@ def paint(
         background: `paper` or `reference`.
         palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
         more_references: up to three more image files.
-        hints: hints for the network, in pixels of the sketch. A model without hints ignores them.
+        hints: colors of points, JSON or the bytes of a file (rendering/hints.py). A model without hints still colors
+            the regions under them.
 
     Raises:
         ImageError: the sketch or the reference is not usable.
         ConfigError: the palette is not usable, or an option would change nothing.
     """
-    options = RenderOptions(size=size, style=style, background=background, palette=palette)
+    options = RenderOptions(size=size, style=style, background=background, palette=palette, hints=hints)
     made = paint_as(
         "both",
         bundle,
@@ -90,7 +92,6 @@ def paint(
         sampler=sampler,
         thing=thing,
         lock=lock,
-        hints=hints,
     )
     return made.files["image"], made.files["color_layer"]
 
@@ -106,12 +107,11 @@ def paint_as(
     sampler: SamplerDefaults | None = None,
     thing: str = "sketch",
     lock: AbstractContextManager[object] | None = None,
-    hints: Sequence[HintPoint] = (),
 ) -> Rendered:
     """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
     options.check(output)
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
-    options.read_hints(drawing)  # A wrong hint is reported before the network runs.
+    hints = points_for_network(options.read_hints(drawing))  # A wrong hint is reported before the network runs.
     lines = from_pixels(for_network(as_gray(drawing), side))
     pictures = [read_picture(reference) for reference in references]
     colors = [from_pixels(letterbox(picture, side)[0]) for picture in pictures]

@@ -66,6 +66,7 @@ def signature() -> ModelSignature:
                 ParamSpec("style", "string", None),
                 ParamSpec("background", "string", None),
                 ParamSpec("palette", "string", None),
+                ParamSpec("hints", "string", None),
             ]
         ),
     )

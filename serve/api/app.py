@@ -26,9 +26,10 @@ from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, HeadRequests, RequestLimits
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
-from animediffusion.serve.api.sse import events
-from animediffusion.serve.protocol import Backend, ColorizeJob, ModelsStatus, Pixels
+from animediffusion.serve.api.sse import doubt_of, events
+from animediffusion.serve.protocol import Answer, Backend, ColorizeJob, ModelsStatus, Pixels
 from animediffusion.serve.rendering.formats import openraster, psd
+from animediffusion.serve.rendering.hints import points_for_network
 from animediffusion.serve.rendering.render import Rendered, read_picture, read_sketch, render
 from animediffusion.serve.rendering.sketch import Drawing, as_gray
 
@@ -109,8 +110,10 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
-        made, body = await loop.run_in_executor(pool, _rendered, answer.picture, drawing, job.references[0], form)
+        made, body = await loop.run_in_executor(pool, _rendered, answer, drawing, job.references[0], form)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
+        if job.hints:
+            headers["X-Hints"] = "learned" if answer.saw_hints else "exact"
         if made.regions is not None:
             headers["X-Regions"] = str(len(made.regions))
         return Response(body, media_type=MEDIA_TYPES.get(form.output, "image/png"), headers=headers)
@@ -138,9 +141,12 @@ def _headers(form: ColorizeForm) -> dict[str, str]:
     return {"X-Seed": str(form.seed), "X-Style": form.style, "Cache-Control": "no-store"}
 
 
-def _rendered(picture: Pixels, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> tuple[Rendered, bytes]:
+def _rendered(answer: Answer, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> tuple[Rendered, bytes]:
     """Return what render() returns, and the body of the response."""
-    made = render(picture, drawing, reference, output=form.output, options=form.rendering)
+    if form.output == "doubt":
+        found = doubt_of(answer, drawing, form)
+        return Rendered({"doubt": found}), found
+    made = render(answer.picture, drawing, reference, output=form.output, options=form.rendering)
     if form.output == "layers":
         return made, json.dumps(made.as_json()).encode()
     return made, made.files[form.output]
@@ -159,7 +165,7 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
     try:
         form.rendering.check(form.output)
         drawing = read_sketch(form.sketch)
-        form.rendering.read_hints(drawing)
+        hints = form.rendering.read_hints(drawing)
     except ConfigError as error:
         raise unusable(error.thing, error.found, error.allowed) from error
     job = ColorizeJob(
@@ -168,6 +174,8 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
         options=form.options,
         timeout_s=timeout_s,
         key=key,
+        wants_doubt=form.output == "doubt",
+        hints=tuple(points_for_network(hints)),
     )
     return drawing, job
 

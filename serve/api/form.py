@@ -104,7 +104,7 @@ ALLOWED = {
     **sampler_options.ALLOWED,
     "num_inference_steps": f"a whole number from 1 to {MAX_STEPS}",
     **render.ALLOWED,
-    "output": "image, color_layer, flat, ora, psd or layers; both from /v1/colorize/stream",
+    "output": "image, color_layer, flat, ora, psd, layers or doubt; both from /v1/colorize/stream",
 }
 
 

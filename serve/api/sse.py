@@ -14,8 +14,9 @@ from starlette.datastructures import State
 
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.api.form import ColorizeForm
-from animediffusion.serve.api.problems import from_error
+from animediffusion.serve.api.problems import from_error, unusable
 from animediffusion.serve.protocol import Answer, Preview
+from animediffusion.serve.rendering.doubt import render_doubt
 from animediffusion.serve.rendering.render import render
 from animediffusion.serve.rendering.sketch import Drawing, Pixels
 from animediffusion.serve.rendering.upsample import place_in_square
@@ -70,6 +71,9 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
 
 
 def _result(item: Answer, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> dict[str, Any]:
+    if form.output == "doubt":
+        doubt = base64.b64encode(doubt_of(item, drawing, form)).decode()
+        return {"image": doubt, "model_version": item.model_version, "seed": form.seed}
     made = render(item.picture, drawing, reference, output=form.output, options=form.rendering)
     if form.output == "layers":
         found = made.as_json()
@@ -77,6 +81,13 @@ def _result(item: Answer, drawing: Drawing, reference: Pixels, form: ColorizeFor
         files = made.files if form.output == "both" else {"image": made.files[form.output]}
         found = {name: base64.b64encode(data).decode() for name, data in files.items()}
     return {**found, "model_version": item.model_version, "seed": form.seed}
+
+
+def doubt_of(answer: Answer, drawing: Drawing, form: ColorizeForm) -> bytes:
+    """Return the doubt about a picture as a PNG; raise ProblemError if the model has none."""
+    if answer.doubt is None:
+        raise unusable("output", "doubt, which this model cannot tell", "a model with a matcher, or another output")
+    return render_doubt(answer.doubt, drawing, form.size)
 
 
 def _inside(picture: Pixels, drawing: Drawing) -> Pixels:

@@ -84,6 +84,11 @@ def read_hints(data: str | bytes, *, width: int, height: int, thing: str = "hint
     return hints
 
 
+def points_for_network(hints: Sequence[Hint]) -> list[tuple[int, int, Color]]:
+    """Return the points (x, y, color) of the hints that the network should see, those of strokes included."""
+    return [(x, y, hint.color) for hint in hints if hint.learned for x, y in (hint.stroke or ((hint.x, hint.y),))]
+
+
 def check_hints(data: str | bytes, *, thing: str = "hints") -> None:
     """Raise ConfigError if the hints would be wrong for every drawing. Strokes are checked only with a drawing."""
     if not (isinstance(data, bytes) and data.startswith(PNG_SIGNATURE)):

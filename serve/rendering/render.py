@@ -30,7 +30,8 @@ from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
 
-Output = Literal["image", "color_layer", "both", "flat", "ora", "psd", "layers"]
+Output = Literal["image", "color_layer", "both", "flat", "ora", "psd", "layers", "doubt"]
+"""What a request can ask for. render() makes all of them but `doubt`, which is not made of the picture (doubt.py)."""
 Size = Literal["native", "model"]
 
 UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP")
