@@ -47,6 +47,10 @@ PLAIN_BLOCKS = 0.2
 """At least this share of the blocks is assumed to be paper without lines."""
 GRAIN = 3.5
 """Grain rarely exceeds its mean by more than this many standard deviations."""
+MOST_GRAIN = 0.25
+"""Lines that are darker than the paper by this value are seen in any grain."""
+SPECKLED = 0.03
+"""A drawing has grain only if at least this share of the pixels that look like lines are in specks."""
 SPECK_PX = 6
 """Dots of at most this many pixels are not lines."""
 GAP = 0.016
@@ -79,7 +83,7 @@ def find_regions(drawing: Drawing) -> Regions:
     darkness = drawing.darkness
     step = math.ceil(math.sqrt(darkness.size / WORK_PIXELS))
     small = _reduced(darkness, step) if step > 1 else darkness
-    lines = _without_specks(find_lines(small))
+    lines = find_lines(small)
     if lines.all():
         return Regions(np.ones(darkness.shape, np.int32), 1)
     labels, count = _merged(lines, small)
@@ -97,13 +101,21 @@ def _reduced(darkness: Floats, step: int) -> Floats:
 def find_lines(darkness: Floats) -> Mask:
     """Return the pixels of lines, faint lines included, but not the grain of paper or the dark side of soft shadows."""
     relief = _relief(darkness)
-    if (faint := _grain(relief)) > FAINT:
-        darkness = smoothed(darkness)
-        relief = _relief(darkness)
-        faint = _grain(relief)
-    edge = np.maximum(greatest(relief, 2) * np.float32(EDGE), np.float32(max(faint, FAINT)))
-    found: Mask = (relief >= edge) | (darkness >= INK)
-    return found
+    found = _darker(relief, FAINT) | (darkness >= INK)
+    lines = _without_specks(found)
+    # A drawing that is densely hatched everywhere has no plain blocks either, but its lines are not specks.
+    if _grain(relief) <= FAINT or found.sum() - lines.sum() < SPECKLED * found.sum():
+        return lines
+    darkness = smoothed(darkness)
+    relief = _relief(darkness)
+    faint = min(max(_grain(relief), FAINT), MOST_GRAIN)
+    return _without_specks(_darker(relief, faint) | (darkness >= INK))
+
+
+def _darker(relief: Floats, faint: float) -> Mask:
+    """Return the pixels whose relief is at least `faint` and at least a share of that of the pixels next to them."""
+    darker: Mask = relief >= np.maximum(greatest(relief, 2) * np.float32(EDGE), np.float32(faint))
+    return darker
 
 
 def _relief(darkness: Floats) -> Floats:

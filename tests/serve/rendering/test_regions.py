@@ -169,6 +169,14 @@ def test_twenty_thousand_regions():
     assert set(np.unique(labels)) == set(range(1, count + 1))
 
 
+def test_faint_lines_that_leave_no_plain_paper_divide():
+    pixels = np.full((300, 300), 255, np.uint8)
+    pixels[::10] = pixels[:, ::10] = 190
+    assert find_regions(to_drawing(pixels)).count == 900
+    pixels[::10] = pixels[:, ::10] = 225
+    assert find_regions(to_drawing(pixels)).count == 900
+
+
 def test_a_screen_of_dots_is_one_region():
     pixels = np.full((800, 800), 255, np.uint8)
     for offset in range(9):
