@@ -124,17 +124,17 @@ def color_regions(
     cost = _distances(perceptual(255 * pixels), choice.colors, BOUND) + choice.penalty
     visible = drawing.darkness[::step, ::step] < INK
     labels = regions.labels
-    small = _sampled(labels, step)
     for _ in range(NUM_SPLITS):
-        field, parts = _parts(
-            small, cost, weight, visible, flow.scale, choice.softness, _ramp_cost(small, pixels, weight)
-        )
+        small, count = labels[::step, ::step], int(labels.max()) + 1
+        field, parts = _parts(small, count, cost, weight, visible, flow.scale, choice.softness, pixels)
         labels = _divided(labels, field, parts)
-        small = _sampled(labels, step)
-    chosen = _votes(small, cost * weight[..., None]).argmin(axis=1)
+    small, count = labels[::step, ::step], int(labels.max()) + 1
+    chosen = _votes(small, count, cost * weight[..., None]).argmin(axis=1)
+    unseen, places = _unseen(labels, count, step)
+    chosen[unseen] = cost[places].argmin(axis=1)
     colors = choice.colors[chosen]
     if palette is None:
-        colors = _means(small, pixels, weight, colors)
+        colors = _means(small, count, pixels, weight, colors)
     softness = choice.softness[chosen]
     if background == "paper":
         outside = _outside(regions.labels, labels)
@@ -194,45 +194,46 @@ def _distances(places: Floats, colors: NDArray[Any], bound: float) -> Floats:
     return distances
 
 
-def _sampled(labels: Labels, step: int) -> Labels:
-    """Return every step-th label in both directions; a label that this would lose replaces that of its pixel."""
-    small = labels[::step, ::step].copy()
-    if step > 1:
-        every, first = np.unique(labels, return_index=True)
-        lost = first[~np.isin(every, small)]
-        small[lost // labels.shape[1] // step, lost % labels.shape[1] // step] = labels.ravel()[lost]
-    return small
-
-
-def _votes(labels: Labels, values: Floats) -> Floats:
-    """Return the sums of values [H, W, K] over each label, [1 + largest label, K]."""
-    count = int(labels.max()) + 1
+def _votes(labels: Labels, count: int, values: Floats) -> NDArray[np.float64]:
+    """Return the sums of values [H, W, K] over each of the labels 0 to count - 1, [count, K]."""
     planes = values.reshape(-1, values.shape[-1]).T
-    return np.stack([np.bincount(labels.ravel(), plane, minlength=count) for plane in planes], axis=1)
+    flat = labels.ravel()
+    return np.stack([np.bincount(flat, plane, minlength=count) for plane in planes], axis=1)
 
 
-def _ramp_cost(small: Labels, pixels: Floats, weight: Floats) -> Floats:
-    """Fit a linear gradient to each label's pixels; return their summed distances to it, [1 + largest label]."""
+def _unseen(labels: Labels, count: int, step: int) -> tuple[NDArray[np.intp], tuple[NDArray[np.intp], ...]]:
+    """Return the labels that no step-th pixel has, and the row and column of a pixel of each, divided by step."""
+    unseen = np.bincount(labels.ravel(), minlength=count) > 0
+    unseen &= np.bincount(labels[::step, ::step].ravel(), minlength=count) == 0
+    pixels = np.flatnonzero(unseen[labels])
+    ids, first = np.unique(labels.ravel()[pixels], return_index=True)
+    rows, columns = np.unravel_index(pixels[first], labels.shape)
+    return ids.astype(np.intp), (rows // step, columns // step)
+
+
+def _ramp_cost(small: Labels, count: int, pixels: Floats, weight: Floats) -> NDArray[np.float64]:
+    """Fit a linear gradient to each label's pixels; return their summed distances to it, [count]."""
     height, width = small.shape
     rows, columns = np.mgrid[:height, :width].astype(np.float32) / max(height, width)
     basis = np.stack([np.ones_like(rows), columns, rows], axis=2)
     products = (basis[..., None] * np.concatenate([basis, pixels], axis=2)[:, :, None]).reshape(height, width, 18)
-    sums = _votes(small, products * weight[..., None]).reshape(-1, 3, 6)
+    sums = _votes(small, count, products * weight[..., None]).reshape(-1, 3, 6)
     ridge = 1e-4 * np.eye(3) * (sums[:, :1, :1] + 1e-6)
     planes = np.linalg.solve(sums[..., :3] + ridge, sums[..., 3:]).astype(np.float32)
     ramp = np.clip(np.einsum("hwi,hwic->hwc", basis, planes[small]), 0, 1)
     distance = np.minimum(np.linalg.norm(perceptual(255 * ramp) - perceptual(255 * pixels), axis=2), BOUND)
-    return _votes(small, (weight * distance)[..., None])[:, 0]
+    return _votes(small, count, (weight * distance)[..., None])[:, 0]
 
 
 def _parts(
     small: Labels,
+    count: int,
     cost: Floats,
     weight: Floats,
     visible: NDArray[np.bool_],
     scale: float,
     softness: Floats,
-    ramp_cost: Floats,
+    pixels: Floats,
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Find the regions whose pixels have two clear colors.
 
@@ -241,23 +242,24 @@ def _parts(
     Returns:
         A smooth field [H, W], above 0 where a pixel has its region's second color; which labels to split.
     """
-    first = _votes(small, cost * weight[..., None]).argmin(axis=1)
+    first = _votes(small, count, cost * weight[..., None]).argmin(axis=1)
     one = np.take_along_axis(cost, first[small][..., None], axis=2)
-    second = _votes(small, np.maximum(one - cost, 0) * weight[..., None]).argmax(axis=1)
+    second = _votes(small, count, np.maximum(one - cost, 0) * weight[..., None]).argmax(axis=1)
     other = np.take_along_axis(cost, second[small][..., None], axis=2)[..., 0]
     one = one[..., 0]
     field = box_mean(one - other, 2 * round(scale / 2) + 1)
     part = field > 0
     split = np.where(part, other, one)
     planes = (visible, part & visible, weight, part * weight, part * weight * field, weight * one, weight * split)
-    area, part_area, trust, part_trust, gain, single, double = _votes(small, np.stack(planes, axis=2)).T
+    area, part_area, trust, part_trust, gain, single, double = _votes(small, count, np.stack(planes, axis=2)).T
     enough = SMALLEST_PART * scale**2
+    ramp_cost = _ramp_cost(small, count, pixels, weight)
     is_ramp = (ramp_cost < np.minimum(RAMP * single, double)) & (softness[first] > 0.5)
     parts = (part_area > enough) & (area - part_area > enough) & (gain > CLEAR * part_trust) & ~is_ramp
     parts &= part_trust * area > FAIR * trust * part_area
     field = np.where(parts[small], field, -1).astype(np.float32)
-    islands, count = components(field > 0)
-    size = np.bincount(islands.ravel(), visible.ravel(), minlength=count + 1)
+    islands, number = components(field > 0)
+    size = np.bincount(islands.ravel(), visible.ravel(), minlength=number + 1)
     return np.where((size < ISLAND * enough)[islands], -np.abs(field), field), parts
 
 
@@ -270,10 +272,11 @@ def _divided(labels: Labels, field: Floats, parts: NDArray[np.bool_]) -> Labels:
     return np.where(np.asarray(inside) > 0, number[labels], labels)
 
 
-def _means(labels: Labels, color: Floats, weight: Floats, chosen: Pixels) -> Pixels:
-    """Return the mean color of each label's pixels that are near its chosen color, [1 + largest label, 3]."""
+def _means(labels: Labels, count: int, color: Floats, weight: Floats, chosen: Pixels) -> Pixels:
+    """Return the mean color of each label's pixels that are near its chosen color, [count, 3]."""
     near = np.linalg.norm(perceptual(255 * color) - perceptual(chosen)[labels], axis=2) < BOUND / 2
-    sums = _votes(labels, np.concatenate([color, np.ones_like(color[..., :1])], axis=2) * (weight * near)[..., None])
+    counted = np.concatenate([color, np.ones_like(color[..., :1])], axis=2) * (weight * near)[..., None]
+    sums = _votes(labels, count, counted)
     means = np.rint(255 * sums[:, :3] / np.maximum(sums[:, 3:], 1e-9)).astype(np.uint8)
     return np.where(sums[:, 3:] > 0, means, chosen)
 
@@ -299,25 +302,36 @@ def _shading(pixels: Floats, flats: Pixels, weight: Floats, softness: Floats, sc
 
 def _listed(labels: Labels, colors: Pixels) -> tuple[Labels, tuple[Region, ...]]:
     """Number the regions 1..N without gaps; return the labels and the regions."""
-    ids, inverse = np.unique(labels, return_inverse=True)
-    dense: Labels = (inverse.reshape(labels.shape) + 1).astype(np.int32)
-    area = np.bincount(dense.ravel())[1:]
-    boxes = _boxes(dense, len(ids))
-    return dense, tuple(
-        Region(number + 1, f"region {number + 1}", _color(colors[ids[number]]), int(area[number]), boxes[number])
-        for number in range(len(ids))
+    area = np.bincount(labels.ravel(), minlength=len(colors))
+    ids = np.flatnonzero(area)
+    number = np.zeros(len(colors), np.int32)
+    number[ids] = np.arange(1, len(ids) + 1)
+    boxes = _boxes(labels, len(colors))
+    return number[labels], tuple(
+        Region(index, f"region {index}", _color(colors[one]), int(area[one]), _box(boxes[one]))
+        for index, one in enumerate(ids.tolist(), 1)
     )
 
 
-def _boxes(labels: Labels, count: int) -> list[tuple[int, int, int, int]]:
-    """Return left, top, right, bottom of the labels 1..count."""
-    low, high = np.full((2, count + 1), 1 << 30), np.zeros((2, count + 1), np.int64)
-    rows, columns = np.ogrid[: labels.shape[0], : labels.shape[1]]
-    for axis, places in enumerate((rows, columns)):
-        every = np.broadcast_to(places, labels.shape).ravel()
-        np.minimum.at(low[axis], labels.ravel(), every)
-        np.maximum.at(high[axis], labels.ravel(), every + 1)
-    return [(int(low[1, i]), int(low[0, i]), int(high[1, i]), int(high[0, i])) for i in range(1, count + 1)]
+def _boxes(labels: Labels, count: int) -> NDArray[np.intp]:
+    """Return left, top, right, bottom of the labels 0 to count - 1, [count, 4]."""
+    height, width = labels.shape
+    change = np.ones((height, width + 1), np.bool_)  # Only the ends of the runs of a row matter.
+    change[:, 1:-1] = labels[:, 1:] != labels[:, :-1]
+    rows, lefts = np.nonzero(change[:, :-1])
+    rights = np.nonzero(change[:, 1:])[1] + 1
+    found = labels[rows, lefts]
+    boxes = np.tile(np.array([width, height, 0, 0], np.intp), (count, 1))
+    np.minimum.at(boxes[:, 0], found, lefts)
+    np.minimum.at(boxes[:, 1], found, rows)
+    np.maximum.at(boxes[:, 2], found, rights)
+    np.maximum.at(boxes[:, 3], found, rows + 1)
+    return boxes
+
+
+def _box(numbers: NDArray[np.intp]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = numbers.tolist()
+    return left, top, right, bottom
 
 
 def _color(rgb: Pixels) -> Color:

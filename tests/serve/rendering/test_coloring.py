@@ -4,7 +4,7 @@ import pytest
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
 from animediffusion.serve.rendering.palette import Palette
-from animediffusion.serve.rendering.regions import find_regions
+from animediffusion.serve.rendering.regions import Regions, find_regions
 from animediffusion.serve.rendering.sketch import read_drawing
 
 RED, BLUE, DARK = (210, 60, 50), (60, 90, 220), (120, 20, 20)
@@ -94,3 +94,20 @@ def test_shading_is_one_where_colors_are_flat():
     assert coloring.shading is not None
     assert coloring.shading.shape == (300, 400, 3)
     assert np.abs(coloring.shading[:, 20:180] - 1).max() < 0.05
+
+
+def test_regions_too_small_to_vote_get_a_color():
+    sketch = np.full((2000, 1600, 3), 255, np.uint8)
+    sketch[:, 799:802] = 0
+    colors = np.broadcast_to(RED, sketch.shape).astype(np.uint8)
+    labels = np.ones((2000, 1600), np.int32)
+    labels[:, 800:] = 2
+    for number in range(40):  # most of these fall between the pixels that vote
+        labels[101 + 3 * number, 101 + 2 * (number % 5)] = 3 + number
+    drawing = read_drawing(sketch)
+    painted = letterbox((sketch.astype(int) * colors // 255).astype(np.uint8), 64)[0]
+    coloring = color_regions(
+        painted, drawing, Regions(labels, 42), reference=colors, background="reference", style="shaded"
+    )
+    assert len(coloring.regions) == 42
+    assert {region.color for region in coloring.regions} == {RED}
