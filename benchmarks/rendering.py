@@ -8,7 +8,7 @@ they are the val split of a dataset: line art of its pictures, recolored, with t
 downscaled truth, and with --model by that model. The styles: `painted` enlarges the network's colors; `flat` and
 `shaded` color by regions; `no palette` is `flat` with the network's own colors. The row `true regions` is an upper
 bound: the median of the truth in each region that the lines enclose. The background is that of the reference, because
-the truth has one. Time is CPU time of this process for regions and coloring.
+the truth has one. Time is CPU time of this process without finding the regions, which benchmarks/regions.py measures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
-from animediffusion.serve.rendering.regions import find_regions
+from animediffusion.serve.rendering.regions import Regions, find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, read_drawing
 from animediffusion.serve.rendering.upsample import to_picture, to_rgba
 
@@ -60,6 +60,7 @@ class Case(NamedTuple):
     truth: Pixels
     off_lines: NDArray[np.bool_]
     """[H, W]: pixels that are compared, before SAMPLE."""
+    regions: Regions
 
 
 Method = Callable[[Pixels, Case], Pixels]
@@ -108,7 +109,8 @@ def case_of(sketch: Pixels, reference: Pixels, truth: Pixels) -> Case:
     """Make a case of line art [H, W] or [H, W, 1] and pictures [H, W, 3]."""
     lines = np.broadcast_to(sketch.reshape(*truth.shape[:2], -1), truth.shape)
     off_lines = distance_transform_edt(lines[..., 0] > 200) > OFF_LINES_PX
-    return Case(read_drawing(np.ascontiguousarray(lines)), reference, truth, off_lines)
+    drawing = read_drawing(np.ascontiguousarray(lines))
+    return Case(drawing, reference, truth, off_lines, find_regions(drawing))
 
 
 def painting(case: Case, bundle: Bundle | None) -> Pixels:
@@ -139,7 +141,7 @@ def no_palette(network: Pixels, case: Case) -> Pixels:
 def by_regions(network: Pixels, case: Case, **options: str | None) -> Pixels:
     """Return the finished picture of a coloring by regions."""
     coloring = color_regions(
-        network, case.drawing, find_regions(case.drawing), reference=case.reference, background="reference", **options
+        network, case.drawing, case.regions, reference=case.reference, background="reference", **options
     )  # type: ignore[arg-type]
     layer = coloring.flats.astype(np.float32) / 255
     if coloring.shading is not None:
@@ -149,7 +151,7 @@ def by_regions(network: Pixels, case: Case, **options: str | None) -> Pixels:
 
 def true_regions(_: Pixels, case: Case) -> Pixels:
     """Give each region the median of its true colors."""
-    labels = find_regions(case.drawing).labels
+    labels = case.regions.labels
     picture = np.empty_like(case.truth)
     for label in np.unique(labels):
         inside = labels == label
