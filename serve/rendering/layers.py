@@ -156,6 +156,7 @@ def _part(coloring: Coloring, regions: Sequence[Region]) -> Pixels:
     """Return the pixels of some regions inside their common box, RGBA; all others are transparent."""
     left, top, right, bottom = _around(regions)
     table = np.zeros((len(coloring.regions) + 1, 4), np.uint8)
+    table[:, :3] = regions[0].color  # Planes of one value take no time to compress.
     for region in regions:
         table[region.id] = (*region.color, 255)
     return table[coloring.labels[top:bottom, left:right]]

@@ -125,6 +125,9 @@ def pack_rows(plane: Pixels) -> tuple[NDArray[np.int64], bytes]:
     A packet is a byte n and its data: for n < 128, n + 1 bytes follow; for n > 128, one byte follows, which is repeated
     257 - n times (Apple's Technical Note TN1023).
     """
+    if (plane == plane[0, 0]).all():
+        sizes, row = _pack_block(plane[:1])
+        return np.repeat(sizes, len(plane)), row * len(plane)
     block = max(1, _BLOCK_PIXELS // plane.shape[1])
     parts = [_pack_block(plane[top : top + block]) for top in range(0, len(plane), block)]
     return np.concatenate([sizes for sizes, _ in parts]), b"".join(data for _, data in parts)
