@@ -47,7 +47,7 @@ class Shot(NamedTuple):
 
 
 SHOTS = (
-    Shot("page.png", 1180, 1210, 1.0, "light", 0, 2, seeds=(5, 6, 7), compare=30, dots=((0.5, 0.55, "#f4cfb8"),)),
+    Shot("page.png", 1180, 1210, 1.0, "light", 0, 2, seeds=(5, 6, 7), compare=30, dots=((0.76, 0.94, "#8a4a5e"),)),
     Shot("page-phone.png", 390, 844, 1.5, "dark", 2, 0, seeds=(7,), compare=24, dots=((0.72, 0.94, "#3f6f9f"),)),
 )
 
