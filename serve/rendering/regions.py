@@ -41,6 +41,8 @@ THICK_LINE = 0.01
 """Half the width of the thickest faint line, as a share of the drawing's side..."""
 MIN_LINE_PX = 3
 """... but at least this many pixels."""
+SHADE = 0.5
+"""In a shaded area the difference must be larger by this share of the shade's darkness."""
 BLOCK_PX = 16
 """Side of the blocks in which the grain of the paper is measured."""
 PLAIN_BLOCKS = 0.2
@@ -121,7 +123,8 @@ def _darker(relief: Floats, faint: float) -> Mask:
 def _relief(darkness: Floats) -> Floats:
     """Return how much darker each pixel is than the lightest ground of the size of a thick line around it, [H, W]."""
     radius = max(MIN_LINE_PX, round(THICK_LINE * math.sqrt(darkness.size)))
-    relief: Floats = darkness - greatest(-greatest(-darkness, radius), radius)
+    ground = greatest(-greatest(-darkness, radius), radius)
+    relief: Floats = darkness - np.float32(1 + SHADE) * ground
     return relief
 
 
