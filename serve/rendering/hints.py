@@ -182,42 +182,44 @@ def _stroke_hint(points: NDArray[np.intp], pixels: Pixels) -> Hint:
 def _strokes(pixels: Pixels, thing: str) -> Iterator[NDArray[np.intp]]:
     """Yield the pixels [N, 2] as (y, x) of each connected stroke of one color."""
     solid = pixels[..., 3] >= SOLID
-    codes = np.where(solid, pixels[..., :3].astype(np.int32) @ np.array([65_536, 256, 1], np.int32), -1)
-    values, counts = np.unique(codes[solid], return_counts=True)
+    places, colors = np.argwhere(solid), pixels[solid].astype(np.int32)
+    codes = colors[:, 0] << 16 | colors[:, 1] << 8 | colors[:, 2]
+    values, counts = np.unique(codes, return_counts=True)
     if (counts >= MIN_STROKE_PX).sum() > MAX_STROKE_COLORS:
         found = f"has {len(values):,} colors"
         raise ConfigError(thing, found, f"strokes have at most {MAX_STROKE_COLORS} plain colors, without shading")
-    labels = _components(codes, solid)
+    labels = _components(places, codes, pixels.shape[1])
     order = np.argsort(labels, kind="stable")
-    places = np.argwhere(solid)[order]
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    yield from (stroke for stroke in np.split(places, starts[1:]) if len(stroke) >= MIN_STROKE_PX)
+    yield from (stroke for stroke in np.split(places[order], starts[1:]) if len(stroke) >= MIN_STROKE_PX)
 
 
-def _components(codes: NDArray[np.int32], solid: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return the component of each solid pixel, in row order: 8-connected pixels of the same code have the same number.
+def _components(places: NDArray[np.intp], codes: NDArray[np.int32], width: int) -> NDArray[np.intp]:
+    """Return the component of each pixel, [N]: 8-connected pixels of the same code have the same number.
 
     A number is the index of a pixel of the component. Both ends of an edge take the smaller number, and numbers are
     followed to their ends, until nothing changes: a few rounds, whatever the shape.
+
+    Args:
+        places: pixels [N, 2] as (y, x), in row order.
+        codes: color of each pixel, [N].
+        width: width of the picture.
     """
-    index = np.full(codes.shape, -1, np.intp)
-    index[solid] = np.arange(solid.sum())
-    steps = (
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-        (np.s_[:-1, :-1], np.s_[1:, 1:]),
-        (np.s_[1:, :-1], np.s_[:-1, 1:]),
-    )
-    joined = [(index[one], index[other], solid[one] & (codes[one] == codes[other])) for one, other in steps]
-    one = np.concatenate([first[same] for first, _, same in joined])
-    other = np.concatenate([second[same] for _, second, same in joined])
-    labels = np.arange(solid.sum())
+    x, flat = places[:, 1], places @ np.array([width, 1])
+    edges = []
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        wanted = flat + down * width + right
+        near = np.minimum(np.searchsorted(flat, wanted), len(flat) - 1)
+        same = (flat[near] == wanted) & (codes[near] == codes) & (x + right >= 0) & (x + right < width)
+        edges.append(np.stack([np.flatnonzero(same), near[same]]))
+    one, other = np.concatenate(edges, axis=1)
+    labels = np.arange(len(flat))
     while True:
-        left, right = labels[one], labels[other]
-        smaller = np.minimum(left, right)
-        if (left == right).all():
+        first, second = labels[one], labels[other]
+        smaller = np.minimum(first, second)
+        if (first == second).all():
             return labels
-        np.minimum.at(labels, left, smaller)
-        np.minimum.at(labels, right, smaller)
+        np.minimum.at(labels, first, smaller)
+        np.minimum.at(labels, second, smaller)
         while (labels[labels] != labels).any():
             labels = labels[labels]
