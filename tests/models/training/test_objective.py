@@ -1,10 +1,13 @@
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from animediffusion.models.bundle import SamplerDefaults
 from animediffusion.models.colorize import sample_images
+from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.diffusion.path import PathConfig
 from animediffusion.models.training.objective import (
     DenoisingConfig,
     DenoisingObjective,
@@ -243,3 +246,16 @@ def test_contrast_counts_detail_wherever_it_is_and_misses_what_was_blurred_away(
     assert (contrast_loss(target.roll(1, -1), target) < 0.5 * contrast_loss(target * 0.3, target)).all()
     flat = torch.full_like(target, 0.2)
     torch.testing.assert_close(contrast_loss(flat, -flat), torch.zeros(4))
+
+
+def test_both_phases_train_hints_and_use_both_references(new_denoiser, new_batch):
+    plain, batch, other = new_denoiser(), new_batch(), new_batch(seed=1)
+    denoiser = Denoiser(replace(plain.network.config, hints=True), PathConfig(name="flow"))
+    denoiser.start_from(plain.state_dict())
+    hinted = batch._replace(second=other.reference, hints=torch.ones(4, 4, 16, 16))
+    for objective in (DenoisingObjective(denoiser, DenoisingConfig()), reconstruction(denoiser)):
+        loss = objective(hinted, seeded(), 0).total
+        assert not torch.equal(loss, objective(batch, seeded(), 0).total)
+        found = gradients(denoiser, loss)
+        assert found["network.hint_input.weight"].any()
+        assert found["network.matcher.hint_input.weight"].any()
