@@ -40,6 +40,8 @@ MIN_SIDE_PX = 8
 MAX_ASPECT = 16
 MAX_PALETTE_BYTES = 2**20
 MAX_HINTS_BYTES = 64 * 2**20
+MAX_IDS = 65_535
+"""Largest id of a region in a PNG of 16 bits."""
 FAST_COMPRESSION = 3
 """PNG compression level of responses: low, because a client waits for them."""
 ALLOWED = {
@@ -286,7 +288,10 @@ def _color_layer(colors: Pixels) -> bytes:
 
 
 def _labels(coloring: Coloring) -> bytes:
-    """Return the ids of the regions as a gray PNG of 16 bits."""
+    """Return the ids of the regions as a gray PNG of 16 bits; raise an ImageError if there are too many for 16 bits."""
+    if len(coloring.regions) > MAX_IDS:
+        found = f"has {len(coloring.regions)} regions"
+        raise ImageError("sketch", found, f"at most {MAX_IDS} with output=layers; use output=ora, psd or flat")
     buffer = io.BytesIO()
     Image.fromarray(coloring.labels.astype(np.uint16)).save(buffer, "PNG", compress_level=FAST_COMPRESSION)
     return buffer.getvalue()

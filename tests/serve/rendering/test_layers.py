@@ -12,11 +12,13 @@ from PIL import Image
 from psd_tools import PSDImage
 from psd_tools.constants import BlendMode
 
+from animediffusion.platform.errors import ImageError
 from animediffusion.serve.rendering import layers
 from animediffusion.serve.rendering.coloring import Coloring, Region
 from animediffusion.serve.rendering.formats.openraster import write_openraster
 from animediffusion.serve.rendering.formats.psd import pack_rows, write_psd
 from animediffusion.serve.rendering.layers import Layer, LayerGroup, layers_of, picture_of, shades_of
+from animediffusion.serve.rendering.render import render
 from animediffusion.serve.rendering.sketch import read_drawing
 
 COMPOSITE_OPS = {"svg:src-over", "svg:multiply", "svg:screen"}
@@ -221,6 +223,18 @@ def test_sixteen_thousand_regions_are_one_layer_of_flats():
     assert len(np.unique(found[2].draw().reshape(-1, 3), axis=0)) == 16_384
     psd = PSDImage.open(io.BytesIO(write_psd(picture_of(many, None), found)))
     assert (np.asarray(psd[1].topil().convert("RGB")) == many.flats).all()
+
+
+def test_more_regions_than_ids_are_refused_only_where_ids_are_16_bits(monkeypatch):
+    monkeypatch.setattr("animediffusion.serve.rendering.render.MAX_IDS", 1)
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[:, 30:33] = 0
+    painted = np.full((64, 64, 3), 90, np.uint8)
+    with pytest.raises(ImageError, match=r"^sketch: has 2 regions; at most 1 with output=layers; use output=ora"):
+        ImageError, match="^sketch: has 2 regions; at most 1 with output=layers; use output=ora, psd or"
+    ):
+        render(painted, read_drawing(pixels), painted, output="layers")
+    assert render(painted, read_drawing(pixels), painted, output="flat").regions is not None
 
 
 def test_a_few_colors_are_a_layer_each_and_one_region_is_no_special_case():
