@@ -141,7 +141,7 @@ def no_palette(network: Pixels, case: Case) -> Pixels:
 def by_regions(network: Pixels, case: Case, **options: str | None) -> Pixels:
     """Return the finished picture of a coloring by regions."""
     coloring = color_regions(
-        network, case.drawing, case.regions, reference=case.reference, background="reference", **options
+        network, case.drawing, case.regions, references=[case.reference], background="reference", **options
     )  # type: ignore[arg-type]
     layer = coloring.flats.astype(np.float32) / 255
     if coloring.shading is not None:

@@ -122,7 +122,7 @@ def paint_as(
             bundle, lines, colors, seeds=[seed], sampler=sampler, hints=None if planes is None else planes[None]
         )
     painted = to_uint8(image)[0].cpu().numpy()
-    return render(painted, drawing, pictures[0], output=output, options=options)
+    return render(painted, drawing, pictures, output=output, options=options)
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
-        made, body = await loop.run_in_executor(pool, _rendered, answer, drawing, job.references[0], form)
+        made, body = await loop.run_in_executor(pool, _rendered, answer, drawing, job.references, form)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
         if job.hints:
             headers["X-Hints"] = "learned" if answer.saw_hints else "exact"
@@ -133,7 +133,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
-        body = events(first, items, drawing, job.references[0], form, request.state, pool)
+        body = events(first, items, drawing, job.references, form, request.state, pool)
         return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
 
 
@@ -141,12 +141,14 @@ def _headers(form: ColorizeForm) -> dict[str, str]:
     return {"X-Seed": str(form.seed), "X-Style": form.style, "Cache-Control": "no-store"}
 
 
-def _rendered(answer: Answer, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> tuple[Rendered, bytes]:
+def _rendered(
+    answer: Answer, drawing: Drawing, references: Sequence[Pixels], form: ColorizeForm
+) -> tuple[Rendered, bytes]:
     """Return what render() returns, and the body of the response."""
     if form.output == "doubt":
         found = doubt_of(answer, drawing, form)
         return Rendered({"doubt": found}), found
-    made = render(answer.picture, drawing, reference, output=form.output, options=form.rendering)
+    made = render(answer.picture, drawing, references, output=form.output, options=form.rendering)
     if form.output == "layers":
         return made, json.dumps(made.as_json()).encode()
     return made, made.files[form.output]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -26,7 +26,7 @@ async def events(
     first: Preview | Answer,
     rest: AsyncIterator[Preview | Answer],
     drawing: Drawing,
-    reference: Pixels,
+    references: Sequence[Pixels],
     form: ColorizeForm,
     state: State,
     pool: Executor,
@@ -37,7 +37,7 @@ async def events(
         first: first item from the backend. The caller awaits it, so that an early error is an ordinary error response.
         rest: further items from the backend.
         drawing: the sketch.
-        reference: the reference, [H, W, 3].
+        references: the references, each [H, W, 3].
         form: the request.
         state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
         pool: executor that renders pictures.
@@ -49,7 +49,7 @@ async def events(
                 yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
             else:
                 state.model_version = item.model_version
-                result = await loop.run_in_executor(pool, _result, item, drawing, reference, form)
+                result = await loop.run_in_executor(pool, _result, item, drawing, references, form)
                 yield _event("result", {**result, "request_id": state.request_id})
     except Exception as error:
         yield _event("error", from_error(error, state.request_id).body(state.request_id))
@@ -70,11 +70,11 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
     return {"step": item.step, "total": item.total, "preview": f"data:image/png;base64,{picture}"}
 
 
-def _result(item: Answer, drawing: Drawing, reference: Pixels, form: ColorizeForm) -> dict[str, Any]:
+def _result(item: Answer, drawing: Drawing, references: Sequence[Pixels], form: ColorizeForm) -> dict[str, Any]:
     if form.output == "doubt":
         doubt = base64.b64encode(doubt_of(item, drawing, form)).decode()
         return {"image": doubt, "model_version": item.model_version, "seed": form.seed}
-    made = render(item.picture, drawing, reference, output=form.output, options=form.rendering)
+    made = render(item.picture, drawing, references, output=form.output, options=form.rendering)
     if form.output == "layers":
         found = made.as_json()
     else:

@@ -9,6 +9,7 @@ reference, so colors are exact although the network's are not. benchmarks/render
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -99,7 +100,7 @@ def color_regions(
     drawing: Drawing,
     regions: Regions,
     *,
-    reference: Pixels,
+    references: Sequence[Pixels],
     palette: Palette | Literal["reference"] | None = "reference",
     background: Background = "paper",
     style: Literal["flat", "shaded"] = "flat",
@@ -110,8 +111,8 @@ def color_regions(
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch at its original size.
         regions: the regions of the drawing.
-        reference: the reference [h, w, 3].
-        palette: colors of the regions. `reference`: the reference's dominant colors where the network's are near them;
+        references: the references, each [h, w, 3].
+        palette: colors of the regions. `reference`: the references' dominant colors where the network's are near them;
             a Palette: only its colors; None: the network's colors.
         background: `paper`: what is outside of the figure keeps the color of the paper; `reference`: the network's.
         style: `shaded` also returns a shading.
@@ -120,7 +121,7 @@ def color_regions(
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     flow = flow_of(painted, drawing if step == 1 else reduced(drawing, step))
     pixels, weight = _evidence(flow)
-    choice = _choice(pixels, reference, palette)
+    choice = _choice(pixels, references, palette)
     cost = _distances(perceptual(255 * pixels), choice.colors, BOUND) + choice.penalty
     visible = drawing.darkness[::step, ::step] < INK
     labels = regions.labels
@@ -157,7 +158,7 @@ class _Choice(NamedTuple):
     """[K]: share of the network's shading that is kept: 0 for a color that is flat in the reference."""
 
 
-def _choice(pixels: Floats, reference: Pixels, palette: Palette | str | None) -> _Choice:
+def _choice(pixels: Floats, references: Sequence[Pixels], palette: Palette | str | None) -> _Choice:
     """Return the colors that a region may have."""
     if isinstance(palette, Palette):
         count = len(palette.colors)
@@ -165,7 +166,7 @@ def _choice(pixels: Floats, reference: Pixels, palette: Palette | str | None) ->
     own = dominant_colors(np.rint(255 * pixels).astype(np.uint8)).colors
     if palette is None:
         return _Choice(own.astype(np.uint8), np.zeros(len(own), np.float32), np.ones(len(own), np.float32))
-    given = dominant_colors(reference)
+    given = dominant_colors(*references)
     far = own[_distances(perceptual(own), given.colors, BOUND).min(axis=1) > SNAP]
     return _Choice(
         np.concatenate([given.colors, far]).astype(np.uint8),

@@ -87,17 +87,18 @@ def palette_of(reference: Pixels) -> Palette:
     return Palette(dominant, ("",) * len(dominant))
 
 
-def dominant_colors(picture: Pixels) -> Dominant:
-    """Return the dominant colors of a picture [H, W, 3], at most NUM_DOMINANT.
+def dominant_colors(*pictures: Pixels) -> Dominant:
+    """Return the dominant colors of pictures [H, W, 3], at most NUM_DOMINANT.
 
     Each color is a mode of the histogram, so the flat areas of a clean picture give their exact colors, and the noise
     of a JPEG around a color is not a second color. Pixels on lines and edges hardly count.
     """
-    step = -(-max(picture.shape[:2]) // SAMPLES)
-    sample = picture[::step, ::step]
-    codes = sample.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    found, where = np.unique(codes, return_inverse=True)
-    area: NDArray[np.float64] = np.bincount(where.ravel(), _inner(sample).ravel()).astype(np.float64)
+    steps = (-(-max(picture.shape[:2]) // SAMPLES) for picture in pictures)
+    samples = [picture[::step, ::step] for picture, step in zip(pictures, steps, strict=True)]
+    codes = [(sample.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)).ravel() for sample in samples]
+    found, where = np.unique(np.concatenate(codes), return_inverse=True)
+    weights = np.concatenate([_inner(sample).ravel() for sample in samples])
+    area: NDArray[np.float64] = np.bincount(where.ravel(), weights).astype(np.float64)
     colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
     places, left = perceptual(colors), area.copy()
     # A color's support is the area of all colors near it: the peak of a noisy flat is where most of its noise is.

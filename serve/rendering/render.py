@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -188,7 +189,7 @@ def hints_argument(text: str) -> bytes:
 def render(
     painted: Pixels,
     drawing: Drawing,
-    reference: Pixels,
+    references: Sequence[Pixels],
     *,
     output: Output = "image",
     options: RenderOptions = DEFAULTS,
@@ -201,7 +202,7 @@ def render(
     Args:
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch.
-        reference: the reference, [H, W, 3].
+        references: the references, each [H, W, 3].
         output: the files to return; `both` are `image` and `color_layer`.
         options: size, style, background and palette. If the size is `native`, `image` is `color_layer` times the
             sketch. If it is `model`, the image of the style `painted` is the unchanged picture of the network with its
@@ -215,7 +216,7 @@ def render(
         return Rendered(_painted(painted, drawing, output, options.size))
     if options.size == "model":
         drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
-    coloring = _color(painted, drawing, reference, options)
+    coloring = _color(painted, drawing, references, options)
     picture = None
     if options.style == "painted":
         layer = layer_of(painted, drawing)
@@ -240,7 +241,7 @@ def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> d
     return made
 
 
-def _color(painted: Pixels, drawing: Drawing, reference: Pixels, options: RenderOptions) -> Coloring:
+def _color(painted: Pixels, drawing: Drawing, references: Sequence[Pixels], options: RenderOptions) -> Coloring:
     palette: Palette | Literal["reference"] | None = None
     if options.has_own_palette:
         palette = read_palette(options.palette)
@@ -250,7 +251,7 @@ def _color(painted: Pixels, drawing: Drawing, reference: Pixels, options: Render
         painted,
         drawing,
         find_regions(drawing),
-        reference=reference,
+        references=references,
         palette=palette,
         background=options.background or "paper",
         style="shaded" if options.style == "shaded" else "flat",

@@ -25,7 +25,7 @@ def colored(sketch: np.ndarray, colors: np.ndarray, off: tuple[int, int, int] = 
     """The coloring by a network whose colors are off by that much."""
     drawing = read_drawing(sketch)
     painted = letterbox((sketch.astype(int) * np.clip(np.add(colors, off), 0, 255) // 255).astype(np.uint8), 64)[0]
-    options = {"reference": colors, "background": "reference"} | options
+    options = {"references": [colors], "background": "reference"} | options
     return color_regions(painted, drawing, find_regions(drawing), **options)
 
 
@@ -72,8 +72,15 @@ def test_without_a_palette_colors_are_the_networks():
 def test_a_color_that_is_far_from_the_reference_stays():
     sketch, colors = halves()
     green = np.broadcast_to((40, 200, 60), colors.shape).astype(np.uint8)
-    found = colored(sketch, colors, reference=green).regions
+    found = colored(sketch, colors, references=[green]).regions
     assert np.abs(np.subtract(found[0].color, RED)).max() <= 6
+
+
+def test_colors_of_all_references_are_exact():
+    sketch, colors = halves()
+    pictures = [np.broadcast_to(color, colors.shape).astype(np.uint8) for color in (RED, BLUE)]
+    coloring = colored(sketch, colors, off=(-7, 6, 8), references=pictures)
+    assert {region.color for region in coloring.regions} == {RED, BLUE}
 
 
 @pytest.mark.parametrize("background", ["paper", "reference"])
@@ -107,7 +114,7 @@ def test_regions_too_small_to_vote_get_a_color():
     drawing = read_drawing(sketch)
     painted = letterbox((sketch.astype(int) * colors // 255).astype(np.uint8), 64)[0]
     coloring = color_regions(
-        painted, drawing, Regions(labels, 42), reference=colors, background="reference", style="shaded"
+        painted, drawing, Regions(labels, 42), references=[colors], background="reference", style="shaded"
     )
     assert len(coloring.regions) == 42
     assert {region.color for region in coloring.regions} == {RED}

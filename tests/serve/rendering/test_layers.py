@@ -231,8 +231,8 @@ def test_more_regions_than_ids_are_refused_only_where_ids_are_16_bits(monkeypatc
     pixels[:, 30:33] = 0
     painted = np.full((64, 64, 3), 90, np.uint8)
     with pytest.raises(ImageError, match=r"^sketch: has 2 regions; at most 1 with output=layers; use output=ora"):
-        render(painted, read_drawing(pixels), painted, output="layers")
-    assert render(painted, read_drawing(pixels), painted, output="flat").regions is not None
+        render(painted, read_drawing(pixels), [painted], output="layers")
+    assert render(painted, read_drawing(pixels), [painted], output="flat").regions is not None
 
 
 def test_a_few_colors_are_a_layer_each_and_one_region_is_no_special_case():

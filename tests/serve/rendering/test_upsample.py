@@ -217,7 +217,7 @@ def test_whatever_the_drawing_the_layer_times_it_is_the_picture(kind, shape):
     data = encoded(KINDS[kind](drawn(*SHAPES[shape])))
     drawing = read_sketch(data)
     painted = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
-    made = render(painted, drawing, painted, output="both").files
+    made = render(painted, drawing, [painted], output="both").files
     picture, layer = decode_rgb(made["image"]).astype(int), Image.open(io.BytesIO(made["color_layer"]))
     assert picture.shape[:2] == (layer.height, layer.width) == SHAPES[shape]
     assert layer.mode == "RGBA"
