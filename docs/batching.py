@@ -91,7 +91,7 @@ def _request(bundle: Bundle, asked: Asked, seed: int) -> Request:
     scale = 2.0 if asked.guided else 1.0
     return Request(
         sketch=sketch,
-        reference=reference,
+        references=(reference,),
         options=SamplerOptions(seed=seed, steps=asked.steps, sampler="euler", guidance_scale=scale),
         key=asked.key,
     )

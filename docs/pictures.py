@@ -174,7 +174,7 @@ def two_phases(bundle: Bundle, batch: Batch) -> Array:
     """Draw the inputs, outputs and losses of both phases, and the path of the gradients."""
     row = CELL + 34
     board = Board(2 * EDGE + 6 * CELL + 5 * GAP, 4 * row + 4 * EDGE + 92)
-    one = Batch(*(x[:1] for x in batch))
+    one = batch.rows(slice(1))
     _phase_1(board, bundle, one, EDGE + 24)
     _phase_2(board, bundle, one, 2 * row + 2 * EDGE + 54)
     y = board.sheet.height - EDGE
