@@ -35,6 +35,7 @@ from typing import Any
 from unittest import mock
 
 try:
+    import kornia  # noqa: F401 - the first batch imports it, after minutes
     import numpy as np
     import torch
     from common import RECIPES, clock, drawn, hardware, matmul_flops, peak_mb, train

@@ -122,7 +122,7 @@ def save_bundle(
     save_file(weights, temporary / "model.safetensors")
     if averages:
         save_file(averages, temporary / AVERAGES)
-    _write_json(temporary / "config.json", _values(config))
+    _write_json(temporary / "config.json", config_values(config))
     _write_json(temporary / "metrics.json", metrics or {})
     (temporary / "card.md").write_text(card)
     return _seal(temporary, folder)
@@ -136,7 +136,7 @@ def with_sampler(
     temporary = destination.with_name(destination.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
-    _write_json(temporary / "config.json", {**_values(config), "sampler": asdict(sampler)})
+    _write_json(temporary / "config.json", {**config_values(config), "sampler": asdict(sampler)})
     if metrics is not None:
         _write_json(temporary / "metrics.json", metrics)
     return _seal(temporary, destination)
@@ -245,7 +245,7 @@ def smoke_sample(bundle: Bundle) -> None:
         raise unusable(str(bundle.folder), f"the smoke sample is not a finite {size}x{size} image")
 
 
-def _values(config: BundleConfig) -> dict[str, Any]:
+def config_values(config: BundleConfig) -> dict[str, Any]:
     """Return the content of config.json. It names hints only if there are some, so that version 0.1 can read it."""
     values = {"format": FORMAT, **asdict(config)}
     if not config.network.hints:

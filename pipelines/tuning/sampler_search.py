@@ -25,7 +25,7 @@ import torch
 from ray import tune
 
 from animediffusion.models.augmentation.augment import Batch
-from animediffusion.models.bundle import Bundle, SamplerDefaults, with_metrics, with_sampler
+from animediffusion.models.bundle import Bundle, SamplerDefaults, config_values, with_metrics, with_sampler
 from animediffusion.models.network.attention import Backend, chosen_attention, use_attention
 from animediffusion.models.training.ema import Averages, read_averages
 from animediffusion.pipelines.evaluation.evaluate import Evaluation
@@ -360,7 +360,8 @@ def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:
 
 def _search_key(bundle: Bundle, averages: Averages, rows: MeasuredRows) -> str:
     """Return 12 hex digits that identify what decides a measurement: weights, config and rows, not sampler defaults."""
-    config = asdict(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
+    config = config_values(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
+    del config["format"]  # searches of version 0.1 had none
     facts = [FORMAT, averages.sha256(), config, rows.key]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 

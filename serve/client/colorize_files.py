@@ -229,8 +229,17 @@ def list_sketches(sketches: Sequence[Path]) -> list[Path]:
 
 
 def list_unsupported(sketches: Sequence[Path]) -> list[Path]:
-    """Return the pictures in the given folders whose formats are not supported, which list_sketches() leaves out."""
-    return [file for path in sketches if path.is_dir() for file in _pictures(path, PICTURES - UPLOADED_SUFFIXES)]
+    """Return the pictures in the given folders whose formats are not supported, which list_sketches() leaves out.
+
+    Files with layers that `colorize` has made are not among them.
+    """
+    return [
+        file
+        for path in sketches
+        if path.is_dir()
+        for file in _pictures(path, PICTURES - UPLOADED_SUFFIXES)
+        if read_metadata(file) is None
+    ]
 
 
 def list_own_results(sketches: Sequence[Path], listed: Sequence[Path]) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -126,8 +128,7 @@ def colorize(
         console.note(f"skipped {_named(colored)}, made by colorize; give them by name to color them again")
     if inner := list_inner_folders(sketches):
         console.note(f"skipped {_named(inner, 'folder')}; give them by name to color their drawings")
-    with console.progress("colored", "drawings") as progress:
-        colorizer = _colorizer(settings, model, url)
+    with console.progress("colored", "drawings") as progress, _colorizer(settings, model, url) as colorizer:
         for one in colorize_files(colorizer, files, reference, out, options, rendering, kind):
             done.append(one)
             failed += one.error is not None
@@ -149,15 +150,18 @@ def _named(files: list[Path], kind: str = "file") -> str:
     return f"{len(files)} {kind if len(files) == 1 else f'{kind}s'}: {names}"
 
 
-def _colorizer(settings: Settings, model: str | None, url: str | None) -> Colorizer:
+@contextmanager
+def _colorizer(settings: Settings, model: str | None, url: str | None) -> Iterator[Colorizer]:
     if url is not None:
         from animediffusion.serve.client.remote import RemoteColorizer
 
-        return RemoteColorizer(url)
+        with RemoteColorizer(url) as remote:
+            yield remote
+        return
     from animediffusion.serve.client.local import LocalColorizer
 
     common.use_attention(settings)
-    return LocalColorizer(settings, model)
+    yield LocalColorizer(settings, model)
 
 
 def serve(

@@ -105,7 +105,9 @@ def test_a_request_waits_a_moment_at_an_engine_whose_device_has_failed(new_engin
         with pytest.raises(UnavailableError):
             await engine.colorize(
                 ColorizeJob(
-                    lines=np.zeros((8, 8), np.uint8), reference=np.zeros((8, 8, 3), np.uint8), options=SamplerOptions()
+                    lines=np.zeros((8, 8), np.uint8),
+                    references=(np.zeros((8, 8, 3), np.uint8),),
+                    options=SamplerOptions(),
                 )
             )
         with pytest.raises(RuntimeError, match="misaligned address"):
