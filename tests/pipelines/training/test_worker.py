@@ -32,6 +32,12 @@ def context(tmp_path):
     return worker.WorkerContext(load_recipe(str(path)), "tiny", 32, str(tmp_path), address, progress)
 
 
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch):
+    """The real context would start a Ray for this process, or look for one."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: "worker"))
+
+
 @pytest.fixture
 def failing(monkeypatch, context):
     """(failures that the driver learns, a function that fails a worker with an error)."""
