@@ -132,21 +132,25 @@ def fit_square(array: Array, size: int, *, fill: int = 255, crop: bool = True) -
 def letterbox(array: Array, size: int, *, fill: int = 255) -> tuple[Array, Box]:
     """Center the whole picture in a size x size square; also return the Box that unletterbox() needs."""
     height, width = array.shape[:2]
-    scale = size / max(height, width)
-    inner_width, inner_height = (max(1, round(side * scale)) for side in (width, height))
-    left, top = (size - inner_width) // 2, (size - inner_height) // 2
+    box = place_in_square(height, width, size)
     square = np.full((size, size, *array.shape[2:]), fill, np.uint8)
-    square[top : top + inner_height, left : left + inner_width] = _resize(array, inner_width, inner_height)
-    return square, Box(left, top, inner_width, inner_height, width, height)
+    square[box.top : box.top + box.height, box.left : box.left + box.width] = _resize(array, box.width, box.height)
+    return square, box
+
+
+def place_in_square(height: int, width: int, size: int) -> Box:
+    """Return the box inside a square of side `size` into which letterbox() puts a picture of height x width."""
+    scale = size / max(height, width)
+    inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+    return Box((size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height, width, height)
 
 
 def letterbox_points(
     points: Iterable[tuple[int, int, Value]], height: int, width: int, size: int
 ) -> list[tuple[int, int, Value]]:
     """Move points (x, y, value) of a height x width picture to their places in the square that letterbox() makes."""
-    scale = size / max(height, width)
-    left, top = ((size - max(1, round(side * scale))) // 2 for side in (width, height))
-    return [(left + int((x + 0.5) * scale), top + int((y + 0.5) * scale), value) for x, y, value in points]
+    box, scale = place_in_square(height, width, size), size / max(height, width)
+    return [(box.left + int((x + 0.5) * scale), box.top + int((y + 0.5) * scale), value) for x, y, value in points]
 
 
 def unletterbox(array: Array, box: Box) -> Array:

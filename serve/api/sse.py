@@ -12,14 +12,13 @@ from typing import Any
 from fastapi.sse import format_sse_event
 from starlette.datastructures import State
 
-from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.images.codec import encode_png, place_in_square
 from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import from_error, unusable
 from animediffusion.serve.protocol import Answer, Preview
 from animediffusion.serve.rendering.doubt import render_doubt
 from animediffusion.serve.rendering.render import render
 from animediffusion.serve.rendering.sketch import Drawing, Pixels
-from animediffusion.serve.rendering.upsample import place_in_square
 
 
 async def events(

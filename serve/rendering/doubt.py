@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from animediffusion.platform.images.codec import encode_png, unletterbox
+from animediffusion.platform.images.codec import encode_png, place_in_square, unletterbox
 from animediffusion.serve.rendering.sketch import Drawing, Pixels
-from animediffusion.serve.rendering.upsample import place_in_square
 
 GAIN = 4
 """The map has values from 0 to 255, and few are above 64."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from animediffusion.platform.errors import ConfigError, ImageError
 from animediffusion.platform.images.codec import decode_rgba
 from animediffusion.serve.rendering.coloring import Coloring
+from animediffusion.serve.rendering.morphology import joined
 from animediffusion.serve.rendering.palette import Color
 from animediffusion.serve.rendering.sketch import Pixels
 
@@ -197,8 +198,7 @@ def _strokes(pixels: Pixels, thing: str) -> Iterator[NDArray[np.intp]]:
 def _components(places: NDArray[np.intp], codes: NDArray[np.int32], width: int) -> NDArray[np.intp]:
     """Return the component of each pixel, [N]: 8-connected pixels of the same code have the same number.
 
-    A number is the index of a pixel of the component. Both ends of an edge take the smaller number, and numbers are
-    followed to their ends, until nothing changes: a few rounds, whatever the shape.
+    A number is the index of the first pixel of the component.
 
     Args:
         places: pixels [N, 2] as (y, x), in row order.
@@ -213,13 +213,4 @@ def _components(places: NDArray[np.intp], codes: NDArray[np.int32], width: int) 
         same = (flat[near] == wanted) & (codes[near] == codes) & (x + right >= 0) & (x + right < width)
         edges.append(np.stack([np.flatnonzero(same), near[same]]))
     one, other = np.concatenate(edges, axis=1)
-    labels = np.arange(len(flat))
-    while True:
-        first, second = labels[one], labels[other]
-        smaller = np.minimum(first, second)
-        if (first == second).all():
-            return labels
-        np.minimum.at(labels, first, smaller)
-        np.minimum.at(labels, second, smaller)
-        while (labels[labels] != labels).any():
-            labels = labels[labels]
+    return joined(len(flat), one, other)

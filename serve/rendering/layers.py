@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from animediffusion.serve.rendering.coloring import Coloring, Region
 from animediffusion.serve.rendering.sketch import Floats, Pixels
+from animediffusion.serve.rendering.upsample import multiplied
 
 Blend = Literal["normal", "multiply", "screen"]
 Rect = tuple[int, int, int, int]
@@ -93,15 +94,6 @@ def colors_of(coloring: Coloring, shades: Shades | None) -> Pixels:
 def picture_of(coloring: Coloring, shades: Shades | None) -> Pixels:
     """Return the finished picture, [H, W, 3]."""
     return multiplied(colors_of(coloring, shades), coloring.drawing.pixels)
-
-
-def multiplied(below: Pixels, above: Pixels) -> Pixels:
-    """Return below x above / 255, rounded."""
-    product = below.astype(np.uint16)
-    product *= above
-    product += 127
-    product //= 255
-    return product.astype(np.uint8)
 
 
 def layers_of(coloring: Coloring, shades: Shades | None) -> list[Layer | LayerGroup]:

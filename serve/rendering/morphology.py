@@ -93,7 +93,7 @@ def components(mask: Mask, *, diagonal: bool = False) -> tuple[Labels, int]:
     last = np.searchsorted(starts, ends + stride + reach, side="left")
     upper = np.repeat(np.arange(len(starts)), last - first)
     lower = np.arange(len(upper)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[upper]
-    roots = _joined(len(starts), upper, lower)
+    roots = joined(len(starts), upper, lower)
     _, numbers = np.unique(roots, return_inverse=True)
     labels = np.zeros(height * stride, np.int32)
     lengths = ends - starts
@@ -102,7 +102,7 @@ def components(mask: Mask, *, diagonal: bool = False) -> tuple[Labels, int]:
     return np.ascontiguousarray(labels.reshape(height, stride)[:, 1:-1]), int(numbers.max(initial=-1)) + 1
 
 
-def _joined(count: int, left: Indices, right: Indices) -> Indices:
+def joined(count: int, left: Indices, right: Indices) -> Indices:
     """Return for each of `count` items the smallest item that is connected with it by pairs (left, right)."""
     roots = np.arange(count)
     while len(left):

@@ -1,7 +1,7 @@
 """Palettes: lists of exact colors, from a text, from a palette file, or from the reference.
 
-read_palette() reads `#RRGGBB,#RRGGBB,...`, a GIMP palette (.gpl) and an Adobe Swatch Exchange file (.ase). palette_of()
-finds the dominant colors of a picture, so a studio's model sheet is a palette too.
+read_palette() reads `#RRGGBB,#RRGGBB,...`, a GIMP palette (.gpl) and an Adobe Swatch Exchange file (.ase).
+dominant_colors() finds the colors of a picture, so a studio's model sheet is a palette too.
 """
 
 from __future__ import annotations
@@ -79,12 +79,6 @@ class Dominant(NamedTuple):
     """[K]: share of the picture's area that has about this color."""
     flatness: Floats
     """[K]: 1 if the area near this color has exactly this color, but for noise; near 0 in a gradient."""
-
-
-def palette_of(reference: Pixels) -> Palette:
-    """Return the dominant colors of a picture [H, W, 3] as a palette."""
-    dominant = tuple((red, green, blue) for red, green, blue in dominant_colors(reference).colors.tolist())
-    return Palette(dominant, ("",) * len(dominant))
 
 
 def dominant_colors(*pictures: Pixels) -> Dominant:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from animediffusion.platform.images.codec import Box
+from animediffusion.platform.images.codec import Box, place_in_square
 from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels, as_gray, for_network
 from animediffusion.serve.rendering.tv_denoise import without_grain
 
@@ -99,17 +99,18 @@ def flow_of(painted: Pixels, drawing: Drawing) -> Flow:
     return Flow(clear, color, trust, little, scale)
 
 
-def place_in_square(height: int, width: int, size: int) -> Box:
-    """Return the box inside a square of side `size` into which letterbox() puts a picture of height x width."""
-    scale = size / max(height, width)
-    inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
-    return Box((size - inner_width) // 2, (size - inner_height) // 2, inner_width, inner_height, width, height)
-
-
 def to_picture(layer: Pixels, drawing: Drawing) -> Pixels:
     """Return the layer [H, W, 4] over white, times the drawing: [H, W, 3]."""
-    product = over_white(layer).astype(np.uint16) * drawing.pixels
-    return ((product + 127) // 255).astype(np.uint8)
+    return multiplied(over_white(layer), drawing.pixels)
+
+
+def multiplied(below: Pixels, above: Pixels) -> Pixels:
+    """Return below x above / 255, rounded."""
+    product = below.astype(np.uint16)
+    product *= above
+    product += 127
+    product //= 255
+    return product.astype(np.uint8)
 
 
 def to_rgba(layer: Floats) -> Pixels:

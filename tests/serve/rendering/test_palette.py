@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from animediffusion.platform.errors import ConfigError
-from animediffusion.serve.rendering.palette import MAX_COLORS, palette_of, read_palette
+from animediffusion.serve.rendering.palette import MAX_COLORS, dominant_colors, read_palette
 
 GIMP = "GIMP Palette\nName: Sheet\nColumns: 2\n# skin\n255 224 189\tskin\n 10  20  30 dark hair\n0 0 0 Untitled\n"
 
@@ -83,11 +83,11 @@ def model_sheet() -> tuple[np.ndarray, list[tuple[int, int, int]]]:
 
 def test_flats_of_a_model_sheet_are_exact():
     sheet, colors = model_sheet()
-    assert list(palette_of(sheet).colors[:4]) == colors
+    assert dominant_colors(sheet).colors[:4].tolist() == [list(color) for color in colors]
 
 
 def test_noise_does_not_split_a_color():
     sheet, colors = model_sheet()
     noise = np.rint(np.random.default_rng(0).normal(0, 2, sheet.shape))
-    found = palette_of(np.clip(sheet + noise, 0, 255).astype(np.uint8)).colors[:4]
+    found = dominant_colors(np.clip(sheet + noise, 0, 255).astype(np.uint8)).colors[:4]
     assert np.abs(np.subtract(found, colors)).max() <= 3

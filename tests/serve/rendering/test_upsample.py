@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from animediffusion.platform.errors import ImageError
-from animediffusion.platform.images.codec import decode_rgb, letterbox
+from animediffusion.platform.images.codec import decode_rgb, letterbox, place_in_square
 from animediffusion.serve.rendering import upsample
 from animediffusion.serve.rendering.render import MAX_ASPECT, MIN_SIDE_PX, read_sketch, render
 from animediffusion.serve.rendering.sketch import as_gray, for_network, has_lines, looks_inverted, read_drawing
@@ -14,7 +14,6 @@ from animediffusion.serve.rendering.upsample import (
     color_layer,
     layer_of,
     over_white,
-    place_in_square,
     to_picture,
     to_rgba,
 )
