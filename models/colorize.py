@@ -12,6 +12,7 @@ from animediffusion.models.diffusion.denoiser import Denoiser
 from animediffusion.models.diffusion.guidance import guided, is_guided
 from animediffusion.models.diffusion.path import Path
 from animediffusion.models.diffusion.sampler import build_sampler, sample, sample_times
+from animediffusion.models.hint_spread import spread_hints
 
 
 @torch.no_grad()
@@ -32,14 +33,17 @@ def colorize(
         reference: [B, 3, S, S] in [-1, 1], or several such references.
         seeds: one seed per row; an image depends only on its own row and seed.
         sampler: sampler settings that replace the bundle's defaults.
-        hints: [B, 4, S, S] from hint_planes(). A network without hints ignores them.
+        hints: [B, 4, S, S] from hint_planes(). They are spread, see hint_spread.py; a network that was trained with
+            hints sees them before that.
     """
     device = next(bundle.denoiser.parameters()).device
     noise = torch.stack([noise_for(seed, sketch.shape[-1]) for seed in seeds]).to(device)
     settings = sampler or bundle.config.sampler
     references = [one.to(device) for one in ([reference] if isinstance(reference, Tensor) else reference)]
     planes = None if hints is None else hints.to(device)
-    return sample_images(bundle.denoiser, sketch.to(device), references, noise, settings, planes).clamp(-1, 1)
+    sketch = sketch.to(device)
+    image = sample_images(bundle.denoiser, sketch, references, noise, settings, planes).clamp(-1, 1)
+    return image if planes is None else spread_hints(bundle.denoiser, sketch, image, planes).clamp(-1, 1)
 
 
 def sample_images(

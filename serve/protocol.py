@@ -13,7 +13,7 @@ from animediffusion.models.sampler_options import SamplerOptions
 
 Pixels = NDArray[np.uint8]
 HintPoint = tuple[int, int, tuple[int, int, int]]
-"""A hint for the network: x and y in pixels of the drawing, and the color as 8-bit RGB."""
+"""x and y of a hint in pixels of the drawing, and its color as 8-bit RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ColorizeJob:
     """1 to MAX_REFERENCES pictures [H, W, 3], each of any size."""
     options: SamplerOptions
     hints: tuple[HintPoint, ...] = ()
-    """Hints for the network, in pixels of `lines`. A model without hints ignores them, see Answer.saw_hints."""
+    """Hints that color all that looks alike, in pixels of `lines`."""
     timeout_s: float = 60.0
     key: str = ""
     """Name of the API key, by which the queue is fair."""

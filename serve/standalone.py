@@ -74,8 +74,7 @@ def paint(
         background: `paper` or `reference`.
         palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
         more_references: up to three more image files.
-        hints: colors of points, JSON or the bytes of a file (rendering/hints.py). A model without hints still colors
-            the regions under them.
+        hints: colors of points, JSON or the bytes of a file (rendering/hints.py).
 
     Raises:
         ImageError: the sketch or the reference is not usable.

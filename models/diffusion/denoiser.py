@@ -75,6 +75,10 @@ class Denoiser(nn.Module):
         """See UNet.combine."""
         return self.network.combine(self._narrow(sketch), reference, self._narrow_hints(hints))
 
+    def queries(self, sketch: Tensor) -> Tensor | None:
+        """See UNet.queries."""
+        return self.network.queries(self._narrow(sketch))
+
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a network that is equal but may lack hints; the weights of hints then stay zero.
 

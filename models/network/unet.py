@@ -218,6 +218,14 @@ class UNet(nn.Module):
         found = self.matcher(sketch, reference.tokens, hints)
         return Condition(features + found, reference.tokens, reference.palette, sketch, self.matcher.guess(found))
 
+    def queries(self, sketch: Tensor) -> Tensor | None:
+        """Return the queries [B, C, h, w] of the matcher for sketches [B, 1, H, W]; None for a network without one."""
+        if self.matcher is None:
+            return None
+        queries: Tensor = self.matcher.query(self.matcher.lines(sketch))
+        height, width = (side // self.config.patch_size for side in sketch.shape[2:])
+        return queries.transpose(1, 2).reshape(len(queries), -1, height, width)
+
     def _check_sides(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
         if height % self.config.size_multiple or width % self.config.size_multiple:
@@ -354,17 +362,23 @@ class Matcher(nn.Module):
         self.output = nn.Linear(2 * width, config.base_channels)
         self.colors = nn.Conv2d(config.base_channels, 3 * self.stride**2, 1)
 
-    def forward(self, sketch: Tensor, tokens: Tensor, hints: Tensor | None = None) -> Tensor:
+    def lines(self, sketch: Tensor, hints: Tensor | None = None) -> Tensor:
+        """Return the features of each position of the sketch [B, hw, C]; `hints` are folded planes."""
         h = self.input(F.pixel_unshuffle(sketch, self.stride))
         if self.hint_input is not None and hints is not None:
             h = h + self.hint_input(hints)
         h = self.blocks(h)
-        flat = self.norm((h + positions(h)).flatten(2).transpose(1, 2))
+        flat: Tensor = self.norm((h + positions(h)).flatten(2).transpose(1, 2))
+        return flat
+
+    def forward(self, sketch: Tensor, tokens: Tensor, hints: Tensor | None = None) -> Tensor:
+        flat = self.lines(sketch, hints)
         query = self.query(flat).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         found = attention(query, key, value).flatten(2)
         result: Tensor = self.output(torch.cat([flat, found], -1)).transpose(1, 2)
-        return result.reshape(len(h), -1, *h.shape[-2:]).contiguous()
+        height, width = (side // self.stride for side in sketch.shape[-2:])
+        return result.reshape(len(sketch), -1, height, width).contiguous()
 
     def guess(self, found: Tensor) -> Tensor:
         """Return the image [B, 3, H, W] that the matched features alone give."""

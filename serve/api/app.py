@@ -112,8 +112,8 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         request.state.model_version = answer.model_version
         made, body = await loop.run_in_executor(pool, _rendered, answer, drawing, job.references, form)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
-        if job.hints:
-            headers["X-Hints"] = "learned" if answer.saw_hints else "exact"
+        if form.hints is not None:
+            headers["X-Hints"] = "learned" if answer.saw_hints else "spread" if job.hints else "exact"
         if made.regions is not None:
             headers["X-Regions"] = str(len(made.regions))
         return Response(body, media_type=MEDIA_TYPES.get(form.output, "image/png"), headers=headers)

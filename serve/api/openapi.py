@@ -48,7 +48,8 @@ _HEADERS = {
     "X-Seed": "The seed that was used",
     "X-Style": "The style of the picture",
     "X-Regions": "Number of regions of the drawing; missing if the output needs no regions",
-    "X-Hints": "`learned` if the network saw the hints, `exact` if only their regions got the colors; with hints",
+    "X-Hints": "With hints: `exact` if only their regions got the colors, `spread` if what looks alike got them, too, "
+    "`learned` if the network saw the hints before that",
     "X-Request-Id": "Id of this request in logs",
 }
 

@@ -31,6 +31,7 @@ from animediffusion.models.diffusion.sampler import (
     select_states,
 )
 from animediffusion.models.doubt import doubt_map
+from animediffusion.models.hint_spread import spread_hints
 from animediffusion.models.network.condition import Condition
 from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.tensors import to_uint8
@@ -133,7 +134,8 @@ def new_row(denoiser: Denoiser, request: Request, defaults: SamplerDefaults) -> 
     times = sample_times(denoiser.path, settings.steps, shift=settings.shift)
     guided = guided_evaluations(denoiser.path, settings)
     noise = noise_for(request.options.seed, request.sketch.shape[-1])
-    pair = pair_of(request.sketch, request.references, request.hints)
+    seen = request.hints if denoiser.network.config.hints else None
+    pair = pair_of(request.sketch, request.references, seen)
     return Row(request, pair, sampler, settings, noise, times, guided)
 
 
@@ -340,7 +342,7 @@ class RunningBatch:
             if row.num_left == 0 and row.request.on_doubt is not None and row.condition is not None:
                 doubt = doubt_map(row.condition, image[None])
                 row.doubt = None if doubt is None else (255 * doubt[0]).round().to(torch.uint8).cpu().numpy()
-        images = torch.stack([image for _, image in wanted])
+        images = torch.stack([image if row.num_left else self._with_hints(row, image) for row, image in wanted])
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         for (row, _), pixels, is_finite in zip(wanted, to_uint8(images).cpu().numpy(), finite, strict=True):
             if row.num_left:
@@ -349,6 +351,13 @@ class RunningBatch:
                 row.picture = pixels
             else:
                 row.error = NotFiniteError("the model's picture is not finite")
+
+    def _with_hints(self, row: Row, image: Tensor) -> Tensor:
+        """Return the finished image [3, S, S] of a row with the colors of its hints, if it has any."""
+        if row.request.hints is None:
+            return image
+        sketch, hints = (one[None].to(self._runner.device) for one in (row.request.sketch, row.request.hints))
+        return spread_hints(self._runner.denoiser, sketch, image[None].clamp(-1, 1), hints)[0]
 
 
 def _pairs(row: Row) -> list[Pair]:

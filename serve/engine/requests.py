@@ -26,7 +26,7 @@ class Request:
     """1 to MAX_REFERENCES pictures, each [3, S, S] in [-1, 1]; the first one counts most, see join_references()."""
     options: SamplerOptions
     hints: Tensor | None = None
-    """[4, S, S], see models/network/hints.py. A model without hints ignores them."""
+    """[4, S, S], see models/network/hints.py. What looks alike gets their colors, see models/hint_spread.py."""
     deadline: float | None = None
     """Time of the engine's clock, by default time.monotonic(), at which the request fails."""
     key: str = ""

@@ -3,8 +3,8 @@
     hints = read_hints('[{"x": 120, "y": 88, "color": "#e0b080"}]', width=512, height=512)
     colored = apply_hints(coloring, hints)
 
-A hint replaces the color of a region and keeps its shading. The network is not used, so the result is exact and
-immediate.
+A hint replaces the color of a region and keeps its shading; this needs no network, so it is exact and immediate. A
+learned hint has changed the network's picture before: all that looks alike has its color (models/hint_spread.py).
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Hint:
     y: int
     """Row in the drawing's pixels, from 0."""
     color: Color
-    learned: bool = True
-    """Whether the network should see the hint, too. A network that was trained without hints ignores this."""
+    learned: bool = False
+    """Whether other parts of the drawing that look alike get the color, too, see models/hint_spread.py."""
     stroke: tuple[tuple[int, int], ...] = ()
     """Points (x, y) of a stroke, which include (x, y); empty for a single point."""
 
 
 def read_hints(data: str | bytes, *, width: int, height: int, thing: str = "hints") -> tuple[Hint, ...]:
-    """Return the hints in JSON, `[{"x", "y", "color": "#RRGGBB", "learned": true}]`, or in a PNG of strokes.
+    """Return the hints in JSON, `[{"x", "y", "color": "#RRGGBB", "learned": false}]`, or in a PNG of strokes.
 
     Args:
         data: the text, or the bytes of a file.
@@ -86,7 +86,7 @@ def read_hints(data: str | bytes, *, width: int, height: int, thing: str = "hint
 
 
 def points_for_network(hints: Sequence[Hint]) -> list[tuple[int, int, Color]]:
-    """Return the points (x, y, color) of the hints that the network should see, those of strokes included."""
+    """Return the points (x, y, color) of the learned hints, those of strokes included."""
     return [(x, y, hint.color) for hint in hints if hint.learned for x, y in (hint.stroke or ((hint.x, hint.y),))]
 
 
@@ -132,7 +132,7 @@ def _read_entry(entry: Any, name: str, width: int, height: int, thing: str) -> H
     for key in ("x", "y", "color"):
         if key not in entry:
             raise ConfigError(thing, f"{name} lacks {key}", _FORM)
-    color, learned = entry["color"], entry.get("learned", True)
+    color, learned = entry["color"], entry.get("learned", False)
     if not isinstance(color, str) or not _COLOR.fullmatch(color):
         raise ConfigError(thing, f"{name} has the color {_shown(color)}", "a color is #RRGGBB, for example #e0b080")
     if not isinstance(learned, bool):

@@ -73,7 +73,7 @@ class LoadedModel:
             sketch=from_pixels(for_network(job.lines, size))[0],
             references=tuple(from_pixels(letterbox(reference, size)[0])[0] for reference in job.references),
             options=job.options,
-            hints=draw_hints(letterbox_points(job.hints, height, width, size), size) if self.sees_hints else None,
+            hints=draw_hints(letterbox_points(job.hints, height, width, size), size),
             deadline=time.monotonic() + job.timeout_s,
             key=job.key,
             on_progress=on_progress,

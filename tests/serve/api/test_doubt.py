@@ -41,9 +41,8 @@ def test_a_stream_ends_with_the_doubt(client, files):
     assert sorted(result) == ["image", "model_version", "request_id", "seed"]
 
 
-def test_a_model_without_hints_says_that_it_colored_only_their_regions(client, files):
-    plain, hinted = (
-        client.post("/v1/colorize", files=files, data={"seed": "1", **data}) for data in ({}, {"hints": HINTS})
-    )
-    assert "x-hints" not in plain.headers
-    assert hinted.headers["x-hints"] == "exact"
+def test_an_answer_says_how_far_the_colors_of_hints_went(client, files):
+    learned = HINTS.replace("}", ', "learned": true}')
+    given = ({}, {"hints": HINTS}, {"hints": learned})
+    found = [client.post("/v1/colorize", files=files, data={"seed": "1", **data}).headers for data in given]
+    assert [headers.get("x-hints") for headers in found] == [None, "exact", "spread"]

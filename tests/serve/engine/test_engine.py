@@ -12,6 +12,7 @@ from animediffusion.models.bundle import Bundle
 from animediffusion.models.colorize import colorize, noise_for
 from animediffusion.models.diffusion.sampler import SAMPLERS
 from animediffusion.models.doubt import doubt_map
+from animediffusion.models.network.hints import draw_hints
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import from_pixels, to_uint8
 from animediffusion.platform.errors import BusyError, DeadlineError, UnavailableError
@@ -55,11 +56,10 @@ def step_once(engine: Engine, count: int) -> None:
 
 
 def test_rows_with_different_numbers_of_references_and_hints_share_a_batch(bundle: Bundle):
-    """The network of these tests has no hints, so they change nothing."""
     engine, _ = by_hand(bundle, max_batch=8)
     one, other = request(1), request(2)
     both = replace(one, references=(*one.references, *other.references))
-    asked = [one, both, other, replace(one, hints=torch.ones(4, SIZE, SIZE))]
+    asked = [one, both, other, replace(one, hints=draw_hints([(9, 9, (255, 0, 0))], SIZE))]
     futures = [engine.submit(each) for each in asked]
     while engine.step():
         pass
@@ -71,13 +71,14 @@ def test_rows_with_different_numbers_of_references_and_hints_share_a_batch(bundl
             [reference[None] for reference in each.references],
             seeds=[each.options.seed],
             sampler=each.options.apply_to(bundle.config.sampler),
+            hints=None if each.hints is None else each.hints[None],
         )
         for each in asked
     ]
     for picture, image in zip(pictures, expected, strict=True):
         assert levels_apart(picture, to_uint8(image)[0].numpy()) <= 1
     assert levels_apart(pictures[0], pictures[1]) > 1
-    assert levels_apart(pictures[0], pictures[3]) <= 1
+    assert levels_apart(pictures[0], pictures[3]) > 10
 
 
 def test_too_many_references_are_refused(bundle: Bundle):

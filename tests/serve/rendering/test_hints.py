@@ -46,7 +46,7 @@ def colors(coloring: Coloring) -> list[tuple[int, int, int]]:
 
 def test_a_hint_gives_its_region_the_exact_color_and_keeps_everything_else(coloring):
     hints = read('[{"x": 50, "y": 3, "color": "#Ff0000"}]')
-    assert hints == (Hint(50, 3, RED, learned=True),)
+    assert hints == (Hint(50, 3, RED, learned=False),)
     colored = apply_hints(coloring, hints)
     assert colors(colored) == [(101,) * 3, RED, (103,) * 3]
     assert (colored.flats[:, 40:80] == RED).all()
@@ -56,8 +56,8 @@ def test_a_hint_gives_its_region_the_exact_color_and_keeps_everything_else(color
 
 
 def test_the_last_hint_of_a_region_counts(coloring):
-    hints = read('[{"x": 0, "y": 0, "color": "#ff0000"}, {"x": 39, "y": 89, "color": "#0000ff", "learned": false}]')
-    assert not hints[1].learned
+    hints = read('[{"x": 0, "y": 0, "color": "#ff0000"}, {"x": 39, "y": 89, "color": "#0000ff", "learned": true}]')
+    assert [hint.learned for hint in hints] == [False, True]
     assert colors(apply_hints(coloring, hints))[0] == BLUE
 
 
