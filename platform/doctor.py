@@ -210,7 +210,10 @@ def _ray() -> Check:
 
 
 def _jobs() -> Check:
-    address = jobs.api_address()
+    address, joined = jobs.api_address(), cluster.cluster_address()
+    if joined is not None and ":" in joined and why_unreachable(joined) is not None:
+        # Ray's client of the jobs API would first try for 40 s to find the dashboard of this cluster.
+        return Check("ray jobs", True, f"not checked, because RAY_ADDRESS={joined} does not answer")
     reason = why_unreachable(address)
     if reason is None:
         return Check("ray jobs", True, f"{address} answers, {len(jobs.jobs())} jobs")
