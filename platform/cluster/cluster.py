@@ -53,6 +53,10 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
+# An embedded cluster has one node, which ends with this process and therefore is never preempted while a run continues:
+# each group of workers needs one process less.
+_ONE_NODE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
 # Ray Serve's proxy imports this function, whose middleware turns the proxy's errors into problem documents. The proxy
 # is an actor, and all actors of our jobs get this variable. The name is text because this folder does not import serve.
 _PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares"}
@@ -101,6 +105,8 @@ def connect(
     problem = temporary_folder_problem()
     if problem is not None:
         raise ClusterError("Ray on this machine", problem, "set RAY_TMPDIR=/tmp")
+    for name, value in _ONE_NODE.items():
+        os.environ.setdefault(name, value)
     _private_token()
     ray_compat.bind_to_loopback(True)
     _init(
@@ -118,6 +124,8 @@ def shutdown() -> None:
     if ray.is_initialized():
         ray.shutdown()
         ray_compat.bind_to_loopback(False)
+        for name in _ONE_NODE:
+            os.environ.pop(name, None)
 
 
 def cluster_address() -> str | None:
