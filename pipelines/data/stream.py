@@ -14,20 +14,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.data.manifest import Manifest, Shard
 from animediffusion.pipelines.data.read_order import ReadBlock, Stream, choose_block_rows, read_blocks
 from animediffusion.pipelines.data.shards import PICTURES, STREAMED, read_rows
-from animediffusion.platform.cluster.ray_compat import pause_scheduling
 from animediffusion.platform.errors import StorageError
 from animediffusion.platform.images.codec import decode_gray, decode_rgb
 from animediffusion.platform.storage import storage
+
+if TYPE_CHECKING:
+    import ray
 
 _PARALLEL_READS = 8
 SCHEDULING_PAUSE_S = 0.02
@@ -67,6 +68,11 @@ def training_dataset(
     Raises:
         DataError: if the dataset or the split is missing.
     """
+    # Here, because reading a whole split needs no Ray, which takes long to import.
+    import ray.data
+
+    from animediffusion.platform.cluster.ray_compat import pause_scheduling
+
     silence_ray_data()
     uri = storage.absolute(uri)
     shards = Manifest.load(uri).split(split).shards
@@ -88,7 +94,9 @@ def training_dataset(
 
 def silence_ray_data() -> None:
     """Hide the progress bars and log messages of Ray Data, because our commands report their own progress."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    from ray.data import DataContext  # as in training_dataset()
+
+    DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

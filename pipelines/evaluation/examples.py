@@ -19,7 +19,6 @@ from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.pipelines.evaluation.metrics import Images
-from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import contact_sheet
 
 SEED = 7
@@ -42,6 +41,9 @@ class Examples:
 
 def drawn_examples(size: int, count: int = NUM_EXAMPLES) -> Examples:
     """Draw example faces; the reference is another drawing of the same character."""
+    # Here, because most commands that import this file draw nothing, and scikit-image takes long to import.
+    from animediffusion.pipelines.synthetic.dataset import make_row
+
     rows = [make_row(SEED, index, size) for index in range(count)]
     columns = [[row.sketch for row in rows], [row.cross_reference for row in rows], [row.target for row in rows]]
     return Examples(*(to_tensor(torch.from_numpy(np.stack(column))) for column in columns))
