@@ -1,11 +1,11 @@
 """Samplers against diffusers' schedulers, plain NumPy, and problems whose solution is known."""
 
+import importlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +27,12 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-6, "beta_end": 1e-2, "bet
 def noise_like_network(x, t):
     """Any smooth function of x and t, in the place of a network that predicts noise (t in 0..1)."""
     return torch.tanh(0.8 * x + t) + 0.1 * x
+
+
+@pytest.fixture
+def diffusers():
+    """The package, imported here because its import takes 4 s, which each of the tests' processes would spend."""
+    return importlib.import_module("diffusers")
 
 
 def seeded_noise(shape=SHAPE, seed=0):
@@ -55,8 +61,8 @@ def scheduled(scheduler, noise, predict):
     return x
 
 
-def test_euler_on_the_linear_path_is_diffusers_ddim():
-    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
+def test_euler_on_the_linear_path_is_diffusers_ddim(diffusers):
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == list(range(900, -1, -100))
     path = build_path(PathConfig(name="linear"))
@@ -66,8 +72,8 @@ def test_euler_on_the_linear_path_is_diffusers_ddim():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_dpmpp_2m_on_the_linear_path_is_diffusers_multistep_dpm_solver():
-    scheduler = DPMSolverMultistepScheduler(
+def test_dpmpp_2m_on_the_linear_path_is_diffusers_multistep_dpm_solver(diffusers):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
         **BETAS,
         algorithm_type="dpmsolver++",
         solver_order=2,
@@ -85,9 +91,9 @@ def test_dpmpp_2m_on_the_linear_path_is_diffusers_multistep_dpm_solver():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.3])
-def test_euler_on_the_flow_path_is_diffusers_flow_matching(shift):
+def test_euler_on_the_flow_path_is_diffusers_flow_matching(diffusers, shift):
     steps = 6
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     x = seeded_noise().float()
     for timestep in scheduler.timesteps:
