@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from animediffusion.platform.errors import ConfigError, ImageError
@@ -16,7 +17,7 @@ from animediffusion.platform.images.codec import decode_alpha, decode_rgb, encod
 from animediffusion.serve.rendering.coloring import Background, Coloring, Region, Style, color_regions
 from animediffusion.serve.rendering.formats.openraster import write_openraster
 from animediffusion.serve.rendering.formats.psd import write_psd
-from animediffusion.serve.rendering.hints import Hint, apply_hints, check_hints, read_hints
+from animediffusion.serve.rendering.hints import Hint, apply_hints, check_hints, read_hints, wholes_of
 from animediffusion.serve.rendering.layers import (
     Shades,
     colors_of,
@@ -27,7 +28,7 @@ from animediffusion.serve.rendering.layers import (
     shading_from,
 )
 from animediffusion.serve.rendering.palette import Palette, read_palette
-from animediffusion.serve.rendering.regions import find_regions
+from animediffusion.serve.rendering.regions import Regions, find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
 
@@ -116,14 +117,19 @@ class Rendered:
     and `shading` and `highlights` where they change anything."""
     regions: tuple[Region, ...] | None = None
     """None if no regions were needed."""
+    wholes: NDArray[np.int32] | None = None
+    """The region of the drawing of which each region is a piece, [N + 1], by id; see hints.wholes_of()."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the layers as an object for JSON: files in base64, and the regions."""
         files = {name: base64.b64encode(data).decode() for name, data in self.files.items()}
-        regions = [
+        regions: list[dict[str, Any]] = [
             {"id": one.id, "name": one.name, "color": hex_of(one.color), "area": one.area, "box": list(one.box)}
             for one in self.regions or ()
         ]
+        if self.wholes is not None:
+            for region in regions:
+                region["whole"] = int(self.wholes[region["id"]])
         return {"shading": None, "highlights": None, **files, "regions": regions}
 
 
@@ -216,16 +222,17 @@ def render(
         return Rendered(_painted(painted, drawing, output, options.size))
     if options.size == "model":
         drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
-    coloring = _color(painted, drawing, references, options)
-    picture = None
+    regions = find_regions(drawing)
+    coloring = _color(painted, drawing, regions, references, options)
+    wholes, picture = wholes_of(coloring, regions.labels), None
     if options.style == "painted":
         layer = layer_of(painted, drawing)
         coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
         picture = to_picture(layer, drawing) if options.hints is None else None
     # The layers of shading are those without hints, so that a color can be replaced under them.
     shades = None if output == "flat" else shades_of(coloring)
-    coloring = apply_hints(coloring, options.read_hints(drawing))
-    return Rendered(_files(coloring, shades, picture, output), coloring.regions)
+    coloring = apply_hints(coloring, options.read_hints(drawing), wholes)
+    return Rendered(_files(coloring, shades, picture, output), coloring.regions, wholes)
 
 
 def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> dict[str, bytes]:
@@ -241,7 +248,9 @@ def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> d
     return made
 
 
-def _color(painted: Pixels, drawing: Drawing, references: Sequence[Pixels], options: RenderOptions) -> Coloring:
+def _color(
+    painted: Pixels, drawing: Drawing, regions: Regions, references: Sequence[Pixels], options: RenderOptions
+) -> Coloring:
     palette: Palette | Literal["reference"] | None = None
     if options.has_own_palette:
         palette = read_palette(options.palette)
@@ -250,7 +259,7 @@ def _color(painted: Pixels, drawing: Drawing, references: Sequence[Pixels], opti
     return color_regions(
         painted,
         drawing,
-        find_regions(drawing),
+        regions,
         references=references,
         palette=palette,
         background=options.background or "paper",

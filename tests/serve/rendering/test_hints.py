@@ -1,6 +1,7 @@
 """Hints as JSON and as a PNG of strokes, and what they change in a coloring."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw
 from animediffusion.platform.errors import ConfigError, ImageError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.rendering.coloring import Coloring, Region
-from animediffusion.serve.rendering.hints import MAX_HINTS, Hint, apply_hints, read_hints
+from animediffusion.serve.rendering.hints import MAX_HINTS, Hint, apply_hints, read_hints, shaded_like, wholes_of
 from animediffusion.serve.rendering.sketch import read_drawing
 
 WIDTH, HEIGHT = 120, 90
@@ -84,6 +85,7 @@ def test_a_place_between_pixels_is_in_the_pixel_that_contains_it():
         ('[{"x": 1, "y": true, "color": "#ff0000"}]', "hint 1 has y true"),
         ('[{"x": NaN, "y": 1, "color": "#ff0000"}]', "hint 1 has x NaN"),
         ('[{"x": 1, "y": 1, "color": "#ff0000", "learned": 1}]', "hint 1 has learned 1"),
+        ('[{"x": 1, "y": 1, "color": "#ff0000", "scope": []}]', "hint 1 has scope []; scope is piece, whole or color"),
         ('[{"x": 1, "y": 1, "colour": "#ff0000"}]', 'hint 1 has the unknown key "colour"'),
         ('[{"x": 120, "y": 1, "color": "#ff0000"}]', "hint 1 at 120, 1 is outside of the drawing; x is from 0 to 119"),
         ('[{"x": 1, "y": -1, "color": "#ff0000"}]', "hint 1 at 1, -1 is outside"),
@@ -162,3 +164,51 @@ def test_bad_strokes_are_one_line():
         read(encode_png(noise.repeat(2, 0).repeat(2, 1)))
     with pytest.raises(ImageError, match="hints: "):
         read(strokes(lambda pen: pen.rectangle((0, 0, 9, 9), RED))[:60])
+
+
+SKIN, SHADOW, LIGHT, CLOTH = (240, 200, 180), (192, 150, 130), (250, 235, 225), (40, 60, 160)
+
+
+@pytest.fixture
+def pieces(coloring) -> tuple[Coloring, np.ndarray]:
+    """Regions 1 to 4 are skin, its shadow, its light and a blot of another color in one region of the drawing; 5 and 6
+    are skin and a shadow in another one. With the drawing's region of each."""
+    labels = np.repeat(np.arange(WIDTH)[None] // 20 + 1, HEIGHT, 0).astype(np.int32)
+    found = tuple(
+        Region(id=n, name="", color=color, area=20 * HEIGHT, box=(20 * n - 20, 0, 20 * n, HEIGHT))
+        for n, color in enumerate((SKIN, SHADOW, LIGHT, CLOTH, SKIN, SHADOW), start=1)
+    )
+    one = replace(coloring, labels=labels, regions=found)
+    return one, wholes_of(one, np.where(labels < 5, 7, 9))
+
+
+def test_a_hint_for_the_whole_region_keeps_its_shadows_and_lights(pieces):
+    coloring, wholes = pieces
+    assert wholes.tolist() == [0, 7, 7, 7, 7, 9, 9]
+    found = colors(apply_hints(coloring, read('[{"x": 5, "y": 5, "color": "#3264c8", "scope": "whole"}]'), wholes))
+    blue = (0x32, 0x64, 0xC8)
+    assert found[0] == found[3] == blue
+    assert found[1] == tuple(round(level * sum(SHADOW) / sum(SKIN)) for level in blue)
+    assert found[2] == tuple(255 - round((255 - level) * (765 - sum(LIGHT)) / (765 - sum(SKIN))) for level in blue)
+    assert found[4:] == [SKIN, SHADOW]
+
+
+def test_a_hint_for_a_color_reaches_every_region_of_it_and_no_other_color(pieces):
+    coloring, wholes = pieces
+    found = colors(apply_hints(coloring, read('[{"x": 5, "y": 5, "color": "#3264c8", "scope": "color"}]'), wholes))
+    assert found[0] == found[4] == (0x32, 0x64, 0xC8)
+    assert found[1] == found[5] != SHADOW
+    assert found[3] == CLOTH
+
+
+def test_a_later_hint_of_a_piece_wins_over_that_of_the_whole(pieces):
+    coloring, wholes = pieces
+    hints = read('[{"x": 5, "y": 5, "color": "#3264c8", "scope": "whole"}, {"x": 25, "y": 5, "color": "#ff0000"}]')
+    assert colors(apply_hints(coloring, hints, wholes))[1] == RED
+
+
+@pytest.mark.parametrize("base", [(0, 0, 0), (255, 255, 255), SKIN])
+@pytest.mark.parametrize("shade", [(0, 0, 0), (255, 255, 255), SHADOW, LIGHT])
+def test_shades_are_colors_and_the_same_shade_changes_nothing(shade, base):
+    assert shaded_like(CLOTH, base, base) == CLOTH
+    assert all(0 <= level <= 255 for level in shaded_like(CLOTH, shade, base))
