@@ -36,6 +36,8 @@ from animediffusion.platform.errors import Interrupted
 
 REPEATS, MOST_REPEATS = 20, 200
 """Number of known suggestions in a row after which points are drawn at random, and after which the search ends."""
+STARTED = "started"
+"""How a trial in the log ended that is running, or was running when its search was killed."""
 Direction = Literal["maximize", "minimize"]
 
 Point = dict[str, Any]
@@ -107,25 +109,31 @@ class TrialLog:
 
     def read(self) -> list[TrialEntry]:
         """Return all entries, the oldest first, without a line that a kill cut short."""
-        if not self.path.exists():
-            return []
-        entries = []
-        for line in self.path.read_text().splitlines():
-            try:
-                entries.append(TrialEntry.from_json(json.loads(line)))
-            except ValueError:
-                continue
-        return entries
+        return [TrialEntry.from_json(value) for value in read_json_lines(self.path)]
 
     def write(self, entry: TrialEntry) -> None:
         """Append an entry with a single write."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            # If a kill cut the last line short, this entry must start a new line, or it would be unreadable, too.
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-            whole = not file.tell() or file.read(1) == b"\n"
-            file.write((b"" if whole else b"\n") + json.dumps(entry.to_json()).encode() + b"\n")
+        append_json(self.path, entry.to_json())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, without a line that a kill cut short; empty if there is no file."""
+    values = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
+def append_json(path: Path, value: Mapping[str, object]) -> None:
+    """Append a JSON object as one line to a file, with a single write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        # If a kill cut the last line short, this one must start a new line, or it would be unreadable, too.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        whole = not file.tell() or file.read(1) == b"\n"
+        file.write((b"" if whole else b"\n") + json.dumps(value).encode() + b"\n")
 
 
 @dataclass
@@ -163,6 +171,9 @@ class Study(_NotCopied, Searcher):
         log: trial log with the known results; new results are appended.
         first: parameters of the points to begin with.
         metric: name of a value in every report of a trial; Ray Tune requires one.
+        sampler_for: returns the sampler for the suggestion with this number. With it, a search that was killed makes
+            the suggestions that it would have made: every suggestion has its own random numbers and follows from the
+            known results, and the log names the trials that are running, which the next search begins with.
     """
 
     def __init__(
@@ -174,16 +185,19 @@ class Study(_NotCopied, Searcher):
         log: TrialLog,
         first: Sequence[Parameters] = (),
         metric: str | None = None,
+        sampler_for: Callable[[int], optuna.samplers.BaseSampler] | None = None,
     ) -> None:
         super().__init__(metric=metric, mode="max")
-        self.study, self.log = study, log
+        self.study, self.log, self._sampler_for = study, log, sampler_for
         self._distributions, self._to_point, self._judge = dict(distributions), to_point, judge
         self._known: dict[str, list[float] | None] = {}
         self._running: dict[str, _RunningTrial] = {}
-        for entry in log.read():
+        last = {key_of(entry.point): entry for entry in log.read()}
+        for entry in last.values():
             self._add_known(entry)
         for params in first:
-            study.enqueue_trial(dict(params))
+            if key_of(to_point(params)) not in last:
+                study.enqueue_trial(dict(params))
 
     @property
     def num_known(self) -> int:
@@ -193,17 +207,24 @@ class Study(_NotCopied, Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Return the next point, or FINISHED if MOST_REPEATS suggestions in a row were not new."""
         sampler = self.study.sampler
+        number = len(self._known) + len(self._running)
         try:
             for attempt in range(MOST_REPEATS):
-                if attempt == REPEATS:
+                if self._sampler_for is not None:
+                    random = optuna.samplers.RandomSampler if attempt >= REPEATS else self._sampler_for
+                    self.study.sampler = random(number * MOST_REPEATS + attempt)
+                elif attempt == REPEATS:
                     self.study.sampler = optuna.samplers.RandomSampler(seed=len(self._known))
                 trial = self.study.ask(fixed_distributions=self._distributions)
                 point = self._to_point(trial.params)
-                key = _key(point)
-                if key not in self._known and all(key != _key(other.point) for other in self._running.values()):
+                key = key_of(point)
+                if key not in self._known and all(key != key_of(other.point) for other in self._running.values()):
                     self._running[trial_id] = _RunningTrial(trial, point)
+                    if self._sampler_for is not None:
+                        self.log.write(TrialEntry(point, None, trial.params, {"ended": STARTED, "open": True}))
                     return point
-                self._tell(trial, self._known.get(key))
+                # A later search does not know how often a point was suggested again.
+                self._tell(trial, self._known.get(key) if self._sampler_for is None else None)
             return Searcher.FINISHED
         finally:
             self.study.sampler = sampler
@@ -216,7 +237,7 @@ class Study(_NotCopied, Searcher):
         verdict = None if error else self._judge(trial_id, result or {})
         values = verdict.values if verdict is not None else None
         if error or verdict is not None:
-            self._known[_key(ended.point)] = values
+            self._known[key_of(ended.point)] = values
         self._tell(ended.trial, values)
         if verdict is not None:
             self.log.write(TrialEntry(ended.point, values, ended.trial.params, verdict.details))
@@ -239,7 +260,7 @@ class Study(_NotCopied, Searcher):
         if entry.open:
             self.study.enqueue_trial(params)
             return
-        self._known[_key(entry.point)] = values
+        self._known[key_of(entry.point)] = values
         if values is not None and params.keys() == self._distributions.keys():
             with contextlib.suppress(ValueError):  # out of range: an earlier search had a different space
                 done = optuna.create_trial(values=values, params=params, distributions=self._distributions)
@@ -336,7 +357,8 @@ class _Stop(_NotCopied, tune.Stopper):
         return self._event.is_set()
 
 
-def _key(point: Point) -> str:
+def key_of(point: Point) -> str:
+    """Return the text that names a point."""
     return json.dumps(point, sort_keys=True)
 
 

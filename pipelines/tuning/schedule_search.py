@@ -33,8 +33,9 @@ from animediffusion.pipelines.training.recipe import TrainConfig, load_recipe, p
 from animediffusion.pipelines.training.reporting import ProgressActor
 from animediffusion.pipelines.training.scaling import scaling_for, threads_per_worker
 from animediffusion.pipelines.training.trial_report import TrialContext, TrialStops
-from animediffusion.pipelines.tuning.asha import REDUCTION, AshaScheduler, TrialOutcomes
+from animediffusion.pipelines.tuning.asha import REDUCTION, AshaScheduler, Rungs, TrialOutcomes
 from animediffusion.pipelines.tuning.optuna_searcher import (
+    STARTED,
     Point,
     SearchConfig,
     Study,
@@ -219,15 +220,17 @@ def _search(
     """Run the trials of a search in the folder of `work`, whose config is the recipe to begin with."""
     base = work.config
     stops = TrialStops.remote()  # type: ignore[attr-defined]
-    space, scheduler = ScheduleSpace(base), AshaScheduler(rungs, stops)
+    space, log = ScheduleSpace(base), TrialLog(work.folder / "trials.jsonl")
+    scheduler = AshaScheduler(Rungs(rungs, work.folder / "rungs.jsonl", log.read()), rungs[-1], stops)
     study = Study(
-        new_study(optuna.samplers.TPESampler(seed=0), ["maximize"]),
+        new_study(_optuna_sampler(0), ["maximize"]),
         space.distributions,
         space.point,
         scheduler.judge,
-        TrialLog(work.folder / "trials.jsonl"),
+        log,
         [space.first()],
         "psnr",
+        _optuna_sampler,
     )
     first = trial_config(base, space.own(), rungs, "trial")
     available, limits = cluster.resources()
@@ -260,6 +263,10 @@ def _search(
         ray.kill(task.progress)
         ray.kill(stops)
         shutil.rmtree(work.folder / "runs", ignore_errors=True)
+
+
+def _optuna_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
 
 
 def trials_at_once(scaling: ray.train.ScalingConfig, available: Mapping[str, float]) -> int:
@@ -309,7 +316,8 @@ def summarize(
         raise TrainingError("tune schedule", f"no trial reached its first report ({why})", "raise --minutes")
     best = max(measured, key=lambda entry: _summary(entry).psnr)
     base = max((e for e in measured if e.point == own), key=lambda e: _summary(e).steps, default=None)
-    ended = Counter({json.dumps(entry.point): str(entry.details["ended"]) for entry in entries}.values())
+    over = [entry for entry in entries if entry.details["ended"] != STARTED]
+    ended = Counter({json.dumps(entry.point): str(entry.details["ended"]) for entry in over}.values())
     return ScheduleResult(
         trials=ended.total(),
         finished=ended["finished"],
