@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 _SHARES = (
     *("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften", "line_styles"),
-    *("hints", "wrong_reference", "two_views"),
+    *("extract", "hints", "wrong_reference", "two_views"),
 )
 MAX_HINTS = 32
 HINT_JITTER = 0.08
@@ -109,6 +109,8 @@ class AugmentConfig:
     line_styles: float = 0.0
     """Probability that extracted line art is drawn in a random style of models/augmentation/lineart.py instead of
     XDoG."""
+    extract: float = 0.0
+    """Probability that the line art of a row is extracted from its target although the dataset has line art for it."""
     hints: float = 0.0
     """Probability that a row gets 1 to MAX_HINTS hints: points of the target's color. Small numbers are frequent."""
     wrong_reference: float = 0.5
@@ -232,14 +234,17 @@ def _either(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
-    if bool(rows["has_sketch"].all()):
+    given = _mask(rows["has_sketch"])
+    if config.extract:
+        given = given & ~chance(config.extract)
+    if bool(given.all()):
         return to_tensor(rows["sketch"])
     sigma = chance.uniform(*config.xdog.sigma)
     if config.line_styles:
         drawn = line_art(target, _pens(sigma, config, chance), config.xdog)
     else:
         drawn = xdog(target, sigma, config.xdog)
-    return _either(_mask(rows["has_sketch"]), to_tensor(rows["sketch"]), drawn)
+    return _either(given, to_tensor(rows["sketch"]), drawn)
 
 
 def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:

@@ -39,7 +39,7 @@ NOT_IDENTITY = frozenset(
 """Keys (budget, workers, addresses, logging, ...) that may change when the same run continues."""
 LATER_KEYS: dict[str, Values] = {
     "network": {"hints": False},
-    "augment": {"hints": 0.0, "wrong_reference": 0.5, "two_views": 0.0},
+    "augment": {"extract": 0.0, "hints": 0.0, "wrong_reference": 0.5, "two_views": 0.0},
 }
 """Keys of version 0.2 and their defaults. With these values they are not part of identity(), so that runs that began
 without them keep their names."""

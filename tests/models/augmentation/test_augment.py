@@ -56,6 +56,15 @@ def test_without_augmentation_the_datasets_own_images_are_taken(new_rows):
     assert torch.equal(batch.reference, to_tensor(rows["reference"]))
 
 
+def test_a_share_of_the_line_art_is_extracted_although_the_dataset_has_some(new_rows):
+    rows = new_rows(rows=64)
+    own, drawn = (make_batch(rows, replace(NOTHING, extract=share), seeded()).sketch for share in (0.0, 1.0))
+    mixed = make_batch(rows, replace(NOTHING, extract=0.5), seeded()).sketch
+    is_own, is_drawn = ((mixed == other).flatten(1).all(1) for other in (own, drawn))
+    assert 16 < is_own.sum() < 48
+    assert (is_own ^ is_drawn).all()
+
+
 def test_softened_lines_are_gray_and_the_paper_stays_white(new_rows):
     rows = new_rows(complete=False)
     rows["target"][:, :, :8], rows["target"][:, :, 8:] = 120, 250

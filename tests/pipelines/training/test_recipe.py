@@ -223,7 +223,7 @@ def test_num_workers_that_is_set_does_not_depend_on_gpus():
 def test_settings_that_are_newer_than_a_run_leave_its_name_alone_until_they_are_used():
     old = load_recipe("demo", ["data=x"]).identity()
     assert "hints" not in old["network"]
-    assert not {"hints", "wrong_reference", "two_views"} & old["augment"].keys()
+    assert not {"extract", "hints", "wrong_reference", "two_views"} & old["augment"].keys()
     new = load_recipe("demo", ["data=x", "network.hints=true", "augment.hints=0.5"]).identity()
     assert changed_keys(old, new) == ["augment.hints", "network.hints"]
 
