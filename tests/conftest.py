@@ -23,8 +23,8 @@ from animediffusion.pipelines.data.shards import PICTURES, StoredRow
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import encode_lossless
 
-# OMP_NUM_THREADS, which _quiet_environment sets for other processes, has no effect on a process that has imported torch.
-# With a thread per core in each of the two processes, the threads wait for each other and a step takes ten times as long.
+# OMP_NUM_THREADS, which _quiet_environment sets for other processes, has no effect on one that has imported torch. With
+# a thread per core in each of the two processes, the threads wait for each other and a step takes ten times as long.
 torch.set_num_threads(1)
 
 # Examples have no deadline, because a busy machine may be slow.
