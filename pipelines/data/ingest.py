@@ -31,7 +31,8 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject
+from animediffusion.pipelines.data.formats.catalog import Catalog, read_catalog, single_file
+from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject, Sample
 from animediffusion.pipelines.data.ingest_summary import Duplicate, IngestSummary, find_duplicates
 from animediffusion.pipelines.data.ingest_task import (
     STATE,
@@ -110,6 +111,7 @@ class IngestJob:
     plan: IngestPlan
     fingerprint: str
     part_rows: int
+    catalog: Catalog
     done: Manifest | None = None
     continues: bool = False
     """Whether this job resumes an unfinished ingest."""
@@ -139,7 +141,7 @@ class IngestJob:
             summary.add(record)
         progress(summary.num_done, total, summary.num_rejects)
         missing = (
-            MakePart(self.source, self.destination, self.size, part, self.plan.samples.take(rows))
+            self._make_part(part, self.plan.samples.take(rows))
             for part, rows in parts.items()
             if part.record_name not in finished
         )
@@ -149,11 +151,17 @@ class IngestJob:
         _drop_duplicates(self, summary, note)
         return _finish(self, summary)
 
+    def _make_part(self, part: PartKey, samples: tuple[Sample, ...]) -> MakePart:
+        paths = ((path, self.catalog.place(path)) for sample in samples for path in sample.files)
+        places = tuple((path, place) for path, place in paths if place is not None)
+        source = self.catalog.source
+        return MakePart(source, self.destination, self.size, part, samples, places, self.plan.in_order)
+
     def parts(self) -> dict[PartKey, NDArray[np.int64]]:
-        """Return the row numbers of each part, in a pseudorandom order (by the hash of the id)."""
+        """Return the row numbers of each part, by the hash of the id or in the order of a table."""
         return {
             PartKey(split, number): rows[start : start + self.part_rows]
-            for split, rows in self.plan.samples.by_split().items()
+            for split, rows in self.plan.samples.by_split(in_order=self.plan.in_order).items()
             for number, start in enumerate(range(0, len(rows), self.part_rows))
         }
 
@@ -176,7 +184,7 @@ def prepare(
     """Plan an ingest from file names and settings; it opens no picture and does not need Ray.
 
     Args:
-        source: folder of pictures, local or s3://.
+        source: folder of pictures, archives or tables, or one archive or table, local or remote.
         destination: folder of the dataset, local or s3://.
         size: pixels of a side; pictures are resized by the short side and cropped to the middle.
         pairs: a CSV with columns target[,sketch,reference,cross_reference,split], paths relative to the source.
@@ -196,17 +204,34 @@ def prepare(
         raise DataError(destination, "lies inside the source", "choose a folder outside of it")
     if not storage.exists(source):
         raise DataError(source, "no such folder", f"expected {LAYOUTS}")
+    catalog, rejects = _survey(source)
+    rejected = {reject.path for reject in rejects}
+    paths = [path for path in catalog.paths if path not in rejected]
+    if pairs is not None:
+        if catalog.tables:
+            raise ConfigError("--pairs", f"is given for tables ({catalog.tables[0].path})", "leave it out")
+        plan = plan_pairs(source, _read_pairs(catalog.source, pairs), paths, val_fraction)
+    elif catalog.tables:
+        plan = catalog.plan_tables(val_fraction)
+    else:
+        plan = plan_folder(source, paths, val_fraction, catalog.split_of if len(catalog.places) else None)
+    plan = replace(plan, rejects=plan.rejects + rejects)
+    fingerprint = _fingerprint(plan, catalog.num_bytes, size)
+    return _resume(IngestJob(source, destination, size, plan, fingerprint, choose_part_rows(plan, size), catalog))
+
+
+def _survey(source: str) -> tuple[Catalog, tuple[Reject, ...]]:
+    """List a folder, or a source that is one archive or table; return the pictures in it and what cannot be used."""
+    single = single_file(source)
+    num_bytes = storage.file_size(source) if single is not None else None
+    if single is not None and num_bytes is not None:
+        folder, name = single
+        catalog = read_catalog(folder, {name: num_bytes})
+        return catalog, catalog.rejects
     sizes, faults = storage.survey(source)
     rejects = _unusable(source, sizes, faults)
-    rejected = {reject.path for reject in rejects}
-    paths = [path for path in sizes if path not in rejected]
-    if pairs is None:
-        plan = plan_folder(source, paths, val_fraction)
-    else:
-        plan = plan_pairs(source, _read_pairs(source, pairs), paths, val_fraction)
-    plan = replace(plan, rejects=plan.rejects + rejects)
-    job = IngestJob(source, destination, size, plan, _fingerprint(plan, sizes, size), choose_part_rows(plan, size))
-    return _resume(job)
+    catalog = read_catalog(source, sizes)
+    return catalog, rejects + catalog.rejects
 
 
 def _unusable(source: str, sizes: dict[str, int], faults: dict[str, str]) -> tuple[Reject, ...]:
@@ -270,10 +295,10 @@ def _read_pairs(source: str, pairs: str) -> str:
         raise DataError(pairs, "is not UTF-8 text", "save the CSV as UTF-8") from error
 
 
-def _fingerprint(plan: IngestPlan, sizes: dict[str, int], size: int) -> str:
+def _fingerprint(plan: IngestPlan, num_bytes: Callable[[str], int], size: int) -> str:
     """Hash the names, sizes in bytes, roles and splits, so that a rerun detects changes without reading pictures."""
     # The rows are hashed one by one as JSON: one json.dumps() of everything would hold all rows as lists.
-    rows = sorted(map(_texts, ([*sample, *(sizes[path] for path in sample.files)] for sample in plan.samples)))
+    rows = sorted(map(_texts, ([*sample, *map(num_bytes, sample.files)] for sample in plan.samples)))
     head, tail = json.dumps([_VERSION, size])[:-1], json.dumps(sorted(reject.path for reject in plan.rejects))
     digest = hashlib.sha256(f"{head}, [".encode())
     for number, (_, row) in enumerate(rows):

@@ -81,10 +81,10 @@ class Samples:
         """Number of paths in all rows; a path in two rows counts twice."""
         return sum(len(self) - self._table.column(role).null_count for role in ROLES)
 
-    def by_split(self) -> dict[str, NDArray[np.int64]]:
-        """Return the row numbers of each split in a pseudorandom order, by the hash of the id."""
+    def by_split(self, *, in_order: bool = False) -> dict[str, NDArray[np.int64]]:
+        """Return the row numbers of each split, in their order or in a pseudorandom one, by the hash of the id."""
         ranks = np.frombuffer(b"".join(_digest(name)[:16] for name in self._column("id")), ">u8").reshape(-1, 2)
-        order = np.lexsort((ranks[:, 1], ranks[:, 0]))
+        order = np.arange(len(self)) if in_order else np.lexsort((ranks[:, 1], ranks[:, 0]))
         names = sorted(set(self._column("split")))
         splits = np.fromiter((names.index(name) for name in self._column("split")), np.int8, len(self))[order]
         return {name: order[splits == number] for number, name in enumerate(names)}
@@ -104,12 +104,14 @@ class IngestPlan:
         rejects: files that no row can use.
         shared: whether a file may be in several rows.
         hashed: whether the hash of the id chose the splits, instead of folders or a CSV.
+        in_order: whether neighboring rows are read together, as those of a table.
     """
 
     samples: Samples
     rejects: tuple[Reject, ...]
     shared: bool = False
     hashed: bool = False
+    in_order: bool = False
 
 
 def id_rank(name: str) -> int:

@@ -11,16 +11,20 @@ import hashlib
 import json
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from animediffusion.pipelines.data.ingest_plan import Reject, Sample
+from animediffusion.pipelines.data.formats.archives import Place
+from animediffusion.pipelines.data.formats.catalog import read_picture
+from animediffusion.pipelines.data.formats.layered import LINES, decode_composite, decode_lines, is_layered, to_luma
+from animediffusion.pipelines.data.ingest_plan import Reject, Sample, id_rank
 from animediffusion.pipelines.data.manifest import Shard, write_shard
 from animediffusion.pipelines.data.shards import PICTURES, StoredRow, read_shard
 from animediffusion.platform.errors import FileError, ImageError, StorageError
@@ -91,12 +95,21 @@ class MakePart:
     size: int
     part: PartKey
     samples: tuple[Sample, ...]
+    places: tuple[tuple[str, Place], ...] = ()
+    """The paths that are not files of their own, and where they are."""
+    in_order: bool = False
+    """Whether the samples are in the order in which they are read, not in a pseudorandom one."""
 
     def __call__(self) -> Record:
         """Make the part and return its record."""
         storage.expect(self.source, self.destination)
-        with ThreadPoolExecutor(_REMOTE_THREADS if storage.is_remote(self.source) else _THREADS) as pool:
-            made = list(pool.map(lambda sample: make_row(self.source, sample, self.size), self.samples))
+        places = dict(self.places)
+        threads = _REMOTE_THREADS if storage.is_remote(self.source) and not self.in_order else _THREADS
+        with ThreadPoolExecutor(threads) as pool:
+            made = list(pool.map(lambda sample: make_row(self.source, sample, self.size, places), self.samples))
+        if self.in_order:
+            order = sorted(range(len(made)), key=lambda number: id_rank(self.samples[number].id))
+            made = [made[number] for number in order]
         rows = [row for row, _, _ in made if row is not None]
         record = Record(
             split=self.part.split,
@@ -148,7 +161,9 @@ def run_packed(batch: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
     return {"result": [pickle.dumps(result)]}
 
 
-def make_row(source: str, sample: Sample, size: int) -> tuple[StoredRow | None, RowRecord | None, list[Reject]]:
+def make_row(
+    source: str, sample: Sample, size: int, places: Mapping[str, Place] = MappingProxyType({})
+) -> tuple[StoredRow | None, RowRecord | None, list[Reject]]:
     """Return a row for a shard and its record (both None if the target is unusable), and the rejected files.
 
     A row with unusable line art or an unusable reference stays without that picture, because training can make both
@@ -162,11 +177,17 @@ def make_row(source: str, sample: Sample, size: int) -> tuple[StoredRow | None, 
         path = getattr(sample, role)
         if path is None:
             continue
+        place = places.get(path)
         try:
-            data = _read(source, path)
+            data = _read(source, path, place)
+            if data is None:
+                if role == "target":
+                    raise ImageError(path, "is empty", "give an image", reason="empty")
+                continue
             pictures[role] = _decode(role, data, path, size)
         except ImageError as error:
-            rejects.append(Reject(path, error.reason, error.found))
+            inside = f" (in {place.uri.partition('?')[0]})" if place is not None and place.kind != "table" else ""
+            rejects.append(Reject(path, error.reason, error.found + inside))
             if role == "target":
                 rejects += [Reject(other, "orphan", f"its target {path} was rejected") for other in sample.files[1:]]
                 return None, None, rejects
@@ -203,17 +224,22 @@ def content_hash(name: str, split: str, pictures: dict[str, NDArray[np.uint8]]) 
     return digest.hexdigest()
 
 
-def _read(source: str, path: str) -> bytes:
-    """Read one file; a missing or forbidden file is an ImageError, a failing store remains a StorageError."""
+def _read(source: str, path: str, place: Place | None) -> bytes | None:
+    """Read one picture; a missing or forbidden file is an ImageError, a failing store remains a StorageError."""
     try:
-        return storage.read_bytes(storage.join(source, path))
+        return read_picture(source, path, place)
     except FileError as error:
         raise ImageError(path, error.found, "a readable picture", reason="unreadable") from error
 
 
 def _decode(role: str, data: bytes, path: str, size: int) -> NDArray[np.uint8]:
-    decode: Callable[..., NDArray[np.uint8]] = decode_gray if role == "sketch" else decode_rgb
-    picture = decode(data, thing=path)
+    if path.endswith(LINES):
+        picture = decode_lines(data, path)
+    elif is_layered(path):
+        picture = decode_composite(data, path)
+        picture = to_luma(picture) if role == "sketch" else picture
+    else:
+        picture = decode_gray(data, thing=path) if role == "sketch" else decode_rgb(data, thing=path)
     if role == "sketch" and picture.mean() < _DARK:
         raise ImageError(path, "is mostly dark: line art is dark on light", "invert it", reason="inverted")
     return fit_square(picture, size, crop=True)

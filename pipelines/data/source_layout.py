@@ -6,7 +6,9 @@ Pictures are paired by stem, never by position. These layouts are supported:
     {train,val}/{target,sketch,reference,cross_reference}/0001.png
     Anime/train/{reference,condition}/1.jpg              AnimeDiffusion: `reference` is the target
     Anime/{train_data,test_data}/{reference,sketch}/     SSIMBaD; test_data_shuffled holds the same pictures again
-    {train,val}/0001_{gt,sketch,ref}.png                 roles in the names
+    {train,val}/0001_{gt,sketch,ref}.png                 roles in the names, also 0001.sketch.png as in WebDataset
+    FILM/scene_1/{sketch,color,composition}/0001.png     AnitaDataset; the composition has a background
+    a.psd, a.ora, a.kra                                  composite and line layer are a pair
 
 pipelines/data/pairs.py reads pairs from a CSV.
 """
@@ -19,6 +21,8 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from animediffusion.pipelines.data.formats.layered import LINES, is_layered
+from animediffusion.pipelines.data.formats.layered import SUFFIXES as LAYERED_SUFFIXES
 from animediffusion.pipelines.data.ingest_plan import ROLES, IngestPlan, Reject, Sample, Samples, id_rank
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.picture_names import DECODED_SUFFIXES, is_junk
@@ -41,7 +45,9 @@ SPLIT_OF = {
     "test": "test",
     "testing": "test",
 }
-_SUFFIX = re.compile(r"(.+)[_-](cross_reference|" + "|".join(sorted(ROLE_OF, key=len, reverse=True)) + r")", re.I)
+_ASIDE = "composition"
+"""AnitaDataset's folder of colored frames on their backgrounds: targets where a frame has no other."""
+_SUFFIX = re.compile(r"(.+)[._-](cross_reference|" + "|".join(sorted(ROLE_OF, key=len, reverse=True)) + r")", re.I)
 
 
 class _Named(NamedTuple):
@@ -59,7 +65,9 @@ _Row = list[str | None]
 _Naming = Callable[[str], _Named]
 
 
-def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> IngestPlan:
+def plan_folder(
+    source: str, paths: Iterable[str], val_fraction: float, split_of: Callable[[str], str | None] | None = None
+) -> IngestPlan:
     """Plan rows from the names of all files in a folder.
 
     Pairing takes half a kilobyte per row.
@@ -68,6 +76,7 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Inges
         source: the folder's name in error messages.
         paths: paths relative to the folder.
         val_fraction: share of the rows that go to `val` if no folder name gives a split.
+        split_of: a function that gives the split of a path whose folders give none.
 
     Raises:
         DataError: if no file can be a target, or if line art and targets have no stem in common.
@@ -76,7 +85,7 @@ def plan_folder(source: str, paths: Iterable[str], val_fraction: float) -> Inges
     pictures = [path for path in files if _is_picture(path)]
     others = sorted(set(files).difference(pictures)) if len(pictures) < len(files) else []
     rejects = [Reject(path, "not_an_image", "no picture by its name") for path in others]
-    name = _naming(pictures)
+    name = _with_splits(_naming(pictures), split_of)
     copies = _shuffled_copies(pictures)
     rejects += [Reject(path, "duplicate", "a shuffled copy of the test pictures") for path in copies]
     rows, unpaired = _pair([path for path in pictures if path not in copies] if copies else pictures, name)
@@ -109,7 +118,7 @@ def _stem_and_suffix(file: str) -> tuple[str, str]:
 
 
 def _is_picture(path: str) -> bool:
-    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED_SUFFIXES, "")
+    return _stem_and_suffix(path.rpartition("/")[2])[1].lower() in (*DECODED_SUFFIXES, *LAYERED_SUFFIXES, "")
 
 
 def _shuffled_copies(pictures: Sequence[str]) -> dict[str, None]:
@@ -125,8 +134,8 @@ def _shuffled_copies(pictures: Sequence[str]) -> dict[str, None]:
 def _folder(path: str) -> tuple[str, str | None, str | None]:
     """Return the path without the role's folder, the role, and the split; of several names the last one decides."""
     folders = path.split("/")[:-1]
-    indices = [index for index, folder in enumerate(folders) if folder.lower() in ROLE_OF]
-    role = ROLE_OF[folders.pop(indices[-1]).lower()] if indices else None
+    indices = [index for index, folder in enumerate(folders) if folder.lower() in (*ROLE_OF, _ASIDE)]
+    role = ROLE_OF.get(folder := folders.pop(indices[-1]).lower(), folder) if indices else None
     splits = [SPLIT_OF.get(folder.lower().removesuffix("_data")) for folder in folders]
     split = next((split for split in reversed(splits) if split), None)
     return "/".join([*folders, ""]), role, split
@@ -159,6 +168,17 @@ def _naming(pictures: Sequence[str]) -> _Naming:
     return lambda path: _as_target(name(path), None)
 
 
+def _with_splits(name: _Naming, split_of: Callable[[str], str | None] | None) -> _Naming:
+    if split_of is None:
+        return name
+
+    def with_split(path: str) -> _Named:
+        named = name(path)
+        return named if named.split else named._replace(split=split_of(path))
+
+    return with_split
+
+
 def _as_target(named: _Named, role: str | None) -> _Named:
     return named._replace(role="target") if named.role == role else named
 
@@ -181,18 +201,21 @@ def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list
     alone = all(name(path).role == "target" for path in pictures)
     rows: dict[str, _Row] = {}
     rejects = []
+    aside = [item for item in map(name, pictures) if item.role == _ASIDE]
     for item in map(name, pictures):
+        if item.role == _ASIDE:
+            continue
         if item.role is None:
             rejects.append(Reject(item.path, "orphan", "in none of the folders target, sketch, reference"))
             continue
         row = rows.setdefault(item.key, [None] * (1 + len(ROLES)))
         index = _INDEX[item.role]
         first = row[index]
-        if first is not None and natural(item.path) < natural(first):
+        if first is not None and _preference(item.path) < _preference(first):
             row[index], item, first = item.path, name(first), item.path
         if first is None:
             row[index] = item.path
-        elif alone:
+        elif alone and is_layered(first) == is_layered(item.path):
             key = item.key + _stem_and_suffix(item.path)[1]
             while key in rows:
                 key += "#"
@@ -201,9 +224,20 @@ def _pair(pictures: Sequence[str], name: _Naming) -> tuple[dict[str, _Row], list
             rejects.append(Reject(item.path, "duplicate", f"same name as {first}"))
         if item.role == "target" and row[index] == item.path:
             row[0] = item.split
+    for item in aside:
+        row = rows.setdefault(item.key, [None] * (1 + len(ROLES)))
+        if row[_INDEX["target"]] is None:
+            row[0], row[_INDEX["target"]] = item.split, item.path
+        else:
+            rejects.append(Reject(item.path, "orphan", f"its frame has the target {row[_INDEX['target']]}"))
     for key in [key for key, row in rows.items() if row[_INDEX["target"]] is None]:
         rejects += [Reject(path, "orphan", "no target of this name") for path in rows.pop(key)[1:] if path]
     return rows, rejects
+
+
+def _preference(path: str) -> tuple[bool, tuple[tuple[int, int, str], ...]]:
+    """Return a sort key of files of the same name and role: layers hold more than the picture exported from them."""
+    return not is_layered(path), natural(path)
 
 
 def _samples(rows: dict[str, _Row], val_fraction: float) -> Samples:
@@ -212,13 +246,19 @@ def _samples(rows: dict[str, _Row], val_fraction: float) -> Samples:
     if splits == {None}:
         split_of = hash_split(rows, val_fraction)
         return Samples(_sample(key, split_of(key), rows.pop(key)) for key in list(rows))
-    test = "test" if "val" in splits else "val"
-    names = {None: "train", "train": "train", "val": "val", "test": test}
-    return Samples(_sample(key, names[rows[key][0]], rows.pop(key)) for key in list(rows))
+    return Samples(_sample(key, final_split(rows[key][0], splits), rows.pop(key)) for key in list(rows))
+
+
+def final_split(split: str | None, splits: Collection[str | None]) -> str:
+    """Return the split of a row in the dataset: `test` is `val` where there is no other."""
+    return "val" if split == "test" and "val" not in splits else split or "train"
 
 
 def _sample(key: str, split: str, row: _Row) -> Sample:
-    return Sample(key, split, row[1] or "", *row[2:])
+    target, sketch = row[1] or "", row[2]
+    if sketch is None and is_layered(target):
+        sketch = target + LINES
+    return Sample(key, split, target, sketch, *row[3:])
 
 
 def hash_split(ids: Collection[str], val_fraction: float) -> Callable[[str], str]:

@@ -130,12 +130,33 @@ def exists(uri: str) -> bool:
     return patiently(uri, lambda files, path: bool(files.get_file_info(path).type != fs.FileType.NotFound))
 
 
+def file_size(uri: str) -> int | None:
+    """Return the size of a file in bytes, or None if `uri` is a folder or does not exist."""
+
+    def find(files: fs.FileSystem, path: str) -> int | None:
+        info = files.get_file_info(path)
+        return int(info.size) if info.type == fs.FileType.File else None
+
+    return patiently(uri, find)
+
+
 def read_bytes(uri: str) -> bytes:
     """Return the content of one file."""
 
     def read(files: fs.FileSystem, path: str) -> bytes:
         with files.open_input_stream(path) as stream:
             return bytes(stream.read())
+
+    return patiently(uri, read)
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """Return `length` bytes of one file from the byte `start` on, or fewer if the file ends before."""
+
+    def read(files: fs.FileSystem, path: str) -> bytes:
+        with files.open_input_file(path) as source:
+            size = source.size()
+            return bytes(source.read_at(min(length, max(0, size - start)), min(start, size)))
 
     return patiently(uri, read)
 
