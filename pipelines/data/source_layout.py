@@ -47,7 +47,7 @@ SPLIT_OF = {
 }
 _ASIDE = "composition"
 """AnitaDataset's folder of colored frames on their backgrounds: targets where a frame has no other."""
-_SUFFIX = re.compile(r"(.+)[._-](cross_reference|" + "|".join(sorted(ROLE_OF, key=len, reverse=True)) + r")", re.I)
+_SUFFIX = re.compile(r"(.+?)[._-](cross_reference|" + "|".join(sorted(ROLE_OF, key=len, reverse=True)) + r")", re.I)
 
 
 class _Named(NamedTuple):

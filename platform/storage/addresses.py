@@ -1,4 +1,4 @@
-"""Parse the addresses of files: local paths, file:// and s3:// URIs.
+"""Parse the addresses of files: local paths, file://, s3://, gs:// and hf:// URIs.
 
 In a URI, `?` starts the options, so a ? in a name is written %3F and a % is written %25. An address with an invalid or
 unknown part is rejected; no part is ignored. Not here: access to the files, see storage.py.
@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, quote, unquote
 from animediffusion.platform.errors import FileError, StorageError
 from animediffusion.platform.network import SCHEME
 from animediffusion.platform.storage import s3
+from animediffusion.platform.storage.fsspec_stores import PACKAGES
 from animediffusion.platform.storage.local_files import expanded
 
 OPTIONS = ("endpoint_override", "region", "scheme")
@@ -29,11 +30,13 @@ class Location(NamedTuple):
     path: str
     endpoint: str | None = None
     region: str | None = None
+    scheme: str = ""
+    """`gs` or `hf`; empty for local paths and s3://."""
 
 
 def is_remote(uri: str) -> bool:
     """Whether `uri` names an object store, not a local path."""
-    return uri.startswith("s3://")
+    return uri.startswith(("s3://", "gs://", "hf://"))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -60,9 +63,10 @@ def parse(uri: str) -> Location:
         return Location("", _absolute(_file_path(uri)))
     if scheme[0] == "s3":
         return _parse_s3(uri)
-    raise StorageError(
-        _without_secrets(uri), f"scheme {scheme[0]!r} is not known", "give a local path or s3://BUCKET/PATH"
-    )
+    if scheme[0] in PACKAGES:
+        return _parse_other(uri, scheme[0])
+    allowed = "give a local path or s3://BUCKET/PATH, gs:// or hf://"
+    raise StorageError(_without_secrets(uri), f"scheme {scheme[0]!r} is not known", allowed)
 
 
 def _absolute(path: str) -> str:
@@ -93,6 +97,17 @@ def _parse_s3(uri: str) -> Location:
     return Location(
         match["bucket"], match["bucket"] + _key(uri, match["key"]), _endpoint(uri, options), options.get("region")
     )
+
+
+def _parse_other(uri: str, scheme: str) -> Location:
+    start, _, options = uri.removeprefix(f"{scheme}://").partition("?")
+    bucket, slash, key = start.partition("/")
+    if not bucket or not uri.startswith(f"{scheme}://"):
+        raise StorageError(uri, "does not name a bucket", f"write {scheme}://bucket/path")
+    if options:
+        found = "has options, which only s3:// URIs have"
+        raise StorageError(_without_secrets(uri), found, "write a ? in a name as %3F")
+    return Location(bucket, bucket + _key(uri, slash + key), scheme=scheme)
 
 
 def _key(uri: str, quoted: str) -> str:

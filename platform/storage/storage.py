@@ -1,4 +1,4 @@
-"""Read and write files and folders at local paths or s3:// URIs.
+"""Read and write files and folders at local paths or s3:// URIs, and at gs:// and hf:// with packages of fsspec.
 
     write_bytes(join("s3://bucket/faces", "manifest.json"), data)
     for name in list_files("data/faces"): ...
@@ -7,7 +7,8 @@ The endpoint comes from `?endpoint_override=` in a URI, else from the configurat
 AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the AWS profile. Credentials come from the environment or the machine, never
 from a URI. All errors are a StorageError that names the URI. Requests to a store that throttles, resets or stalls are
 retried for PATIENCE_S, then a StoreFailedError is raised.
-Not here: the meaning of the bytes; the syntax of addresses, see addresses.py; S3 requests, see s3.py.
+Not here: the meaning of the bytes; the syntax of addresses, see addresses.py; S3 requests, see s3.py;
+gs:// and hf://, see fsspec_stores.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from animediffusion.platform.errors import ConfigError, FileError, StorageError, StoreFailedError, UnreachableError
-from animediffusion.platform.storage import s3
+from animediffusion.platform.errors import (
+    AnimeDiffusionError,
+    ConfigError,
+    FileError,
+    StorageError,
+    StoreFailedError,
+    UnreachableError,
+)
+from animediffusion.platform.storage import fsspec_stores, s3
 from animediffusion.platform.storage.addresses import is_remote, join, parse
 from animediffusion.platform.storage.local_files import Listing, list_folder, reason
 
@@ -55,6 +63,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     location = parse(uri)
     if not location.bucket:
         return fs.LocalFileSystem(), location.path
+    if location.scheme:
+        with explained(uri):
+            return fsspec_stores.connect(uri, location.scheme), location.path
     region = location.region or os.environ.get("AWS_REGION") or s3.configured(uri)[1]
     with explained(uri):
         return s3.connect(location.endpoint, region, location.bucket, s3.settings()), location.path
@@ -68,6 +79,8 @@ def absolute(uri: str) -> str:
 def s3_object(uri: str) -> tuple[str, str, str | None, str | None]:
     """Return (bucket, key, endpoint, region) of an s3:// URI, for requests that only boto3 supports."""
     location = parse(uri)
+    if location.scheme:
+        raise StorageError(uri, "only s3:// and local files can be changed while others read them", "give one of these")
     return location.bucket, location.path.removeprefix(f"{location.bucket}/"), location.endpoint, location.region
 
 
@@ -75,7 +88,7 @@ def expect(*uris: str) -> None:
     """Mark stores as known to answer, perhaps to another process, so that their failures are retried."""
     for uri in uris:
         location = parse(uri)
-        if location.bucket:
+        if location.bucket and not location.scheme:
             s3.expect(location.endpoint, location.bucket)
 
 
@@ -253,10 +266,16 @@ def explained(uri: str) -> Iterator[None]:
         raise FileError(uri, "its name is not UTF-8", "rename it") from error
     except (OSError, pa.ArrowException) as error:
         raise _explain(uri, error) from error
+    except Exception as error:  # packages of fsspec have errors of their own
+        if isinstance(error, AnimeDiffusionError) or not parse(uri).scheme:
+            raise
+        raise fsspec_stores.explain(uri, error) from error
 
 
 def _explain(uri: str, error: Exception) -> StorageError:
     location = parse(uri)
+    if location.scheme:
+        return fsspec_stores.explain(uri, error)
     if location.bucket:
         return s3.explain(uri, location.endpoint, location.bucket, error)
     if isinstance(error, FileNotFoundError):

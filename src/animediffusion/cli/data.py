@@ -44,7 +44,9 @@ def data_synthesize(
 
 @data.command("ingest")
 def data_ingest(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder or s3:// URI of the images.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Images, archives, tables or drawings: local, s3://, gs:// or hf://.")
+    ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3:// URI of the new dataset.")],
     size: Annotated[int, typer.Option(metavar="PX", help="Side of the images in pixels.")] = 64,
     pairs: Annotated[
@@ -84,3 +86,23 @@ def data_show(
     console = common.console()
     result = asdict(show(dst, out))
     console.result(result, facts(result))
+
+
+@data.command("export")
+def data_export(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="A dataset.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3:// URI of the new files.")],
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="webdataset, or parquet for Hugging Face datasets.")
+    ] = "webdataset",
+) -> None:
+    """Write a dataset in a format that other programs read; rerun to resume."""
+    from animediffusion.pipelines.data.formats.export import FORMATS, export
+    from animediffusion.platform.errors import ConfigError
+
+    console = common.console()
+    if form not in FORMATS:
+        raise ConfigError("--format", repr(form), " or ".join(FORMATS))
+    with console.progress("exporting", "rows") as progress:
+        result = export(source, dst, FORMATS[form], progress)
+    console.result(asdict(result), f"exported {result.rows} rows to {result.files} files: {dst}")

@@ -1,4 +1,4 @@
-"""Archives, tables and layered files as sources: rows, names, and what is done with hostile ones; without Ray."""
+"""Archives, tables and layered files as sources: rows, names, and what is done with hostile ones; one command on Ray."""
 
 import io
 import json
@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from sources import fill, picture, without_ray
 
+from animediffusion.cli.app import run
 from animediffusion.pipelines.data.formats import archives, layered, tables
 from animediffusion.pipelines.data.ingest import prepare
 from animediffusion.pipelines.data.stream import read_split
@@ -458,3 +459,13 @@ def test_a_damaged_drawing_is_an_error_of_one_line(drawing, found):
 def test_damaged_lzf_is_an_error(data):
     with pytest.raises((ValueError, IndexError)):
         layered.unpack_lzf(data, 8)
+
+
+@pytest.mark.ray
+def test_the_command_ingests_tables_and_archives_on_a_cluster(ray_cluster, tmp_path, capsys):
+    column = image_column([picture(n) for n in range(6)], [f"{n}.png" for n in range(6)])
+    write_table(tmp_path / "train.parquet", pa.table({"image": column}), "parquet")
+    for source in (str(tmp_path / "train.parquet"), tar(tmp_path / "train.tar", PAIRS)):
+        assert run(["data", "ingest", source, source + " data", "--size", str(SIZE), "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert shown["splits"] == {"train": 2 if source.endswith("tar") else 6}
