@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from animediffusion.pipelines.evaluation.metrics import (
     ImageScores,
@@ -12,6 +14,7 @@ from animediffusion.pipelines.evaluation.metrics import (
     psnr,
     score,
     sharpness,
+    ssim,
     trivial_results,
 )
 from animediffusion.pipelines.synthetic.dataset import make_row
@@ -45,6 +48,16 @@ def test_psnr_is_the_formula_at_255_for_each_image():
 
 def test_equal_images_have_the_best_of_every_number():
     assert score(images(), images()) == ImageScores(psnr=100.0, ssim=1.0, ms_ssim=None, ciede2000=0.0)
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+@pytest.mark.parametrize("amount", [2, 40])
+def test_ssim_is_that_of_torchmetrics(size, amount):
+    truth = blurred(images(size=size), 2)
+    result = noisy(truth, amount)
+    pair = [torch.from_numpy(one).permute(0, 3, 1, 2) / 255 for one in (result, truth)]
+    theirs = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+    np.testing.assert_allclose(ssim(result, truth), theirs, rtol=0, atol=2e-5)
 
 
 def test_ssim_is_scikit_images_with_the_papers_window():
