@@ -19,7 +19,8 @@ from sources import fill, picture, without_ray
 from uploads import upload_folder
 
 from animediffusion.cli.app import run
-from animediffusion.pipelines.data.ingest import MIN_PART_ROWS, STATE, prepare
+from animediffusion.pipelines.data import ingest
+from animediffusion.pipelines.data.ingest import STATE, IngestJob, prepare
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.storage.storage import (
@@ -33,8 +34,23 @@ from animediffusion.platform.storage.storage import (
 pytestmark = pytest.mark.ray
 
 SIZE = 16
-COUNT = 2 * MIN_PART_ROWS + 20
+PART_ROWS = 32
+"""Rows of a part, fewer than the real least, so that a few pictures are several parts."""
+COUNT = 2 * PART_ROWS + 20
 WAIT_S = 120
+COMMAND = f"""
+from animediffusion.cli.app import main
+from animediffusion.pipelines.data import ingest
+ingest.MIN_PART_ROWS = {PART_ROWS}
+main()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "MIN_PART_ROWS", PART_ROWS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +105,7 @@ def command(ray_cluster: None) -> Iterator[Callable[[Ends], subprocess.Popen[str
     def start(ends: Ends) -> subprocess.Popen[str]:
         variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, PATIENCE_VARIABLE: "2"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "animediffusion", *words(ends)],
+            [sys.executable, "-c", COMMAND, *words(ends)],
             env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
@@ -123,20 +139,29 @@ def pictures_read(store: FaultyStore) -> set[str]:
     return {request for request in store.requests if request.startswith("GET /bucket/faulty-source/")}
 
 
-@pytest.mark.parametrize("kind", ["slow_down", "reset", "refuse"])
+@pytest.mark.parametrize(
+    ("kind", "execute"), [("slow_down", IngestJob.run), ("reset", without_ray), ("refuse", without_ray)]
+)
 def test_a_fault_of_the_store_changes_nothing(
-    ray_cluster: None, kind: Fault, ends: Ends, faulty_s3: tuple[str, FaultyStore], undisturbed: Manifest
+    ray_cluster: None,
+    kind: Fault,
+    execute: Callable[..., Manifest],
+    ends: Ends,
+    faulty_s3: tuple[str, FaultyStore],
+    undisturbed: Manifest,
 ) -> None:
     job = prepare(ends.source, ends.destination, SIZE)
     begun: list[int] = []
+    limit = {"seconds": 2.0} if kind == "refuse" else {"requests": 20}
 
     def begin(done: int, *_: int) -> None:
         if not begun:
-            faulty_s3[1].fail(kind, seconds=2)
+            faulty_s3[1].fail(kind, **limit)
         begun.append(done)
 
-    manifest = job.run(begin)
+    manifest = execute(job, begin)
 
+    assert kind == "refuse" or faulty_s3[1].hits[kind] == 20
     assert manifest.content_hash == undisturbed.content_hash
     assert manifest.splits == undisturbed.splits
     assert (manifest.num_files, manifest.num_rejects) == (undisturbed.num_files, 1)
@@ -164,7 +189,7 @@ def test_a_store_that_never_recovers_is_one_line_and_the_same_command_resumes(
     assert run(words(ends)) == 0
     assert "continuing an earlier ingest" in capsys.readouterr().err
     assert Manifest.load(ends.healthy).content_hash == undisturbed.content_hash
-    assert 0 < len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
+    assert 0 < len(pictures_read(faulty_s3[1])) <= PART_ROWS
 
 
 def test_a_killed_command_resumes_with_the_missing_parts(
@@ -186,7 +211,7 @@ def test_a_killed_command_resumes_with_the_missing_parts(
     assert manifest.content_hash == undisturbed.content_hash
     assert manifest.splits == undisturbed.splits
     assert any(last in request for request in pictures_read(faulty_s3[1]))
-    assert len(pictures_read(faulty_s3[1])) <= MIN_PART_ROWS
+    assert len(pictures_read(faulty_s3[1])) <= PART_ROWS
     assert not any(STATE in name for name in list_files(ends.healthy))
 
 
@@ -231,6 +256,7 @@ def test_an_ingest_that_has_no_room_says_what_it_waits_for_and_ends_when_there_i
     server, errors = Server.remote(), []
     assert ray.get(server.ready.remote())
     monkeypatch.setattr(cluster, "WAITS_S", 1.0)
+    monkeypatch.setattr(cluster, "WATCH_S", 0.5)
 
     def make_room() -> None:
         until(lambda: bool(errors.append(capsys.readouterr().err) or "waiting: " in "".join(errors)))
