@@ -1,11 +1,14 @@
 import http.server
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
+from animediffusion.cli.app import run
 from animediffusion.platform.cluster import node_report
 from animediffusion.platform.cluster.node_report import Listener, NodeReport
 from animediffusion.platform.config import Settings
@@ -53,6 +56,14 @@ def test_every_node_of_a_cluster_answers(ray_cluster: None, moto_server: str, tm
     assert by_name["node store"] == (True, "s3://bucket/probe can be written and read by 1 nodes")
     assert by_name["node mlflow"][0]
     assert by_name["ray auth"] == (True, "no dashboard, so no jobs API")
+
+
+def test_a_store_that_a_node_cannot_write_is_named_by_doctor(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    assert run(["doctor", "--workspace", str(tmp_path), "--storage", "/proc/nowhere"]) == 1
+    assert re.search(r"^NO  node store +/proc/nowhere: ", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_what_was_written_to_a_store_is_not_left_there(tmp_path: Path) -> None:
