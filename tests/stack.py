@@ -140,8 +140,8 @@ def mlflow(folder: Path, database: str, settings: dict[str, str]) -> Iterator[st
     arguments = [
         manifests.expand(word, variables) for word in manifests.containers(found("Deployment", "mlflow"))[0]["args"]
     ]
-    server.options = [
-        one.replace(":5000", f":{server.port}") for one in arguments if one[:7] not in ("--host=", "--port=")
-    ]
+    # One worker process suffices for tests.
+    own = ("--host=", "--port=", "--workers=")
+    server.options = [one.replace(":5000", f":{server.port}") for one in arguments if not one.startswith(own)]
     with server:
         yield server.url
