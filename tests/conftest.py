@@ -1,31 +1,30 @@
-"""Fixtures that many tests share: an S3 server, a Ray cluster with two CPUs, a checkpoint of the authors' code."""
+"""Fixtures that many tests share: an S3 server, a Ray cluster with two CPUs, a checkpoint of the authors' code.
+
+Fixtures import what takes long, because the process that hands out the tests reads this file, too, and runs no fixture.
+"""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import math
+import os
 import resource
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import boto3
 import hypothesis
 import pytest
-import ray
-import torch
 from faults import FaultyStore
 from head import Head, ray_head
-from moto.server import ThreadedMotoServer
 
-from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
-from animediffusion.pipelines.data.shards import PICTURES, StoredRow
-from animediffusion.pipelines.synthetic.dataset import make_row
-from animediffusion.platform.images.codec import encode_lossless
+if TYPE_CHECKING:
+    import torch
 
-# OMP_NUM_THREADS, which _quiet_environment sets for other processes, has no effect on one that has imported torch. With
-# a thread per core in each of the two processes, the threads wait for each other and a step takes ten times as long.
-torch.set_num_threads(1)
+# Set before anything imports torch, which reads it once. With a thread per core in each of the two processes, threads
+# wait for each other: a training step of a small network takes ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Examples have no deadline, because a busy machine may be slow.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -114,10 +113,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep tests from reading or writing the user's home and from oversubscribing two cores."""
+    """Keep tests from reading or writing the user's home, and Ray from what tests do not need."""
     values = {
         "HOME": str(tmp_path_factory.mktemp("home")),
-        "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares",
@@ -132,9 +130,24 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _copied_databases() -> Iterator[None]:
+    """Give each new workspace of this process a copy of one MLflow database."""
+    import databases
+
+    from animediffusion.platform.tracking import embedded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "one_creator", databases.create_copy)
+        yield
+
+
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[str]:
     """URL of an S3 server on loopback with the bucket `bucket`; the AWS variables point to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -163,6 +176,8 @@ def faulty_s3(moto_server: str) -> Iterator[tuple[str, FaultyStore]]:
 @pytest.fixture(scope="session")
 def ray_cluster(moto_server: str) -> Iterator[None]:
     """One Ray cluster for all tests, with two CPUs; it starts after the S3 server so that workers have the address."""
+    import ray
+
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
@@ -178,6 +193,11 @@ def cluster_head() -> Iterator[Head]:
 @pytest.fixture(scope="session")
 def faces_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset of 48 + 8 drawn faces at 32 px, with all four pictures."""
+    from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
+    from animediffusion.pipelines.data.shards import PICTURES, StoredRow
+    from animediffusion.pipelines.synthetic.dataset import make_row
+    from animediffusion.platform.images.codec import encode_lossless
+
     folder = str(tmp_path_factory.mktemp("faces"))
     splits = {}
     for split, indices in (("train", range(48)), ("val", range(100, 108))):
@@ -241,6 +261,8 @@ def _layer_shapes() -> dict[str, tuple[int, ...]]:
 @pytest.fixture
 def authors_checkpoint() -> dict[str, torch.Tensor]:
     """Random weights with the authors' names: 64 and 128 channels, two blocks per level."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...], spread: float) -> torch.Tensor:

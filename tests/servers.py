@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+from databases import copy_to
 from ports import free_port
 from programs import initdb
 
@@ -42,6 +43,8 @@ class MlflowServer:
         self.folder = folder
         self.host, self.port = host, free_port()
         self.url = f"http://{self.host}:{self.port}"
+        if options is None:
+            copy_to(folder / "mlflow.db")
         self.options = options or [
             f"--backend-store-uri=sqlite:///{folder}/mlflow.db",
             f"--artifacts-destination={folder / 'files'}",

@@ -111,10 +111,10 @@ def test_an_exported_version_works_alone(command, pictures, tmp_path):
     assert decode_rgb((tmp_path / "colored.png").read_bytes()).shape == (32, 32, 3)
 
 
-def test_a_version_loads_as_an_mlflow_model(command, folder, pictures):
+def test_a_version_loads_as_an_mlflow_model(command, folder, pictures, monkeypatch):
     sketch, reference = pictures
     assert command("models", "list")[0] == 0  # corrects the paths of the moved workspace
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/workspace/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/workspace/mlflow.db")
     model = mlflow.pyfunc.load_model("models:/animediffusion@champion")
     colored = model.predict({"sketch": sketch.read_bytes(), "reference": reference.read_bytes()})
     assert decode_rgb(colored["image"][0]).shape == (32, 32, 3)

@@ -28,7 +28,6 @@ from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.network import why_unreachable, without_password
 from animediffusion.platform.tracking import embedded
-from animediffusion.platform.tracking.embedded import one_creator
 from animediffusion.platform.tracking.records import groups, is_permanent, send_records
 from animediffusion.platform.tracking.spool import Entry, Spool
 from animediffusion.platform.tracking.system_metrics import SystemMetrics
@@ -96,7 +95,7 @@ def connect(tracking_uri: str) -> MlflowClient:
             reason = why_unreachable(tracking_uri)
             if reason is not None:
                 raise RegistryError(store_name(tracking_uri), reason, "check MLFLOW_TRACKING_URI, or unset it")
-        with one_creator(tracking_uri):
+        with embedded.one_creator(tracking_uri):
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
     return client
@@ -351,7 +350,7 @@ def _existing(client: MlflowClient, run_id: str | None) -> Any:
 def _client(tracking_uri: str) -> MlflowClient:
     """Return a client without a test whether the store answers."""
     _be_quiet()
-    with one_creator(tracking_uri):
+    with embedded.one_creator(tracking_uri):
         return MlflowClient(tracking_uri)
 
 

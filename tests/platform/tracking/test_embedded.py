@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import databases
 import pytest
 from bundles import write_bundle
 
@@ -123,7 +124,10 @@ def test_what_another_store_says_is_left_as_it_is(original: Path, tmp_path: Path
         assert embedded.relocated(uri, tmp_path) == uri
 
 
-def test_a_database_is_where_the_workspace_is_whatever_its_name(tmp_path: Path) -> None:
+def test_a_database_is_where_the_workspace_is_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "one_creator", databases.create)  # MLflow creates this one itself
     folder = tmp_path / "p?q%41" / "a?x%41b%#c d&e;f@g:h+i~'\u7dda\nj"
     settings = Settings.from_environment(workspace=folder)
     run = Run.start(settings, TRAINING, "r")
