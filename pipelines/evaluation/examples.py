@@ -5,6 +5,7 @@ The drawn faces are the same for every model, so the samples of two versions are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,8 +40,9 @@ class Examples:
     """[B, 3, S, S], the truth."""
 
 
+@functools.lru_cache(maxsize=2)
 def drawn_examples(size: int, count: int = NUM_EXAMPLES) -> Examples:
-    """Draw example faces; the reference is another drawing of the same character."""
+    """Draw example faces; the reference is another drawing of the same character. Do not write to the tensors."""
     # Here, because most commands that import this file draw nothing, and scikit-image takes long to import.
     from animediffusion.pipelines.synthetic.dataset import make_row
 

@@ -8,6 +8,7 @@ numpy and pillow; collecting them imports none of them.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import zipfile
 from collections.abc import Iterator
@@ -75,7 +76,13 @@ def _file(module: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _imports(path: Path) -> Iterator[str]:
+@functools.cache
+def _imports(path: Path) -> tuple[str, ...]:
+    """Return the names that a module imports, read once per process: parsing all modules takes half a second."""
+    return tuple(_names(path))
+
+
+def _names(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

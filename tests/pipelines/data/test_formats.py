@@ -1,4 +1,4 @@
-"""Archives, tables and layered files as sources: rows, names, and what is done with hostile ones; one command on Ray."""
+"""Archives, tables and layered files as sources: rows, names, what is done with hostile ones, and a command on Ray."""
 
 import io
 import json

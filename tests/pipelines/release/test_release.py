@@ -49,6 +49,7 @@ def settings(embedded, monkeypatch):
     return new_model(embedded)
 
 
+@pytest.mark.slow
 def test_a_release_goes_from_folder_to_champion_and_back_on_an_mlflow_server(server, bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     settings = Settings.from_environment(workspace=tmp_path)
