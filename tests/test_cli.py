@@ -353,6 +353,6 @@ def test_a_run_stopped_by_a_signal_ends_with_its_number(capsys, monkeypatch):
     def stop(*_: object, **__: object) -> None:
         raise Interrupted(15, "demo-1", 40)
 
-    monkeypatch.setattr(cli, "app", stop)
+    monkeypatch.setattr(cli, "commands", lambda: stop)
     assert cli.run(["train", "demo"]) == 143
     assert capsys.readouterr().err == "run demo-1: stopped at step 40; run the same command again to resume\n"
