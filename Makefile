@@ -17,8 +17,7 @@ demo: install  ## run every stage once, then serve the page; ARGS="--no-serve" s
 
 # Two processes, one of which has the Ray cluster; tests/conftest.py says which tests run together, and in which order.
 export PYTHONDONTWRITEBYTECODE :=  # the tests start hundreds of processes that import the package
-# One thread each: more would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test:  ## run all tests; ARGS="tests/serve -x" runs some of them
 	@.ci/setup tests
