@@ -196,9 +196,9 @@ def prepare(
         ConfigError: if size or val_fraction is out of range.
     """
     if not 8 <= size <= 4096:
-        raise ConfigError("size", str(size), "8 to 4096 pixels")
+        raise ConfigError("--size", str(size), "8 to 4096 pixels")
     if not 0 <= val_fraction < 1:
-        raise ConfigError("val_fraction", str(val_fraction), "0 to below 1")
+        raise ConfigError("--val-fraction", str(val_fraction), "0 to below 1")
     source, destination = storage.absolute(source), storage.absolute(destination)
     if _inside(destination, source):
         raise DataError(destination, "lies inside the source", "choose a folder outside of it")

@@ -242,8 +242,8 @@ def test_a_missing_pairs_csv_is_refused(tmp_path: Path) -> None:
         prepare(fill(tmp_path / "source", pairs(1)), str(tmp_path / "dataset"), pairs="no.csv")
 
 
-@pytest.mark.parametrize(("size", "val_fraction", "name"), [(4, 0.1, "size"), (64, 1.0, "val_fraction")])
-def test_settings_out_of_range_are_refused(tmp_path: Path, size: int, val_fraction: float, name: str) -> None:
+@pytest.mark.parametrize(("size", "val_fraction", "name"), [(4, 0.1, "--size"), (64, 1.0, "--val-fraction")])
+def test_settings_out_of_range_raise_config_error(tmp_path: Path, size: int, val_fraction: float, name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: .*; .* to "):
         prepare(str(tmp_path), str(tmp_path), size, val_fraction=val_fraction)
 
