@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.interpolate import RBFInterpolator
 
 from animediffusion.models.authors.warp import draw_points, warp_diagonal
 
@@ -16,6 +15,8 @@ def ramps():
 
 
 def test_pixels_are_read_where_a_thin_plate_spline_says():
+    from scipy.interpolate import RBFInterpolator  # takes half a second, which each of the tests' processes would spend
+
     corners = [[0, 0], [1, 0], [1, 1], [0, 1]]
     centers = np.array([*corners, [0.5, 0.5], [0.42, 0.42]])
     source = np.array([*corners, [0.35, 0.35], [0.6, 0.6]])

@@ -3,8 +3,6 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.signal import convolve2d
-from skimage.metrics import structural_similarity
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from animediffusion.pipelines.evaluation.metrics import (
     ImageScores,
@@ -53,6 +51,9 @@ def test_equal_images_have_the_best_of_every_number():
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("amount", [2, 40])
 def test_ssim_is_that_of_torchmetrics(size, amount):
+    # Imported here because it takes seconds, which each of the tests' processes would spend.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     truth = blurred(images(size=size), 2)
     result = noisy(truth, amount)
     pair = [torch.from_numpy(one).permute(0, 3, 1, 2) / 255 for one in (result, truth)]
@@ -61,6 +62,9 @@ def test_ssim_is_that_of_torchmetrics(size, amount):
 
 
 def test_ssim_is_scikit_images_with_the_papers_window():
+    # Imported here because it takes a second, which each of the tests' processes would spend.
+    from skimage.metrics import structural_similarity
+
     truth = images(count=3)
     noise = np.random.default_rng(1).integers(-40, 41, truth.shape)
     result = np.clip(truth.astype(int) + noise, 0, 255).astype(np.uint8)

@@ -11,8 +11,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-import torchmetrics.functional.image.lpips as lpips
-import torchmetrics.image.fid as fid
 from torch import nn
 
 from animediffusion.pipelines.evaluation import perceptual
@@ -66,6 +64,10 @@ class MeanColor(nn.Module):
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
     """A folder with weight files, where both packages are installed."""
+    # Imported here because they take a second, which each of the tests' processes would spend.
+    import torchmetrics.functional.image.lpips as lpips
+    import torchmetrics.image.fid as fid
+
     pretend_installed(monkeypatch, installed=True)
     torchvision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
     torchvision.models, models.alexnet = models, AlexNet
