@@ -75,6 +75,7 @@ LAYERS = {
         "replica": {"engine", "rendering", "protocol", "retry_after"},
         "api": {"rendering", "protocol", "retry_after"},
         "client": {"engine", "rendering", "replica", "standalone"},
+        "bulk": {"client", "engine", "rendering", "replica"},
     },
 }
 """What the files of a subfolder may import of the folder around it. Files that lie in no subfolder may import all."""

@@ -47,7 +47,6 @@ from animediffusion.pipelines.data.ingest_task import (
 from animediffusion.pipelines.data.manifest import MANIFEST, Manifest
 from animediffusion.pipelines.data.pairs import plan_pairs
 from animediffusion.pipelines.data.source_layout import LAYOUTS, plan_folder
-from animediffusion.pipelines.data.stream import silence_ray_data
 from animediffusion.platform.cluster import cluster
 from animediffusion.platform.errors import ConfigError, DataError, StorageError
 from animediffusion.platform.images.picture_names import DECODED_SUFFIXES, is_junk
@@ -90,7 +89,7 @@ def run_tasks(tasks: Iterable[Callable[[], T]], note: Callable[[str], None]) -> 
     table = [{"task": pack(task)} for task in tasks]
     if not table:
         return
-    silence_ray_data()
+    cluster.silence_ray_data()
     rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(run_packed, batch_size=1)
     with cluster.waits(note) as moved:
         for row in rows.iter_rows():

@@ -10,7 +10,6 @@ pipelines/data/read_order.py defines the order of the rows.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,9 +70,10 @@ def training_dataset(
     # Here, because reading a whole split needs no Ray, which takes long to import.
     import ray.data
 
+    from animediffusion.platform.cluster import cluster
     from animediffusion.platform.cluster.ray_compat import pause_scheduling
 
-    silence_ray_data()
+    cluster.silence_ray_data()
     uri = storage.absolute(uri)
     shards = Manifest.load(uri).split(split).shards
     counts = tuple(shard.rows for shard in shards)
@@ -90,14 +90,6 @@ def training_dataset(
     rows.context.execution_options.preserve_order = True
     pause_scheduling(rows.context, SCHEDULING_PAUSE_S)
     return rows
-
-
-def silence_ray_data() -> None:
-    """Hide the progress bars and log messages of Ray Data, because our commands report their own progress."""
-    from ray.data import DataContext  # as in training_dataset()
-
-    DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:

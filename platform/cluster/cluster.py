@@ -289,3 +289,9 @@ def _init(thing: str, **arguments: Any) -> None:
             raise ClusterError(thing, "rejects the token", "set RAY_AUTH_TOKEN to the cluster's token") from error
         found = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ClusterError(thing, f"cannot be used ({found.strip()})", "see `animediffusion doctor`") from error
+
+
+def silence_ray_data() -> None:
+    """Hide the progress bars and log messages of Ray Data, because our commands report their own progress."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ class _Run:
         self.options = options
         self.rendering = rendering
         self.file_format: FileFormat = file_format
-        self.metadata = {"reference": " ".join(map(_sha256, references)), **asdict(options), **_settings(rendering)}
+        self.metadata = settings_metadata(references, options, rendering)
 
     def color(self, sketch: Path, target: Path) -> FileResult:
         """Color one file and write the layer before the picture, so that a picture always has its layer."""
@@ -178,10 +178,10 @@ class _Run:
         try:
             _check_length(sketch, files[-1])
             drawing = _read(sketch)
-            metadata = {"sketch": _sha256(drawing), **self.metadata}
+            metadata = {"sketch": sha256_of(drawing), **self.metadata}
             before = read_metadata(target)
             is_whole = all(read_metadata(file) == before for file in files[1:])
-            if before is not None and self._is_done(before, metadata) and is_whole:
+            if before is not None and is_same(before, metadata, self.colorizer.versions()) and is_whole:
                 version = str(before["model_version"])
                 return FileResult(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
             colored = self.colorizer.colorize(
@@ -199,10 +199,6 @@ class _Run:
             wrong = DataError(str(sketch), f"the hints do not fit it ({error.found})", error.allowed)
             return FileResult(sketch=sketch, seed=seed, error=wrong)
         return FileResult(sketch=sketch, output=target, seed=seed, model_version=colored.model_version)
-
-    def _is_done(self, before: dict[str, Any], metadata: dict[str, Any]) -> bool:
-        version = before.get("model_version")
-        return before == {**metadata, "model_version": version} and version in self.colorizer.versions()
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
@@ -334,6 +330,23 @@ def _files_of(target: Path) -> list[Path]:
     return [target, target.with_name(target.stem + LAYER_SUFFIX)] if target.suffix == ".png" else [target]
 
 
+def settings_metadata(references: Sequence[bytes], options: SamplerOptions, rendering: RenderOptions) -> dict[str, Any]:
+    """Return what the metadata of a picture says about its references and settings."""
+    return {"reference": " ".join(map(sha256_of, references)), **asdict(options), **_settings(rendering)}
+
+
+def is_same(before: Mapping[str, Any] | None, metadata: Mapping[str, Any], versions: Collection[str]) -> bool:
+    """Whether a file was made from the same inputs with the same settings, by a version that still answers.
+
+    Args:
+        before: metadata of the file, None if it has none.
+        metadata: what it would be now, without the version.
+        versions: the versions that may answer.
+    """
+    version = (before or {}).get("model_version")
+    return before == {**metadata, "model_version": version} and version in versions
+
+
 def _settings(rendering: RenderOptions) -> dict[str, Any]:
     """Return the settings of a picture for its metadata, without those that the style `painted` of PNGs never had."""
     palette, hints = rendering.palette, rendering.hints
@@ -341,15 +354,16 @@ def _settings(rendering: RenderOptions) -> dict[str, Any]:
         "size": rendering.size,
         "style": None if rendering.style == "painted" else rendering.style,
         "background": rendering.background,
-        "palette": _sha256(palette) if isinstance(palette, bytes) else palette,
-        "hints": None if hints is None else _sha256(hints if isinstance(hints, bytes) else hints.encode()),
+        "palette": sha256_of(palette) if isinstance(palette, bytes) else palette,
+        "hints": None if hints is None else sha256_of(hints if isinstance(hints, bytes) else hints.encode()),
     }
     if found["palette"] == "reference":
         del found["palette"]
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _sha256(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
+    """Return the hash of a file in the metadata."""
     return hashlib.sha256(data).hexdigest()
 
 

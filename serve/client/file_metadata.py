@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -54,13 +54,22 @@ def with_metadata(data: bytes, metadata: Mapping[str, Any]) -> bytes:
 def read_metadata(path: Path) -> dict[str, Any] | None:
     """Return the metadata of a file; None if the file is missing, is of another format, or has no metadata."""
     try:
-        if path.suffix.lower() == ".ora":
-            with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file:
+            return metadata_of(file, path.suffix)
+    except OSError:
+        return None
+
+
+def metadata_of(file: IO[bytes], suffix: str) -> dict[str, Any] | None:
+    """Return the metadata of an open file with this suffix; None if it is of another format, or has no metadata."""
+    try:
+        if suffix.lower() == ".ora":
+            with zipfile.ZipFile(file) as archive:
                 text = archive.read(_ARCHIVED).decode("ascii")
-        elif path.suffix.lower() == ".psd":
-            text = _psd_text(path)
+        elif suffix.lower() == ".psd":
+            text = _psd_text(file)
         else:
-            with Image.open(path, formats=("PNG",)) as image:
+            with Image.open(file, formats=("PNG",)) as image:
                 text = image.info[KEYWORD]
         metadata = json.loads(text)
     except Exception:  # An unreadable file counts as missing, so that it is written again.
@@ -83,7 +92,7 @@ def _psd_with(data: bytes, text: str) -> bytes:
     return data[:_PSD_RESOURCES] + struct.pack(">I", length + len(resource)) + resource + data[start:]
 
 
-def _psd_text(path: Path) -> str:
-    with Image.open(path, formats=("PSD",)) as image:
+def _psd_text(file: IO[bytes]) -> str:
+    with Image.open(file, formats=("PSD",)) as image:
         [packet] = [data for number, _, data in image.resources if number == _XMP_RESOURCE]  # type: ignore[attr-defined]
     return ElementTree.fromstring(packet).findtext(_XMP_TEXT) or ""

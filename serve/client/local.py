@@ -17,26 +17,18 @@ from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.standalone import paint_as
 
 
-class LocalColorizer:
-    """A colorize_files.Colorizer with a bundle in this process.
+class BundleColorizer:
+    """A colorize_files.Colorizer with a loaded bundle.
 
     Args:
-        settings: settings of the registry.
-        model: bundle folder or URI, or a registered version or alias; None is the champion.
-        device: device of the model; by default CUDA if it is available, else the CPU.
-
-    Raises:
-        AnimeDiffusionError: the model does not exist or is damaged.
+        bundle: the model, on its device.
+        version: name of the version in results and metadata.
+        max_concurrent: number of drawings to color concurrently: one runs the network, the others decode and render.
     """
 
-    def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
-        self.max_concurrent = min(4, os.cpu_count() or 1)
+    def __init__(self, bundle: Bundle, version: str, max_concurrent: int) -> None:
+        self.bundle, self.version, self.max_concurrent = bundle, version, max_concurrent
         self._lock = threading.Lock()
-        source = ModelSource(settings, model)
-        self.version = source.resolve()
-        folder = source.fetch(self.version)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.bundle: Bundle = load_bundle(folder, device, name=model)
 
     def colorize(
         self,
@@ -67,3 +59,23 @@ class LocalColorizer:
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""
         return (self.version,)
+
+
+class LocalColorizer(BundleColorizer):
+    """A colorize_files.Colorizer with a model that is loaded in this process.
+
+    Args:
+        settings: settings of the registry.
+        model: bundle folder or URI, or a registered version or alias; None is the champion.
+        device: device of the model; by default CUDA if it is available, else the CPU.
+
+    Raises:
+        AnimeDiffusionError: the model does not exist or is damaged.
+    """
+
+    def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        source = ModelSource(settings, model)
+        version = source.resolve()
+        folder = source.fetch(version)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(load_bundle(folder, device, name=model), version, min(4, os.cpu_count() or 1))

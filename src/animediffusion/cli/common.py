@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,3 +120,8 @@ def connect(settings: Settings) -> None:
     from animediffusion.platform.cluster import cluster
 
     cluster.connect(settings)
+
+
+def in_job() -> bool:
+    """Whether Ray's jobs API started this process; it sets this variable (ray._private.runtime_env.constants)."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

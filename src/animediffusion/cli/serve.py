@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,20 +23,38 @@ from animediffusion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
+    from animediffusion.serve.bulk.drawings import References
     from animediffusion.serve.client.colorize_files import Colorizer, FileFormat
     from animediffusion.serve.rendering.coloring import Background, Style
-    from animediffusion.serve.rendering.render import Size
+    from animediffusion.serve.rendering.render import RenderOptions, Size
+
+_SAY_S = 10.0
+"""Seconds between two lines on the pace of a coloring of many drawings."""
 
 keys = common.group(help="Create, list and revoke API keys.")
 
 
 def colorize(
-    sketches: Annotated[list[Path], typer.Argument(metavar="SKETCH...", help="Image files or folders of image files.")],
-    reference: Annotated[
-        list[Path],
-        typer.Option(metavar="IMG", help="Reference image with the colors to use; repeat it for up to 4 images."),
+    sketches: Annotated[
+        list[str], typer.Argument(metavar="SKETCH...", help="Image files or folders of image files; local or s3://.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder for STEM.png and STEM.color.png.")],
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Output folder for STEM.png and STEM.color.png; local or s3://.")
+    ],
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IMG", help="Reference image with the colors to use; repeat it for up to 4 images."),
+    ] = None,
+    references: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CSV|DIR",
+            help="A reference per drawing: CSV sketch,reference[,reference2...], or a folder with equal names.",
+        ),
+    ] = None,
+    on_cluster: Annotated[
+        bool, typer.Option("--on-cluster", help="Color over Ray Data, on the whole cluster; a job always does.")
+    ] = False,
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to use; the champion by default.")] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Use a running server instead of a local model.")
@@ -94,6 +113,8 @@ def colorize(
 
     Writes STEM.png, and the color layer without lines as STEM.color.png; with --format, STEM.ora or STEM.psd.
     """
+    from animediffusion.platform.storage.addresses import is_remote
+    from animediffusion.serve.bulk.drawings import read_references
     from animediffusion.serve.client.colorize_files import (
         OUTPUTS,
         colorize_files,
@@ -104,8 +125,11 @@ def colorize(
     )
     from animediffusion.serve.rendering.render import RenderOptions, hints_argument, palette_argument
 
-    if len(reference) > MAX_REFERENCES:
-        raise ConfigError("--reference", f"{len(reference)} images", f"1 to {MAX_REFERENCES} images")
+    colors = reference or []
+    if len(colors) > MAX_REFERENCES:
+        raise ConfigError("--reference", f"{len(colors)} images", f"1 to {MAX_REFERENCES} images")
+    if not colors and references is None:
+        raise ConfigError("--reference", "is missing", "give an image with the colors, or --references")
     kind = cast("FileFormat", file_format)
     if kind not in OUTPUTS:
         raise ConfigError("--format", repr(file_format), "png, ora or psd")
@@ -121,15 +145,24 @@ def colorize(
         raise ConfigError("--model and --url", "both given", "a server has its own model: give one of them")
     console, settings = common.console(), common.settings()
     options = SamplerOptions(seed=seed, steps=steps, guidance_scale=guidance_scale)
-    files, unsupported, done, failed = list_sketches(sketches), list_unsupported(sketches), [], 0
+    on_cluster = on_cluster or (url is None and common.in_job())
+    if on_cluster or references is not None or any(is_remote(uri) for uri in [*sketches, *colors, out]):
+        if url is not None:
+            raise ConfigError(
+                "--url", "a server cannot be used with --on-cluster, --references or s3://", "leave it out"
+            )
+        chosen = read_references(colors, references)
+        return _colorize_stores(sketches, chosen, out, model, options, rendering, kind, on_cluster)
+    paths, pictures = [Path(sketch) for sketch in sketches], [Path(color) for color in colors]
+    files, unsupported, done, failed = list_sketches(paths), list_unsupported(paths), [], 0
     if unsupported:
         console.note(f"skipped {_named(unsupported)}; save them as PNG, JPEG or WebP")
-    if colored := list_own_results(sketches, files):
+    if colored := list_own_results(paths, files):
         console.note(f"skipped {_named(colored)}, made by colorize; give them by name to color them again")
-    if inner := list_inner_folders(sketches):
+    if inner := list_inner_folders(paths):
         console.note(f"skipped {_named(inner, 'folder')}; give them by name to color their drawings")
     with console.progress("colored", "drawings") as progress, _colorizer(settings, model, url) as colorizer:
-        for one in colorize_files(colorizer, files, reference, out, options, rendering, kind):
+        for one in colorize_files(colorizer, files, pictures, Path(out), options, rendering, kind):
             done.append(one)
             failed += one.error is not None
             if one.error:
@@ -138,6 +171,52 @@ def colorize(
                 console.note(f"{one.sketch} -> {one.output}{' (done before)' if one.skipped else ''}")
             if console.terminal:
                 progress(len(done), len(files), failed)
+    skipped = sum(one.skipped for one in done)
+    text = f"colored {len(done) - failed - skipped} of {len(done)}"
+    text += f"; {skipped} done before with the same settings" if skipped else ""
+    console.result([one.summary() for one in done], text + (f"; {failed} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _colorize_stores(
+    sketches: list[str],
+    references: References,
+    out: str,
+    model: str | None,
+    options: SamplerOptions,
+    rendering: RenderOptions,
+    kind: FileFormat,
+    on_cluster: bool,
+) -> int:
+    """Color the drawings of any store, here or on the cluster; see colorize()."""
+    from animediffusion.serve.bulk.bulk import Pace, color_here, color_on_cluster
+    from animediffusion.serve.bulk.drawings import list_drawings
+    from animediffusion.serve.bulk.worker import Outcome
+
+    console, settings = common.console(), common.settings()
+    drawings, faults = list_drawings(sketches, out, kind, references)
+    done = [Outcome(sketch, "", options.seed, "", error) for sketch, error in faults]
+    common.use_attention(settings)
+    if on_cluster:
+        common.connect(settings)
+        outcomes = color_on_cluster(settings, model, drawings, options, rendering, kind, console.note)
+    else:
+        outcomes = color_here(settings, model, drawings, options, rendering, kind)
+    pace, failed, said = Pace(len(drawings)), len(done), time.monotonic()
+    with console.progress("colored", "drawings") as progress:
+        for fault in done:
+            console.note(f"error: {fault.error}")
+        for one in outcomes:
+            pace.add()
+            done.append(one)
+            if one.error:
+                failed += 1
+                console.note(f"error: {one.error}")
+            if console.terminal:
+                progress(len(done), len(drawings) + len(faults), failed)
+            elif time.monotonic() - said > _SAY_S:
+                said = time.monotonic()
+                console.note(str(pace))
     skipped = sum(one.skipped for one in done)
     text = f"colored {len(done) - failed - skipped} of {len(done)}"
     text += f"; {skipped} done before with the same settings" if skipped else ""

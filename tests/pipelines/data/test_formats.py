@@ -1,4 +1,4 @@
-"""Archives, tables and layered files as sources: rows, names, what is done with hostile ones, and a command on Ray."""
+"""Archives, tables and layered files as sources: rows, names, and hostile ones; one command runs on Ray."""
 
 import io
 import json

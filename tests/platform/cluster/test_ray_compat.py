@@ -6,6 +6,7 @@ import pytest
 import ray.data
 from ray._private import ray_constants
 
+from animediffusion.cli import common
 from animediffusion.platform.cluster import ray_compat
 
 ROOT = Path(__file__).parents[3]
@@ -47,3 +48,10 @@ def test_the_private_names_are_used_as_ray_means_them():
     base = made.__bases__[0]
     assert callable(base.on_execution_step)
     made().on_execution_step(None)
+
+
+def test_a_job_has_the_variable_by_which_commands_recognize_it(monkeypatch):
+    name = importlib.import_module("ray._private.runtime_env.constants").RAY_JOB_CONFIG_JSON_ENV_VAR
+    assert not common.in_job()
+    monkeypatch.setenv(name, "{}")
+    assert common.in_job()

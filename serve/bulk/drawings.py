@@ -1,0 +1,159 @@
+"""The drawings of a bulk coloring, with their references and outputs: names only, local or remote.
+
+jobs, faults = list_drawings(["s3://in"], "s3://out", "png", References(["hero.png"], csv_or_folder="refs.csv"))
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from animediffusion.models.sampler_options import MAX_REFERENCES
+from animediffusion.platform.errors import ConfigError, DataError
+from animediffusion.platform.images.picture_names import UPLOADED_SUFFIXES, is_junk
+from animediffusion.platform.storage import storage
+
+
+class BulkDrawing(NamedTuple):
+    """A drawing, its references and the picture to write, as URIs."""
+
+    sketch: str
+    references: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class References:
+    """Which references a drawing has.
+
+    Args:
+        common: references of drawings that have no others.
+        of_drawing: references by the drawing's URI, file name or stem.
+    """
+
+    common: tuple[str, ...] = ()
+    of_drawing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def find(self, sketch: str) -> tuple[str, ...]:
+        """Return the references of a drawing, an empty tuple if it has none."""
+        name = name_of(sketch)
+        keys = (sketch, name, stem_of(name))
+        return next((self.of_drawing[key] for key in keys if key in self.of_drawing), self.common)
+
+
+def read_references(common: Sequence[str], uri: str | None) -> References:
+    """Return the references of a command: `common` ones, and those of a CSV or a folder of files named as drawings.
+
+    Raises:
+        ConfigError: there are none, or too many for a drawing.
+        DataError: the CSV is not usable, or the folder holds no pictures.
+    """
+    given = tuple(storage.absolute(one) for one in common)
+    if len(given) > MAX_REFERENCES:
+        raise ConfigError("--reference", f"{len(given)} images", f"1 to {MAX_REFERENCES} images")
+    if uri is None:
+        if not given:
+            raise ConfigError("--reference", "is missing", "give an image with the colors, or --references")
+        return References(given)
+    uri = storage.absolute(uri)
+    if name_of(uri).lower().endswith(".csv"):
+        return References(given, _read_csv(uri))
+    pictures = _pictures(uri)
+    if not pictures:
+        raise DataError(uri, "has no images", "give a folder of references with the names of the drawings, or a CSV")
+    return References(given, {stem_of(name): (storage.join(uri, name),) for name in pictures})
+
+
+def list_drawings(
+    sketches: Sequence[str], out: str, suffix: str, references: References
+) -> tuple[list[BulkDrawing], list[tuple[str, str]]]:
+    """List the drawings of files and folders, without opening any.
+
+    Returns:
+        The drawings, and (sketch, error) of those that cannot be colored.
+
+    Raises:
+        DataError: a path does not exist, or a folder has no images.
+        ConfigError: the outputs would overwrite drawings.
+    """
+    found: dict[str, None] = {}
+    for given in sketches:
+        uri = storage.absolute(given)
+        if storage.file_size(uri) is not None:
+            found[uri] = None
+            continue
+        if not storage.exists(uri):
+            raise DataError(uri, "no such file or folder", "give sketches or folders of sketches")
+        names = _pictures(uri)
+        if not names:
+            raise DataError(uri, "has no images", f"give a folder of {', '.join(sorted(UPLOADED_SUFFIXES))} files")
+        found |= dict.fromkeys(storage.join(uri, name) for name in names)
+    out = storage.absolute(out)
+    outputs = {sketch: storage.join(out, f"{stem_of(name_of(sketch))}.{suffix}") for sketch in found}
+    if overwritten := next((output for output in outputs.values() if output in found), None):
+        raise ConfigError("--out", f"{overwritten} is a sketch and would be overwritten", "choose another folder")
+    count = Counter(outputs.values())
+    drawings, faults = [], []
+    for sketch, output in outputs.items():
+        colors = references.find(sketch)
+        if count[output] > 1:
+            faults.append((sketch, f"{sketch}: another drawing would become {output}, too; give them other names"))
+        elif not colors:
+            faults.append((sketch, f"{sketch}: has no reference; name it in --references, or give a --reference"))
+        else:
+            drawings.append(BulkDrawing(sketch, colors, output))
+    return drawings, faults
+
+
+def name_of(uri: str) -> str:
+    """Return the file name of a path or URI."""
+    path = uri.partition("?")[0] if storage.is_remote(uri) else uri
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def stem_of(name: str) -> str:
+    """Return a file name without its suffix."""
+    return PurePosixPath(name).stem
+
+
+def _pictures(folder: str) -> list[str]:
+    """Return the names of the images in a folder, not in those below it."""
+    return [
+        name
+        for name in storage.survey(folder).sizes
+        if "/" not in name and not is_junk(name) and PurePosixPath(name).suffix.lower() in UPLOADED_SUFFIXES
+    ]
+
+
+def _read_csv(uri: str) -> dict[str, tuple[str, ...]]:
+    """Read the columns sketch,reference[,reference2...]; references are relative to the CSV's folder."""
+    base, mark, options = uri.partition("?") if storage.is_remote(uri) else (uri, "", "")
+    folder = base.rpartition("/")[0] + mark + options
+    try:
+        rows = list(csv.reader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(uri, f"is not a CSV ({error})", "save it as UTF-8 with commas") from error
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    if header[:2] != ["sketch", "reference"] or len(header) > 1 + MAX_REFERENCES:
+        names = ", ".join(header) or "none"
+        raise DataError(uri, f"its columns are {names}", f"sketch,reference[,reference2...], {MAX_REFERENCES} at most")
+    found: dict[str, tuple[str, ...]] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        sketch, *colors = [cell.strip() for cell in row] or [""]
+        if not any(row):
+            continue
+        if not sketch or not any(colors):
+            raise DataError(f"{uri}, line {number}", "lacks a sketch or a reference", "give both")
+        if sketch in found:
+            raise DataError(f"{uri}, line {number}", f"{sketch!r} is given twice", "give each drawing once")
+        found[sketch] = tuple(_inside(folder, color) for color in colors if color)
+    return found
+
+
+def _inside(folder: str, path: str) -> str:
+    return path if storage.is_remote(path) or path.startswith("/") else storage.join(folder, path)

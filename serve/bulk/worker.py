@@ -1,0 +1,211 @@
+"""The actor of a bulk coloring: it holds the model, and colors batches of drawings from and to any store.
+
+On a CPU, a picture is the one that the command `colorize` makes in one process, byte by byte: both call
+serve/client/local.py's BundleColorizer, in which a drawing has the network for itself. On a GPU, drawings share the
+batches of an engine (serve/bulk/batched.py). Meanwhile, other threads read, decode, render and write other drawings.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from animediffusion.models.bundle import load_bundle
+from animediffusion.models.network.attention import Backend, use_attention
+from animediffusion.models.sampler_options import SamplerOptions
+from animediffusion.platform.errors import ConfigError, DataError, ImageError, StorageError, UnreachableError
+from animediffusion.platform.storage import storage
+from animediffusion.serve.bulk.batched import BatchedColorizer
+from animediffusion.serve.client.colorize_files import (
+    LAYER_SUFFIX,
+    MAX_FILE_BYTES,
+    Colorizer,
+    FileFormat,
+    is_same,
+    settings_metadata,
+    sha256_of,
+)
+from animediffusion.serve.client.file_metadata import metadata_of, with_metadata
+from animediffusion.serve.client.local import BundleColorizer
+from animediffusion.serve.rendering.render import RenderOptions
+
+THREADS = 3
+"""Drawings that an actor handles at once on a CPU: one in the network, one being read, one rendered and written."""
+GPU_BATCH = 16
+"""Rows of the network in an evaluation on a GPU."""
+_CACHED_REFERENCES = 16
+
+
+@dataclass(frozen=True)
+class BulkSettings:
+    """What all drawings of a bulk coloring share."""
+
+    options: SamplerOptions
+    rendering: RenderOptions
+    file_format: FileFormat
+    version: str
+    """Name of the model's version."""
+    name: str | None
+    """The model in error messages."""
+    attention: Backend
+    stores: tuple[str, ...]
+    """Addresses of stores that have answered the driver."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of one drawing; `error` is empty if its files exist now."""
+
+    sketch: str
+    output: str
+    seed: int
+    model_version: str
+    error: str = ""
+    skipped: bool = False
+    """Whether the files existed already, made from the same inputs with the same settings."""
+    is_store_lost: bool = False
+    """Whether a store does not answer, so that other drawings would fail, too."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return the entry that `colorize --json` prints."""
+        done = {"sketch": self.sketch, "output": self.output or None, "seed": self.seed}
+        failed = {"error": self.error} if self.error else {}
+        return {**done, "model_version": self.model_version, **failed, **({"skipped": True} if self.skipped else {})}
+
+
+class ColorDrawings:
+    """Class for Ray Data's map_batches(): an instance per actor.
+
+    Args:
+        files: the files of the bundle, or a reference to them in Ray's object store.
+        settings: what all drawings share.
+        threads: threads of torch; None is its default.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes] | ray.ObjectRef[Mapping[str, bytes]],
+        settings: BulkSettings,
+        threads: int | None = None,
+    ) -> None:
+        held: Mapping[str, bytes] = ray.get(files) if isinstance(files, ray.ObjectRef) else files
+        if threads is not None:
+            torch.set_num_threads(threads)
+        use_attention(settings.attention)
+        storage.expect(*settings.stores)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in held.items():
+                Path(folder, name).write_bytes(data)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            bundle = load_bundle(folder, device, name=settings.name)
+        colorizer: Colorizer = (
+            BatchedColorizer(bundle, settings.version, GPU_BATCH)
+            if device == "cuda"
+            else BundleColorizer(bundle, settings.version, THREADS)
+        )
+        self._pool = ThreadPoolExecutor(colorizer.max_concurrent)
+        self._color = DrawingColorizer(colorizer, settings)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Color the drawings of the columns `sketch`, `references` (URIs, one a line) and `output`."""
+        rows = zip(*(batch[name].tolist() for name in ("sketch", "references", "output")), strict=True)
+        made = list(self._pool.map(lambda row: self._color(row[0], row[1].split("\n"), row[2]), rows))
+        return {field.name: np.array([getattr(one, field.name) for one in made]) for field in fields(Outcome)}
+
+
+class DrawingColorizer:
+    """Colors one drawing of a store; several threads call it.
+
+    Args:
+        colorizer: makes the pictures.
+        settings: what all drawings share.
+    """
+
+    def __init__(self, colorizer: Colorizer, settings: BulkSettings) -> None:
+        self._colorizer, self._settings = colorizer, settings
+        self._references: dict[str, bytes] = {}
+
+    def __call__(self, sketch: str, references: Sequence[str], output: str) -> Outcome:
+        """Color a drawing; errors are in the result.
+
+        Args:
+            sketch: URI of the drawing.
+            references: URIs of the reference images.
+            output: URI of the picture; its color layer is next to it.
+        """
+        try:
+            return self._made(sketch, references, output)
+        except UnreachableError as error:
+            return replace(self._outcome(sketch, "", str(error)), is_store_lost=True)
+        except ConfigError as error:
+            return self._outcome(sketch, "", str(DataError(sketch, error.found, error.allowed)))
+        except (ImageError, DataError, StorageError) as error:
+            return self._outcome(sketch, "", str(error))
+
+    def _made(self, sketch: str, references: Sequence[str], output: str) -> Outcome:
+        settings, suffix = self._settings, output.rpartition(".")[2].partition("?")[0]
+        colors = [self._reference(uri) for uri in references]
+        drawing = read_file(sketch)
+        metadata = {"sketch": sha256_of(drawing), **settings_metadata(colors, settings.options, settings.rendering)}
+        layer = layer_of(output) if settings.file_format == "png" else None
+        # Ray repeats a batch whose actor has died, so that the question is asked for each drawing, not for all before.
+        files = [output] if layer is None else [output, layer]
+        if all(is_same(_metadata(file, suffix), metadata, (settings.version,)) for file in files):
+            return self._outcome(sketch, output, skipped=True)
+        made = self._colorizer.colorize(
+            drawing, colors, settings.options, settings.rendering, settings.file_format, name=sketch
+        )
+        metadata["model_version"] = made.model_version
+        if made.color_layer is not None and layer is not None:  # before the picture, which then always has its layer
+            storage.write_bytes(layer, with_metadata(made.color_layer, metadata))
+        storage.write_bytes(output, with_metadata(made.picture, metadata))
+        return self._outcome(sketch, output)
+
+    def _outcome(self, sketch: str, output: str, error: str = "", skipped: bool = False) -> Outcome:
+        version = "" if error else self._settings.version
+        return Outcome(sketch, output, self._settings.options.seed, version, error, skipped)
+
+    def _reference(self, uri: str) -> bytes:
+        """Return a reference, from memory if it is one of the last; drawings of a scene share one."""
+        data = self._references.get(uri)
+        if data is None:
+            data = read_file(uri)
+            while len(self._references) >= _CACHED_REFERENCES:
+                self._references.pop(next(iter(self._references)), None)
+            self._references[uri] = data
+        return data
+
+
+def layer_of(output: str) -> str:
+    """Return the address of the color layer next to a picture."""
+    base, mark, options = output.partition("?") if storage.is_remote(output) else (output, "", "")
+    return base.removesuffix(".png") + LAYER_SUFFIX + mark + options
+
+
+def read_file(uri: str) -> bytes:
+    """Read a drawing or a reference.
+
+    Raises:
+        ImageError: it is larger than any usable picture.
+        StorageError: it cannot be read.
+    """
+    size = storage.file_size(uri)
+    if size is not None and size > MAX_FILE_BYTES:
+        raise ImageError(uri, f"is larger than {MAX_FILE_BYTES // 2**20} MiB", "give an image file")
+    return storage.read_bytes(uri)
+
+
+def _metadata(uri: str, suffix: str) -> dict[str, Any] | None:
+    if storage.file_size(uri) is None:
+        return None
+    return metadata_of(io.BytesIO(storage.read_bytes(uri)), f".{suffix}")
