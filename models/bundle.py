@@ -113,12 +113,23 @@ def save_bundle(
     card: str = "",
     *,
     averages: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
-    """Write the bundle atomically (temporary directory, then rename) and return its identity (sha256)."""
+    """Write the bundle atomically (temporary directory, then rename) and return its identity (sha256).
+
+    Args:
+        folder: the new bundle; an existing one is replaced.
+        denoiser: the model.
+        config: configuration of the model.
+        metrics: content of metrics.json.
+        card: content of card.md.
+        averages: tensors of the averages file; without them, no such file is written.
+        dtype: type of the weights in the file, their own by default; load_bundle() converts them.
+    """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in denoiser.state_dict().items()}
     save_file(weights, temporary / "model.safetensors")
     if averages:
         save_file(averages, temporary / AVERAGES)

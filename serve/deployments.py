@@ -65,7 +65,8 @@ class ServeConfig(Config):
     """Settings of the application. The `args` of a Serve config file have the same keys."""
 
     model: str | None = None
-    """Bundle folder or URI, or a registered version or alias; the champion if omitted."""
+    """Bundle folder or URI, `starter`, or a registered version or alias; if omitted, the champion, or the starter
+    model until a version is promoted."""
     workspace: Path | None = None
     """Workspace folder, like the option --workspace of the command."""
     model_name: str | None = None

@@ -51,7 +51,7 @@ class Answer:
     picture: Pixels
     """[S, S, 3]: the letterboxed sketch, colored."""
     model_version: str
-    """Registry number, or `sha256:` and 12 hex digits."""
+    """Registry number, `sha256:` and 12 hex digits, or `starter`."""
     doubt: Pixels | None = None
     """[S, S]: where the picture is likely to be wrong, if the job wants it (models/doubt.py, 255 times); None if the
     model has no matcher."""

@@ -27,6 +27,7 @@ from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
+from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.platform.storage.local_files import expanded
 from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
 from animediffusion.serve.protocol import ReplicaStatus
@@ -34,6 +35,7 @@ from animediffusion.serve.proxy import max_body_bytes
 from animediffusion.serve.replica.model_source import ModelSource
 
 READY_TIMEOUT_S = 120.0
+NO_CHAMPION = "no version was promoted, so the starter model answers until one is"
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def serve_app(
 
     Args:
         settings: settings of the workspace and the registry.
-        model: model to serve; None is the champion, which the server follows when the alias moves.
+        model: model to serve; None is the champion, which the server follows when the alias moves, or the starter
+            model until a version is promoted.
         host: address to listen on: loopback, or any other address if an API key exists.
         port: HTTP port.
         announce: callback for status messages, one line each.
@@ -87,12 +90,14 @@ def running(
         config: settings of the application.
         host: address to listen on.
         port: HTTP port.
-        report: callback for messages about resources that the cluster lacks, while the start waits for them.
+        report: callback for messages: that the starter model answers, or which resources the cluster lacks while the
+            start waits for them.
     """
     max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
-    check_model(settings, config.model)
+    if check_model(settings, config.model) == STARTER and config.model is None:
+        report(NO_CHAMPION)
     cluster.connect(settings)
     try:
         yield start(config, host=host, port=port, report=report)
@@ -173,10 +178,16 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     )
 
 
-def check_model(settings: Settings, model: str | None) -> None:
-    """Raise an AnimeDiffusionError if the model does not exist or is damaged, before a replica is started."""
+def check_model(settings: Settings, model: str | None) -> str:
+    """Return the version that will answer, before a replica is started.
+
+    Raises:
+        AnimeDiffusionError: the model does not exist or is damaged.
+    """
     source = ModelSource(settings, model)
-    verify(source.fetch(source.resolve()), source.model)
+    version = source.resolve()
+    verify(source.fetch(version), source.model)
+    return version
 
 
 def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
@@ -221,7 +232,7 @@ def _check_proxy(host: str) -> None:
 
 def _absolute(model: str | None) -> str | None:
     """Return a bundle folder as an absolute path, because replicas have another working directory."""
-    is_folder = model is not None and not model.startswith("models:") and not is_uri(model)
+    is_folder = model not in (None, STARTER) and not str(model).startswith("models:") and not is_uri(str(model))
     return str(expanded(str(model)).absolute()) if is_folder else model
 
 

@@ -371,6 +371,8 @@ def test_the_wheel_has_every_module_and_every_data_file(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"animediffusion/{path.relative_to(PACKAGE)}" for path in SOURCES if PACKAGE in path.parents}
     wanted |= {"animediffusion/py.typed"}
+    starter = ("card.md", "checksums.json", "config.json", "metrics.json", "model.safetensors")
+    wanted |= {f"animediffusion/platform/registry/starter/{name}" for name in starter}
     for name in tracked_files():
         if name.split("/")[0] in FOLDERS and Path(name).suffix in (
             ".py",

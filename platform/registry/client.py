@@ -144,7 +144,8 @@ class Registry:
         """Return the local folder of a bundle; a version is downloaded only once.
 
         Args:
-            model: a bundle folder, the URI of a bundle folder (s3://...), `models:/NAME@alias` or `models:/NAME/3`.
+            model: a bundle folder, the URI of a bundle folder (s3://...), `starter`, `models:/NAME@alias` or
+                `models:/NAME/3`.
             cache_dir: parent folder of downloads, WORKSPACE/cache if None.
             averages: also download a version's averages.safetensors, which coloring does not need, if it has that file.
 

@@ -1,4 +1,4 @@
-"""Download folders into a cache so that each folder appears completely or not at all.
+"""Find the folder of a bundle: the starter model, a local folder, or a download that appears completely or not at all.
 
 Not here: the files of a registered version, see client.py.
 """
@@ -19,6 +19,10 @@ from animediffusion.platform.errors import BundleError
 from animediffusion.platform.network import is_uri
 from animediffusion.platform.storage import storage
 
+STARTER = "starter"
+"""MODEL and version of the starter model, the bundle that comes with the package."""
+STARTER_FOLDER = Path(__file__).with_name("starter")
+
 
 @functools.cache
 def _own_cache() -> tempfile.TemporaryDirectory[str]:
@@ -34,7 +38,18 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def fetch_folder(model: str | Path, cache: Path) -> Path:
-    """Return the local folder of a bundle; a URI is downloaded each time, because its content may have changed."""
+    """Return the local folder of a bundle; a URI is downloaded each time, because its content may have changed.
+
+    Args:
+        model: a bundle folder or URI, or STARTER.
+        cache: parent folder of downloads.
+
+    Raises:
+        BundleError: the folder does not exist.
+        StorageError: the URI cannot be read.
+    """
+    if str(model) == STARTER:
+        return STARTER_FOLDER
     if is_uri(str(model)) and not str(model).startswith("file:"):
         destination = cache / "uri" / hashlib.sha256(str(model).encode()).hexdigest()[:16]
         with whole_folder(destination) as temporary:

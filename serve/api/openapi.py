@@ -44,7 +44,7 @@ _PROBLEM = {
     },
 }
 _HEADERS = {
-    "X-Model-Version": "Registry number, or sha256 and 12 hex digits",
+    "X-Model-Version": "Registry number, sha256 and 12 hex digits, or starter",
     "X-Seed": "The seed that was used",
     "X-Style": "The style of the picture",
     "X-Regions": "Number of regions of the drawing; missing if the output needs no regions",

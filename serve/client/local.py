@@ -66,7 +66,8 @@ class LocalColorizer(BundleColorizer):
 
     Args:
         settings: settings of the registry.
-        model: bundle folder or URI, or a registered version or alias; None is the champion.
+        model: bundle folder or URI, `starter`, or a registered version or alias; None is the champion, or the starter
+            model without one.
         device: device of the model; by default CUDA if it is available, else the CPU.
 
     Raises:

@@ -55,6 +55,19 @@ def test_a_loaded_bundle_colors_as_the_saved_model_did(tmp_path, config, new_bat
     assert not any(p.requires_grad for p in bundle.denoiser.parameters())
 
 
+def test_weights_of_half_the_size_are_loaded_as_float32(tmp_path, config):
+    torch.manual_seed(1)
+    denoiser = config.build()
+    save_bundle(tmp_path / "b", denoiser, config)
+    whole = (tmp_path / "b" / "model.safetensors").stat().st_size
+    sha256 = save_bundle(tmp_path / "b", denoiser, config, dtype=torch.float16)
+    assert (tmp_path / "b" / "model.safetensors").stat().st_size < 0.7 * whole
+    loaded = load_bundle(tmp_path / "b", sha256=sha256).denoiser
+    for parameter, before in zip(loaded.parameters(), denoiser.parameters(), strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before.half().float())
+
+
 def test_a_bundle_holds_five_files_and_no_pickle(folder):
     names = {"config.json", "model.safetensors", "metrics.json", "card.md", "checksums.json"}
     assert {path.name for path in folder.iterdir()} == names

@@ -126,6 +126,17 @@ def sleeping_studio(studio, serve_port, config):
     return studio
 
 
+def test_the_starter_model_answers_while_there_is_no_champion(studio):
+    studio.registry.client.delete_registered_model_alias(studio.registry.name, "champion")
+    studio.serve_champion("starter")
+    answer = studio.color()
+    assert (answer.status_code, answer.headers["x-model-version"]) == (200, "starter")
+    assert studio.models()["desired"] == {"champion": None, "challenger": None}
+    release.promote(studio.settings, 1, force=True)
+    assert studio.serve_champion("1") < FOLLOWS_WITHIN_S
+    assert studio.color().headers["x-model-version"] == "1"
+
+
 def test_a_request_wakes_an_engine_up(sleeping_studio):
     studio = sleeping_studio
     asleep = studio.models()

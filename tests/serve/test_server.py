@@ -80,6 +80,8 @@ def test_a_folder_is_given_to_replicas_by_its_full_path(tmp_path, monkeypatch):
         ("run:1/b", str(tmp_path / "run:1/b")),
         ("s3://b/k", "s3://b/k"),
         ("models:/a/1", "models:/a/1"),
+        ("starter", "starter"),
+        ("./starter", str(tmp_path / "starter")),
     ):
         assert _config(Settings(workspace=tmp_path), model, {}).model == meant
 
@@ -108,7 +110,7 @@ def test_a_free_port_is_fine():
 def test_a_missing_or_damaged_model_is_found_before_anything_starts(tmp_path, bundle_folder):
     settings = Settings(workspace=tmp_path / "workspace")
     with pytest.raises(RegistryError, match="no version"):
-        check_model(settings, None)
+        check_model(settings, "models:/animediffusion@champion")
     with pytest.raises(BundleError, match="no such folder"):
         check_model(settings, str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()

@@ -28,7 +28,7 @@ def doctor(
     console = common.console()
     settings = common.settings()
     common.use_attention(settings)
-    found = checks(settings, [_torch_probe], _device, storage)
+    found = checks(settings, [_torch_probe, _starter_probe], _device, storage)
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
     made = report(found)
     console.result(asdict(made), "\n".join(lines))
@@ -39,6 +39,15 @@ def _torch_probe() -> Check:
     from animediffusion.platform.doctor import Check
 
     return Check("torch", _unused_gpu() is None, _device())
+
+
+def _starter_probe() -> Check:
+    from animediffusion.models.bundle import verify
+    from animediffusion.platform.doctor import Check
+    from animediffusion.platform.registry.downloads import STARTER, STARTER_FOLDER
+
+    sha256 = verify(STARTER_FOLDER, "the starter model")
+    return Check(STARTER, True, f"sha256 {sha256[:12]}, answers while no version was promoted")
 
 
 def _device() -> str:

@@ -55,7 +55,10 @@ def colorize(
     on_cluster: Annotated[
         bool, typer.Option("--on-cluster", help="Color over Ray Data, on the whole cluster; a job always does.")
     ] = False,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to use; the champion by default.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Model to use; by default the champion, or the starter model without one."),
+    ] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Use a running server instead of a local model.")
     ] = None,
@@ -237,15 +240,23 @@ def _colorizer(settings: Settings, model: str | None, url: str | None) -> Iterat
         with RemoteColorizer(url) as remote:
             yield remote
         return
+    from animediffusion.platform.registry.downloads import STARTER
     from animediffusion.serve.client.local import LocalColorizer
 
     common.use_attention(settings)
-    yield LocalColorizer(settings, model)
+    colorizer = LocalColorizer(settings, model)
+    if model is None and colorizer.version == STARTER:
+        common.console().note("no version was promoted, so the starter model colors")
+    yield colorizer
 
 
 def serve(
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Model to serve; the champion and its successors by default.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model to serve; by default the champion and its successors, or the starter model without one.",
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on; any but loopback requires an API key.")
