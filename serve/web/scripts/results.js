@@ -64,9 +64,9 @@ export async function present_last() {
 
 function describe() {
   const {answer: {model_version, seed}, seconds, edits} = shown, number = edits.dots.length;
-  const version = /^\d+$/.test(model_version) ? `version ${model_version}` : model_version === "starter" ? "starter model" : model_version;
+  const version = /^\d+$/.test(model_version) ? `model version ${model_version}` : model_version === "starter" ? "starter model" : `model ${model_version}`;
   const changes = number ? `, ${number} color${number > 1 ? "s" : ""} by hand` : "";
-  $("note").textContent = `${$("after").width} x ${$("after").height} px in ${seconds.toFixed(1)} s, seed ${seed}, model ${version}${changes}`;
+  $("note").textContent = `${$("after").width} x ${$("after").height} px in ${seconds.toFixed(1)} s, seed ${seed}, ${version}${changes}`;
 }
 
 function show_change() {
