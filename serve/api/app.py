@@ -170,9 +170,13 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
         hints = form.rendering.read_hints(drawing)
     except ConfigError as error:
         raise unusable(error.thing, error.found, error.allowed) from error
+    many = len(form.reference) > 1
     job = ColorizeJob(
         lines=as_gray(drawing),
-        references=tuple(read_picture(reference) for reference in form.reference),
+        references=tuple(
+            read_picture(reference, thing=f"reference {number}" if many else "reference")
+            for number, reference in enumerate(form.reference, start=1)
+        ),
         options=form.options,
         timeout_s=timeout_s,
         key=key,

@@ -91,7 +91,9 @@ def from_error(error: Exception, request_id: str = "") -> ProblemError:
     if isinstance(error, ImageError):
         if error.reason in ("not_an_image", "empty"):
             return ProblemError(415, f"{error.thing} {error.found}; send a PNG, JPEG or WebP image")
-        return unusable(error.thing, error.found, error.allowed)
+        field = error.thing.partition(" ")[0]  # The second of several references is the thing "reference 2".
+        errors = [{"field": field, "found": error.found, "allowed": error.allowed}]
+        return ProblemError(422, f"{error.thing}: {error.found}; {error.allowed}", errors)
     for kind, (status, detail) in ANSWERS.items():
         if isinstance(error, kind):
             known = error.retry_after_s if isinstance(error, BusyError) else None

@@ -165,17 +165,23 @@ def is_shade(one: Color, other: Color) -> bool:
 
 
 def shaded_like(color: Color, shade: Color, base: Color) -> Color:
-    """Return what `color` is where `base` is `shade`: multiplied where that is darker, screened where it is lighter."""
+    """Return what `color` is where `base` is `shade`: multiplied or screened, whichever changes it less.
+
+    Multiplying alone would make black of a color where a shadow on a dark base is black, and screening alone would make
+    white of it where a light on a pale base is white.
+    """
     new, old = sum(shade), sum(base)
-    if new > old:
-        red, green, blue = (255 - _scaled(255 - level, 765 - new, 765 - old) for level in color)
-    else:
-        red, green, blue = (_scaled(level, new, old) for level in color)
+    nearest = max if new < old else min
+    red, green, blue = (
+        nearest(_scaled(level, new, old), 255 - _scaled(255 - level, 765 - new, 765 - old)) for level in color
+    )
     return red, green, blue
 
 
 def _scaled(level: int, new: int, old: int) -> int:
-    return (2 * level * new + old) // (2 * old) if old else level
+    if old == 0:
+        return 255 if new else level
+    return min(255, (2 * level * new + old) // (2 * old))
 
 
 def _regions_under(hint: Hint, labels: NDArray[np.int32]) -> list[int]:

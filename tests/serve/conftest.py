@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from ports import free_port
 from programs import chromium
 from ray import serve
+from webpage import color
 
 from animediffusion.models.bundle import Bundle, BundleConfig, SamplerDefaults, load_bundle, save_bundle
 from animediffusion.models.network.unet import UNetConfig
@@ -199,6 +200,30 @@ def opened(browser):
     for context in contexts:
         context.close()
     assert errors == []
+
+
+@pytest.fixture(scope="session")
+def drawing(tmp_path_factory, sketch) -> Path:
+    """The file of the sketch."""
+    path = tmp_path_factory.mktemp("drawings") / "face.png"
+    path.write_bytes(encode_png(sketch))
+    return path
+
+
+@pytest.fixture(scope="session")
+def colors(drawing, reference) -> Path:
+    """The file of the reference."""
+    path = drawing.with_name("colors.png")
+    path.write_bytes(encode_png(reference))
+    return path
+
+
+@pytest.fixture
+def colored(opened, url, drawing, colors) -> Page:
+    """The page with a finished picture."""
+    page = opened(url, reduced_motion="reduce")
+    color(page, colors, drawing)
+    return page
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import io
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Page, expect
+from webpage import choose, click, color, give_hex, pixels, position, saved, shown
 
 from animediffusion.platform.images.codec import encode_png
 
@@ -16,76 +15,6 @@ pytestmark = pytest.mark.browser
 FACE, OUTSIDE = (60, 50), (3, 3)
 """Places in the drawing of the fixture `sketch`."""
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-
-
-@pytest.fixture(scope="module")
-def drawing(tmp_path_factory, sketch) -> Path:
-    path = tmp_path_factory.mktemp("drawings") / "face.png"
-    path.write_bytes(encode_png(sketch))
-    return path
-
-
-@pytest.fixture(scope="module")
-def colors(drawing, reference) -> Path:
-    path = drawing.with_name("colors.png")
-    path.write_bytes(encode_png(reference))
-    return path
-
-
-def choose(page: Page, kind: str, *paths: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.click(f"#{kind}")
-    chooser.value.set_files(paths)
-
-
-def color(page: Page, colors: Path, *drawings: Path) -> None:
-    """Color the drawings and wait for the results."""
-    choose(page, "sketch", *drawings)
-    choose(page, "reference", colors)
-    page.click("#go")
-    expect(page.locator("#colors")).to_be_visible()
-    expect(page.locator("#go")).not_to_have_text("Stop")
-
-
-@pytest.fixture
-def colored(opened, url, drawing, colors) -> Page:
-    page = opened(url, reduced_motion="reduce")
-    color(page, colors, drawing)
-    return page
-
-
-def position(page: Page, place: tuple[int, int], box=None) -> dict[str, float]:
-    """Where a pixel of the drawing is in the stage."""
-    box = box or page.locator("#after").bounding_box()
-    return {"x": (place[0] + 0.5) * box["width"] / 120, "y": (place[1] + 0.5) * box["height"] / 90}
-
-
-def click(page: Page, place: tuple[int, int]) -> None:
-    page.locator("#after").click(position=position(page, place))
-
-
-def give_hex(page: Page, text: str) -> None:
-    page.fill("#hex", text)
-    page.press("#hex", "Enter")
-
-
-def shown(page: Page, place: tuple[int, int]) -> str:
-    """The color of a pixel of the picture on the page."""
-    level = page.evaluate(
-        "place => [...document.querySelector('#after').getContext('2d').getImageData(...place, 1, 1).data]", place
-    )
-    return "#{:02x}{:02x}{:02x}".format(*level[:3])
-
-
-def saved(page: Page, button: str) -> tuple[str, bytes]:
-    with page.expect_download() as download:
-        page.click(button)
-    return download.value.suggested_filename, Path(download.value.path()).read_bytes()
-
-
-def pixels(data: bytes | io.BufferedIOBase, mode: str = "RGB") -> np.ndarray:
-    image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-    return np.asarray(image.convert(mode)).astype(int)
 
 
 def test_a_clicked_region_gets_an_exact_color_at_once_and_every_file_has_it(opened, url, drawing, colors):

@@ -85,16 +85,16 @@ function problem({status, detail, errors = []}, wait) {
     const why = /no model/.test(detail) ? "The server has no model ready yet." : "The server cannot color now.";
     return new Problem(why, {status, wait});
   }
-  if (status === 413) return new Problem("The two pictures are too large together. Please make them smaller.", {status});
+  if (status === 413) return new Problem("The pictures are too large together. Please make them smaller.", {status});
   if (status === 504) return new Problem("The server did not finish in time. Please try again, or with fewer steps.", {status});
-  if (errors.length) return new Problem(errors.map(in_words).join(" "), {status, fields: errors.map(error => error.field)});
+  if (errors.length) return new Problem(errors.map(error => in_words(error, detail)).join(" "), {status, fields: errors.map(error => error.field)});
   const text = detail || `The server answered ${status}.`, first = text.split(" ")[0];
   const named = NAMES[first] ? NAMES[first] + text.slice(first.length) : text;
   return new Problem(sentence(named), {status, fields: NAMES[first] ? [first] : []});
 }
 
-function in_words({field, found, allowed}) {
-  const name = NAMES[field] || field;
+function in_words({field, found, allowed}, detail) {
+  const number = (detail || "").match(/^reference (\d)/), name = (NAMES[field] || field) + (field === "reference" && number ? ` ${number[1]}` : "");
   return field in {sketch: 0, reference: 0} ? sentence(`${name} ${found}: ${allowed}`) : sentence(`${name}: ${found} is not allowed; give ${allowed}`);
 }
 

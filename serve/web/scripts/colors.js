@@ -1,6 +1,6 @@
 // The choice of a color for the chosen region: by hex, from the reference, from recent colors and those of the picture.
 
-import {$, element} from "./dom.js";
+import {$, element, show} from "./dom.js";
 import {commit, on_chosen, set_color, tell} from "./editor.js";
 import {hex_of} from "./picture.js";
 
@@ -9,23 +9,49 @@ const MAX_OF_PICTURE = 12;
 const MAX_SIDE_PX = 1536;
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 const recent = [], mark = {x: 0.5, y: 0.5};
-let offered = null;
+/** The references of the result, and the one that is shown. */
+let offered = [], shown = null;
 
-/** Offer the colors of a picture and of its reference, a Blob. */
-export async function offer(picture, reference) {
+/** Offer the colors of a picture and of its references, Blobs. */
+export async function offer(picture, references) {
   draw_swatches("recent", recent);
   const areas = new Map();
   for (const {color, area} of picture.regions.values()) areas.set(color, (areas.get(color) || 0) + area);
   const largest = [...areas].sort((one, other) => other[1] - one[1]).slice(0, MAX_OF_PICTURE);
   draw_swatches("picture-colors", largest.map(([color]) => color));
+  if (references.length === offered.length && references.every((one, number) => one === offered[number])) return;
+  offered = references;
+  await draw_reference(references[0]);
+  const images = await Promise.all(references.map(one => reduced(one)));
+  if (offered !== references) return; // Another result is shown by now.
+  show("reference-choice", references.length > 1);
+  $("reference-choice").replaceChildren(...images.map((image, number) => {
+    const button = element("button", {type: "button", "aria-pressed": String(!number), "aria-label": `Color picture ${number + 1}`}, image);
+    button.onclick = () => {
+      for (const other of $("reference-choice").children) other.setAttribute("aria-pressed", String(other === button));
+      draw_reference(references[number]);
+    };
+    return button;
+  }));
+}
+
+/** Return a canvas with a picture, a Blob, at most `side` pixels wide and high. */
+async function reduced(blob, side = 128) {
+  const image = await createImageBitmap(blob), scale = Math.min(1, side / Math.max(image.width, image.height));
+  const canvas = element("canvas", {width: Math.max(1, Math.round(image.width * scale)), height: Math.max(1, Math.round(image.height * scale))});
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return canvas;
+}
+
+/** Show the reference from which colors are picked. */
+async function draw_reference(reference) {
+  shown = reference;
+  const image = await reduced(reference, MAX_SIDE_PX), canvas = $("reference-colors");
+  if (shown !== reference) return; // Another one is shown by now.
   Object.assign(mark, {x: 0.5, y: 0.5});
   draw_mark(false);
-  offered = reference;
-  const image = await createImageBitmap(reference), canvas = $("reference-colors");
-  if (offered !== reference) return; // Another result is shown by now.
-  const scale = Math.min(1, MAX_SIDE_PX / Math.max(image.width, image.height));
-  Object.assign(canvas, {width: Math.round(image.width * scale), height: Math.round(image.height * scale)});
-  canvas.getContext("2d", {willReadFrequently: true}).drawImage(image, 0, 0, canvas.width, canvas.height);
+  Object.assign(canvas, {width: image.width, height: image.height});
+  canvas.getContext("2d", {willReadFrequently: true}).drawImage(image, 0, 0);
 }
 
 function use(color) {

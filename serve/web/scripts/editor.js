@@ -7,19 +7,16 @@ const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 const OUTLINE = [232, 30, 99];
 
 /**
- * `edits` is {dots, past, future} of the shown result. `dots` is a list of {id, x, y, color}; every change makes a new
- * list, and `past` and `future` hold the older and newer ones. A later dot of the list wins in a region.
+ * `edits` is {dots, past, future} of the shown result. `dots` is a list of {id, x, y, color, scope}; every change makes a
+ * new list, and `past` and `future` hold the older and newer ones. Of two dots with the same scope, the later one of the
+ * list wins in a region.
  */
 let picture = null, edits = null, on_change = () => {}, on_choice = () => {};
 /** The id of the chosen dot, a dot that has no color yet, and the list before the present gesture. */
 let chosen = 0, waiting = null, before = null, next_id = 1;
 
-export const new_edits = () => ({dots: [], past: [], future: []});
-
-/** Return the colors that dots give to regions, a Map of id to #rrggbb. */
-export function colors_by(dots, of_picture) {
-  return new Map(dots.map(({x, y, color}) => [of_picture.region_at(x, y).id, color]));
-}
+/** Return edits without a change, or with the dots of others of the same drawing as one change. */
+export const new_edits = (dots = []) => ({dots, past: dots.length ? [[]] : [], future: []});
 
 /** Edit a picture, or none if it is null. Calls changed() after each change. */
 export function edit(of_picture, with_edits, changed) {
@@ -48,7 +45,7 @@ export function set_color(color) {
   const dots = waiting ? [...edits.dots, dot] : edits.dots.map(other => other.id === chosen ? dot : other);
   [chosen, waiting] = [dot.id, null];
   update(dots);
-  tell(`${name_at(dot)} is now ${color}.`);
+  tell(`${what_of(dot)} is now ${color}.`);
   return true;
 }
 
@@ -87,7 +84,7 @@ function begin() {
 
 function update(dots) {
   edits.dots = dots;
-  picture.recolor(colors_by(dots, picture));
+  picture.recolor(picture.colors_by(dots));
   draw();
 }
 
@@ -118,8 +115,32 @@ const current = () => waiting || edits?.dots.find(dot => dot.id === chosen) || n
 const color_at = ({x, y}) => picture.colors.get(picture.region_at(x, y).id);
 
 function name_at({x, y}) {
-  const {name, id} = picture.region_at(x, y);
-  return name ? name[0].toUpperCase() + name.slice(1) : `Region ${id}`;
+  const {name, id, whole} = picture.region_at(x, y), has_part = name && name !== `region ${id}`;
+  return has_part ? name[0].toUpperCase() + name.slice(1) : `Region ${whole}`;
+}
+
+const pieces_at = ({x, y}) => picture.pieces_of(picture.region_at(x, y)).length;
+
+/** Return what a dot colors, in words. */
+function what_of(dot) {
+  if (dot.scope === "color") return `Everything in ${picture.region_at(dot.x, dot.y).color}`;
+  return dot.scope === "piece" && pieces_at(dot) > 1 ? `This piece of ${lower(name_at(dot))}` : name_at(dot);
+}
+
+const lower = text => text[0].toLowerCase() + text.slice(1);
+
+/** Let a dot that has a color, or waits for one, color something else. */
+function set_scope(scope) {
+  if (!current()) return;
+  if (waiting) {
+    waiting = {...waiting, scope};
+    draw();
+  } else {
+    begin();
+    update(edits.dots.map(dot => dot.id === chosen ? {...dot, scope} : dot));
+    commit();
+  }
+  tell_chosen();
 }
 
 /** Show a sentence next to the colors, and let screen readers say it. */
@@ -135,17 +156,23 @@ function choose(id, new_dot = null) {
   draw();
 }
 
-/** Choose the region at a place: its dot if it has one, else a new dot, which waits for a color. */
-function choose_place(x, y) {
-  const region = picture.region_at(x, y);
-  const dot = edits.dots.findLast(one => picture.region_at(one.x, one.y) === region);
+/**
+ * Choose the region at a place: its dot if it has one, else a new dot, which waits for a color. A second click on a
+ * region that is chosen already takes one piece of it.
+ */
+function choose_place(x, y, scope = "whole") {
+  const region = picture.region_at(x, y), at = dot => picture.region_at(dot.x, dot.y), now = current();
+  if (scope === "whole" && now?.scope === "whole" && at(now).whole === region.whole && pieces_at(now) > 1) scope = "piece";
+  const fits = dot => dot.scope === "piece" ? scope === "piece" && at(dot) === region : scope !== "piece" && at(dot).whole === region.whole;
+  const dot = edits.dots.findLast(fits);
   if (dot) choose(dot.id);
-  else choose(next_id, {id: next_id++, x, y, color: null});
+  else choose(next_id, {id: next_id++, x, y, color: null, scope});
   tell_chosen();
 }
 
 function tell_chosen() {
-  tell(`${name_at(current())} is ${color_at(current())}. Pick another color.`);
+  const dot = current(), again = waiting && dot.scope === "whole" && pieces_at(dot) > 1 ? " Click again for one piece of it." : "";
+  tell(`${what_of(dot)} ${dot.color ? "is now" : "is"} ${color_at(dot)}. Pick another color.${again}`);
 }
 
 function draw() {
@@ -164,26 +191,33 @@ function draw() {
   $("undo").disabled = !edits.past.length;
   $("redo").disabled = !edits.future.length;
   $("remove-dot").disabled = !current();
+  for (const choice of $("scope").querySelectorAll("input")) {
+    choice.checked = choice.value === (current()?.scope || "whole");
+    choice.disabled = !current() || choice.value === "piece" && !choice.checked && pieces_at(current()) === 1;
+  }
   if (!current()) $("colors-note").textContent = "Click a region of the picture, then pick its color.";
   on_choice(current() && color_at(current()));
 }
 
-/** Mark the region of a waiting dot. Other regions are not marked, so that their colors are seen as they are. */
+/** Mark what a waiting dot would color. Other regions are not marked, so that their colors are seen as they are. */
 function draw_outline() {
-  const canvas = $("outline"), region = waiting && picture.region_at(waiting.x, waiting.y);
-  show("outline", Boolean(region));
-  if (!region) return;
+  const canvas = $("outline");
+  show("outline", Boolean(waiting));
+  if (!waiting) return;
   Object.assign(canvas, {width: picture.width, height: picture.height});
   const thickness = Math.max(1, Math.round(1.5 * picture.width / $("stage").clientWidth));
-  canvas.getContext("2d").putImageData(picture.outline(region, thickness, OUTLINE), region.box[0], region.box[1]);
+  const {left, top, image} = picture.outline(new Set(picture.colored_by(waiting).keys()), thickness, OUTLINE);
+  canvas.getContext("2d").putImageData(image, left, top);
 }
 
 function new_button(id) {
   const button = element("button", {type: "button", className: "dot", id: `dot-${id}`});
   const take = () => { if (chosen !== id) choose(id); };
+  let again = false; // Whether a pointer is on a dot that was chosen before, and has not moved it.
   button.onclick = event => {
     take();
     if (event.detail === 0) $("hex").focus(); // A key pressed the button, not a pointer.
+    else if (again && waiting && pieces_at(waiting) > 1) set_scope(waiting.scope === "piece" ? "whole" : "piece");
   };
   button.onkeydown = event => {
     take();
@@ -199,6 +233,7 @@ function new_button(id) {
     event.preventDefault();
   };
   button.onpointerdown = event => {
+    again = chosen === id;
     take();
     button.setPointerCapture(event.pointerId);
     tell_chosen();
@@ -206,6 +241,7 @@ function new_button(id) {
   button.onpointermove = event => {
     if (!button.hasPointerCapture(event.pointerId)) return;
     const frame = $("dots").getBoundingClientRect();
+    again = false;
     move((event.clientX - frame.left) / frame.width * picture.width, (event.clientY - frame.top) / frame.height * picture.height);
   };
   button.onpointerup = button.onpointercancel = () => {
@@ -217,8 +253,10 @@ function new_button(id) {
 
 $("after").addEventListener("click", event => {
   if (!picture) return;
-  choose_place(within(event.offsetX / $("after").clientWidth * picture.width, picture.width), within(event.offsetY / $("after").clientHeight * picture.height, picture.height));
+  const [x, y] = [event.offsetX / $("after").clientWidth * picture.width, event.offsetY / $("after").clientHeight * picture.height];
+  choose_place(within(x, picture.width), within(y, picture.height), event.altKey ? "piece" : "whole");
 });
+$("scope").onchange = event => set_scope(event.target.value);
 $("add-dot").onclick = () => {
   choose_place(picture.width >> 1, picture.height >> 1);
   $(`dot-${chosen}`).focus();
@@ -229,7 +267,7 @@ $("redo").onclick = redo;
 window.addEventListener("keyup", commit);
 window.addEventListener("keydown", event => {
   if (event.key === "Escape" && picture && current()) choose(0);
-  if (!picture || !(event.ctrlKey || event.metaKey) || event.altKey || event.target.matches("input:not([type=range]):not([type=color])")) return;
+  if (!picture || !(event.ctrlKey || event.metaKey) || event.altKey || event.target.matches("input:not([type=range], [type=color], [type=radio])")) return;
   const key = event.key.toLowerCase();
   if (key !== "z" && key !== "y") return;
   event.preventDefault();

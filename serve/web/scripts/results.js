@@ -3,13 +3,25 @@
 import {ask_file} from "./colorize.js";
 import {offer} from "./colors.js";
 import {$, bytes_of, download, element, png_blob, say, show} from "./dom.js";
-import {colors_by, edit, new_edits} from "./editor.js";
+import {redraw_doubt, set_up_doubt, show_doubt} from "./doubt.js";
+import {edit, new_edits} from "./editor.js";
 import {zip} from "./formats.js";
-import {Picture} from "./picture.js";
+import {Picture, in_order} from "./picture.js";
 
 const MAX_KEPT = 60;
 const THUMBNAIL_PX = 128;
-/** Each result is {answer, form, stem, seconds, thumbnail, url (of the sketch), edits}. */
+/**
+ * What further tries of a drawing change besides the seed, which alone changes nothing that one sees. Steps are changed
+ * only for models that need few. benchmarks/results/hints.md has how much the pictures differ.
+ */
+const TRIES = [{guidance_scale: 1.5, steps: 12}, {guidance_scale: 0.7, steps: 1}, {guidance_scale: 2, steps: 12}, {guidance_scale: 0.5, steps: 1}];
+const FEW_STEPS = 8;
+/** The settings that tries change, and how the page names them. */
+const CHANGED = {guidance_scale: "strength", num_inference_steps: "steps"};
+/**
+ * Each result is {answer, form, stem, seconds, thumbnail, url (of the sketch), edits, steps, doubt (if it was asked
+ * for)}.
+ */
 const results = [];
 let shown = null, picture = null, sweep = 0;
 
@@ -23,7 +35,10 @@ export function set_stage(state) {
   show("preview", false);
   show("before", state !== "hint");
   for (const id of ["after", "divider", "tag-before", "tag-after", "compare", "actions", "keep-seed", "open"]) show(id, result);
-  if (!result) edit(null);
+  if (!result) {
+    edit(null);
+    show_doubt(null, null);
+  }
   $("stage").classList.toggle("drawing", state === "drawing");
   $("stage").classList.toggle("result", result);
 }
@@ -45,14 +60,16 @@ export async function present(one) {
   cut(Number($("compare").value));
   picture.draw_on($("after"));
   edit(picture, one.edits, show_change);
-  offer(picture, one.form.get("reference"));
+  offer(picture, one.form.getAll("reference"));
+  show_doubt(one, picture);
+  if (one.edits.dots.length) one.thumbnail = thumbnail_of($("after"));
   describe();
   show_list();
 }
 
 async function decode({answer, edits}) {
   const decoded = await Picture.decode(answer);
-  decoded.recolor(colors_by(edits.dots, decoded));
+  decoded.recolor(decoded.colors_by(edits.dots));
   return decoded;
 }
 
@@ -63,13 +80,15 @@ export async function present_last() {
 }
 
 function describe() {
-  const {answer: {model_version, seed}, seconds, edits} = shown, number = edits.dots.length;
+  const {answer: {model_version, seed}, form, seconds, edits} = shown, number = edits.dots.length;
   const version = /^\d+$/.test(model_version) ? `model version ${model_version}` : model_version === "starter" ? "starter model" : `model ${model_version}`;
   const changes = number ? `, ${number} color${number > 1 ? "s" : ""} by hand` : "";
-  $("note").textContent = `${$("after").width} x ${$("after").height} px in ${seconds.toFixed(1)} s, seed ${seed}, ${version}${changes}`;
+  const settings = Object.entries(CHANGED).map(([field, name]) => form.get(field) && `, ${name} ${form.get(field)}`).filter(Boolean);
+  $("note").textContent = `${$("after").width} x ${$("after").height} px in ${seconds.toFixed(1)} s, seed ${seed}${settings.join("")}, ${version}${changes}`;
 }
 
 function show_change() {
+  redraw_doubt();
   shown.thumbnail = thumbnail_of($("after"));
   describe();
   show_list();
@@ -99,17 +118,40 @@ $("compare").oninput = () => { cancelAnimationFrame(sweep); cut(Number($("compar
 
 // --- the list -------------------------------------------------------------------------------------------------------
 
-/** Add the answer of the server for a form, and return the result; the oldest results are dropped. */
-export async function add(answer, form, seconds) {
+/**
+ * Add the answer of the server for a form, and return the result; the oldest results are dropped. The dots of the same
+ * drawing's last result are kept.
+ */
+export async function add(answer, form, seconds, steps) {
+  const dots = of_drawing(form).at(-1)?.edits.dots;
   const sketch = form.get("sketch"), stem = (sketch.name || "drawing").replace(/\.[^.]*$/, "");
   const thumbnail = thumbnail_of(await createImageBitmap(png_blob(bytes_of(answer.image))));
-  const one = {answer, form, stem, seconds, thumbnail, url: URL.createObjectURL(sketch), edits: new_edits()};
+  const one = {answer, form, stem, seconds, steps, thumbnail, url: URL.createObjectURL(sketch), edits: new_edits(dots)};
   results.push(one);
   while (results.length > MAX_KEPT) URL.revokeObjectURL(results.shift().url);
   return one;
 }
 
-export const seed_of_shown = () => shown.answer.seed;
+/** Return the results of the drawing in a form. */
+function of_drawing(form) {
+  const [name, size] = [form.get("sketch").name, form.get("sketch").size];
+  return results.filter(one => one.form.get("sketch").name === name && one.form.get("sketch").size === size);
+}
+
+/** Return the form of another try of the shown result. */
+export function form_for_try() {
+  const before = of_drawing(shown.form), change = TRIES[(before.length - 1) % TRIES.length];
+  const form = form_for(shown, "layers");
+  form.set("seed", String(Math.floor(Math.random() * 2 ** 32)));
+  form.set("guidance_scale", String(change.guidance_scale));
+  if (before[0].steps <= FEW_STEPS) form.set("num_inference_steps", String(change.steps));
+  return form;
+}
+
+export function settings_of_shown() {
+  const changed = Object.keys(CHANGED).map(field => [field, shown.form.get(field) || ""]);
+  return {seed: shown.answer.seed, ...Object.fromEntries(changed)};
+}
 
 export function show_list() {
   const named = new Set(results.map(one => one.stem)).size > 1;
@@ -154,14 +196,26 @@ async function save_zip() {
   say(`${results.length} pictures saved.`);
 }
 
-/** Save a layered file of the shown result: the server makes it from the same inputs, the same seed and the dots. */
-async function save_layered(output) {
-  const one = shown, form = new FormData();
+/** Return the form that made a result, with its seed, for another output. */
+function form_for(one, output) {
+  const form = new FormData();
   for (const [name, value] of one.form.entries()) form.append(name, value);
   form.set("output", output);
   form.set("seed", one.answer.seed);
+  return form;
+}
+
+/** Return the bytes of the map of where the model guessed in a result. */
+async function ask_doubt(one) {
+  const {blob} = await ask_file(form_for(one, "doubt"));
+  return new Uint8Array(await blob.arrayBuffer());
+}
+
+/** Save a layered file of the shown result: the server makes it from the same inputs, the same seed and the dots. */
+async function save_layered(output) {
+  const one = shown, form = form_for(one, output);
   if (one.edits.dots.length) {
-    const hints = one.edits.dots.map(({x, y, color}) => ({x, y, color, learned: false}));
+    const hints = in_order(one.edits.dots).map(({x, y, color, scope}) => ({x, y, color, scope, learned: false}));
     form.set("hints", new Blob([JSON.stringify(hints)], {type: "application/json"}), "hints.json");
   }
   $("note").textContent = `Making the ${output.toUpperCase()} file...`;
@@ -172,8 +226,9 @@ async function save_layered(output) {
   say(`${output.toUpperCase()} file saved.`);
 }
 
-/** Let a button save something; errors go to `fail`. */
-export function set_up_saving(fail) {
+/** Let a button save something, or show where the model guessed; errors go to `fail`. */
+export function set_up_actions(fail) {
+  set_up_doubt(ask_doubt, fail);
   const actions = {
     "save": async () => download(png_blob((await pngs_of(shown, picture)).image), `${shown.stem}.colored.png`),
     "save-layer": async () => download(png_blob((await pngs_of(shown, picture)).layer), `${shown.stem}.color-layer.png`),

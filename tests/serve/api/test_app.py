@@ -136,7 +136,7 @@ def test_the_layers_give_the_image_and_name_the_regions(client, files, sketch, s
     assert (labels.dtype, labels.shape) == (np.uint16, sketch.shape[:2])
     assert [region["id"] for region in body["regions"]] == list(range(1, labels.max() + 1))
     for region in body["regions"]:
-        assert set(region) == {"id", "name", "color", "area", "box"}
+        assert set(region) == {"id", "name", "color", "area", "box", "whole"}
         inside = labels == region["id"]
         left, top, right, bottom = region["box"]
         assert inside.sum() == inside[top:bottom, left:right].sum() == region["area"]
@@ -493,3 +493,11 @@ def test_a_client_that_disconnects_frees_its_slot(files):
 
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
     assert replica.was_cancelled
+
+
+@pytest.mark.parametrize(("damaged", "status"), [(b"hello", 415), (encoded(np.zeros((4, 4, 3), np.uint8)), 422)])
+def test_of_several_references_the_unusable_one_is_named(client, files, damaged, status):
+    several = [*files.items(), ("reference", ("b.png", damaged))]
+    problem = check_problem(client.post("/v1/colorize", files=several), status)
+    assert problem["detail"].startswith("reference 2")
+    assert [error["field"] for error in problem.get("errors", [])] == ["reference"] * (status == 422)

@@ -189,7 +189,7 @@ def test_a_hint_for_the_whole_region_keeps_its_shadows_and_lights(pieces):
     blue = (0x32, 0x64, 0xC8)
     assert found[0] == found[3] == blue
     assert found[1] == tuple(round(level * sum(SHADOW) / sum(SKIN)) for level in blue)
-    assert found[2] == tuple(255 - round((255 - level) * (765 - sum(LIGHT)) / (765 - sum(SKIN))) for level in blue)
+    assert found[2] == tuple(round(level * sum(LIGHT) / sum(SKIN)) for level in blue)
     assert found[4:] == [SKIN, SHADOW]
 
 
@@ -205,6 +205,17 @@ def test_a_later_hint_of_a_piece_wins_over_that_of_the_whole(pieces):
     coloring, wholes = pieces
     hints = read('[{"x": 5, "y": 5, "color": "#3264c8", "scope": "whole"}, {"x": 25, "y": 5, "color": "#ff0000"}]')
     assert colors(apply_hints(coloring, hints, wholes))[1] == RED
+
+
+@pytest.mark.parametrize(("shade", "base"), [((255, 255, 255), (255, 250, 238)), ((0, 0, 0), (4, 4, 4))])
+def test_a_faint_shade_of_an_extreme_color_stays_faint(shade, base):
+    assert max(abs(a - b) for a, b in zip(shaded_like(CLOTH, shade, base), CLOTH, strict=True)) < 8
+
+
+def test_a_light_on_a_dark_color_is_a_light_on_the_new_one():
+    lit = shaded_like(CLOTH, (180, 140, 120), (60, 40, 30))
+    assert all(a > b for a, b in zip(lit, CLOTH, strict=True))
+    assert max(lit) < 255
 
 
 @pytest.mark.parametrize("base", [(0, 0, 0), (255, 255, 255), SKIN])
