@@ -30,7 +30,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from animediffusion.models.bundle import Bundle, load_bundle
+from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_tensor, to_uint8
 from animediffusion.pipelines.synthetic.dataset import make_row
@@ -107,12 +107,14 @@ def with_gaps(sketch: Pixels, seed: int) -> Pixels:
     return broken
 
 
-def paint(bundle: Bundle, drawing: Drawing, reference: Pixels) -> Pixels:
+def paint(
+    bundle: Bundle, drawing: Drawing, reference: Pixels, seed: int = 7, sampler: SamplerDefaults | None = None
+) -> Pixels:
     """Return the model's image of a drawing, at the network's size."""
     size = bundle.config.image_size
     sketch, colors = (to_tensor(torch.from_numpy(np.ascontiguousarray(one))[None])
                       for one in (for_network(as_gray(drawing), size), letterbox(reference, size)[0]))  # fmt: skip
-    return np.asarray(to_uint8(colorize(bundle, sketch, colors, seeds=[7]))[0].numpy())
+    return np.asarray(to_uint8(colorize(bundle, sketch, colors, seeds=[seed], sampler=sampler))[0].numpy())
 
 
 def finish(painted: Pixels, drawing: Drawing) -> Pixels:

@@ -1,6 +1,7 @@
 """Regions in several pieces, and where the model guessed, in headless Chromium against the real server."""
 
 import io
+import re
 import zipfile
 from dataclasses import replace
 
@@ -114,7 +115,8 @@ def test_the_map_of_guesses_is_off_until_it_is_asked_for_and_leaves_out_what_is_
     face.locator("#doubt").focus()
     face.keyboard.press("Enter")
     expect(face.locator("#doubt-note")).to_have_text(
-        "Pink regions are those whose colors the model guessed: a color by hand helps most there."
+        "Pink regions are those whose colors the model guessed: a color by hand helps most there. "
+        "New dot goes to the next one."
     )
     assert shown(face, LIT, "doubt-map") == shown(face, EYE, "doubt-map") == "#e81e8c"
     click(face, EYE)
@@ -122,6 +124,9 @@ def test_the_map_of_guesses_is_off_until_it_is_asked_for_and_leaves_out_what_is_
     expect(face.locator("#doubt-map")).to_be_visible()
     assert shown(face, EYE, "doubt-map") == "#000000"
     assert shown(face, LIT, "doubt-map") == "#e81e8c"
+    face.click("#add-dot")  # The outside is the largest region.
+    expect(face.locator(".dot").nth(1)).to_have_attribute("aria-label", re.compile("Dot 2: Region .*, no color yet"))
+    expect(face.locator("#hex")).to_have_value(hex_of(WALL))
     face.click("#doubt")
     expect(face.locator("#doubt-map")).to_be_hidden()
     expect(face.locator("#doubt")).to_have_attribute("aria-pressed", "false")

@@ -7,9 +7,9 @@ const COLOR = [232, 30, 140];
 const OPACITY = 190;
 /** Mean levels of the server's map from which on a region is marked, and marked fully. */
 const LOW = 60, HIGH = 200;
-const NOTE = "Pink regions are those whose colors the model guessed: a color by hand helps most there.";
+const NOTE = "Pink regions are those whose colors the model guessed: a color by hand helps most there. New dot goes to the next one.";
 const NONE = "The model was sure of every color: no region is pink.";
-let is_on = false, shown = null, ask = null;
+let is_on = false, shown = null, ask = null, marks = new Map();
 
 /** Let the button show the map; `ask_for(result)` returns the bytes of the server's PNG, and errors go to `fail`. */
 export function set_up_doubt(ask_for, fail) {
@@ -29,14 +29,22 @@ export function set_up_doubt(ask_for, fail) {
 /** Show the map over another result, if it is on; over none if `picture` is null. */
 export function show_doubt(result, picture) {
   shown = picture && {result, picture};
-  draw().catch(() => { /* The picture is there without the map; the button reports why. */ });
+  draw().catch(error => { $("doubt-note").textContent = error.message; });
 }
 
 /** Draw the map again, without regions that dots color: nobody guessed those. */
 export const redraw_doubt = () => show_doubt(shown?.result, shown?.picture);
 
+/** Return the marked region where a color helps most, the largest guess, or null. */
+export function largest_guess() {
+  const size = id => marks.get(id) * shown.picture.regions.get(id).area;
+  const [largest] = [...marks.keys()].sort((one, other) => size(other) - size(one));
+  return largest === undefined ? null : shown.picture.regions.get(largest);
+}
+
 async function draw() {
   const now = shown;
+  marks = new Map();
   $("doubt").setAttribute("aria-pressed", String(is_on));
   show("doubt-map", false);
   show("doubt-note", is_on && Boolean(now));
@@ -48,7 +56,7 @@ async function draw() {
   }
   const map = await result.doubt;
   if (shown !== now || !is_on) return;
-  const marks = marks_of(picture, map, picture.colors_by(result.edits.dots));
+  marks = marks_of(picture, map, picture.colors_by(result.edits.dots));
   const image = new ImageData(picture.width, picture.height);
   for (let place = 0; place < picture.labels.length; place++) {
     const opacity = marks.get(picture.labels[place]);

@@ -1,6 +1,7 @@
 // Dots that give regions of a picture exact colors, with undo and redo. Nothing here asks the server.
 
 import {$, element, say, show} from "./dom.js";
+import {largest_guess} from "./doubt.js";
 
 const SHIFT_FACTOR = 10;
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
@@ -258,7 +259,9 @@ $("after").addEventListener("click", event => {
 });
 $("scope").onchange = event => set_scope(event.target.value);
 $("add-dot").onclick = () => {
-  choose_place(picture.width >> 1, picture.height >> 1);
+  const guess = largest_guess(), [x, y] = guess ? picture.middle_of(guess) : [picture.width >> 1, picture.height >> 1];
+  const has_dot = guess && edits.dots.some(dot => picture.region_at(dot.x, dot.y).whole === guess.whole);
+  choose_place(x, y, has_dot ? "piece" : "whole");
   $(`dot-${chosen}`).focus();
 };
 $("remove-dot").onclick = remove;

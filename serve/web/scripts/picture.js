@@ -118,6 +118,16 @@ export class Picture {
     this.canvas?.putImageData(this.pixels, 0, 0, left, top, right - left, bottom - top);
   }
 
+  /** Return the pixel of a region that is nearest to the middle of its box, as [x, y]. */
+  middle_of(region) {
+    const [left, top, right, bottom] = region.box, far = (x, y) => Math.hypot(2 * x - left - right, 2 * y - top - bottom);
+    let best = [left, top], least = Infinity;
+    this.each_pixel(region, (_, x, y) => {
+      if (far(x, y) < least) [best, least] = [[x, y], far(x, y)];
+    });
+    return best;
+  }
+
   each_pixel({id, box: [left, top, right, bottom]}, call) {
     for (let y = top; y < bottom; y++)
       for (let x = left, place = y * this.width + left; x < right; x++, place++) if (this.labels[place] === id) call(place, x, y);

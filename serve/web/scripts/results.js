@@ -12,9 +12,9 @@ const MAX_KEPT = 60;
 const THUMBNAIL_PX = 128;
 /**
  * What further tries of a drawing change besides the seed, which alone changes nothing that one sees. Steps are changed
- * only for models that need few. benchmarks/results/hints.md has how much the pictures differ.
+ * only for models that need few. benchmarks/tries.py measures how much the pictures differ.
  */
-const TRIES = [{guidance_scale: 1.5, steps: 12}, {guidance_scale: 0.7, steps: 1}, {guidance_scale: 2, steps: 12}, {guidance_scale: 0.5, steps: 1}];
+const TRIES = [{guidance_scale: 1.5, steps: 12}, {guidance_scale: 0.7, steps: 1}, {guidance_scale: 2, steps: 12}, {guidance_scale: 0.5, steps: 12}];
 const FEW_STEPS = 8;
 /** The settings that tries change, and how the page names them. */
 const CHANGED = {guidance_scale: "strength", num_inference_steps: "steps"};
