@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,15 @@ NEIGHBORS = (
     ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
 )
 """Index pairs of a picture [H, W]: pixels and their right neighbors, pixels and their lower neighbors."""
+
+
+def pooled(values: Floats, step: int, reduce: Callable[..., Floats]) -> Floats:
+    """Return `reduce` (np.mean or np.max) of squares of side `step` [H / step, W / step], rounded up; edges repeat."""
+    if step == 1:
+        return values
+    height, width = (-(-side // step) for side in values.shape)
+    margins = ((0, height * step - values.shape[0]), (0, width * step - values.shape[1]))
+    return reduce(np.pad(values, margins, mode="edge").reshape(height, step, width, step), axis=(1, 3))
 
 
 def greatest(values: Floats, radius: int) -> Floats:

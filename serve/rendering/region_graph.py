@@ -11,6 +11,10 @@ from animediffusion.serve.rendering.sketch import Floats
 
 NECK = 0.5
 """Two hills are one region if the neck between them is at least this share of the lower hill's height."""
+WIDEST = 1.5
+"""The widest opening that may be a gap in a line, relative to the usual widest gap..."""
+OPENING = 0.06
+"""... if it is shorter than this share of the outline of the smaller hill."""
 OPEN = 0.4
 """Two hills are one region if at least this share of their common border is open."""
 BANKS = 2.0
@@ -33,6 +37,8 @@ class Border:
     """Length on paper, in pixels."""
     covered: float
     """Length under lines, in pixels; faint lines count less."""
+    length: float
+    """Whole length, in pixels."""
 
 
 class RegionGraph:
@@ -55,8 +61,11 @@ class RegionGraph:
         self._area: list[int] = np.bincount(hills.ravel(), minlength=count).tolist()
         self._peak: list[float] = peak.tolist()
         self._borders: list[dict[int, Border]] = [{} for _ in range(count)]
+        self._outline: list[float] = [0.0] * count
         for low, high, border in _borders(hills, height, darkness, count):
             self._borders[low][high] = self._borders[high][low] = border
+            self._outline[low] += border.length
+            self._outline[high] += border.length
 
     def regions(self) -> Labels:
         """Return the region 1..N of each hill, [count]."""
@@ -64,12 +73,19 @@ class RegionGraph:
         return (np.unique(roots, return_inverse=True)[1] + 1).astype(np.int32)
 
     def merge_wide_necks(self, gap: float) -> None:
-        """Merge hills whose neck is higher than `gap`, or not much lower than the lower hill; highest neck first."""
+        """Merge hills whose neck is wider than a gap, or not much narrower than the smaller hill; widest neck first.
+
+        An opening that is short compared with the outline of the smaller hill is a gap all the same, up to WIDEST times
+        the usual width.
+        """
         necks = [(-border.neck, low, high) for low, near in enumerate(self._borders) for high, border in near.items()
                  if low < high and border.opened]  # fmt: skip
         for neck, low, high in sorted(necks):
             one, other = self._root(low), self._root(high)
-            if one != other and -neck >= min(gap, NECK * min(self._peak[one], self._peak[other])):
+            if one == other or -neck < min(gap, NECK * min(self._peak[one], self._peak[other])):
+                continue
+            outline = min(self._outline[one], self._outline[other])
+            if -neck >= WIDEST * gap or self._borders[one][other].opened >= OPENING * outline:
                 self._join(one, other)
 
     def merge_open_borders(self) -> None:
@@ -120,6 +136,7 @@ class RegionGraph:
             one, other = other, one
         self._parent[other] = one
         self._area[one] += self._area[other]
+        self._outline[one] += self._outline[other] - 2 * self._borders[one][other].length
         self._peak[one] = max(self._peak[one], self._peak[other])
         mine = self._borders[one]
         del mine[other]
@@ -133,6 +150,7 @@ class RegionGraph:
                 known.neck = max(known.neck, border.neck)
                 known.opened += border.opened
                 known.covered += border.covered
+                known.length += border.length
         self._borders[other] = {}
         return one
 
@@ -152,5 +170,6 @@ def _borders(hills: Labels, height: Floats, darkness: Floats, count: int) -> lis
     np.maximum.at(neck, place, heights)
     opened = np.bincount(place, heights > 0, minlength=len(pairs))
     covered = np.bincount(place, np.where(heights > 0, 0, walls), minlength=len(pairs))
-    borders = map(Border, neck.tolist(), opened.tolist(), covered.tolist())
+    length = np.bincount(place, minlength=len(pairs))
+    borders = map(Border, neck.tolist(), opened.tolist(), covered.tolist(), length.tolist())
     return list(zip((pairs // count).tolist(), (pairs % count).tolist(), borders, strict=True))

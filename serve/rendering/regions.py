@@ -23,6 +23,7 @@ from animediffusion.serve.rendering.morphology import (
     distances,
     greatest,
     hills_of,
+    pooled,
     smoothed,
     spread,
 )
@@ -84,20 +85,12 @@ def find_regions(drawing: Drawing) -> Regions:
     """Return the regions of a drawing; the result depends only on the darkness of its lines."""
     darkness = drawing.darkness
     step = math.ceil(math.sqrt(darkness.size / WORK_PIXELS))
-    small = _reduced(darkness, step) if step > 1 else darkness
+    small = pooled(darkness, step, np.mean)
     lines = find_lines(small)
     if lines.all():
         return Regions(np.ones(darkness.shape, np.int32), 1)
     labels, count = _merged(lines, small)
     return Regions(_enlarged(labels, count, darkness, step) if step > 1 else labels, count)
-
-
-def _reduced(darkness: Floats, step: int) -> Floats:
-    """Return the mean darkness of squares of side `step`."""
-    height, width = (-(-side // step) for side in darkness.shape)
-    margins = ((0, height * step - darkness.shape[0]), (0, width * step - darkness.shape[1]))
-    reduced: Floats = np.pad(darkness, margins, mode="edge").reshape(height, step, width, step).mean(axis=(1, 3))
-    return reduced
 
 
 def find_lines(darkness: Floats) -> Mask:

@@ -23,6 +23,8 @@ PAPER_GRID_PX = 64
 """Longer side of the grid on which the color of uneven paper is estimated."""
 FAINT_LINE = 0.08
 """Darkness below this value counts as grain of the paper."""
+INK_AREA = 0.01
+"""Share of a picture that dark lines cover at least; faint tones, such as shadows, may cover much more."""
 NEARLY_BLACK = 64
 """A picture whose median brightness is below this value is rejected."""
 DARK_GROUND = 128
@@ -51,11 +53,11 @@ def read_drawing(pixels: Pixels) -> Drawing:
     brightness = np.median(pixels.reshape(-1, 3), axis=0)
     if brightness.min() >= CLEAN_PAPER:
         paper = np.ones((1, 1, 3), np.float32)
-        return Drawing(pixels, _stretch(_darkness(pixels, paper)), paper)
+        return Drawing(pixels, _stretch(_darkness(pixels, paper), INK_AREA), paper)
     paper = _paper_of(pixels)
     darkness = _darkness(pixels, paper)
     darkness = np.maximum((darkness - FAINT_LINE) / (1 - FAINT_LINE), 0).astype(np.float32)
-    return Drawing(pixels, _stretch(darkness), paper)
+    return Drawing(pixels, _stretch(darkness, INK_AREA), paper)
 
 
 def looks_inverted(pixels: Pixels) -> bool:
@@ -105,12 +107,18 @@ def _darkness(pixels: Pixels, paper: Floats) -> Floats:
     return darkness
 
 
-def _stretch(darkness: Floats) -> Floats:
-    """Scale the darkness so that faint lines become as dark as ink; leave dark lines unchanged."""
+def _stretch(darkness: Floats, ink_area: float = 1.0) -> Floats:
+    """Scale the darkness so that faint lines become as dark as ink; leave dark lines unchanged.
+
+    Args:
+        darkness: [H, W] in [0, 1].
+        ink_area: if at least this share of the picture is dark, nothing is scaled; the rest may be a faint tone.
+    """
     lines = darkness[darkness > FAINT_LINE]
     if lines.size < 8:
         return darkness
-    strongest = float(np.quantile(lines[:: max(1, lines.size // 100_000)], 0.95))
+    share = max(0.95, 1 - ink_area * darkness.size / lines.size)
+    strongest = float(np.quantile(lines[:: max(1, lines.size // 100_000)], share))
     return darkness if strongest > 0.75 else np.minimum(darkness * np.float32(0.85 / max(strongest, 0.15)), 1)
 
 

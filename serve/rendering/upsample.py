@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from animediffusion.platform.images.codec import Box, place_in_square
+from animediffusion.serve.rendering.morphology import pooled
 from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels, as_gray, for_network
 from animediffusion.serve.rendering.tv_denoise import without_grain
 
@@ -131,11 +132,8 @@ def over_white(rgba: Pixels) -> Pixels:
 
 def reduced(drawing: Drawing, step: int) -> Drawing:
     """Return the drawing at 1 / step of its size; lines keep their maximum darkness, so that they remain walls."""
-    height, width = (-(-side // step) for side in drawing.darkness.shape)
-    margins = ((0, height * step - drawing.darkness.shape[0]), (0, width * step - drawing.darkness.shape[1]))
-    darkness = np.pad(drawing.darkness, margins).reshape(height, step, width, step).max(axis=(1, 3))
     paper = drawing.paper if drawing.paper.shape[0] == 1 else drawing.paper[::step, ::step]
-    return Drawing(drawing.pixels[::step, ::step], darkness, paper)
+    return Drawing(drawing.pixels[::step, ::step], pooled(drawing.darkness, step, np.max), paper)
 
 
 def _without_lines(small: Floats, seen: Floats, grain: float) -> Floats:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
@@ -93,6 +94,48 @@ def test_paper_stays_paper(background: str):
     coloring = colored(sketch, colors, background=background)
     assert coloring.flats[150, 150].tolist() == list(RED)
     assert coloring.flats[5, 5].tolist() == [255, 255, 255] if background == "paper" else list(BLUE)
+
+
+def figure(gap: int = 0, half: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """A figure from the upper to the lower side of a sheet, with gaps in its outline, and its colors."""
+    picture = Image.new("RGB", (512, 512), (255, 255, 255))
+    pen = ImageDraw.Draw(picture)
+    for x in (256 - half, 256 + half):
+        pen.line([(x, 0), (x - 30, 250), (x, 512)], fill=(0, 0, 0), width=3)
+        if gap:
+            pen.rectangle([x - 40, 120, x + 10, 119 + gap], fill=(255, 255, 255))
+    colors = np.full((512, 512, 3), BLUE, np.uint8)
+    rows, columns = np.ogrid[:512, :512]
+    colors[np.abs(columns - 256 + np.interp(rows, (0, 250, 512), (0, 30, 0))) < half] = RED
+    return np.asarray(picture), colors
+
+
+@pytest.mark.parametrize("gap", [0, 3, 6, 12, 20])
+def test_both_halves_of_a_sheet_stay_paper(gap: int):
+    sketch, colors = figure(gap)
+    flats = colored(sketch, colors, background="paper").flats
+    assert {tuple(flats[y, x]) for y in (10, 130, 500) for x in (5, 100, 400, 506)} == {(255, 255, 255)}
+    assert {tuple(flats[y, 230]) for y in (10, 130, 500)} == {RED}
+
+
+def test_hair_that_fills_the_sides_of_a_portrait_is_no_sheet():
+    sketch, colors = figure()
+    sketch = sketch.copy()
+    for x in [*range(12, 190, 14), *range(330, 505, 14)]:
+        sketch[:480, x : x + 2] = 0
+    flats = colored(sketch, colors, background="paper").flats
+    assert tuple(flats[100, 60]) == tuple(flats[100, 440]) == BLUE
+
+
+def test_letters_on_the_sheet_are_not_colored():
+    sketch = np.full((400, 400, 3), 255, np.uint8)
+    pen = ImageDraw.Draw(picture := Image.fromarray(sketch))
+    pen.ellipse([100, 100, 300, 390], outline=(0, 0, 0), width=3)
+    pen.rectangle([20, 20, 32, 32], outline=(0, 0, 0), width=2)
+    pen.rectangle([150, 150, 162, 162], outline=(0, 0, 0), width=2)
+    flats = colored(np.asarray(picture), np.full_like(sketch, RED), background="paper").flats
+    assert tuple(flats[26, 26]) == (255, 255, 255)
+    assert tuple(flats[156, 156]) == tuple(flats[200, 200]) == RED
 
 
 def test_shading_is_one_where_colors_are_flat():

@@ -63,6 +63,29 @@ def test_gaps_are_closed(gap: int):
     assert (labels[150, 70:230] == labels[150, 150]).all()
 
 
+@pytest.mark.parametrize("gap", [3, 6, 12, 16, 20])
+def test_gaps_that_are_short_compared_with_the_outline_are_closed(gap: int):
+    picture, pen = blank(512)
+    pen.ellipse([150, 60, 362, 300], outline=0, width=3)
+    pen.line([(200, 280), (150, 500), (362, 500), (312, 280)], fill=0, width=3)
+    for x, y in ((140, 180), (300, 50), (155, 400)):
+        pen.rectangle([x, y, x + 20, y + gap - 1] if x < 300 else [x, y, x + gap - 1, y + 20], fill=255)
+    labels = find_regions(to_drawing(picture)).labels
+    assert len({labels[2, 2], labels[180, 256], labels[400, 256]}) == 3
+    assert (labels[180, 170:340] == labels[180, 256]).all()
+    assert (labels[400, 190:330] == labels[400, 256]).all()
+    assert (labels[:, :130] == labels[2, 2]).all()
+
+
+def test_a_gap_of_half_the_width_of_a_lock_of_hair_is_closed():
+    picture, pen = blank(400)
+    pen.arc([60, 60, 340, 340], 180, 360, fill=0, width=2)
+    pen.arc([60, 68, 340, 332], 180, 360, fill=0, width=2)
+    pen.rectangle([196, 58, 199, 64], fill=255)
+    labels = find_regions(to_drawing(picture)).labels
+    assert labels[2, 2] != labels[64, 200]
+
+
 def test_an_opening_of_half_a_shape_is_not_closed():
     picture, pen = blank()
     pen.line([(80, 60), (80, 240), (220, 240), (220, 60)], fill=0, width=3)
@@ -225,3 +248,14 @@ def test_components_are_those_of_scipy(share: float, diagonal: bool):
     assert count == number
     assert np.array_equal(labels > 0, mask)
     assert len(np.unique(labels.astype(np.int64) * (number + 1) + exact)) == len(np.unique(exact))
+
+
+def test_a_faint_tone_does_not_count_as_ink():
+    picture, pen = blank(400)
+    pen.rectangle([0, 0, 400, 330], fill=222)
+    pen.ellipse([100, 60, 300, 300], outline=60, width=3)
+    drawing = to_drawing(picture)
+    assert drawing.darkness[20, 20] < 0.3
+    assert drawing.darkness[61, 200] > 0.7
+    labels = find_regions(drawing).labels
+    assert labels[20, 20] != labels[200, 200]
