@@ -94,21 +94,22 @@ def dominant_colors(*pictures: Pixels) -> Dominant:
     weights = np.concatenate([_inner(sample).ravel() for sample in samples])
     area: NDArray[np.float64] = np.bincount(where.ravel(), weights).astype(np.float64)
     colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
-    places, left = perceptual(colors), area.copy()
+    places, left, histogram = perceptual(colors), area.copy(), _Histogram(colors)
     # A color's support is the area of all colors near it: the peak of a noisy flat is where most of its noise is.
     chosen: list[int] = []
     shares: list[float] = []
     flatness: list[float] = []
     while len(chosen) < NUM_DOMINANT:
-        peak = _peak(colors, left)
-        distance = np.linalg.norm(places - places[peak], axis=1)
-        share = left[distance < APART].sum() / area.sum()
+        peak = histogram.peak(left)
+        distance = ((places - places[peak]) ** 2).sum(axis=1)
+        near = distance < APART**2
+        share = left[near].sum() / area.sum()
         if not share > SMALLEST_SHARE:
             break
         chosen.append(peak)
         shares.append(share)
-        flatness.append(area[distance < APART / 2].sum() / area[distance < APART].sum())
-        left[distance < APART] = 0
+        flatness.append(area[distance < (APART / 2) ** 2].sum() / area[near].sum())
+        left[near] = 0
     return Dominant(colors[chosen], np.array(shares, np.float32), np.array(flatness, np.float32))
 
 
@@ -233,15 +234,24 @@ def _inner(sample: Pixels) -> Floats:
     return weight
 
 
-def _peak(colors: NDArray[np.int32], area: NDArray[np.float64]) -> int:
-    """Return the index of the color with the largest area in the fullest part of the histogram."""
-    cells = colors >> 3
-    keys = cells @ np.array([1 << 10, 1 << 5, 1])
-    grid = np.bincount(keys, area, minlength=1 << 15).reshape(32, 32, 32)
-    smooth = np.pad(grid, 1)
-    smooth = smooth[:-1] + smooth[1:]
-    smooth = smooth[:, :-1] + smooth[:, 1:]
-    smooth = smooth[:, :, :-1] + smooth[:, :, 1:]
-    corner = np.array(np.unravel_index(int(smooth.argmax()), smooth.shape))
-    inside = ((cells >= corner - 1) & (cells <= corner)).all(axis=1)
-    return int(np.where(inside, area, -1).argmax())
+class _Histogram:
+    """A histogram of colors [N, 3] in cubes of eight levels."""
+
+    def __init__(self, colors: NDArray[np.int32]) -> None:
+        cells = (colors >> 3).astype(np.int32)
+        self._keys = cells @ np.array([1 << 10, 1 << 5, 1], np.int32)
+        self._order = np.argsort(self._keys, kind="stable")
+        self._starts = np.searchsorted(self._keys[self._order], np.arange((1 << 15) + 1))
+
+    def peak(self, area: NDArray[np.float64]) -> int:
+        """Return the color with the largest area [N] in the fullest part of the histogram; any if no area is left."""
+        grid = np.bincount(self._keys, area, minlength=1 << 15).reshape(32, 32, 32)
+        smooth = np.pad(grid, 1)
+        smooth = smooth[:-1] + smooth[1:]
+        smooth = smooth[:, :-1] + smooth[:, 1:]
+        smooth = smooth[:, :, :-1] + smooth[:, :, 1:]
+        red, green, blue = np.unravel_index(int(smooth.argmax()), smooth.shape)
+        corners = np.array([(red - x, green - y, blue - z) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+        keys = corners[((corners >= 0) & (corners < 32)).all(axis=1)] @ np.array([1 << 10, 1 << 5, 1])
+        inside = np.concatenate([self._order[self._starts[key] : self._starts[key + 1]] for key in keys])
+        return int(inside[area[inside].argmax()]) if len(inside) else 0
