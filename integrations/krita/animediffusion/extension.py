@@ -40,6 +40,7 @@ GROUP = "AnimeDiffusion"
 BLENDING = {"flats": "normal", "shading": "multiply", "highlights": "screen"}
 """Blending mode of each layer, from the lowest to the highest: Krita's names of what the server computed."""
 POLL_MS = 100
+MIN_FIELD_PX = 260
 PICTURES = "Pictures (*.png *.jpg *.jpeg *.webp)"
 
 
@@ -182,7 +183,8 @@ class _Dialog(QDialog):  # type: ignore[misc]
         self.url = QLineEdit(_setting("url", "http://127.0.0.1:8000"))
         self.key = QLineEdit(os.environ.get(KEY_VARIABLE, ""))
         self.key.setEchoMode(QLineEdit.Password)
-        self.key.setPlaceholderText(f"only if the server requires one; {KEY_VARIABLE} sets it")
+        self.key.setPlaceholderText("only if the server requires one")
+        self.url.setMinimumWidth(MIN_FIELD_PX)
         self.references = [one for one in _setting("references", "").split("\n") if one]
         self.shown, choose = QLabel(), QPushButton("Choose...")
         choose.clicked.connect(self._choose)
@@ -193,7 +195,7 @@ class _Dialog(QDialog):  # type: ignore[misc]
         self.seed.setMaximum(2**31 - 1)
         rows = QFormLayout()
         for label, widget in (
-            ("Lines", QLabel(layer)),
+            ("Layer of lines", QLabel(layer)),
             ("References", _column(self.shown, choose)),
             ("Style", self.style_box),
             ("Seed", self.seed),
