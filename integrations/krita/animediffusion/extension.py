@@ -183,7 +183,7 @@ class _Dialog(QDialog):  # type: ignore[misc]
         self.url = QLineEdit(_setting("url", "http://127.0.0.1:8000"))
         self.key = QLineEdit(os.environ.get(KEY_VARIABLE, ""))
         self.key.setEchoMode(QLineEdit.Password)
-        self.key.setPlaceholderText("only if the server requires one")
+        self.key.setPlaceholderText("if the server requires one")
         self.url.setMinimumWidth(MIN_FIELD_PX)
         self.references = [one for one in _setting("references", "").split("\n") if one]
         self.shown, choose = QLabel(), QPushButton("Choose...")
