@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from animediffusion.models.bundle import Bundle, BundleConfig
 from animediffusion.models.colorize import colorize
@@ -45,26 +47,34 @@ from animediffusion.pipelines.training.checkpoints import (
     read_scores,
     write_score,
 )
-from animediffusion.pipelines.training.reporting import RunAddress
 from animediffusion.platform.errors import StorageError
 
 if TYPE_CHECKING:
     from animediffusion.platform.tracking.tracking import Run
 
-SEND_S = 3.0
-"""Seconds that a scoring task waits for MLflow; the driver sends the remaining records."""
 SCORING_S = 120.0
 """Seconds that a run waits at its end for each score that is still missing."""
 
 
-def record_score(place: str, step: int, tracks: dict[str, Track], log: Run) -> CheckpointScore:
-    """Score colored rows, write the score into the checkpoint, and log it to MLflow with an image of some rows."""
-    cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
-    found = CheckpointScore(cross.psnr, cross.ssim, cross.ciede2000, psnr_same=same.psnr)
-    write_score(place, step, found)
-    log.log({f"score/{key}": value for key, value in asdict(found).items()}, step)
-    log.log_image(grid(tracks), "samples", step)
-    return found
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Score of a checkpoint, and an image of some rows that its weights colored."""
+
+    score: CheckpointScore
+    image: NDArray[np.uint8]
+
+    @classmethod
+    def written(cls, place: str, step: int, tracks: dict[str, Track]) -> Self:
+        """Score colored rows, and write the score into the checkpoint."""
+        cross, same = (score(tracks[name].result, tracks[name].truth) for name in ("cross", "same"))
+        found = CheckpointScore(cross.psnr, cross.ssim, cross.ciede2000, psnr_same=same.psnr)
+        write_score(place, step, found)
+        return cls(found, grid(tracks))
+
+    def log(self, run: Run, step: int) -> None:
+        """Log the score and the image to MLflow."""
+        run.log({f"score/{key}": value for key, value in asdict(self.score).items()}, step)
+        run.log_image(self.image, "samples", step)
 
 
 class SharedColorizer:
@@ -126,11 +136,10 @@ class ScoringTask:
     """Configuration of the bundle that the run produces."""
     rows: SplitRows
     """Rows of val."""
-    mlflow: RunAddress
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def _score(place: str, step: int, task: ScoringTask) -> CheckpointScore | None:
+def _score(place: str, step: int, task: ScoringTask) -> Scored | None:
     torch.set_num_threads(1)  # the task shares the cores with the workers and must not slow them down
     denoiser = task.config.build()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,22 +149,23 @@ def _score(place: str, step: int, task: ScoringTask) -> CheckpointScore | None:
             return None  # e.g. newer checkpoints have replaced this one
         denoiser.load_state_dict(averaged_weights(Path(folder)))
     bundle = Bundle(task.config, denoiser.eval().requires_grad_(False), {}, "", Path())
-    log = task.mlflow.attach()
-    found = record_score(place, step, run_tracks(bundle, task.rows), log)
-    log.leave(SEND_S)
-    return found
+    return Scored.written(place, step, run_tracks(bundle, task.rows))
 
 
 class Scorer:
     """Queue of checkpoints to score in Ray tasks, one at a time; `scores` collects the results.
 
+    The tasks do not log to MLflow themselves, because it takes seconds to import.
+
     Args:
         place: URI of the folder with the checkpoints.
+        log: the run in MLflow.
         task: what the tasks need.
     """
 
-    def __init__(self, place: str, task: ScoringTask) -> None:
+    def __init__(self, place: str, log: Run, task: ScoringTask) -> None:
         self.place, self.scores = place, dict[int, CheckpointScore]()
+        self._log = log
         self._task = ray.put(task)
         self._lock = threading.Lock()
         self._running: tuple[int, Any] | None = None
@@ -193,11 +203,12 @@ class Scorer:
 
     def _collect(self, step: int, task: Any) -> None:
         try:
-            found = ray.get(task)
+            found: Scored | None = ray.get(task)
         except ray.exceptions.RayError:
             return  # a missing score must not end the run
         if found is not None:
-            self.scores[step] = found
+            self.scores[step] = found.score
+            found.log(self._log, step)
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ class ScoredCheckpoints:
         self, place: str, keep: int, log: Run, warn: Callable[[str], None], task: ScoringTask | None = None
     ) -> None:
         self._place, self._log = place, log
-        self._scorer = Scorer(place, task) if task is not None else None
+        self._scorer = Scorer(place, log, task) if task is not None else None
         awaited = self._scorer.awaited if self._scorer is not None else tuple
         self._writer = CheckpointWriter(place, keep, warn, self._score, awaited)
         self._scores: dict[int, CheckpointScore] = {}
@@ -282,4 +293,6 @@ class ScoredCheckpoints:
             self._scorer.start(step)
         if isinstance(saved, _ColoredState) and saved.tracks is not None:
             with suppress(StorageError):  # a missing score must not end the run
-                self._scores[step] = record_score(self._place, step, saved.tracks, self._log)
+                found = Scored.written(self._place, step, saved.tracks)
+                self._scores[step] = found.score
+                found.log(self._log, step)

@@ -159,7 +159,7 @@ class _Rank:
         if context.samples is not None and self.device.type in SCORED_BETWEEN_STEPS:
             self.colorizer = SharedColorizer(self.bundle_config, context.samples)
         elif context.samples is not None:
-            scoring = ScoringTask(self.bundle_config, context.samples, context.mlflow)
+            scoring = ScoringTask(self.bundle_config, context.samples)
         if context.trial is not None:
             self.trial = TrialReporter(context.trial, self.bundle_config, context.mlflow.run_id)
         if self.rank == 0:

@@ -278,10 +278,6 @@ class Run:
             self._monitor.finish()
             self._monitor = None
         self._spool.put({"status": status, "time": _now()})
-        return self.leave(patience_s)
-
-    def leave(self, patience_s: float = _PATIENCE_S) -> int:
-        """Send the waiting records but do not end the run; arguments and result are those of finish()."""
         left = self._spool.close(patience_s)
         if left:
             where = f"wait in {self._unsent}; the same command sends them" if self._unsent is not None else "are lost"
