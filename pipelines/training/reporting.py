@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.metrics import Gauge
 
-from animediffusion.pipelines.training.checkpoints import CheckpointScore
-
 if TYPE_CHECKING:
     import torch
 
     from animediffusion.models.training.loop import Step
+    from animediffusion.pipelines.training.checkpoints import CheckpointScore
     from animediffusion.platform.tracking.tracking import Run
 
 GAUGES = {
