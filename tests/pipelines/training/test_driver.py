@@ -1,11 +1,10 @@
-"""Training on Ray with two workers, three runs in all: straight, resumed after a crash, phase 2 with a Ctrl-C."""
+"""Training on Ray, four runs in all: straight, resumed after a crash, phase 2 with a Ctrl-C, and one that fails."""
 
 import json
 import os
 import re
-import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlflow
@@ -22,9 +21,10 @@ from animediffusion.models.training.ema import read_averages
 from animediffusion.pipelines.evaluation.evaluate import evaluate
 from animediffusion.pipelines.training.checkpoints import CheckpointScore, fetch, latest_step
 from animediffusion.pipelines.training.driver import Interrupted, train
-from animediffusion.pipelines.training.plan import plan
-from animediffusion.pipelines.training.recipe import load_recipe
+from animediffusion.pipelines.training.plan import plan, write_json
+from animediffusion.pipelines.training.recipe import load_recipe, plain
 from animediffusion.pipelines.training.result import TrainResult
+from animediffusion.platform.cluster import cluster
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, ConfigError, DataError, TrainingError
 from animediffusion.platform.storage import storage
@@ -67,21 +67,14 @@ def weights(settings, run, step):
     return load_file(settings.workspace / "runs" / run / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
 
 
-def fetched(settings, runs, step):
-    """The state of the run `afar`, from the store."""
-    folder = settings.workspace / "afar"
-    fetch(storage.join(runs, "afar", "checkpoints"), step, folder)
-    return folder / "state.safetensors"
-
-
-def crash_back_to(folder, step):
-    """Leave the run as a crash would have left it: no result, and no checkpoint after `step`."""
-    for path in (folder / "checkpoints").glob("step-*"):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "bundle")
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+def crashed(settings, straight, config):
+    """Leave a run as a crash of `straight` at step 16 would have left it: a checkpoint in the store, and no result."""
+    work = plan(settings, config)
+    work.folder.mkdir()
+    (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config)))
+    write_json(work.folder / "run.json", {"run": work.run, "mlflow_run_id": straight.mlflow_run_id, "finished": False})
+    step = "step-00000016"
+    upload_folder(Path(straight.run_dir, "checkpoints", step), storage.join(work.checkpoints, step))
 
 
 def test_a_run_leaves_its_settings_checkpoints_and_a_bundle_that_colors(straight, settings, recipe):
@@ -134,7 +127,7 @@ def test_checkpoints_are_scored_during_training_and_the_scores_are_those_of_eval
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_that_names_step_and_rows(ray_cluster, settings, recipe):
-    wild = ["name=wild", "num_workers=1", "checkpoint_every=1"]
+    wild = ["name=wild", "num_workers=1", "checkpoint_every=1", "num_samples=0"]
     wild += ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"]
     with pytest.raises(TrainingError, match=r"run wild: step \d+: the .* is (nan|inf), rows train/\d+, ") as error:
         train(settings, load_recipe(recipe, wild))
@@ -163,39 +156,35 @@ def test_a_finished_run_says_so_and_is_not_trained_again(straight, settings, rec
     assert json.loads(captured.out.splitlines()[-1]) == straight[0].to_json()
 
 
-def test_a_run_that_crashed_continues_and_ends_with_the_weights_of_one_that_did_not(straight, settings, recipe):
-    result, _ = straight
-    folder = settings.workspace / "runs" / result.run
-    expected = weights(settings, result.run, 20)
-    bundle = load_bundle(result.bundle).sha256
-    crash_back_to(folder, 16)
-    assert plan(settings, load_recipe(recipe)).start_step == 16
-    again = train(settings, load_recipe(recipe))
-    assert (again.resumed_from, again.steps, again.mlflow_run_id) == (16, 20, result.mlflow_run_id)
-    found = weights(settings, result.run, 20)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert load_bundle(again.bundle).sha256 == bundle
-
-
-def test_a_store_that_is_unreachable_during_a_run_changes_nothing(straight, settings, recipe, faulty_s3, faces_dataset):
+def test_a_run_that_crashed_continues_without_its_store_and_ends_with_the_weights_of_one_that_did_not(
+    straight, settings, recipe, faulty_s3, faces_dataset, tmp_path, monkeypatch
+):
     url, store = faulty_s3
-    data = f"s3://bucket/faces?endpoint_override={url}"
+    data, runs = (f"s3://bucket/{name}?endpoint_override={url}" for name in ("faces", "runs"))
     upload_folder(Path(faces_dataset), data)
-    away = []
+    config = load_recipe(recipe, [f"data={data}", f"storage={runs}", "name=afar", "log_every=1"])
+    crashed(settings, straight[0], config)
+    assert plan(settings, config).start_step == 16
+    requests = []
 
     def cut(now):
-        if now.step >= 8 and not away:
-            away.append(now.step)
+        if now.step > 16 and not requests:
+            requests.append(len(store.requests))
             store.fail("refuse", seconds=3)
 
-    runs = f"s3://bucket/runs?endpoint_override={url}"
-    overrides = [f"data={data}", f"storage={runs}", "name=afar", "log_every=1"]
-    result = train(settings, load_recipe(recipe, overrides), cut)
-    assert (result.steps, len(away)) == (20, 1)
-    found = load_file(fetched(settings, runs, result.steps))
-    expected = weights(settings, straight[0].run, 20)
+    monkeypatch.setattr(cluster, "POLL_S", 0.05)
+    again = train(settings, config, cut)
+    assert (again.resumed_from, again.steps, again.mlflow_run_id) == (16, 20, straight[0].mlflow_run_id)
+    written = [one for one in store.requests[requests[0] :] if one.startswith(("PUT", "POST"))]
+    assert any("step-00000020/state.safetensors" in one for one in written), "the outage came too late"
+    fetch(plan(settings, config).checkpoints, 20, tmp_path)
+    found, expected = load_file(tmp_path / "state.safetensors"), weights(settings, straight[0].run, 20)
+    assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    bundle, same = load_bundle(again.bundle), load_bundle(straight[0].bundle)
+    assert replace(bundle.config, provenance={}) == replace(same.config, provenance={})
+    expected = same.denoiser.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in bundle.denoiser.state_dict().items())
 
 
 def test_phase_2_starts_from_phase_1_and_ctrl_c_saves_a_checkpoint(straight, settings, faces_dataset):
