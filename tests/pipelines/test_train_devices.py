@@ -11,6 +11,7 @@ from tiny import NETWORK
 
 from animediffusion.models.bundle import load_bundle
 from animediffusion.pipelines.evaluation.evaluate import evaluate
+from animediffusion.pipelines.training import driver
 from animediffusion.pipelines.training.driver import train
 from animediffusion.pipelines.training.recipe import load_recipe
 from animediffusion.pipelines.training.result import TrainResult
@@ -84,9 +85,10 @@ def test_a_run_that_is_out_of_gpu_memory_is_not_tried_again_and_says_what_to_low
 
 @dataclass(frozen=True)
 class Waited:
-    """A run whose ranks score together, and that had to wait for room."""
+    """A run that had to wait for room, whose ranks score together, and that needs two executions of Ray Data."""
 
     result: TrainResult
+    fits: int
     settings: Settings
     data: str
     warnings: list[str]
@@ -102,6 +104,18 @@ def waited(ray_cluster, faces_dataset, tmp_path_factory):
     def between_steps(worker):
         worker.SCORED_BETWEEN_STEPS = ("cpu",)
 
+    build, fit, fits = driver.unread_rows, driver.build_trainer, []
+
+    def few(run, world_size):
+        from animediffusion.pipelines.data import stream
+
+        stream.MOST_BLOCKS = 2  # one of 64 rows for each worker: 32 steps of two rows
+        return build(run, world_size)
+
+    def build_trainer(*args):
+        fits.append(1)
+        return fit(*args)
+
     folder, lines, server = tmp_path_factory.mktemp("waited"), [], Server.remote()
     ray.get(server.ready.remote())
     (folder / "tiny.yaml").write_text(f"data: {faces_dataset}\n{RECIPE}")
@@ -115,20 +129,24 @@ def waited(ray_cluster, faces_dataset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr(cluster, "WAITS_S", 1.0)
+        patch.setattr(cluster, "WATCH_S", 0.5)
+        patch.setattr(driver, "unread_rows", few)
+        patch.setattr(driver, "build_trainer", build_trainer)
         replace_worker(patch, between_steps)
-        result = train(settings, load_recipe(str(folder / "tiny.yaml"), ["name=patient", "bundle=best"]), report)
-    return Waited(result, settings, faces_dataset, lines)
+        overrides = ["name=patient", "bundle=best", "max_steps=40", "checkpoint_every=15"]
+        result = train(settings, load_recipe(str(folder / "tiny.yaml"), overrides), report)
+    return Waited(result, len(fits), settings, faces_dataset, lines)
 
 
 def test_a_run_that_has_no_room_says_what_it_waits_for_and_begins_when_there_is(waited):
     line = waited.warnings[0]
     assert re.fullmatch(r"waiting: the cluster has no room for \d x \(0.5 CPU\); 0.75 of 2 CPU free", line)
-    assert waited.result.steps == 12
+    assert waited.result.steps == 40
 
 
 def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_becomes_the_bundle(waited):
     result = waited.result
-    assert max(result.scores) == 12
+    assert max(result.scores) == 40
     assert result.bundle_step == result.best_step
     assert load_bundle(result.bundle).config.provenance["steps"] == result.best_step
     found = evaluate(waited.settings, result.bundle, waited.data, limit=5).tracks
@@ -138,22 +156,5 @@ def test_where_ranks_score_together_every_checkpoint_has_a_score_and_the_best_be
     assert score.ciede2000 == pytest.approx(found["cross"].ciede2000, abs=0.01)
 
 
-def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(
-    ray_cluster, settings, recipe, monkeypatch
-):
-    from animediffusion.pipelines.training import driver as module
-
-    build, fits = module.unread_rows, []
-
-    def few(run, world_size):
-        from animediffusion.pipelines.data import stream
-
-        stream.MOST_BLOCKS = 2  # one of 64 rows: 16 steps of 4
-        return build(run, world_size)
-
-    fit = module.build_trainer
-    monkeypatch.setattr(module, "unread_rows", few)
-    monkeypatch.setattr(module, "build_trainer", lambda *args: fits.append(1) or fit(*args))
-    overrides = ["num_workers=1", "max_steps=20", "num_samples=0", "checkpoint_every=100"]
-    result = train(settings, load_recipe(recipe, overrides))
-    assert (result.steps, len(fits)) == (20, 2)
+def test_a_run_that_needs_more_reads_than_one_execution_may_have_continues_in_another(waited):
+    assert (waited.result.steps, waited.fits) == (40, 2)

@@ -45,6 +45,7 @@ def closed(serve_port, tmp_path_factory, bundle_folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "WAITS_S", 1.0)
+        patch.setattr(cluster, "WATCH_S", 0.5)
         url = start(config, port=serve_port, report=tell)
     yield Closed(url, keys, key, log, messages)
     serve.delete(APP_NAME)
