@@ -189,13 +189,13 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("words", "expected"), MISFITS, ids=[" ".join(words) for words, _ in MISFITS])
-def test_parts_of_a_recipe_that_do_not_fit_are_refused_before_anything_starts(command, faces_dataset, words, expected):
+def test_parts_of_a_recipe_that_do_not_fit_end_with_2_before_anything_starts(command, faces_dataset, words, expected):
     code, _, err = command("train", *words, f"data={faces_dataset}", "--dry-run")
     assert (code, len(err)) == (2, 1)
     assert expected in err[0]
 
 
-def test_a_run_of_the_same_name_with_other_settings_is_refused_with_their_names(command, faces_dataset, workspace):
+def test_a_run_of_the_same_name_with_other_settings_ends_with_2_and_their_names(command, faces_dataset, workspace):
     old = load_recipe("demo", [f"data={faces_dataset}", "name=x", "augment.flip=0.25"])
     folder = workspace / "runs" / "x"
     folder.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_an_empty_registry_says_how_to_begin(command):
     assert (code, json.loads(out[-1])) == (0, [])
 
 
-def test_what_a_command_would_not_use_is_refused(command):
+def test_what_a_command_would_not_use_ends_with_2(command):
     code, _, err = command("models", "list", "--workspace", "a", "--workspace=b")
     assert (code, err) == (2, ["error: --workspace: given twice; give it once"])
     code, _, err = command("jobs", "submit", "--wiat", "--", "doctor")
@@ -259,7 +259,7 @@ def test_what_a_command_would_not_use_is_refused(command):
         ("data ingest a b --size 32 --size 64", "--size"),
     ],
 )
-def test_an_option_given_twice_is_refused(command, words, option):
+def test_an_option_given_twice_ends_with_2(command, words, option):
     assert command(*words.split()) == (2, [], [f"error: {option}: given twice; give it once"])
 
 

@@ -120,7 +120,7 @@ def test_a_version_loads_as_an_mlflow_model(command, folder, pictures, monkeypat
     assert decode_rgb(colored["image"][0]).shape == (32, 32, 3)
 
 
-def test_a_run_whose_settings_have_other_defaults_now_is_refused_by_their_name(command):
+def test_a_run_whose_settings_have_other_defaults_now_ends_with_2_and_their_name(command):
     for run in ("finished", "unfinished"):
         code, _, [line] = command("train", "recipe.yaml", f"name={run}", "max_steps=4", "--dry-run", "--no-estimate")
         assert code == 2

@@ -57,7 +57,7 @@ def test_the_pictures_of_the_text_are_small(pictures):
     assert [path.name for path in drawn if path.stat().st_size > pictures.LIMIT] == []
 
 
-def test_a_picture_too_large_gets_fewer_colors_and_then_is_refused(pictures, tmp_path, monkeypatch):
+def test_a_picture_too_large_gets_fewer_colors_and_then_raises_value_error(pictures, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
     monkeypatch.setattr(pictures, "LIMIT", 17_000)
     pictures.save(noise, tmp_path / "noise.png")

@@ -169,7 +169,7 @@ def test_the_smoke_sample_passes_a_sound_model_and_rejects_weights_that_are_not_
         ({"guidance_interval": (0.0, 1.5)}, "two rising times"),
     ],
 )
-def test_impossible_sampler_defaults_are_refused(values, message):
+def test_impossible_sampler_defaults_raise_value_error(values, message):
     with pytest.raises(ValueError, match=message):
         SamplerDefaults(**values)
 

@@ -16,6 +16,6 @@ def test_gray_images_get_one_channel_and_values_outside_are_cut():
     assert to_uint8(torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1)).flatten().tolist() == [0, 128, 255]
 
 
-def test_floats_are_refused_as_8_bit_images():
+def test_floats_as_8_bit_images_raise_type_error():
     with pytest.raises(TypeError, match="uint8"):
         to_tensor(torch.zeros(1, 4, 4, 3))

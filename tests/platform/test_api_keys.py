@@ -62,7 +62,7 @@ def test_a_name_is_taken_until_its_key_is_revoked(keys):
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "../keys", "x" * 65, "a\nb", "\u00e9"])
-def test_an_unusable_name_is_refused(keys, name):
+def test_an_unusable_name_raises_config_error(keys, name):
     with pytest.raises(ConfigError, match="NAME"):
         keys.create(name)
     assert not storage.exists(keys.uri)

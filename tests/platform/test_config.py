@@ -141,7 +141,7 @@ def test_an_override_of_something_else_is_yaml_without_surprises():
     assert Run.load(None, ["seed=010"]).seed == 10
 
 
-def test_an_override_given_twice_is_refused():
+def test_an_override_given_twice_raises_config_error():
     assert failure("kilometers=1", "kilometers=2") == "kilometers: given twice; give it once"
 
 
@@ -154,7 +154,7 @@ def test_a_file_holds_text_where_yaml_has_surprises(yaml_file):
         Run.load(yaml_file("name: 7\n"))
 
 
-def test_a_key_given_twice_in_a_file_is_refused(yaml_file):
+def test_a_key_given_twice_in_a_file_raises_config_error(yaml_file):
     for text in ("a: 1\na: 2\n", "b: {a: 1, a: 2}\n"):
         with pytest.raises(ConfigError, match="key 'a' is given twice"):
             read_yaml(yaml_file(text))
@@ -201,7 +201,7 @@ def test_a_file_that_is_not_a_mapping_is_rejected_by_name(yaml_file, text, found
         ("? [a]\n: x\n", "key a sequence is not a word, line 1, column 3"),
     ],
 )
-def test_a_file_that_is_not_yaml_is_refused_with_the_reason(yaml_file, text, found):
+def test_a_file_that_is_not_yaml_raises_config_error_with_the_reason(yaml_file, text, found):
     with pytest.raises(ConfigError) as caught:
         read_yaml(yaml_file(text))
     assert str(caught.value) == f"{yaml_file(text)}: is not YAML ({found}); write key: value lines"
@@ -275,14 +275,14 @@ def test_every_variable_that_the_code_reads_is_known(monkeypatch):
     assert unknown_variables() == []
 
 
-def test_an_unknown_attention_in_the_environment_is_refused(monkeypatch):
+def test_an_unknown_attention_in_the_environment_raises_config_error(monkeypatch):
     monkeypatch.setenv("ANIMEDIFFUSION_ATTENTION", "flash")
     with pytest.raises(ConfigError, match="attention: 'flash'; input should be 'auto', 'xformers' or 'sdpa'"):
         Settings.from_environment()
 
 
 @pytest.mark.parametrize("name", ["a/b", "a@b", "a:b", "it's", "..", "v1.0", " ", "a ", "x" * 81, "a\nb", "50%"])
-def test_a_model_name_that_cannot_be_referred_to_is_refused(name):
+def test_a_model_name_that_cannot_be_referred_to_raises_config_error(name):
     with pytest.raises(ConfigError, match=r"model_name: .*; write 1 to 80 characters, none of"):
         Settings.from_environment(model_name=name)
 

@@ -26,7 +26,7 @@ def soak():
 
 
 @pytest.mark.slow
-def test_hostile_requests_are_refused_and_leave_the_server_as_it_was(soak, replica, serving, key, key_file, lines):
+def test_hostile_requests_get_errors_and_leave_the_server_as_it_was(soak, replica, serving, key, key_file, lines):
     limits = {"max_body_bytes": soak.MAX_BODY_BYTES, "upload_timeout_s": 1.0}
     app = create_app(replica, keyring=Keyring(key_file.uri), **limits)
     with serving(app) as url:

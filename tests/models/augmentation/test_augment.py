@@ -257,7 +257,7 @@ def test_an_evaluation_track_is_the_same_for_everybody(new_rows, track):
         {"warp_kind": "diagonal", "translate": 0.1},
     ],
 )
-def test_impossible_augmentation_is_refused(values):
+def test_impossible_augmentation_raises_value_error(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         AugmentConfig(**values)
 

@@ -78,7 +78,7 @@ def test_a_flat_picture_has_no_lines_and_an_edge_has_one():
     assert (xdog(edge, sigma)[0, 0, :, :4] == 1).all()
 
 
-def test_blurs_without_width_are_refused():
+def test_blurs_without_width_raise_value_error():
     with pytest.raises(ValueError, match="above 0"):
         XDoGConfig(sigma=(0.0, 0.5))
 

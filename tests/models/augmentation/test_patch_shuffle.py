@@ -35,6 +35,6 @@ def test_every_order_of_four_patches_comes_up():
     assert len({tuple(order.tolist()) for order in orders}) == 24
 
 
-def test_an_image_that_does_not_divide_is_refused():
+def test_an_image_that_does_not_divide_raises_value_error():
     with pytest.raises(ValueError, match="multiple of 8"):
         shuffle(torch.zeros(1, 3, 20, 20), patch_order(torch.tensor([2]), keys(1)))

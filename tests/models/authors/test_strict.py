@@ -165,7 +165,7 @@ def test_strict_mode_is_for_the_authors_path_and_prediction(network, path, predi
         ObjectiveConfig(strict=True).build(Denoiser(network, PathConfig(**path), prediction), SamplerDefaults(), 0)
 
 
-def test_settings_that_strict_mode_would_ignore_are_refused():
+def test_settings_that_strict_mode_would_ignore_raise_value_error():
     with pytest.raises(ValueError, match="strict objective has no settings"):
         ObjectiveConfig(strict=True, denoising=DenoisingConfig(drop_reference=0.2))
 

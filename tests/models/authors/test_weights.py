@@ -154,7 +154,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
-def test_another_checkpoint_is_refused_with_what_differs(checkpoint, change, message):
+def test_another_checkpoint_raises_value_error_that_says_what_differs(checkpoint, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_authors(change(checkpoint))
     assert "\n" not in str(caught.value)

@@ -81,12 +81,12 @@ def test_the_velocity_of_the_flow_path_is_noise_minus_image(network):
     torch.testing.assert_close(target, noise - image)
 
 
-def test_predicting_noise_on_a_path_that_ends_in_pure_noise_is_refused_with_the_way_out(network):
+def test_predicting_noise_on_a_path_that_ends_in_pure_noise_raises_value_error_with_the_way_out(network):
     with pytest.raises(ValueError, match=r"'eps' cannot start on path 'flow': alpha\(t_max\) is 0.000.*use x0 or v"):
         Denoiser(network, PathConfig(name="flow"), "eps")
 
 
-def test_an_unknown_prediction_is_refused(network):
+def test_an_unknown_prediction_raises_value_error(network):
     with pytest.raises(ValueError, match="eps, x0, v or edm"):
         Denoiser(network, PathConfig(), "score")
 

@@ -89,7 +89,7 @@ def test_the_defaults_interval_is_honored(parts, new_batch):
     assert not torch.allclose(images[0], images[2], atol=1e-2)
 
 
-def test_guidance_without_a_null_condition_is_refused(parts):
+def test_guidance_without_a_null_condition_raises_value_error(parts):
     with pytest.raises(ValueError, match="scale 2"):
         guided(parts[0], parts[2], None, 2.0)
 

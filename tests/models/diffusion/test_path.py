@@ -115,7 +115,7 @@ def test_noise_is_added_with_each_rows_own_time():
         ({"zero_terminal": True}, "zero_terminal is for path linear, got 'flow'"),
     ],
 )
-def test_an_impossible_path_is_refused(values, message):
+def test_an_impossible_path_raises_value_error(values, message):
     with pytest.raises(ValueError, match=message):
         PathConfig(**values)
 

@@ -284,7 +284,7 @@ def test_gradients_through_all_steps_are_finite(name, path_name):
     assert scale.grad != 0
 
 
-def test_an_unknown_sampler_and_zero_steps_are_refused():
+def test_an_unknown_sampler_and_zero_steps_raise_value_error():
     path = build_path(PathConfig())
     with pytest.raises(ValueError, match="euler, heun, dpmpp_2m, got 'ddpm'"):
         build_sampler("ddpm", path)

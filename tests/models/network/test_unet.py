@@ -67,7 +67,7 @@ def test_a_dropped_reference_leaves_no_trace_and_trains_the_null(new_denoiser, n
     assert denoiser.network.null_reference.grad.abs().sum() > 0
 
 
-def test_sides_that_do_not_fit_are_refused(new_denoiser):
+def test_sides_that_do_not_fit_raise_value_error(new_denoiser):
     with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
         new_denoiser().encode(torch.zeros(1, 1, 16, 18), torch.zeros(1, 3, 16, 18))
 
@@ -101,7 +101,7 @@ def test_sides_are_multiples_of_patches_and_levels_and_reference_tokens(values, 
         ({"attention_levels": (4,)}, "below 4"),
     ],
 )
-def test_impossible_sizes_are_refused(values, message):
+def test_impossible_sizes_raise_value_error(values, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**values)
 

@@ -48,7 +48,7 @@ def test_a_length_is_the_standard_deviation_of_its_profile(length):
 
 
 @pytest.mark.parametrize("length", [0, -0.1, 0.3])
-def test_a_length_that_no_average_has_is_refused(length):
+def test_a_length_that_no_average_has_raises_value_error(length):
     with pytest.raises(ValueError, match=r"above 0 and at most 0\.28"):
         OptimizerConfig(ema_lengths=(length,))
     with pytest.raises(ValueError, match="must differ"):
@@ -183,7 +183,7 @@ def test_averages_are_sealed_like_the_rest_and_go_along_with_a_copy(folder, tmp_
 
 
 @pytest.mark.parametrize("tensors", [{"0.05/other": torch.zeros(2)}, {"long/x": torch.zeros(2)}])
-def test_averages_of_another_model_are_refused(folder, tensors):
+def test_averages_of_another_model_raise_bundle_error(folder, tensors):
     save_file(tensors, folder / AVERAGES)
     with_metrics(folder, {})  # seals the folder as it is now
     with pytest.raises(BundleError, match=r"averages\.safetensors does not fit the model"):

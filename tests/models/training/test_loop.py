@@ -114,7 +114,7 @@ def test_muon_trains_the_weights_themselves(new_denoiser, monkeypatch, on_gpu):
         assert parameter.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr(), tuple(parameter.shape)
 
 
-def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
+def test_a_checkpoint_of_another_network_raises_value_error(new_denoiser, tmp_path):
     state = new_state(new_denoiser)
     state.save(tmp_path)
     state.denoiser.network.detail.output = torch.nn.Conv2d(4, 3, 1)
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_network_is_refused(new_denoiser, tmp_path):
         TrainState(state.denoiser, state.config, 6).restore(tmp_path)
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(new_denoiser, new_rows, tmp_path):
+def test_a_checkpoint_of_another_optimizer_raises_value_error(new_denoiser, new_rows, tmp_path):
     state = new_state(new_denoiser)
     train(state, new_rows, 1)
     state.save(tmp_path)
@@ -344,6 +344,6 @@ def test_random_numbers_differ_by_seed_step_and_rank_and_repeat():
         ({"betas": (0.9, 1.0)}, "betas"),
     ],
 )
-def test_impossible_optimizer_settings_are_refused(values, message):
+def test_impossible_optimizer_settings_raise_value_error(values, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**values)

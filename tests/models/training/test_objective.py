@@ -235,7 +235,7 @@ def test_a_step_without_dropped_references_still_gives_the_null_a_gradient(new_d
         (lambda: ObjectiveConfig(name="phase3"), "denoising or reconstruction"),
     ],
 )
-def test_impossible_objectives_are_refused(make, message):
+def test_impossible_objectives_raise_value_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -168,7 +168,7 @@ def test_the_same_source_again_is_up_to_date(tmp_path: Path) -> None:
     assert prepare(source, str(tmp_path / "dataset"), SIZE).done == manifest
 
 
-def test_a_destination_with_other_content_is_refused(tmp_path: Path) -> None:
+def test_a_destination_with_other_content_raises_data_error(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", pairs(1, 2))
     destination = str(tmp_path / "dataset")
     without_ray(prepare(source, destination, SIZE))
@@ -223,7 +223,7 @@ def test_a_missing_or_empty_folder_names_the_layouts(tmp_path: Path, there: bool
         prepare(str(source), str(tmp_path / "dataset"))
 
 
-def test_a_missing_s3_prefix_is_refused(moto_server: str, tmp_path: Path) -> None:
+def test_a_missing_s3_prefix_raises_data_error(moto_server: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="s3://bucket/nothing: no such folder"):
         prepare("s3://bucket/nothing", str(tmp_path / "dataset"))
 
@@ -237,7 +237,7 @@ def test_a_missing_bucket_at_either_end_is_named(moto_server: str, tmp_path: Pat
         prepare(source, "s3://nowhere/dataset")
 
 
-def test_a_missing_pairs_csv_is_refused(tmp_path: Path) -> None:
+def test_a_missing_pairs_csv_raises_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.csv: no such pairs CSV"):
         prepare(fill(tmp_path / "source", pairs(1)), str(tmp_path / "dataset"), pairs="no.csv")
 

@@ -45,7 +45,7 @@ def test_missing_files_of_a_pairs_csv_are_rejected_by_line() -> None:
     assert "line 3" in plan.rejects[1].detail
 
 
-def test_a_pairs_csv_without_a_target_column_is_refused() -> None:
+def test_a_pairs_csv_without_a_target_column_raises_data_error() -> None:
     with pytest.raises(DataError, match=r"columns are image, line; target\[,sketch"):
         plan_pairs("src", "image,line\na,b\n", ["a"], 0)
 
@@ -112,7 +112,7 @@ def test_rows_of_one_target_stay_in_one_split() -> None:
         ("", "columns are none"),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_with_its_line(text: str, found: str) -> None:
+def test_what_is_not_understood_raises_data_error_with_its_line(text: str, found: str) -> None:
     with pytest.raises(DataError, match=found) as caught:
         planned(text)
     assert "\n" not in str(caught.value)

@@ -78,6 +78,6 @@ def test_read_blocks_are_bounded_in_rows_and_bytes() -> None:
     assert choose_block_rows(100_000, 100_000 * 10**7, 2) == 16
 
 
-def test_a_stream_of_nothing_is_refused() -> None:
+def test_a_stream_of_nothing_raises_value_error() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Stream((), seed=0, block_rows=64)

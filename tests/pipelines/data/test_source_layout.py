@@ -156,12 +156,12 @@ def test_an_empty_folder_names_the_layouts() -> None:
         planned(".DS_Store")
 
 
-def test_line_art_alone_is_refused() -> None:
+def test_line_art_alone_raises_data_error() -> None:
     with pytest.raises(DataError, match="none of its 2 files can be a target"):
         planned("sketch/a.png", "sketch/b.png")
 
 
-def test_no_pair_is_refused() -> None:
+def test_no_pair_raises_data_error() -> None:
     with pytest.raises(DataError, match="no line art has the name of a target"):
         planned("target/a.png", "sketch/b.png")
 

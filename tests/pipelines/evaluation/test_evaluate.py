@@ -97,7 +97,7 @@ def test_what_was_measured_is_kept_in_the_bundle_whose_identity_stays(settings, 
     assert after.metrics == result.to_json()
 
 
-def test_data_of_another_size_is_refused(settings, tmp_path, faces_dataset):
+def test_data_of_another_size_raises_config_error(settings, tmp_path, faces_dataset):
     bundle = write_bundle(tmp_path / "bundle", size=64)
     with pytest.raises(ConfigError, match="32 px, the model is for 64 px; ingest the source at the model's size"):
         evaluate(settings, str(bundle), faces_dataset)

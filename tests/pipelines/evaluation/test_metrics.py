@@ -88,7 +88,7 @@ def test_the_multiscale_number_needs_five_scales_of_the_window(size, there):
     assert score(large, large).ms_ssim == (1.0 if there else None)
 
 
-def test_results_and_truths_of_different_shapes_are_refused():
+def test_results_and_truths_of_different_shapes_raise_value_error():
     with pytest.raises(ValueError, match="results are"):
         score(images(count=1), images(count=2))
 

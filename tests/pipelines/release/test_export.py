@@ -189,7 +189,7 @@ def test_the_exported_script_refuses_odd_arguments(bundle, capsys, words, found)
     assert found in capsys.readouterr().err
 
 
-def test_a_folder_in_use_or_an_unknown_model_is_refused(settings, tmp_path, bundle):
+def test_a_folder_in_use_or_an_unknown_model_ends_the_export(settings, tmp_path, bundle):
     release.register(settings, bundle)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()

@@ -85,7 +85,7 @@ def test_another_file_is_one_line_and_leaves_nothing(run, tmp_path, write, messa
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_truncated_checkpoint_is_refused(run, file):
+def test_a_truncated_checkpoint_ends_with_2_and_one_line(run, file):
     file.write_bytes(file.read_bytes()[:-5000])
     code, _, err = run(file)
     assert (code, len(err)) == (2, 1)

@@ -113,7 +113,7 @@ def test_the_same_bundle_twice_is_one_version(settings, bundle):
     assert [release.register(settings, bundle(1)).version for _ in range(2)] == [1, 1]
 
 
-def test_a_changed_byte_is_refused(settings, bundle):
+def test_a_changed_byte_raises_bundle_error(settings, bundle):
     folder = bundle(1)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -123,7 +123,7 @@ def test_a_changed_byte_is_refused(settings, bundle):
     assert release.versions(settings) == []
 
 
-def test_weights_that_are_not_finite_are_refused(settings, tmp_path):
+def test_weights_that_are_not_finite_raise_bundle_error(settings, tmp_path):
     config = BundleConfig(network=NETWORK, image_size=16)
     denoiser = config.build()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_bundle_changed_in_the_store_is_not_promoted(settings, bundle):
     assert release.versions(settings)[0]["aliases"] == []
 
 
-def test_an_unevaluated_version_is_refused_with_the_command_to_run(settings, bundle):
+def test_an_unevaluated_version_raises_registry_error_with_the_command_to_run(settings, bundle):
     release.register(settings, bundle(1))
     command = f"animediffusion evaluate models:/{settings.model_name}/1 DATA"
     with pytest.raises(RegistryError, match=f"was not evaluated; run `{command}`"):
@@ -221,7 +221,7 @@ def test_the_gate_compares_with_the_champion(settings, bundle, psnr, ciede2000, 
     assert (last["forced"], last["reason"], last["to"]) == (True, "I know", 2)
 
 
-def test_other_data_is_refused_until_evaluated_on_the_champions(settings, bundle):
+def test_other_data_raises_registry_error_until_evaluated_on_the_champions(settings, bundle):
     release.register(settings, bundle(1, evaluation(20.0)))
     release.register(settings, bundle(2, evaluation(30.0, data_hash="b" * 64)))
     release.promote(settings, 1)

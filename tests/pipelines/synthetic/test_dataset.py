@@ -78,13 +78,13 @@ def test_a_dataset_grows(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"size": 32}, {"seed": 1}, {"count": 3}])
-def test_another_dataset_in_the_folder_is_refused(tmp_path, changed):
+def test_another_dataset_in_the_folder_raises_data_error(tmp_path, changed):
     synthesize(str(tmp_path), 4, size=16)
     with pytest.raises(DataError, match=r"was drawn with .*; give a new folder"):
         synthesize(str(tmp_path), **{"count": 4, "size": 16, **changed})
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_something_else_raises_data_error(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="is not empty"):
         synthesize(str(tmp_path), 4, size=16)
@@ -92,20 +92,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         synthesize(str(tmp_path / "thesis.txt"), 4, size=16)
 
 
-def test_a_damaged_record_is_refused_in_one_line(tmp_path):
+def test_a_damaged_record_raises_data_error_of_one_line(tmp_path):
     (tmp_path / ".synthesize.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         synthesize(str(tmp_path), 4, size=16)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"size": 8}, {"size": 5000}, {"seed": -1}])
-def test_values_out_of_range_are_refused(tmp_path, wrong):
+def test_values_out_of_range_raise_config_error(tmp_path, wrong):
     with pytest.raises(ConfigError):
         synthesize(str(tmp_path / "faces"), **{"count": 4, "size": 16, **wrong})
     assert not (tmp_path / "faces").exists()
 
 
-def test_a_uri_is_refused():
+def test_a_uri_raises_config_error():
     with pytest.raises(ConfigError, match="is not a local folder"):
         synthesize("s3://bucket/faces", 4)
 

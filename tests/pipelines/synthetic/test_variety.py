@@ -87,7 +87,7 @@ def test_a_text_describes_presets_and_shares():
 
 
 @pytest.mark.parametrize("text", ["", "wild", "hairs=0.5", "lines", "lines=much", "lines=2", "lines=-0.1", "lines=nan"])
-def test_an_unknown_variety_is_refused_in_one_line(text):
+def test_an_unknown_variety_raises_config_error_of_one_line(text):
     with pytest.raises(ConfigError) as raised:
         Variety.parse(text)
     assert "\n" not in str(raised.value)

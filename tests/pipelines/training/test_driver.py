@@ -219,7 +219,7 @@ def test_without_a_checkpoint_the_latest_step_is_zero(tmp_path):
     assert latest_step(str(tmp_path)) == 0
 
 
-def test_what_cannot_be_trained_is_refused_before_training(ray_cluster, settings, recipe, faces_dataset, tmp_path):
+def test_what_cannot_be_trained_raises_an_error_before_training(ray_cluster, settings, recipe, faces_dataset, tmp_path):
     with pytest.raises(DataError, match="no dataset"):
         plan(settings, load_recipe(recipe, [f"data={tmp_path}"]))
     with pytest.raises(ConfigError, match=r"image_size: 64; the data in .* is 32 px"):

@@ -131,7 +131,7 @@ def test_a_recipe_changes_only_what_it_names_of_its_base(tmp_path):
     assert (mine.recipe, mine.max_minutes) == ("mine", base.max_minutes)
 
 
-def test_a_recipe_that_is_based_on_itself_is_refused(tmp_path):
+def test_a_recipe_that_is_based_on_itself_raises_config_error(tmp_path):
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text(f"base: {b}\n")
     b.write_text(f"base: {a}\n")

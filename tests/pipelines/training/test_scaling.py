@@ -43,7 +43,7 @@ def test_a_cluster_that_is_at_zero_is_waited_for_where_gpus_are_asked_for():
     assert scale({"CPU": 15}, "use_gpu=true", "num_workers=8", may=most)[:2] == (8, True)
 
 
-def test_what_a_cluster_can_never_hold_is_refused():
+def test_what_a_cluster_can_never_hold_raises_cluster_error():
     with pytest.raises(ClusterError, match="use_gpu: one GPU for each of 1 workers, the cluster has at most 0; lower"):
         scale({"CPU": 16}, "use_gpu=true")
     with pytest.raises(ClusterError, match="use_gpu: one GPU for each of 8 workers, the cluster has at most 4; lower"):

@@ -103,11 +103,11 @@ def test_a_png_with_damaged_pixels_is_unreadable():
     assert reason_of(bytes(data)) == "unreadable"
 
 
-def test_a_header_of_40000_by_40000_is_refused_before_decoding():
+def test_a_header_of_40000_by_40000_raises_image_error_before_decoding():
     assert reason_of(png_header(40_000, 40_000)) == "too_large"
 
 
-def test_more_pixels_than_allowed_are_refused_before_decoding():
+def test_more_pixels_than_allowed_raise_image_error_before_decoding():
     assert reason_of(png_header(9_000, 9_000)) == "too_large"
     assert reason_of(encode_png(picture(24, 32)), max_pixels=24 * 32 - 1) == "too_large"
     assert decode_rgb(encode_png(picture(24, 32)), max_pixels=24 * 32).shape == (24, 32, 3)

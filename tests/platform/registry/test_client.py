@@ -86,7 +86,7 @@ def test_a_whole_copy_is_not_downloaded_again(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "averages.safetensors"])
-def test_files_that_were_changed_in_the_store_are_refused(registry: Registry, name: str) -> None:
+def test_files_that_were_changed_in_the_store_raise_bundle_error(registry: Registry, name: str) -> None:
     (stored(registry) / name).write_bytes(b"changed")
     with pytest.raises(BundleError, match=f"version 1: {name} was changed"):
         fetch(registry, averages=True)

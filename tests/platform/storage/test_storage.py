@@ -130,7 +130,7 @@ def test_an_endpoint_switches_the_search_for_machine_credentials_off(
         ("", "the path is empty"),
     ],
 )
-def test_a_uri_that_cannot_be_used_is_refused_and_shows_no_secret(uri: str, message: str) -> None:
+def test_a_uri_that_cannot_be_used_raises_storage_error_without_its_secret(uri: str, message: str) -> None:
     with pytest.raises(StorageError, match=message) as error:
         exists(uri)
     assert "hidden" not in str(error.value)

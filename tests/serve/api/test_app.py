@@ -199,7 +199,7 @@ def test_the_default_style_needs_no_regions(client, files):
         ({"background": "paper"}, "background"),
     ],
 )
-def test_a_palette_of_nothing_and_an_option_without_effect_are_refused(client, files, data, field):
+def test_a_palette_of_nothing_and_an_option_without_effect_are_answered_with_422(client, files, data, field):
     for path in ("/v1/colorize", "/v1/colorize/stream"):
         body = check_problem(client.post(path, files=files, data=data), 422)
         assert [set(error) for error in body["errors"]] == [{"field", "found", "allowed"}]
@@ -208,12 +208,12 @@ def test_a_palette_of_nothing_and_an_option_without_effect_are_refused(client, f
 
 
 @pytest.mark.parametrize("data", [b"\0\1\2", b"GIMP Palette\n", b"ASEF", b"#aabbcc," * 200_000])
-def test_a_file_that_is_no_palette_is_refused(client, files, data):
+def test_a_file_that_is_no_palette_is_answered_with_422(client, files, data):
     response = client.post("/v1/colorize", files={**files, "palette": ("p", data)}, data={"style": "flat"})
     assert check_problem(response, 422)["errors"][0]["field"] == "palette"
 
 
-def test_a_style_in_the_address_is_refused(client, files):
+def test_a_style_in_the_address_is_answered_with_422(client, files):
     response = client.post("/v1/colorize?style=flat", files=files)
     assert check_problem(response, 422)["errors"][0]["field"] == "style"
 
@@ -255,7 +255,7 @@ def test_an_unknown_field_is_answered_with_a_suggestion(client, files):
     assert body["errors"] == [{"field": "outputs", "found": "unknown field", "allowed": "did you mean output?"}]
 
 
-def test_a_field_given_twice_is_refused(client, files):
+def test_a_field_given_twice_is_answered_with_422(client, files):
     check_problem(client.post("/v1/colorize", files=files, data={"seed": ["1", "2"]}), 422)
 
 
@@ -322,7 +322,7 @@ def test_every_kind_of_image_is_taken(client, files, mode):
     assert decoded(response.content).shape == (40, 30, 3)
 
 
-def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_so(client, files):
+def test_a_body_over_the_limit_is_answered_with_413_whether_or_not_it_says_so(client, files):
     big = ("s.png", b"\x89PNG" + bytes(3_000_000))
     check_problem(client.post("/v1/colorize", files={**files, "sketch": big}), 413)
 

@@ -44,7 +44,7 @@ def refused(response, status: int) -> dict:
     return response.json()
 
 
-def test_a_body_that_is_cut_off_anywhere_is_refused(client, parts):
+def test_a_body_that_is_cut_off_anywhere_is_answered_with_400(client, parts):
     whole = parts + END
     near_the_end = range(len(parts) - 60, len(whole) - len("\r\n"))
     for end in (0, 1, 5, 40, len(parts) // 2, *near_the_end):
@@ -67,7 +67,7 @@ def test_a_rejected_body_leaves_no_temporary_file_open(client, monkeypatch, end)
     assert all(file.closed for file in files)
 
 
-def test_a_body_whose_last_boundary_is_another_is_refused(client, parts):
+def test_a_body_whose_last_boundary_is_another_is_answered_with_400(client, parts):
     for end in (b"", b"--b1\r\n", b"--b1-\r\n", b"--b2--\r\n", b"--b1 --\r\n"):
         refused(post(client, parts + end), 400)
 
@@ -90,7 +90,7 @@ def test_a_boundary_may_be_written_in_every_valid_way(client, parts, media_type)
     assert post(client, parts + END, **{"Content-Type": media_type}).headers["x-seed"] == "1"
 
 
-def test_what_is_not_multipart_is_refused_at_a_byte(client, parts):
+def test_what_is_not_multipart_is_answered_with_400_and_a_byte(client, parts):
     assert "byte 0 " in refused(post(client, b"a preamble\r\n" + parts + END), 400)["detail"]
     line_feeds = (parts + END).replace(b"\r\n", b"\n")
     assert f"byte {len(BOUNDARY) + 2} " in refused(post(client, line_feeds), 400)["detail"]
@@ -103,7 +103,7 @@ def test_what_is_not_multipart_is_refused_at_a_byte(client, parts):
 
 @pytest.mark.parametrize("path", ["/v1/colorize", "/v1/colorize/stream"])
 @pytest.mark.parametrize("query", ["seed=5", "num_inference_steps=3&seed=1", "seed=", "seed", "speed=9"])
-def test_a_parameter_in_the_address_is_refused(client, parts, path, query):
+def test_a_parameter_in_the_address_is_answered_with_422(client, parts, path, query):
     (error,) = refused(post(client, parts + END, f"{path}?{query}"), 422)["errors"]
     assert error["field"] == query.partition("=")[0]
     assert error["found"] == "in the address"
@@ -111,12 +111,12 @@ def test_a_parameter_in_the_address_is_refused(client, parts, path, query):
 
 
 @pytest.mark.parametrize("header", ["X-Seed", "seed", "Num-Inference-Steps", "X-Output"])
-def test_a_parameter_in_a_header_is_refused(client, parts, header):
+def test_a_parameter_in_a_header_is_answered_with_422(client, parts, header):
     (error,) = refused(post(client, parts + END, **{header: "5"}), 422)["errors"]
     assert error["found"] == f"in the header {header.lower()}"
 
 
-def test_a_compressed_body_is_refused_by_its_header(client, parts):
+def test_a_compressed_body_is_answered_with_415_by_its_header(client, parts):
     response = post(client, gzip.compress(parts + END), **{"Content-Encoding": "gzip"})
     assert "Content-Encoding 'gzip'" in refused(response, 415)["detail"]
     assert response.headers["accept-encoding"] == "identity"
@@ -185,7 +185,7 @@ def test_an_empty_field_is_one_that_was_left_out(client, files):
 
 
 @pytest.mark.parametrize("coding", ["Content-Transfer-Encoding: base64", "content-encoding: gzip"])
-def test_a_part_that_is_encoded_is_refused(client, files, coding):
+def test_a_part_that_is_encoded_is_answered_with_415(client, files, coding):
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="seed"\r\n{coding}\r\n\r\n'.encode()
     pictures = part("sketch", files["sketch"][1], "s") + part("reference", files["reference"][1], "r")
     detail = refused(post(client, pictures + head + b"12\r\n" + END), 415)["detail"]

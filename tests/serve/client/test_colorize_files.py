@@ -99,7 +99,7 @@ def outputs(folder: Path) -> set[str]:
     return {file.name for file in (folder / "out").iterdir()}
 
 
-def test_drawings_that_would_become_the_same_file_are_refused_and_the_others_colored(colorizer, drawings, tmp_path):
+def test_drawings_that_would_become_the_same_file_fail_and_the_others_are_colored(colorizer, drawings, tmp_path):
     (drawings / "a.jpg").write_bytes((drawings / "a.png").read_bytes())
     done = color(colorizer, [drawings], tmp_path)
     assert set(errors(done)) == {"a.png", "a.jpg"}
@@ -363,7 +363,7 @@ def test_a_server_makes_the_same_bytes(colorizer, url, sketch, reference, file_f
     assert (here.picture, here.color_layer) == (there.picture, there.color_layer)
 
 
-def test_several_references_are_sent_to_a_server_and_five_are_refused(drawings, tmp_path, capsys, url, colorizer):
+def test_several_references_are_sent_to_a_server_and_five_are_an_error(drawings, tmp_path, capsys, url, colorizer):
     other = np.full((40, 40, 3), (200, 60, 30), np.uint8)
     (tmp_path / "other.png").write_bytes(encode_png(other))
     references = [tmp_path / "reference.png", tmp_path / "other.png"]
@@ -487,7 +487,7 @@ def test_the_error_names_where_a_server_has_moved():
 @pytest.mark.parametrize(
     "url", ["", "http://", "127.0.0.1:8000", "http://[::1", "http://h:x", "http://h/?a", "http://h/#a"]
 )
-def test_an_address_that_cannot_be_asked_is_refused(url):
+def test_an_address_that_cannot_be_asked_raises_config_error(url):
     with pytest.raises(ConfigError, match=r"^--url: '"):
         RemoteColorizer(url)
 

@@ -81,7 +81,7 @@ def test_rows_with_different_numbers_of_references_and_hints_share_a_batch(bundl
     assert levels_apart(pictures[0], pictures[3]) > 10
 
 
-def test_too_many_references_are_refused(bundle: Bundle):
+def test_too_many_references_raise_value_error(bundle: Bundle):
     engine, _ = by_hand(bundle)
     for count in (0, 5):
         with pytest.raises(ValueError, match=f"takes 1 to 4 references, got {count}"):
@@ -246,7 +246,7 @@ def test_a_request_that_cannot_meet_its_deadline_fails_immediately(bundle: Bundl
     assert (engine.counts.late, engine.num_waiting) == (1, 0)
 
 
-def test_a_request_whose_deadline_the_work_before_it_uses_up_is_refused(bundle: Bundle, ticks: list[int]):
+def test_a_request_whose_deadline_the_work_before_it_uses_up_raises_busy_error(bundle: Bundle, ticks: list[int]):
     engine, _ = by_hand(bundle, clock=lambda: ticks[0], max_batch=1)
     step_once(engine, MIN_STEPS)
     first = engine.submit(request(1, steps=10, sampler="euler", guidance_scale=1.0))
@@ -317,12 +317,12 @@ def test_a_picture_that_is_not_finite_is_an_error(engine: Engine):
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 1001}, {"guidance_scale": -1.0}, {"sampler": "magic"}])
-def test_settings_out_of_range_are_refused_at_submission(engine: Engine, settings: dict):
+def test_settings_out_of_range_raise_value_error_at_submission(engine: Engine, settings: dict):
     with pytest.raises(ValueError, match="must be"):
         engine.submit(request(1, **settings))
 
 
-def test_a_picture_of_another_size_is_refused(engine: Engine):
+def test_a_picture_of_another_size_raises_value_error(engine: Engine):
     with pytest.raises(ValueError, match="must be"):
         engine.submit(
             Request(sketch=torch.zeros(1, 8, 8), references=(torch.zeros(3, 8, 8),), options=SamplerOptions())

@@ -225,7 +225,7 @@ def test_sixteen_thousand_regions_are_one_layer_of_flats():
     assert (np.asarray(psd[1].topil().convert("RGB")) == many.flats).all()
 
 
-def test_more_regions_than_ids_are_refused_only_where_ids_are_16_bits(monkeypatch):
+def test_more_regions_than_ids_raise_image_error_only_where_ids_are_16_bits(monkeypatch):
     monkeypatch.setattr("animediffusion.serve.rendering.render.MAX_IDS", 1)
     pixels = np.full((64, 64, 3), 255, np.uint8)
     pixels[:, 30:33] = 0

@@ -263,14 +263,14 @@ def on_ground(ground: tuple[int, ...], lines: tuple[int, ...], width: int = 3) -
 
 @pytest.mark.parametrize("ground", range(0, 121, 15))
 @pytest.mark.parametrize(("lighter", "width"), [(30, 3), (135, 1), (135, 12)])
-def test_lines_lighter_than_a_dark_ground_are_refused(ground, lighter, width):
+def test_lines_lighter_than_a_dark_ground_raise_image_error(ground, lighter, width):
     with pytest.raises(ImageError, match="light lines on a dark ground; invert it"):
         read_sketch(encoded(on_ground((ground,) * 3, (ground + lighter,) * 3, width)))
 
 
 @pytest.mark.parametrize("ground", [(128,) * 3, (160,) * 3, (190,) * 3, (130, 170, 230), (196, 164, 120)])
 @pytest.mark.parametrize("width", [1, 12])
-def test_white_lines_on_toned_paper_are_refused(ground, width):
+def test_white_lines_on_toned_paper_raise_image_error(ground, width):
     with pytest.raises(ImageError, match="light lines on a dark ground; invert it"):
         read_sketch(encoded(on_ground(ground, (255, 255, 255), width)))
 
@@ -303,6 +303,6 @@ def white_lines_on_transparency() -> Image.Image:
     ],
     ids=["white", "yellow", "transparent", "light lines on transparency"],
 )
-def test_a_sketch_without_lines_is_refused(image, hint):
+def test_a_sketch_without_lines_raises_image_error(image, hint):
     with pytest.raises(ImageError, match=f"has no lines; {hint}"):
         read_sketch(encoded(image))

@@ -31,7 +31,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch):
     assert usable_device(must_be_gpu=True) == usable_device(must_be_gpu=False) == "cuda"
 
 
-def test_a_reserved_gpu_that_torch_cannot_use_is_refused_with_the_reason(no_gpu, monkeypatch):
+def test_a_reserved_gpu_that_torch_cannot_use_raises_config_error_with_the_reason(no_gpu, monkeypatch):
     def too_old() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nUpdate it at ...")
 
@@ -41,7 +41,7 @@ def test_a_reserved_gpu_that_torch_cannot_use_is_refused_with_the_reason(no_gpu,
     assert "\n" not in str(refusal.value)
 
 
-def test_a_torch_for_cpus_on_a_gpu_node_is_refused(no_gpu):
+def test_a_torch_for_cpus_on_a_gpu_node_raises_config_error(no_gpu):
     if torch.version.cuda is None:
         with pytest.raises(ConfigError, match="Torch not compiled with CUDA"):
             usable_device(must_be_gpu=True)

@@ -156,7 +156,7 @@ def test_a_challenger_keeps_its_share_when_the_new_champion_does_not_work(follow
     assert follower.replica.shares == {"2": 0.2, "1": 0.8}
 
 
-def test_a_version_registered_as_another_one_is_refused(follower, registry, monkeypatch):
+def test_a_version_registered_as_another_one_is_not_loaded(follower, registry, monkeypatch):
     registry.set_alias("champion", OTHER)
     monkeypatch.setattr(follower.source, "sha256", lambda _: "f" * 64)
     follower.step()

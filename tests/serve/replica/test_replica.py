@@ -169,7 +169,7 @@ def test_traffic_goes_to_loaded_versions_only(replica, bundle_folder):
     assert replica.shares == {"1": 1.0}
 
 
-def test_another_bundle_than_the_registered_one_is_refused(replica, bundle_folder):
+def test_another_bundle_than_the_registered_one_raises_bundle_error(replica, bundle_folder):
     with pytest.raises(BundleError, match="not the registered 000000000000"):
         replica.add("1", bundle_folder, sha256="0" * 64)
     assert replica.versions == []
