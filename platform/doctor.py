@@ -70,7 +70,7 @@ def checks(
         *((getattr(probe, "__name__", "probe").strip("_"), probe) for probe in probes),
         ("workspace", lambda: _workspace(settings)),
         ("mlflow", lambda: _mlflow(settings)),
-        ("storage", _storage),
+        ("storage", check_storage),
         ("ray", _ray),
         ("ray jobs", _jobs),
     ]
@@ -179,7 +179,8 @@ def _mlflow(settings: Settings) -> Check:
     return Check("mlflow", True, f"{kind}, {uri}, {names}, {milliseconds:.0f} ms")
 
 
-def _storage() -> Check:
+def check_storage() -> Check:
+    """Check whether the S3 stores that the environment names answer."""
     endpoint = s3.configured("S3")[0]
     given = {} if endpoint is None else {s3.endpoint_source(endpoint): endpoint}
     mlflow = os.environ.get("MLFLOW_S3_ENDPOINT_URL")

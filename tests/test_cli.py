@@ -161,7 +161,7 @@ def test_the_workspace_may_be_given_before_or_after_the_command(command, faces_d
 
 
 def test_options_behind_two_dashes_belong_to_the_job():
-    rest, common = cli._split_common(["jobs", "submit", "--json", "--", "train", "demo", "--json", "--workspace", "w"])
+    rest, common = cli.split_common(["jobs", "submit", "--json", "--", "train", "demo", "--json", "--workspace", "w"])
     assert rest == ["jobs", "submit", "--", "train", "demo", "--json", "--workspace", "w"]
     assert (common.json, common.workspace) == (True, None)
 

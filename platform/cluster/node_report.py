@@ -81,11 +81,11 @@ def checks(settings: Settings, device: Callable[[], str], store: str | None = No
             silent.append(f"{tasks[ref]}: {lines[-1] if lines else type(error).__name__}")
     local = not settings.tracking_uri.startswith(("http://", "https://"))
     return [
-        _nodes(reports, silent),
+        check_versions(reports, silent),
         ("devices", True, _grouped({one.node: one.device for one in reports})),
-        _store(reports, store),
-        _mlflow(reports, local),
-        *_ports(reports),
+        check_store(reports, store),
+        check_mlflow(reports, local),
+        *check_ports(reports),
     ]
 
 
@@ -172,7 +172,8 @@ def _short(command: str) -> str:
     return "dashboard" if "dashboard" in command else "raylet"
 
 
-def _nodes(reports: list[NodeReport], silent: list[str]) -> Finding:
+def check_versions(reports: list[NodeReport], silent: list[str]) -> Finding:
+    """Check whether every node answers, and whether all have the same versions; `silent` says who does not answer."""
     differing = {
         name: _grouped({one.node: one.versions[name] for one in reports})
         for name in (reports[0].versions if reports else {})
@@ -185,7 +186,8 @@ def _nodes(reports: list[NodeReport], silent: list[str]) -> Finding:
     return "nodes", not silent and not differing and bool(reports), f"{len(reports)} answer; {'; '.join(problems)}"
 
 
-def _store(reports: list[NodeReport], store: str | None) -> Finding:
+def check_store(reports: list[NodeReport], store: str | None) -> Finding:
+    """Check whether every node can write to the store and read from it, and whether it is one store for all."""
     if store is None:
         return (
             "node store",
@@ -199,7 +201,8 @@ def _store(reports: list[NodeReport], store: str | None) -> Finding:
     return "node store", not where, f"{store} can be written and read by {len(reports)} nodes{where}"
 
 
-def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
+def check_mlflow(reports: list[NodeReport], local: bool) -> Finding:
+    """Check whether every node reaches the same MLflow; `local` if it runs without a server."""
     if len({one.mlflow_uri for one in reports}) > 1:
         named = {one.node: one.mlflow_uri or "none" for one in reports}
         return "node mlflow", False, f"MLFLOW_TRACKING_URI differs: {_grouped(named)}"
@@ -211,9 +214,9 @@ def _mlflow(reports: list[NodeReport], local: bool) -> Finding:
     return "node mlflow", True, f"{(reports and reports[0].mlflow_uri) or 'embedded'} answers {len(reports)} nodes"
 
 
-def _ports(reports: list[NodeReport]) -> list[Finding]:
+def check_ports(reports: list[NodeReport]) -> list[Finding]:
     """Check whether Ray requires a token, and list the open ports."""
-    is_safe, detail = _requires_token(dashboard_address())
+    is_safe, detail = requires_token(dashboard_address())
     opened = {one.node: ", ".join(f"{at.process} {at.host}:{at.port}" for at in one.listeners) for one in reports}
     total = sum(len(one.listeners) for one in reports)
     known = {node: listed for node, listed in opened.items() if listed}
@@ -221,7 +224,7 @@ def _ports(reports: list[NodeReport]) -> list[Finding]:
     return [("ray auth", is_safe, detail), ("ray ports", is_safe or not total, ports)]
 
 
-def _requires_token(address: str | None) -> tuple[bool, str]:
+def requires_token(address: str | None) -> tuple[bool, str]:
     """Return whether the jobs API rejects a request without a token, and the details; True if there is no jobs API."""
     if not address:
         return True, "no dashboard, so no jobs API"

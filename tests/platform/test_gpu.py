@@ -75,7 +75,7 @@ def test_hidden_gpus_are_nobodys_fault(old_driver: None, monkeypatch: pytest.Mon
 def test_doctor_fails_where_torch_cannot_use_the_gpu(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check = doctor_command._torch_probe()
+    check = doctor_command.check_torch()
     assert not check.ok
     assert "driver 535.104.05 runs CUDA 12.2 and is too old for 13.0" in check.detail
 

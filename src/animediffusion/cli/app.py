@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "10")
     options = Common()
     try:
-        arguments, options = _split_common(arguments)
+        arguments, options = split_common(arguments)
         common.current.set(options)
         _reject_empty(arguments)
         _check_working_directory(arguments)
@@ -177,7 +177,7 @@ def _reject_empty(arguments: Sequence[str]) -> None:
             raise ConfigError(name, "is empty", "give a value, or omit the option")
 
 
-def _split_common(arguments: list[str]) -> tuple[list[str], Common]:
+def split_common(arguments: list[str]) -> tuple[list[str], Common]:
     """Remove --workspace, --json and --debug from any position before a `--` and return them as Common."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest: list[str] = []

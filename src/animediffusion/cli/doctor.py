@@ -28,20 +28,21 @@ def doctor(
     console = common.console()
     settings = common.settings()
     common.use_attention(settings)
-    found = checks(settings, [_torch_probe, _starter_probe], _device, storage)
+    found = checks(settings, [check_torch, check_starter], _device, storage)
     lines = [f"{'ok' if check.ok else 'NO':3} {check.name:10} {check.detail}" for check in found]
     made = report(found)
     console.result(asdict(made), "\n".join(lines))
     return 0 if made.ok else 1
 
 
-def _torch_probe() -> Check:
+def check_torch() -> Check:
+    """Check whether torch uses this machine's GPU, if there is one."""
     from animediffusion.platform.doctor import Check
 
     return Check("torch", _unused_gpu() is None, _device())
 
 
-def _starter_probe() -> Check:
+def check_starter() -> Check:
     from animediffusion.models.bundle import verify
     from animediffusion.platform.doctor import Check
     from animediffusion.platform.registry.downloads import STARTER, STARTER_FOLDER

@@ -73,35 +73,37 @@ def test_what_was_written_to_a_store_is_not_left_there(tmp_path: Path) -> None:
 
 def test_a_node_with_another_version_is_named() -> None:
     odd = report("10.0.0.3", versions={"python": "3.11.7", "torch": "2.12.0"})
-    name, ok, detail = node_report._nodes([report("10.0.0.1"), report("10.0.0.2"), odd], [])
+    name, ok, detail = node_report.check_versions([report("10.0.0.1"), report("10.0.0.2"), odd], [])
     assert (name, ok) == ("nodes", False)
     assert detail == "3 answer; torch differs: 2.13.0 (10.0.0.1 10.0.0.2), 2.12.0 (10.0.0.3)"
 
 
 def test_a_node_that_does_not_answer_is_named() -> None:
-    _, ok, detail = node_report._nodes([report("10.0.0.1")], ["10.0.0.2 does not answer"])
+    _, ok, detail = node_report.check_versions([report("10.0.0.1")], ["10.0.0.2 does not answer"])
     assert not ok
     assert "10.0.0.2 does not answer" in detail
 
 
 def test_a_node_without_the_store_is_named() -> None:
-    _, ok, detail = node_report._store([report("a"), report("b", store="access denied; check the keys")], "s3://runs")
+    _, ok, detail = node_report.check_store(
+        [report("a"), report("b", store="access denied; check the keys")], "s3://runs"
+    )
     assert not ok
     assert detail == "s3://runs: access denied; check the keys (b)"
 
 
 def test_a_local_folder_is_not_a_store_for_several_nodes() -> None:
-    assert node_report._store([report("a"), report("b")], "/runs")[1] is False
-    assert node_report._store([report("a")], "/runs")[1] is True
+    assert node_report.check_store([report("a"), report("b")], "/runs")[1] is False
+    assert node_report.check_store([report("a")], "/runs")[1] is True
 
 
 def test_nodes_with_different_mlflow_servers_or_without_a_shared_one_are_reported() -> None:
     assert (
         "differs: http://m:5000 (a), none (b)"
-        in node_report._mlflow([report("a"), report("b", mlflow_uri="")], False)[2]
+        in node_report.check_mlflow([report("a"), report("b", mlflow_uri="")], False)[2]
     )
     alone = [report("a", mlflow_uri=""), report("b", mlflow_uri="")]
-    assert node_report._mlflow(alone, True)[1:] == (
+    assert node_report.check_mlflow(alone, True)[1:] == (
         False, "embedded, which only one node can see; set MLFLOW_TRACKING_URI to a server"
     )  # fmt: skip
 
@@ -109,7 +111,7 @@ def test_nodes_with_different_mlflow_servers_or_without_a_shared_one_are_reporte
 @pytest.mark.parametrize(("status", "well"), [(401, True), (403, True), (200, False)])
 def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) -> None:
     with answering(status) as address:
-        ok, detail = node_report._requires_token(address)
+        ok, detail = node_report.requires_token(address)
     assert ok is well
     assert address in detail
 
@@ -117,6 +119,6 @@ def test_a_dashboard_that_lets_everybody_in_is_found(status: int, well: bool) ->
 def test_an_open_port_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200) as address:
         monkeypatch.setattr(node_report, "dashboard_address", lambda: address)
-        auth, ports = node_report._ports([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
+        auth, ports = node_report.check_ports([report("a", listeners=[Listener("gcs", "0.0.0.0", 6379)]), report("b")])
     assert auth[1] is False
     assert ports == ("ray ports", False, "1 ports can be reached from outside: gcs 0.0.0.0:6379 (a)")

@@ -146,7 +146,7 @@ def test_the_endpoint_is_the_one_that_boto3_uses(aws: Path, monkeypatch, environ
     assert parse("s3://b/k").endpoint == endpoint
     assert boto3.Session().client("s3").meta.endpoint_url == (endpoint or "https://s3.amazonaws.com")
     assert parse("s3://b/k?endpoint_override=host:9&scheme=http").endpoint == "http://host:9"
-    check = doctor._storage()
+    check = doctor.check_storage()
     assert not check.ok if endpoint else check.ok
     assert endpoint is None or f"{s3.endpoint_source(endpoint)}={endpoint} does not answer" in check.detail
 
@@ -187,9 +187,9 @@ def test_a_profile_alone_reaches_its_store(aws: Path, moto_server: str, monkeypa
 def test_another_store_for_mlflow_is_shown(moto_server: str, monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto_server)
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert "MLFLOW_S3_ENDPOINT_URL=http://127.0.0.1:9 does not answer" in doctor._storage().detail
+    assert "MLFLOW_S3_ENDPOINT_URL=http://127.0.0.1:9 does not answer" in doctor.check_storage().detail
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", moto_server)
-    assert doctor._storage().ok
+    assert doctor.check_storage().ok
 
 
 @pytest.mark.parametrize("name", ["~nobody-has-this-name", "~nobody-has-this-name/a", "./~a", "~$draft.png"])
