@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 
 from animediffusion.pipelines.data.ingest_plan import Reject
-from animediffusion.platform.errors import DataError, ImageError
+from animediffusion.platform.errors import AnimeDiffusionError, DataError, ImageError
 from animediffusion.platform.images.picture_names import PICTURES, is_junk
 from animediffusion.platform.storage import storage
 
@@ -88,7 +88,9 @@ def index_archive(uri: str, path: str) -> tuple[list[ArchiveMember], list[Reject
             found = _Found(path)
             try:
                 scan(uri, path, source, found)
-            except (zipfile.BadZipFile, tarfile.TarError, zlib.error, UnicodeDecodeError, ValueError) as error:
+            except (AnimeDiffusionError, OSError):
+                raise
+            except Exception as error:  # zipfile and tarfile do not document what they raise for damaged archives
                 raise DataError(path, f"is damaged ({error})", "copy or download it again") from error
             return found.members, found.rejects
 

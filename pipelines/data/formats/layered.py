@@ -15,6 +15,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -55,6 +56,33 @@ def decode_composite(data: bytes, thing: str) -> Pixels:
     Raises:
         ImageError: if the file is damaged, too large, or psd-tools is missing.
     """
+    with _explained(thing):
+        return _composite(data, thing)
+
+
+def decode_lines(data: bytes, thing: str) -> Pixels:
+    """Return the line layer as luma [H, W], on white.
+
+    Raises:
+        ImageError: as decode_composite(), or if no layer has the name of a line layer.
+    """
+    with _explained(thing):
+        return _lines(data, thing)
+
+
+@contextmanager
+def _explained(thing: str) -> Iterator[None]:
+    """Convert what parsers raise for damaged files, which none of them documents, to an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        found = " ".join(str(error).split())[:100] or type(error).__name__
+        raise ImageError(thing, f"is damaged ({found})", "save it again") from error
+
+
+def _composite(data: bytes, thing: str) -> Pixels:
     if data.startswith(b"8BPS"):
         image = _psd(data, thing).topil()
         if image is None:
@@ -64,12 +92,7 @@ def decode_composite(data: bytes, thing: str) -> Pixels:
         return decode_rgb(_part(archive, "mergedimage.png", thing), thing=thing)
 
 
-def decode_lines(data: bytes, thing: str) -> Pixels:
-    """Return the line layer as luma [H, W], on white.
-
-    Raises:
-        ImageError: as decode_composite(), or if no layer has the name of a line layer.
-    """
+def _lines(data: bytes, thing: str) -> Pixels:
     if data.startswith(b"8BPS"):
         document = _psd(data, thing)
         canvas = _Canvas(document.height, document.width)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from animediffusion.platform.errors import DataError, ImageError
+from animediffusion.platform.errors import AnimeDiffusionError, DataError, ImageError
 from animediffusion.platform.storage import storage
 
 MAX_BLOCK_BYTES = 512 * 2**20
@@ -99,7 +99,7 @@ def read_cell(uri: str, row: int, column: str, thing: str) -> bytes | None:
     number = int(np.searchsorted([block.start for block in layout.blocks], row, side="right")) - 1
     try:
         table = _BLOCKS.get(uri, layout, number)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, EOFError, ValueError, IndexError) as error:
         found = " ".join(str(error).split())[:200]
         raise ImageError(thing, f"its part of the table is damaged ({found})", "copy the table again") from error
     value = table[column][row - layout.blocks[number].start].as_py()
@@ -153,10 +153,12 @@ def _layout(uri: str, thing: str) -> _TableLayout:
             read = _parquet_layout if source.read_at(4, 0) == b"PAR1" else _arrow_layout
             try:
                 return read(source, thing)
-            except (pa.ArrowException, OSError) as error:
+            except AnimeDiffusionError:
+                raise
+            except Exception as error:  # pyarrow raises errors of its own and of Python for damaged tables
                 found = " ".join(str(error).split())[:200]
-                if isinstance(error, OSError) and not re.search("thrift|parquet|message", found, re.I):
-                    raise  # the store failed, not the table
+                if isinstance(error, OSError) and (error.errno or re.search("AWS|HTTP|curl|network", found)):
+                    raise  # the store failed, not the table: pyarrow has no other sign
                 raise DataError(thing, f"is not a whole Parquet or Arrow table ({found})", "copy it again") from error
 
     return storage.patiently(uri, work)
@@ -186,8 +188,17 @@ def _arrow_layout(source: Any, thing: str) -> _TableLayout:
         message = pa.ipc.read_message(stream)
         if message.type == "record batch":
             blocks.append(_Block(start, rows))
-            rows += pa.ipc.read_record_batch(message, schema).num_rows
+            rows += _read_batch(message, schema).num_rows
     return _TableLayout(schema, tuple(blocks), rows)
+
+
+def _read_batch(message: pa.Message, schema: pa.Schema) -> pa.RecordBatch:
+    """Read and validate a batch: pyarrow ends the process where lengths or offsets of a damaged one are used."""
+    batch = pa.ipc.read_record_batch(message, schema)
+    if batch.num_rows < 0:
+        raise pa.ArrowInvalid("a record batch has a negative length")
+    batch.validate(full=True)
+    return batch
 
 
 class _BoundedReads:
@@ -226,7 +237,7 @@ def _read_block(uri: str, layout: _TableLayout, number: int, columns: Sequence[s
                 table = pq.ParquetFile(source, metadata=layout.footer)
                 return table.read_row_group(layout.blocks[number].position, columns=list(columns), use_threads=False)
             source.seek(layout.blocks[number].position)
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), layout.schema)
+            batch = _read_batch(pa.ipc.read_message(source), layout.schema)
             names = [column.partition(".")[0] if column not in layout.schema.names else column for column in columns]
             return pa.Table.from_batches([batch]).select(names)
 

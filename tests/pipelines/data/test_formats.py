@@ -291,6 +291,21 @@ def test_a_table_that_cannot_be_used_is_refused_in_a_line(tmp_path, monkeypatch)
         assert "at most 1,000: write it with fewer rows" in refused(str(tmp_path / name), data)
 
 
+def test_wrong_lengths_in_an_arrow_table_do_not_end_the_process(tmp_path):
+    write_table(tmp_path / "whole.arrow", pa.table({"image": image_column([picture(1)] * 3, [None] * 3)}), "stream")
+    whole = (tmp_path / "whole.arrow").read_bytes()
+    places = [at for at in range(0, len(whole) - 8, 8) if whole[at : at + 8] in ((2).to_bytes(8, "little"),)]
+    assert places
+    for at in places:
+        for value in (-(2**40), 2**40):
+            damaged = whole[:at] + value.to_bytes(8, "little", signed=True) + whole[at + 8 :]
+            (tmp_path / "damaged.arrow").write_bytes(damaged)
+            tables._layout.cache_clear()
+            assert "is not a whole Parquet or Arrow table" in refused(
+                str(tmp_path / "damaged.arrow"), tmp_path / "data"
+            )
+
+
 def test_an_ingest_of_tables_and_archives_resumes(tmp_path, monkeypatch):
     numbers = range(12)
     column = image_column([picture(n) for n in numbers], [f"{n}.png" for n in numbers])
