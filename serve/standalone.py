@@ -110,18 +110,18 @@ def paint_as(
     """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
     options.check(output)
     drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
-    hints = points_for_network(options.read_hints(drawing))  # A wrong hint is reported before the network runs.
+    hints = options.read_hints(drawing)  # A wrong hint is reported before the network runs.
     lines = from_pixels(for_network(as_gray(drawing), side))
     pictures = [read_picture(reference) for reference in references]
     colors = [from_pixels(letterbox(picture, side)[0]) for picture in pictures]
     height, width = drawing.darkness.shape
-    planes = draw_hints(letterbox_points(hints, height, width, side), side)
+    planes = draw_hints(letterbox_points(points_for_network(hints), height, width, side), side)
     with lock or nullcontext():
         image = colorize(
             bundle, lines, colors, seeds=[seed], sampler=sampler, hints=None if planes is None else planes[None]
         )
     painted = to_uint8(image)[0].cpu().numpy()
-    return render(painted, drawing, pictures, output=output, options=options)
+    return render(painted, drawing, pictures, hints, output=output, options=options)
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:

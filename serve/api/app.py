@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +27,11 @@ from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, He
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
 from animediffusion.serve.api.sse import doubt_of, events
-from animediffusion.serve.protocol import Answer, Backend, ColorizeJob, ModelsStatus, Pixels
+from animediffusion.serve.protocol import Answer, Backend, ColorizeJob, ModelsStatus
 from animediffusion.serve.rendering.formats import openraster, psd
 from animediffusion.serve.rendering.hints import points_for_network
-from animediffusion.serve.rendering.render import Rendered, read_picture, read_sketch, render
-from animediffusion.serve.rendering.sketch import Drawing, as_gray
+from animediffusion.serve.rendering.render import Inputs, Rendered, read_picture, read_sketch, render
+from animediffusion.serve.rendering.sketch import as_gray
 
 T = TypeVar("T")
 
@@ -107,10 +107,10 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         loop = asyncio.get_running_loop()
         if form.output == "both":
             raise unusable("output", "both", ALLOWED["output"])
-        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
-        made, body = await loop.run_in_executor(pool, _rendered, answer, drawing, job.references, form)
+        made, body = await loop.run_in_executor(pool, _rendered, answer, inputs, form)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
         if form.hints is not None:
             headers["X-Hints"] = "learned" if answer.saw_hints else "spread" if job.hints else "exact"
@@ -129,11 +129,11 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         """Color a sketch, with server-sent events: `progress` with a preview per step, then `result` or `error`."""
         form = await read_form(request)
         loop = asyncio.get_running_loop()
-        drawing, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
-        body = events(first, items, drawing, job.references, form, request.state, pool)
+        body = events(first, items, inputs, form, request.state, pool)
         return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
 
 
@@ -141,14 +141,12 @@ def _headers(form: ColorizeForm) -> dict[str, str]:
     return {"X-Seed": str(form.seed), "X-Style": form.style, "Cache-Control": "no-store"}
 
 
-def _rendered(
-    answer: Answer, drawing: Drawing, references: Sequence[Pixels], form: ColorizeForm
-) -> tuple[Rendered, bytes]:
+def _rendered(answer: Answer, inputs: Inputs, form: ColorizeForm) -> tuple[Rendered, bytes]:
     """Return what render() returns, and the body of the response."""
     if form.output == "doubt":
-        found = doubt_of(answer, drawing, form)
+        found = doubt_of(answer, inputs.drawing, form)
         return Rendered({"doubt": found}), found
-    made = render(answer.picture, drawing, references, output=form.output, options=form.rendering)
+    made = render(answer.picture, *inputs, output=form.output, options=form.rendering)
     if form.output == "layers":
         return made, json.dumps(made.as_json()).encode()
     return made, made.files[form.output]
@@ -163,7 +161,8 @@ def _key(request: Request) -> str:
     return str(getattr(request.state, "key", ""))
 
 
-def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, ColorizeJob]:
+def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Inputs, ColorizeJob]:
+    """Decode and check the files of a form, once for the network and for the finished picture."""
     try:
         form.rendering.check(form.output)
         drawing = read_sketch(form.sketch)
@@ -171,19 +170,20 @@ def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Drawing, Co
     except ConfigError as error:
         raise unusable(error.thing, error.found, error.allowed) from error
     many = len(form.reference) > 1
+    references = tuple(
+        read_picture(reference, thing=f"reference {number}" if many else "reference")
+        for number, reference in enumerate(form.reference, start=1)
+    )
     job = ColorizeJob(
         lines=as_gray(drawing),
-        references=tuple(
-            read_picture(reference, thing=f"reference {number}" if many else "reference")
-            for number, reference in enumerate(form.reference, start=1)
-        ),
+        references=references,
         options=form.options,
         timeout_s=timeout_s,
         key=key,
         wants_doubt=form.output == "doubt",
         hints=tuple(points_for_network(hints)),
     )
-    return drawing, job
+    return Inputs(drawing, references, hints), job
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -17,15 +17,14 @@ from animediffusion.serve.api.form import ColorizeForm
 from animediffusion.serve.api.problems import from_error, unusable
 from animediffusion.serve.protocol import Answer, Preview
 from animediffusion.serve.rendering.doubt import render_doubt
-from animediffusion.serve.rendering.render import render
+from animediffusion.serve.rendering.render import Inputs, render
 from animediffusion.serve.rendering.sketch import Drawing, Pixels
 
 
 async def events(
     first: Preview | Answer,
     rest: AsyncIterator[Preview | Answer],
-    drawing: Drawing,
-    references: Sequence[Pixels],
+    inputs: Inputs,
     form: ColorizeForm,
     state: State,
     pool: Executor,
@@ -35,8 +34,7 @@ async def events(
     Args:
         first: first item from the backend. The caller awaits it, so that an early error is an ordinary error response.
         rest: further items from the backend.
-        drawing: the sketch.
-        references: the references, each [H, W, 3].
+        inputs: the decoded inputs of the request.
         form: the request.
         state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
         pool: executor that renders pictures.
@@ -45,10 +43,10 @@ async def events(
     try:
         async for item in _chain(first, rest):
             if isinstance(item, Preview):
-                yield _event("progress", await loop.run_in_executor(pool, _progress, item, drawing))
+                yield _event("progress", await loop.run_in_executor(pool, _progress, item, inputs.drawing))
             else:
                 state.model_version = item.model_version
-                result = await loop.run_in_executor(pool, _result, item, drawing, references, form)
+                result = await loop.run_in_executor(pool, _result, item, inputs, form)
                 yield _event("result", {**result, "request_id": state.request_id})
     except Exception as error:
         yield _event("error", from_error(error, state.request_id).body(state.request_id))
@@ -69,11 +67,11 @@ def _progress(item: Preview, drawing: Drawing) -> dict[str, Any]:
     return {"step": item.step, "total": item.total, "preview": f"data:image/png;base64,{picture}"}
 
 
-def _result(item: Answer, drawing: Drawing, references: Sequence[Pixels], form: ColorizeForm) -> dict[str, Any]:
+def _result(item: Answer, inputs: Inputs, form: ColorizeForm) -> dict[str, Any]:
     if form.output == "doubt":
-        doubt = base64.b64encode(doubt_of(item, drawing, form)).decode()
+        doubt = base64.b64encode(doubt_of(item, inputs.drawing, form)).decode()
         return {"image": doubt, "model_version": item.model_version, "seed": form.seed}
-    made = render(item.picture, drawing, references, output=form.output, options=form.rendering)
+    made = render(item.picture, *inputs, output=form.output, options=form.rendering)
     if form.output == "layers":
         found = made.as_json()
     else:

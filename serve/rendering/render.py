@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,15 @@ class RenderOptions:
 DEFAULTS = RenderOptions()
 
 
+class Inputs(NamedTuple):
+    """The decoded inputs of one picture."""
+
+    drawing: Drawing
+    references: tuple[Pixels, ...]
+    """Each [H, W, 3]."""
+    hints: tuple[Hint, ...]
+
+
 @dataclass(frozen=True)
 class Rendered:
     """The files of one picture."""
@@ -196,6 +205,7 @@ def render(
     painted: Pixels,
     drawing: Drawing,
     references: Sequence[Pixels],
+    hints: Sequence[Hint] = (),
     *,
     output: Output = "image",
     options: RenderOptions = DEFAULTS,
@@ -209,16 +219,13 @@ def render(
         painted: the network's picture [S, S, 3] of the letterboxed sketch.
         drawing: the sketch.
         references: the references, each [H, W, 3].
+        hints: from options.read_hints().
         output: the files to return; `both` are `image` and `color_layer`.
-        options: size, style, background and palette. If the size is `native`, `image` is `color_layer` times the
-            sketch. If it is `model`, the image of the style `painted` is the unchanged picture of the network with its
-            lines.
-
-    Raises:
-        ConfigError: the palette is not usable, or an option would change nothing.
+        options: size, style, background and palette, which options.check() accepts. If the size is `native`, `image` is
+            `color_layer` times the sketch. If it is `model`, the image of the style `painted` is the unchanged picture
+            of the network with its lines.
     """
-    options.check(output)
-    if options.style == "painted" and output in _PAINTED and options.hints is None:
+    if options.style == "painted" and output in _PAINTED and not hints:
         return Rendered(_painted(painted, drawing, output, options.size))
     if options.size == "model":
         drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
@@ -228,10 +235,10 @@ def render(
     if options.style == "painted":
         layer = layer_of(painted, drawing)
         coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
-        picture = to_picture(layer, drawing) if options.hints is None else None
+        picture = None if hints else to_picture(layer, drawing)
     # The layers of shading are those without hints, so that a color can be replaced under them.
     shades = None if output == "flat" else shades_of(coloring)
-    coloring = apply_hints(coloring, options.read_hints(drawing), wholes)
+    coloring = apply_hints(coloring, hints, wholes)
     return Rendered(_files(coloring, shades, picture, output), coloring.regions, wholes)
 
 
