@@ -80,7 +80,8 @@ class ColorizeForm(BaseModel):
     the file of a GIMP palette (.gpl) or an Adobe Swatch Exchange (.ase)."""
     hints: Annotated[str | bytes | None, WithJsonSchema({"type": "string"})] = None
     """Exact colors of regions: JSON `[{"x": 120, "y": 88, "color": "#e0b080"}]` with places in pixels of the sketch, or
-    a transparent PNG of strokes of the size of the sketch. A later hint of a region wins."""
+    a transparent PNG of strokes of the size of the sketch. A later hint of a region wins. The key `scope` of a hint is
+    `piece` (default), `whole` (the drawing's region with its shadows and lights) or `color` (all of the same color)."""
 
     @property
     def rendering(self) -> RenderOptions:
