@@ -51,7 +51,7 @@ def paint(
     size: Size = "native",
     thing: str = "sketch",
     lock: AbstractContextManager[object] | None = None,
-    style: Style = "painted",
+    style: Style | None = None,
     background: Background | None = None,
     palette: str | bytes = "reference",
     more_references: Sequence[bytes] = (),
@@ -70,7 +70,8 @@ def paint(
         size: size of the results: `native` is the size of the sketch, `model` the square of the network.
         thing: name of the sketch in error messages.
         lock: a lock that is held while the network runs; needed if several threads call this function.
-        style: `flat`, `shaded` or `painted`; this and the next two are those of rendering/render.py's RenderOptions.
+        style: `flat`, `shaded` or `painted`, or None for the default; this and the next two are those of
+            rendering/render.py's RenderOptions.
         background: `paper` or `reference`.
         palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
         more_references: up to three more image files.
@@ -248,8 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--style",
         choices=["flat", "shaded", "painted"],
-        default="painted",
-        help="one color in each region, the same with soft shading, or the model's own colors",
+        help="one color in each region, which is the default, the same with soft shading, or the model's own colors",
     )
     parser.add_argument(
         "--background",

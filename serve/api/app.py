@@ -114,6 +114,8 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
         if form.hints is not None:
             headers["X-Hints"] = "learned" if answer.saw_hints else "spread" if job.hints else "exact"
+        if form.output != "doubt":
+            headers["X-Style"] = made.style
         if made.regions is not None:
             headers["X-Regions"] = str(len(made.regions))
         return Response(body, media_type=MEDIA_TYPES.get(form.output, "image/png"), headers=headers)
@@ -138,7 +140,7 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
 
 
 def _headers(form: ColorizeForm) -> dict[str, str]:
-    return {"X-Seed": str(form.seed), "X-Style": form.style, "Cache-Control": "no-store"}
+    return {"X-Seed": str(form.seed), "X-Style": form.rendering.usual_style, "Cache-Control": "no-store"}
 
 
 def _rendered(answer: Answer, inputs: Inputs, form: ColorizeForm) -> tuple[Rendered, bytes]:

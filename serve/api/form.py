@@ -70,8 +70,9 @@ class ColorizeForm(BaseModel):
     regions."""
     size: Size = "native"
     """`native` is the size of the sketch; `model` is the square of the network."""
-    style: Style = "painted"
-    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors."""
+    style: Style | None = None
+    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors. The
+    default is `flat`, but `painted` if the size is `model` or the lines enclose nothing."""
     background: Background | None = None
     """With `flat` and `shaded`, the color outside of the figure: that of the `paper`, which is the default, or one from
     the `reference`."""

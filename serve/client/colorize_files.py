@@ -352,7 +352,7 @@ def _settings(rendering: RenderOptions) -> dict[str, Any]:
     palette, hints = rendering.palette, rendering.hints
     found = {
         "size": rendering.size,
-        "style": None if rendering.style == "painted" else rendering.style,
+        "style": None if rendering.usual_style == "painted" else rendering.usual_style,
         "background": rendering.background,
         "palette": sha256_of(palette) if isinstance(palette, bytes) else palette,
         "hints": None if hints is None else sha256_of(hints if isinstance(hints, bytes) else hints.encode()),

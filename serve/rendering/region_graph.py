@@ -23,6 +23,10 @@ WALL = 0.5
 """A border under a line that is lighter than this counts less, down to..."""
 FAINT_WALL = 0.2
 """... this share of its length: hatching is lighter than contours."""
+GROUND = 0.25
+"""A hill with at least this share of the picture's border may be the sheet, which slivers of a figure do not join."""
+GROUND_LENGTH = 0.1
+"""Borders under lines with such a hill count less by this factor when a sliver looks for its neighbor."""
 OPENNESS = 4.0
 """A sliver belongs to the neighbor with the longest border, in which open pixels count this much more."""
 
@@ -58,6 +62,8 @@ class RegionGraph:
         self._parent = list(range(count))
         peak = np.zeros(count, np.float32)
         np.maximum.at(peak, hills.ravel(), np.abs(height).ravel())
+        frame = np.concatenate([hills[0], hills[-1], hills[:, 0], hills[:, -1]])
+        self._frame: list[float] = (np.bincount(frame, minlength=count) / len(frame)).tolist()
         self._area: list[int] = np.bincount(hills.ravel(), minlength=count).tolist()
         self._peak: list[float] = peak.tolist()
         self._borders: list[dict[int, Border]] = [{} for _ in range(count)]
@@ -112,7 +118,7 @@ class RegionGraph:
                 continue
             small = self._area[hill] < area and any(border.opened for border in near.values())
             if small or self._peak[hill] <= width:
-                lengths = ((OPENNESS * border.opened + border.covered, -other) for other, border in near.items())
+                lengths = ((self._length(other, border), -other) for other, border in near.items())
                 self._join(hill, -max(lengths)[1])
 
     def _smallest_first(self) -> list[int]:
@@ -123,6 +129,11 @@ class RegionGraph:
     def _openness(self, border: Border) -> float:
         """Return the open share of a border, 0..1."""
         return border.opened and border.opened / (border.opened + max(0.0, border.covered - self._banks))
+
+    def _length(self, other: int, border: Border) -> float:
+        """Return the length of a sliver's border with a root, weighted by how likely the sliver belongs to it."""
+        weight = GROUND_LENGTH if self._frame[other] >= GROUND else 1.0
+        return OPENNESS * border.opened + weight * border.covered
 
     def _root(self, hill: int) -> int:
         while self._parent[hill] != hill:
@@ -136,6 +147,7 @@ class RegionGraph:
             one, other = other, one
         self._parent[other] = one
         self._area[one] += self._area[other]
+        self._frame[one] += self._frame[other]
         self._outline[one] += self._outline[other] - 2 * self._borders[one][other].length
         self._peak[one] = max(self._peak[one], self._peak[other])
         mine = self._borders[one]

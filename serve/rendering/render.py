@@ -53,7 +53,7 @@ ALLOWED = {
     "size": "native or model",
 }
 """The allowed values of each field of RenderOptions, as error messages state them."""
-_CHOICES = {"size": get_args(Size), "style": get_args(Style), "background": (None, *get_args(Background))}
+_CHOICES = {"size": get_args(Size), "style": (None, *get_args(Style)), "background": (None, *get_args(Background))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ class RenderOptions:
 
     size: Size = "native"
     """`native` is the size of the sketch; `model` is the square of the network."""
-    style: Style = "painted"
-    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors."""
+    style: Style | None = None
+    """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors. None is
+    `flat`, or `painted` if the size is `model` or the lines enclose nothing."""
     background: Background | None = None
     """Color outside of the figure, where the drawing has no background: that of the paper, which is the default of flat
     and shaded, or one from the reference, as `painted` always has."""
@@ -78,6 +79,11 @@ class RenderOptions:
         """Whether the palette is a list or a file."""
         return self.palette not in ("reference", "none")
 
+    @property
+    def usual_style(self) -> Style:
+        """The style of a drawing whose lines enclose regions."""
+        return self.style or ("painted" if self.size == "model" else "flat")
+
     def check(self, output: Output = "image", prefix: str = "") -> None:
         """Raise a ConfigError if a setting is wrong, or would change nothing; `prefix` comes before its name."""
         for name, choices in _CHOICES.items():
@@ -91,7 +97,7 @@ class RenderOptions:
             if self.size == "model":
                 raise ConfigError(f"{prefix}hints", "given with size model", "choose size native")
             check_hints(self.hints, thing=f"{prefix}hints")
-        if self.style != "painted":
+        if self.usual_style != "painted":
             return
         for name, found in (("background", self.background), ("palette", self.palette)):
             is_today = found in (None, "reference")
@@ -128,6 +134,7 @@ class Rendered:
     """None if no regions were needed."""
     wholes: NDArray[np.int32] | None = None
     """The region of the drawing of which each region is a piece, [N + 1], by id; see hints.wholes_of()."""
+    style: Style = "painted"
 
     def as_json(self) -> dict[str, Any]:
         """Return the layers as an object for JSON: files in base64, and the regions."""
@@ -225,27 +232,32 @@ def render(
             `color_layer` times the sketch. If it is `model`, the image of the style `painted` is the unchanged picture
             of the network with its lines.
     """
-    if options.style == "painted" and output in _PAINTED and not hints:
-        return Rendered(_painted(painted, drawing, output, options.size))
-    if options.size == "model":
-        drawing = read_drawing(letterbox(drawing.pixels, len(painted))[0])
-    regions = find_regions(drawing)
-    coloring = _color(painted, drawing, regions, references, options)
+    style = options.usual_style
+    sized = drawing if options.size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
+    is_plain = output in _PAINTED and not hints
+    if style == "painted" and is_plain:
+        return Rendered(_painted(painted, sized, output, options.size))
+    drawing, regions = sized, find_regions(sized)
+    if options.style is None and regions.count == 1:
+        style = "painted"
+        if is_plain:
+            return Rendered(_painted(painted, drawing, output, options.size))
+    coloring = _color(painted, drawing, regions, references, options, style)
     wholes, picture = wholes_of(coloring, regions.labels), None
-    if options.style == "painted":
+    if style == "painted":
         layer = layer_of(painted, drawing)
         coloring = replace(coloring, shading=shading_from(over_white(layer), coloring.flats))
         picture = None if hints else to_picture(layer, drawing)
     # The layers of shading are those without hints, so that a color can be replaced under them.
     shades = None if output == "flat" else shades_of(coloring)
     coloring = apply_hints(coloring, hints, wholes)
-    return Rendered(_files(coloring, shades, picture, output), coloring.regions, wholes)
+    return Rendered(_files(coloring, shades, picture, output), coloring.regions, wholes, style)
 
 
 def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> dict[str, bytes]:
+    """Return the files of the style `painted`; the drawing has the size of the result."""
     if (output, size) == ("image", "model"):
         return {"image": encode_png(painted, FAST_COMPRESSION)}
-    drawing = drawing if size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
     layer = layer_of(painted, drawing)
     made: dict[str, bytes] = {}
     if output != "color_layer":
@@ -256,7 +268,12 @@ def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> d
 
 
 def _color(
-    painted: Pixels, drawing: Drawing, regions: Regions, references: Sequence[Pixels], options: RenderOptions
+    painted: Pixels,
+    drawing: Drawing,
+    regions: Regions,
+    references: Sequence[Pixels],
+    options: RenderOptions,
+    style: Style,
 ) -> Coloring:
     palette: Palette | Literal["reference"] | None = None
     if options.has_own_palette:
@@ -270,7 +287,7 @@ def _color(
         references=references,
         palette=palette,
         background=options.background or "paper",
-        style="shaded" if options.style == "shaded" else "flat",
+        style="shaded" if style == "shaded" else "flat",
     )
 
 

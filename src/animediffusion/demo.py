@@ -36,6 +36,7 @@ from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
 from animediffusion.serve.client.remote import API_KEY, RemoteColorizer
 from animediffusion.serve.deployments import ServeConfig
+from animediffusion.serve.rendering.render import RenderOptions
 from animediffusion.serve.server import check_address, running
 
 SIZE = 64
@@ -154,7 +155,7 @@ def _color(url: str, folder: Path, console: Console) -> Path:
             row: DrawnRow = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
             sketch, reference = encode_png(row.sketch), encode_png(row.cross_reference)
             options, name = SamplerOptions(seed=number), f"drawing {number + 1}"
-            colored = colorizer.colorize(sketch, [reference], options, name=name)
+            colored = colorizer.colorize(sketch, [reference], options, RenderOptions(style="painted"), name=name)
             (folder / f"drawing_{number + 1}.png").write_bytes(colored.picture)
             lines.append([row.sketch, row.cross_reference, decode_rgb(colored.picture), row.target])
             console.note(f"colored drawing {number + 1} of {NUM_DRAWINGS}")

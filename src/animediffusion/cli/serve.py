@@ -83,12 +83,12 @@ def colorize(
         str, typer.Option(metavar="SIZE", help="Size of the output: native (that of the sketch) or model.")
     ] = "native",
     style: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="STYLE",
-            help="Colors: flat (one in each region), shaded (flat with soft shading), or painted (the model's own).",
+            help="Colors: flat (one in each region, the default), shaded (soft shading), or painted (the model's).",
         ),
-    ] = "painted",
+    ] = None,
     background: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +138,7 @@ def colorize(
         raise ConfigError("--format", repr(file_format), "png, ora or psd")
     rendering = RenderOptions(
         size=cast("Size", size),
-        style=cast("Style", style),
+        style=cast("Style | None", style),
         background=cast("Background | None", background),
         palette=palette_argument(palette),
         hints=None if hints is None else hints_argument(str(hints)),

@@ -111,7 +111,7 @@ def test_an_exported_model_colors_by_regions_with_a_palette(bare_python, setting
     for wrong, line in (
         (["--style", "flat", "--palette", "#12"], "argument --palette: '#12' is not a color; "),
         (["--style", "flat", "--palette", "no.gpl"], "argument --palette: 'no.gpl': No such file or directory; "),
-        (["--palette", "#123456"], "error: --palette: '#123456' with style painted; choose style flat or shaded"),
+        (["--style", "painted", "--palette", "#123456"], "error: --palette: '#123456' with style painted; "),
         (["--style", "oil"], "argument --style: invalid choice: 'oil'"),
     ):
         try:

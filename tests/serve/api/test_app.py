@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from animediffusion.platform.errors import BusyError, DeadlineError, NoModelError, UnavailableError
+from animediffusion.platform.images.codec import encode_png
 from animediffusion.serve.api.app import create_app
 from animediffusion.serve.replica.replica import Replica
 
@@ -119,7 +120,7 @@ def png(data: bytes) -> np.ndarray:
 def colored(client, files, **data: str):
     response = client.post("/v1/colorize", files=files, data={"seed": "1", **data})
     assert response.status_code == 200, response.text
-    assert response.headers["x-style"] == data.get("style", "painted")
+    assert response.headers["x-style"] == data.get("style", "flat")
     return response
 
 
@@ -184,10 +185,23 @@ def test_flat_colors_are_those_of_the_palette(client, files):
     assert {tuple(color) for color in png(by_text.content).reshape(-1, 3)} <= {(10, 20, 30), (200, 100, 50)}
 
 
-def test_the_default_style_needs_no_regions(client, files):
-    default, painted = (colored(client, files, **data) for data in ({}, {"style": "painted"}))
-    assert default.content == painted.content
-    assert "x-regions" not in default.headers
+def test_the_default_style_is_flat(client, files):
+    default, flat, painted = (colored(client, files, **data) for data in ({}, {"style": "flat"}, {"style": "painted"}))
+    assert default.content == flat.content != painted.content
+    assert default.headers["x-regions"] == flat.headers["x-regions"]
+    assert "x-regions" not in painted.headers
+
+
+def test_pictures_of_the_models_size_and_of_lines_that_enclose_nothing_are_painted(client, files):
+    alone = np.full((40, 40, 3), 255, np.uint8)
+    alone[20, 15:25] = 0
+    for given, data in ((files, {"size": "model"}), ({**files, "sketch": ("a.png", encode_png(alone))}, {})):
+        default, painted = (
+            client.post("/v1/colorize", files=given, data={"seed": "1", **data, **style})
+            for style in ({}, {"style": "painted"})
+        )
+        assert default.content == painted.content
+        assert default.headers["x-style"] == painted.headers["x-style"] == "painted"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +209,9 @@ def test_the_default_style_needs_no_regions(client, files):
     [
         ({"palette": "#12", "style": "flat"}, "palette"),
         ({"palette": ",", "style": "flat"}, "palette"),
-        ({"palette": "#aabbcc"}, "palette"),
-        ({"background": "paper"}, "background"),
+        ({"palette": "#aabbcc", "style": "painted"}, "palette"),
+        ({"background": "paper", "style": "painted"}, "background"),
+        ({"background": "paper", "size": "model"}, "background"),
     ],
 )
 def test_a_palette_of_nothing_and_an_option_without_effect_are_answered_with_422(client, files, data, field):

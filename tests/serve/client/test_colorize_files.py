@@ -39,6 +39,9 @@ def drawings(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
     return folder
 
 
+PAINTED = RenderOptions(style="painted")
+
+
 def color(colorizer, sketches: list[Path], folder: Path, **options) -> list:
     return list(
         colorize_files(colorizer, sketches, [folder / "reference.png"], folder / "out", SamplerOptions(**options))
@@ -347,7 +350,8 @@ def test_a_file_with_layers_is_written_instead_of_pictures_and_skipped_when_it_i
 
 
 def test_pictures_of_version_0_1_are_done(colorizer, drawings, tmp_path):
-    color(colorizer, [drawings / "a.png"], tmp_path, seed=3)
+    references, options = [tmp_path / "reference.png"], SamplerOptions(seed=3)
+    list(colorize_files(colorizer, [drawings / "a.png"], references, tmp_path / "out", options, PAINTED))
     known = {"sketch", "reference", "seed", "steps", "guidance_scale", "sampler", "size", "model_version"}
     assert set(read_metadata(tmp_path / "out" / "a.png")) == known
 
@@ -422,8 +426,8 @@ def plain_ora(colorizer, sketch, reference) -> bytes:
     [
         (["--style", "oil"], "--style: 'oil'; flat, shaded or painted"),
         (["--background", "sea"], "--background: 'sea'; paper or reference"),
-        (["--background", "paper"], "--background: 'paper' with style painted; choose style flat or shaded"),
-        (["--palette", "#123456"], "--palette: '#123456' with style painted; choose style flat or shaded"),
+        (["--style", "painted", "--background", "paper"], "--background: 'paper' with style painted; "),
+        (["--style", "painted", "--palette", "#123456"], "--palette: '#123456' with style painted; "),
         (["--style", "flat", "--palette", "nowhere.gpl"], "--palette: 'nowhere.gpl': No such file or directory; "),
         (["--style", "flat", "--palette", "#12"], "--palette: '#12' is not a color; "),
         (["--style", "flat", "--palette", "notes.txt"], "--palette: 'not' is not a color; "),

@@ -127,6 +127,15 @@ def test_hair_that_fills_the_sides_of_a_portrait_is_no_sheet():
     assert tuple(flats[100, 60]) == tuple(flats[100, 440]) == BLUE
 
 
+def test_slivers_of_a_figure_do_not_join_the_sheet():
+    sketch, colors = np.full((64, 64, 3), 255, np.uint8), np.full((64, 64, 3), BLUE, np.uint8)
+    sketch[20:44, [20, 24, 44]] = sketch[[20, 43], 20:45] = 0
+    colors[20:44, 20:45] = RED
+    flats = colored(sketch, colors, background="paper").flats
+    assert tuple(flats[30, 22]) == tuple(flats[30, 34]) == RED
+    assert tuple(flats[30, 10]) == (255, 255, 255)
+
+
 def test_letters_on_the_sheet_are_not_colored():
     sketch = np.full((400, 400, 3), 255, np.uint8)
     pen = ImageDraw.Draw(picture := Image.fromarray(sketch))
