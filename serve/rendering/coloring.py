@@ -118,6 +118,7 @@ def color_regions(
     palette: Palette | Literal["reference"] | None = "reference",
     background: Background = "paper",
     style: Literal["flat", "shaded"] = "flat",
+    learned: Sequence[Color] = (),
 ) -> Coloring:
     """Color the regions of a drawing.
 
@@ -130,12 +131,13 @@ def color_regions(
             a Palette: only its colors; None: the network's colors.
         background: `paper`: what is outside of the figure keeps the color of the paper; `reference`: the network's.
         style: `shaded` also returns a shading.
+        learned: colors of learned hints, which are added to those of the references.
     """
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     flow = flow_of(painted, drawing if step == 1 else reduced(drawing, step))
     pixels, weight = _evidence(flow)
-    choice = _choice(pixels, references, palette)
+    choice = _choice(pixels, references, palette, learned)
     cost = _distances(perceptual(255 * pixels), choice.colors, BOUND) + choice.penalty
     visible = drawing.darkness[::step, ::step] < INK
     labels = regions.labels
@@ -172,7 +174,9 @@ class _Choice(NamedTuple):
     """[K]: share of the network's shading that is kept: 0 for a color that is flat in the reference."""
 
 
-def _choice(pixels: Floats, references: Sequence[Pixels], palette: Palette | str | None) -> _Choice:
+def _choice(
+    pixels: Floats, references: Sequence[Pixels], palette: Palette | str | None, learned: Sequence[Color]
+) -> _Choice:
     """Return the colors that a region may have."""
     if isinstance(palette, Palette):
         count = len(palette.colors)
@@ -180,12 +184,16 @@ def _choice(pixels: Floats, references: Sequence[Pixels], palette: Palette | str
     own = dominant_colors(np.rint(255 * pixels).astype(np.uint8)).colors
     if palette is None:
         return _Choice(own.astype(np.uint8), np.zeros(len(own), np.float32), np.ones(len(own), np.float32))
-    given = dominant_colors(*references)
+    given, exact = dominant_colors(*references), np.array(learned, np.uint8).reshape(-1, 3)
     far = own[_distances(perceptual(own), given.colors, BOUND).min(axis=1) > SNAP]
     return _Choice(
-        np.concatenate([given.colors, far]).astype(np.uint8),
-        np.concatenate([-np.float32(COMMON) * np.log(given.share), np.full(len(far), SNAP, np.float32)]),
-        np.concatenate([np.interp(given.flatness, EXACT, (1, 0)), np.ones(len(far))]).astype(np.float32),
+        np.concatenate([exact, given.colors, far]).astype(np.uint8),
+        np.concatenate(
+            [np.zeros(len(exact)), -np.float32(COMMON) * np.log(given.share), np.full(len(far), SNAP)]
+        ).astype(np.float32),
+        np.concatenate([np.ones(len(exact)), np.interp(given.flatness, EXACT, (1, 0)), np.ones(len(far))]).astype(
+            np.float32
+        ),
     )
 
 

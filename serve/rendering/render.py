@@ -27,7 +27,7 @@ from animediffusion.serve.rendering.layers import (
     shades_of,
     shading_from,
 )
-from animediffusion.serve.rendering.palette import Palette, read_palette
+from animediffusion.serve.rendering.palette import Color, Palette, read_palette
 from animediffusion.serve.rendering.regions import Regions, find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
@@ -242,7 +242,8 @@ def render(
         style = "painted"
         if is_plain:
             return Rendered(_painted(painted, drawing, output, options.size))
-    coloring = _color(painted, drawing, regions, references, options, style)
+    learned = [hint.color for hint in hints if hint.learned]
+    coloring = _color(painted, drawing, regions, references, options, style, learned)
     wholes, picture = wholes_of(coloring, regions.labels), None
     if style == "painted":
         layer = layer_of(painted, drawing)
@@ -274,6 +275,7 @@ def _color(
     references: Sequence[Pixels],
     options: RenderOptions,
     style: Style,
+    learned: Sequence[Color],
 ) -> Coloring:
     palette: Palette | Literal["reference"] | None = None
     if options.has_own_palette:
@@ -288,6 +290,7 @@ def _color(
         palette=palette,
         background=options.background or "paper",
         style="shaded" if style == "shaded" else "flat",
+        learned=learned,
     )
 
 

@@ -77,6 +77,13 @@ def test_a_color_that_is_far_from_the_reference_stays():
     assert np.abs(np.subtract(found[0].color, RED)).max() <= 6
 
 
+def test_the_color_of_a_learned_hint_is_exact_although_no_reference_has_it():
+    sketch, colors = halves()
+    painted = np.where(colors == BLUE, (60, 200, 90), colors).astype(np.uint8)
+    coloring = colored(sketch, painted, off=(-4, 3, 3), references=[colors], learned=[(60, 200, 90)])
+    assert (60, 200, 90) in {region.color for region in coloring.regions}
+
+
 def test_colors_of_all_references_are_exact():
     sketch, colors = halves()
     pictures = [np.broadcast_to(color, colors.shape).astype(np.uint8) for color in (RED, BLUE)]
