@@ -126,7 +126,10 @@ def test_an_endpoint_switches_the_search_for_machine_credentials_off(
         ("s3://bucket/path?secret_key=hidden&region=x", "credentials in the URI"),
         ("s3:///path", "does not name a bucket"),
         ("s3://bucket/path?speed=9", "option 'speed' is not known; one of endpoint_override"),
-        ("gs://bucket/path", "scheme 'gs' is not known; give a local path or s3://"),
+        ("ftp://bucket/path", "scheme 'ftp' is not known; give a local path or s3://"),
+        ("gs://", "does not name a bucket; write gs://bucket/path"),
+        ("gs://bucket/path?region=x", "has options, which only s3:// URIs have"),
+        ("hf://datasets//name", "has an empty part between two slashes"),
         ("", "the path is empty"),
     ],
 )
