@@ -178,7 +178,10 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
     """One Ray cluster for all tests, with two CPUs; it starts after the S3 server so that workers have the address."""
     import ray
 
+    from animediffusion.platform.cluster import ray_compat
+
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    ray_compat.end_idle_processes()
     yield
     ray.shutdown()
 

@@ -117,6 +117,7 @@ def connect(
         object_store_memory=object_store_memory,
         **common,
     )
+    ray_compat.end_idle_processes(log_monitor=not worker_logs, dashboard=not include_dashboard)
 
 
 def shutdown() -> None:

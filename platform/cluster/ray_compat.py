@@ -10,7 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.state import state
 from ray._private.worker import get_dashboard_url
@@ -33,6 +33,24 @@ def bind_to_loopback(on: bool) -> None:
         os.environ[_LOOPBACK_VARIABLE] = "0"
     else:
         os.environ.pop(_LOOPBACK_VARIABLE, None)
+
+
+def end_idle_processes(*, log_monitor: bool = True, dashboard: bool = True) -> None:
+    """End processes with nothing to do of a Ray that this process started with ray.init().
+
+    Ray has no setting for it.
+
+    Args:
+        log_monitor: end the one that copies the output of workers to the driver; it looks at each log file ten times a
+            second, also if nobody asked for it.
+        dashboard: end the server of a dashboard that was not asked for; it counts usage, and takes port 8265, where
+            clients expect the jobs API of a cluster.
+    """
+    node = worker._global_node
+    if log_monitor:
+        node.kill_log_monitor(check_alive=False)
+    if dashboard:
+        node.kill_dashboard(check_alive=False)
 
 
 def use_token_if_available() -> None:
