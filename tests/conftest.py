@@ -39,11 +39,10 @@ _MAY_LEAK = {"ray", "browser", "slow"}
 """Marks of tests with Ray or other programs, whose clients leave sockets and processes to the garbage collector."""
 LONGEST = (
     "ray",
-    "docs/test_walkthrough.py",
-    "pipelines/test_cluster_faults.py",
-    "infra/test_live.py",
-    "test_demo.py",
     "head",
+    "infra/test_live.py",
+    "pipelines/test_cluster_faults.py",
+    "test_demo.py",
 )
 """Groups of tests that take minutes, the longest first."""
 

@@ -1,4 +1,8 @@
-"""The walkthrough as typed: every command of docs/walkthrough.md, in order, in one shell, with small numbers."""
+"""The walkthrough as typed: every command of docs/walkthrough.md, in order, in one shell, with small numbers.
+
+Its commands share the cluster of RAY_ADDRESS, because each would start its own otherwise: tests/test_demo.py runs
+the same stages as on a laptop.
+"""
 
 import os
 import re
@@ -12,7 +16,7 @@ from ports import free_port
 from animediffusion.platform.images.codec import decode_rgb
 
 TEXT = Path(__file__).parents[2] / "docs" / "walkthrough.md"
-SMALL = {"IMAGES": "120", "MINUTES": "0.2", "TRIALS": "2"}
+SMALL = {"IMAGES": "60", "MINUTES": "0.05", "TRIALS": "2"}
 PRELUDE = "set -euo pipefail\ntrap 'jobs -p | xargs --no-run-if-empty kill' EXIT\n"
 
 
@@ -28,16 +32,19 @@ def test_every_block_of_the_text_is_one_that_is_run():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_walkthrough_goes_from_images_to_an_endpoint_and_back(tmp_path):
+def test_the_walkthrough_goes_from_images_to_an_endpoint_and_back(tmp_path, cluster_head):
     command = tmp_path / "bin" / "animediffusion"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m animediffusion "$@"\n')
     command.chmod(0o755)
-    # Its own HOME and Ray, as on a new machine.
+    # Its own HOME, as on a new machine.
     path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **SMALL, "HOME": str(tmp_path), "PATH": path, "PORT": str(free_port())}
     for name in ("RAY_AUTH_MODE", "MLFLOW_TRACKING_URI", "ANIMEDIFFUSION_WORKSPACE"):
         environment.pop(name, None)
+    environment["RAY_ADDRESS"], environment["RAY_AUTH_TOKEN"] = cluster_head.gcs, cluster_head.token
+    environment["RAY_API_SERVER_ADDRESS"] = cluster_head.address
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the head is on loopback, so its clients have to be
 
     done = subprocess.run(
         ["bash", "-c", PRELUDE + "\n".join(commands())],

@@ -85,7 +85,7 @@ def test_a_killed_job_resumes_when_it_is_submitted_again_and_is_followed_to_its_
     cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     faces = tmp_path / "faces"
-    verb = ["data", "synthesize", str(faces), "--count", "200", "--size", "64", "--json"]
+    verb = ["data", "synthesize", str(faces), "--count", "100", "--size", "64", "--json"]
     job = jobs.submit(verb)
     while not (first := sorted(faces.rglob("*.png"))):
         assert jobs.status(job).status in ("pending", "running")
@@ -96,7 +96,7 @@ def test_a_killed_job_resumes_when_it_is_submitted_again_and_is_followed_to_its_
     assert jobs.follow(job, lambda _: None) == 128 + 9
 
     assert run(["jobs", "submit", "--wait", "--", *verb]) == 0
-    assert json.loads(capfd.readouterr().out.splitlines()[-2])["rows"] == 200
+    assert json.loads(capfd.readouterr().out.splitlines()[-2])["rows"] == 100
     assert first[0].stat().st_mtime_ns == drawn
 
 
