@@ -119,6 +119,8 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        # As in an embedded cluster; pipelines/cluster_faults.py has several nodes and turns it on.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # Our private cluster would disable the metrics for the whole process if it started first.
         "RAY_enable_metrics_collection": "1",
         "RAY_metrics_report_interval_ms": "2000",
