@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=order.__getitem__)
 
 
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collections, each of which would take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Collect the garbage of the last test that may leak, so that its warnings do not end the next test."""
