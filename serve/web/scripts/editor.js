@@ -207,7 +207,7 @@ function draw_outline() {
   if (!waiting) return;
   Object.assign(canvas, {width: picture.width, height: picture.height});
   const thickness = Math.max(1, Math.round(1.5 * picture.width / $("stage").clientWidth));
-  const {left, top, image} = picture.outline(new Set(picture.colored_by(waiting).keys()), thickness, OUTLINE);
+  const {left, top, image} = picture.outline([...picture.colored_by(waiting).keys()], thickness, OUTLINE);
   canvas.getContext("2d").putImageData(image, left, top);
 }
 
