@@ -46,6 +46,10 @@ SMALLEST_PART = 1.0
 """Each part of a split region covers at least this many pixels of the network's picture."""
 CLEAR = 0.9
 """A split lowers the mean cost of the smaller part's pixels by at least this much."""
+UNSURE = 2.0
+"""Where the costs of two colors differ by less, the network does not tell which is right..."""
+SEAM = 0.7
+"""... and a region is split only if such pixels, between the parts, are fewer than this share of the smaller part."""
 FAIR = 0.1
 """The pixels of a part are trusted at least this much, relative to the whole region: they are not a seam at a line."""
 DISTRUST = 0.02
@@ -274,13 +278,19 @@ def _parts(
     field = box_mean(one - other, 2 * round(scale / 2) + 1)
     part = field > 0
     split = np.where(part, other, one)
-    planes = (visible, part & visible, weight, part * weight, part * weight * field, weight * one, weight * split)
-    area, part_area, trust, part_trust, gain, single, double = _votes(small, count, np.stack(planes, axis=2)).T
+    unsure = weight * (np.abs(field) < UNSURE)
+    planes = (
+        visible, part & visible, weight, part * weight, part * weight * field, weight * one, weight * split, unsure
+    )  # fmt: skip
+    area, part_area, trust, part_trust, gain, single, double, unsure_trust = _votes(
+        small, count, np.stack(planes, axis=2)
+    ).T
     enough = SMALLEST_PART * scale**2
     ramp_cost = _ramp_cost(small, count, pixels, weight)
     is_ramp = (ramp_cost < np.minimum(RAMP * single, double)) & (softness[first] > 0.5)
     parts = (part_area > enough) & (area - part_area > enough) & (gain > CLEAR * part_trust) & ~is_ramp
     parts &= part_trust * area > FAIR * trust * part_area
+    parts &= unsure_trust < SEAM * np.minimum(part_trust, trust - part_trust)
     field = np.where(parts[small], field, -1).astype(np.float32)
     islands, number = components(field > 0)
     size = np.bincount(islands.ravel(), visible.ravel(), minlength=number + 1)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
@@ -44,6 +45,15 @@ def test_a_shadow_is_a_region_with_a_clean_border():
     border = (coloring.labels[:, :198] != coloring.labels[0, 0]).argmax(axis=0)
     assert np.abs(border - 150).max() <= 3
     assert np.abs(np.diff(border)).max() <= 1
+
+
+@pytest.mark.parametrize(("blur", "count"), [(1, 4), (150, 2)])
+def test_a_region_where_the_network_is_unsure_is_not_split(blur: int, count: int):
+    drawing = read_drawing(halves()[0])
+    sure = np.where(np.arange(300)[:, None, None] < 150, RED, (165, 45, 40)) * np.ones((300, 400, 1))
+    painted = letterbox(ndimage.gaussian_filter1d(sure, blur, axis=0).astype(np.uint8), 64)[0]
+    options = {"references": [sure.astype(np.uint8)], "background": "reference"}
+    assert len(color_regions(painted, drawing, find_regions(drawing), **options).regions) == count
 
 
 def test_regions_are_numbered_and_boxed():
