@@ -43,8 +43,9 @@ code of this project. Weights and code are under Apache-2.0.
 
 ## What it cannot do
 
-- It has seen drawings of simple shapes only. On the work of artists, expect the large areas (hair, skin, clothes) in
-  the right colors, and small parts (irises, accessories, patterns) often in the color of their surroundings.
+- It has seen drawings of simple shapes only. On the work of artists, expect hair and skin in about the right colors;
+  clothes, backgrounds and small parts (irises, accessories, patterns) are often blurred, or in the color of their
+  surroundings.
 - It finds colors by similar shapes and positions. If drawing and reference show different views, poses or crops, it
   assigns colors to wrong parts more often; hints and `style=flat` help.
 - It draws no texture and little shading of its own.
