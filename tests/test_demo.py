@@ -67,7 +67,7 @@ def psnr_untrained(workspace: Path) -> float:
 @pytest.mark.timeout(900)
 def test_the_demo_trains_a_model_and_ends_with_drawings_colored_over_http(tmp_path: Path) -> None:
     few = "from animediffusion import demo; demo.TUNE_TRIALS = 2; from animediffusion.cli.app import main; main()"
-    command = [sys.executable, "-c", few, "demo", "--minutes", "0.1", "--rows", "60", "--no-serve"]
+    command = [sys.executable, "-c", few, "demo", "--minutes", "0.1", "--rows", "100", "--no-serve"]
     # Its own HOME and Ray, as on a new machine.
     environment = {**os.environ, "HOME": str(tmp_path)}
     environment.pop("RAY_AUTH_MODE", None)

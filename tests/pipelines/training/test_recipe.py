@@ -9,7 +9,7 @@ from animediffusion.models.network.unet import UNetConfig
 from animediffusion.pipelines.training.recipe import TrainConfig, changed_keys, load_recipe, recipe_names
 from animediffusion.platform.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def failure(*overrides, recipe="demo"):
