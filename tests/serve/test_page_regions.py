@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
-from webpage import click, color, give_hex, pixels, saved, shown
+from webpage import click, color, finished, give_hex, pixels, saved, shown
 
 from animediffusion.serve.rendering import render
 from animediffusion.serve.rendering.coloring import Region, color_regions
@@ -103,6 +103,25 @@ def test_a_piece_keeps_its_color_when_the_whole_region_changes_later(face: Page)
     assert colors_at(face)[:2] == [hex_of(BLUE), "#ff0000"]
     _, data = saved(face, "#save-psd")
     assert np.abs(pixels(data) - pixels(saved(face, "#save")[1])).max() <= 1
+
+
+def test_what_looks_alike_gets_the_color_of_a_dot_and_files_have_it(opened, url, drawing, colors):
+    page = opened(url, reduced_motion="reduce")
+    color(page, colors, drawing)
+    page.click("#spread")
+    expect(page.locator("#error")).to_contain_text("First click a region of the picture and give it a color")
+    click(page, EYE)
+    give_hex(page, hex_of(BLUE))
+    before = pixels(saved(page, "#save")[1])
+    with page.expect_request(lambda request: request.url.endswith("/v1/colorize/stream")):
+        page.click("#spread")
+    finished(page)
+    expect(page.locator("#tries button")).to_have_count(2)
+    assert shown(page, EYE) == hex_of(BLUE)
+    picture = pixels(saved(page, "#save")[1])
+    assert (np.abs(picture - before).max(axis=2) > 2).any(), "more than the region of the dot has changed"
+    with zipfile.ZipFile(io.BytesIO(saved(page, "#save-ora")[1])) as ora, ora.open("mergedimage.png") as merged:
+        assert np.abs(pixels(merged) - picture).max() <= 1
 
 
 def test_the_map_of_guesses_is_off_until_it_is_asked_for_and_leaves_out_what_is_colored(face: Page, monkeypatch):

@@ -4,7 +4,7 @@ import {colorize} from "./colorize.js";
 import {$, element, say, show} from "./dom.js";
 import {choose_settings, fail, files, form_data, invert, load_examples, missing, name_of, on_files} from "./inputs.js";
 import {fetch_with_key, on_key} from "./key.js";
-import {add, form_for_try, present, present_last, reveal, set_sketch, set_stage, set_up_actions, settings_of_shown, show_list} from "./results.js";
+import {add, form_for_try, form_to_spread, present, present_last, reveal, set_sketch, set_stage, set_up_actions, settings_of_shown, show_list} from "./results.js";
 
 let running = null;
 
@@ -34,7 +34,7 @@ function set_button() {
 function set_running(controller) {
   running = controller;
   set_button();
-  $("again").disabled = Boolean(controller);
+  $("again").disabled = $("spread").disabled = Boolean(controller);
   $("pictures").inert = Boolean(controller);
   $("stage").setAttribute("aria-busy", String(Boolean(controller)));
 }
@@ -124,6 +124,11 @@ function offer_help(text, onclick) {
 }
 
 $("again").onclick = () => color([form_for_try()]);
+$("spread").onclick = async () => {
+  const form = await form_to_spread();
+  if (form) color([form]);
+  else fail("First click a region of the picture and give it a color: all that looks alike then gets that color.");
+};
 $("keep-seed").onclick = () => choose_settings(settings_of_shown());
 $("form").onsubmit = event => {
   event.preventDefault();

@@ -148,6 +148,14 @@ export function form_for_try() {
   return form;
 }
 
+/** Return the form that makes the shown result again, with the colors of its dots for all that looks alike; null without dots. */
+export async function form_to_spread() {
+  if (!shown.edits.dots.length) return null;
+  const form = form_for(shown, "layers");
+  await add_dots(form, shown, true);
+  return form;
+}
+
 export function settings_of_shown() {
   const changed = Object.keys(CHANGED).map(field => [field, shown.form.get(field) || ""]);
   return {seed: shown.answer.seed, ...Object.fromEntries(changed)};
@@ -211,13 +219,18 @@ async function ask_doubt(one) {
   return new Uint8Array(await blob.arrayBuffer());
 }
 
+/** Add the dots of a result to its form, after the hints that the result was made with, so that the dots win. */
+async function add_dots(form, {edits}, learned) {
+  const before = form.get("hints") ? JSON.parse(await form.get("hints").text()) : [];
+  const dots = in_order(edits.dots).map(({x, y, color, scope}) => ({x, y, color, scope, learned}));
+  const hints = [...before.filter(hint => !learned || !dots.some(({x, y}) => x === hint.x && y === hint.y)), ...dots];
+  if (hints.length) form.set("hints", new Blob([JSON.stringify(hints)], {type: "application/json"}), "hints.json");
+}
+
 /** Save a layered file of the shown result: the server makes it from the same inputs, the same seed and the dots. */
 async function save_layered(output) {
   const one = shown, form = form_for(one, output);
-  if (one.edits.dots.length) {
-    const hints = in_order(one.edits.dots).map(({x, y, color, scope}) => ({x, y, color, scope, learned: false}));
-    form.set("hints", new Blob([JSON.stringify(hints)], {type: "application/json"}), "hints.json");
-  }
+  await add_dots(form, one, false);
   $("note").textContent = `Making the ${output.toUpperCase()} file...`;
   const {blob, version} = await ask_file(form);
   download(blob, `${one.stem}.${output}`);
