@@ -218,11 +218,27 @@ def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
     # This logger sets its own level on import and would report the end of each log.
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
-        yield JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        with _api_server(address):
+            client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        yield client
     except Exception as error:  # Ray raises RuntimeError, ConnectionError and aiohttp's errors
         if isinstance(error, ClusterError):
             raise
         raise _explained(thing, job_id, str(error)) from error
+
+
+@contextmanager
+def _api_server(address: str) -> Iterator[None]:
+    """Make Ray use this address of the jobs API: without RAY_API_SERVER_ADDRESS, it prefers RAY_ADDRESS to arguments."""
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 def _explained(thing: str, job_id: str | None, message: str) -> ClusterError:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import time
@@ -120,6 +121,17 @@ def test_an_unknown_job_is_named(cluster: None) -> None:
     for question in (jobs.status, jobs.logs, jobs.stop):
         with pytest.raises(ClusterError, match="job nobody: no such job; see `animediffusion jobs list`"):
             question("nobody")
+
+
+def test_the_jobs_api_of_this_machine_is_asked_although_ray_address_is_that_of_another_cluster(
+    cluster: None, cluster_head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(jobs, "DEFAULT_ADDRESS", cluster_head.address)
+    with pytest.raises(ClusterError, match="job nobody: no such job"):
+        jobs.status("nobody")
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
 
 
 @pytest.mark.parametrize("token", ["", "wrong"])
