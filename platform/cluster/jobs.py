@@ -229,7 +229,7 @@ def _client(job_id: str | None = None) -> Iterator[JobSubmissionClient]:
 
 @contextmanager
 def _api_server(address: str) -> Iterator[None]:
-    """Make Ray use this address of the jobs API: without RAY_API_SERVER_ADDRESS, it prefers RAY_ADDRESS to arguments."""
+    """Make Ray use this address of the jobs API. Without RAY_API_SERVER_ADDRESS, it prefers RAY_ADDRESS."""
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
