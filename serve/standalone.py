@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
@@ -38,7 +39,10 @@ from animediffusion.serve.rendering.render import (
     read_sketch,
     render,
 )
-from animediffusion.serve.rendering.sketch import as_gray, for_network
+from animediffusion.serve.rendering.sketch import Pixels, as_gray, for_network
+
+Network = Callable[[Tensor, Sequence[Tensor], Tensor | None], Pixels]
+"""Makes the picture [S, S, 3] of a sketch [1, 1, S, S] with references, each [1, 3, S, S], and hints [1, 4, S, S]."""
 
 
 def paint(
@@ -82,47 +86,61 @@ def paint(
         ConfigError: the palette is not usable, or an option would change nothing.
     """
     options = RenderOptions(size=size, style=style, background=background, palette=palette, hints=hints)
-    made = paint_as(
-        "both",
-        bundle,
-        sketch,
-        (reference, *more_references),
-        options,
-        seed=seed,
-        sampler=sampler,
-        thing=thing,
-        lock=lock,
-    )
+
+    def network(lines: Tensor, colors: Sequence[Tensor], planes: Tensor | None) -> Pixels:
+        with lock or nullcontext():
+            return run_network(bundle, lines, colors, planes, seed=seed, sampler=sampler)
+
+    side = bundle.config.image_size
+    made = paint_as("both", side, sketch, (reference, *more_references), options, network, thing=thing)
     return made.files["image"], made.files["color_layer"]
 
 
 def paint_as(
     output: Output,
-    bundle: Bundle,
+    side: int,
     sketch: bytes,
     references: Sequence[bytes],
     options: RenderOptions,
+    network: Network,
     *,
-    seed: int = 0,
-    sampler: SamplerDefaults | None = None,
     thing: str = "sketch",
-    lock: AbstractContextManager[object] | None = None,
 ) -> Rendered:
-    """Return the colored drawing as any of the outputs of render(); arguments and errors are those of paint()."""
+    """Return the colored drawing as any of the outputs of render(); errors are those of paint().
+
+    Args:
+        output: the files to make.
+        side: pixels per side of the network's pictures.
+        sketch: an image file.
+        references: 1 to 4 image files.
+        options: settings of the finished picture.
+        network: makes the network's picture.
+        thing: name of the sketch in error messages.
+    """
     options.check(output)
-    drawing, side = read_sketch(sketch, thing=thing), bundle.config.image_size
+    drawing = read_sketch(sketch, thing=thing)
     hints = options.read_hints(drawing)  # A wrong hint is reported before the network runs.
-    lines = from_pixels(for_network(as_gray(drawing), side))
     pictures = [read_picture(reference) for reference in references]
     colors = [from_pixels(letterbox(picture, side)[0]) for picture in pictures]
     height, width = drawing.darkness.shape
     planes = draw_hints(letterbox_points(points_for_network(hints), height, width, side), side)
-    with lock or nullcontext():
-        image = colorize(
-            bundle, lines, colors, seeds=[seed], sampler=sampler, hints=None if planes is None else planes[None]
-        )
-    painted = to_uint8(image)[0].cpu().numpy()
+    lines = from_pixels(for_network(as_gray(drawing), side))
+    painted = network(lines, colors, None if planes is None else planes[None])
     return render(painted, drawing, pictures, hints, output=output, options=options)
+
+
+def run_network(
+    bundle: Bundle,
+    lines: Tensor,
+    colors: Sequence[Tensor],
+    hints: Tensor | None,
+    *,
+    seed: int,
+    sampler: SamplerDefaults | None,
+) -> Pixels:
+    """Return the network's picture, see Network."""
+    image = colorize(bundle, lines, colors, seeds=[seed], sampler=sampler, hints=hints)
+    return to_uint8(image)[0].cpu().numpy()
 
 
 def main(folder: Path, arguments: Sequence[str]) -> int:

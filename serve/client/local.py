@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat
 from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
+from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.model_source import ModelSource
-from animediffusion.serve.standalone import paint_as
+from animediffusion.serve.standalone import paint_as, run_network
 
 
 class BundleColorizer:
@@ -40,21 +43,27 @@ class BundleColorizer:
         *,
         name: str,
     ) -> ColoredDrawing:
-        """See colorize_files.Colorizer. One thread at a time runs the network; other threads decode and render."""
+        """See colorize_files.Colorizer. While one thread runs the network, other threads decode and render."""
         made = paint_as(
             OUTPUTS[file_format],
-            self.bundle,
+            self.bundle.config.image_size,
             sketch,
             references,
             rendering,
-            seed=options.seed,
-            sampler=options.apply_to(self.bundle.config.sampler),
+            functools.partial(self.run_network, options),
             thing=name,
-            lock=self._lock,
         )
         if file_format == "png":
             return ColoredDrawing(made.files["image"], self.version, made.files["color_layer"])
         return ColoredDrawing(made.files[file_format], self.version)
+
+    def run_network(
+        self, options: SamplerOptions, lines: Tensor, colors: Sequence[Tensor], hints: Tensor | None
+    ) -> Pixels:
+        """Return the network's picture, see standalone.Network; one thread at a time runs the network."""
+        sampler = options.apply_to(self.bundle.config.sampler)
+        with self._lock:
+            return run_network(self.bundle, lines, colors, hints, seed=options.seed, sampler=sampler)
 
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""

@@ -19,14 +19,14 @@ from animediffusion.serve.bulk.bulk import Pace, color_here
 from animediffusion.serve.bulk.drawings import BulkDrawing, References, list_drawings, read_references
 from animediffusion.serve.bulk.worker import layer_of
 from animediffusion.serve.client.local import LocalColorizer
-from animediffusion.serve.rendering.render import DEFAULTS
+from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
 
 OPTIONS = SamplerOptions(seed=3, steps=2)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
-    """Drawings a to e, of which c is no picture, and two references."""
+    """Drawings a to e, of which c is not a picture, and two references."""
     (tmp_path / "in").mkdir()
     for name in "abde":
         (tmp_path / "in" / f"{name}.png").write_bytes(encode_png(sketch))
@@ -90,7 +90,7 @@ def test_pictures_are_those_of_colorize_byte_by_byte_and_are_made_once(folder, b
     capsys.readouterr()
     (folder / "refs.csv").write_text("sketch,reference\nd.png,other.png\n")
     some = command(bundle_folder, folder, *words, "--references", folder / "refs.csv", out="out")
-    assert run(some) == 1  # c.png is no picture
+    assert run(some) == 1  # c.png is not a picture
     outcomes = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [Path(one["sketch"]).stem for one in outcomes if "error" in one] == ["c"]
     for name in ("a", "a.color", "b", "b.color", "e", "e.color"):
@@ -114,11 +114,14 @@ def test_a_store_that_is_lost_ends_the_command(folder, bundle_folder, monkeypatc
         list(color_here(Settings(workspace=folder), str(bundle_folder), [drawing], OPTIONS, DEFAULTS, "png"))
 
 
-def test_a_batch_of_an_engine_changes_a_level_by_one_at_most(folder, bundle_folder):
+@pytest.mark.parametrize("learned", [None, False, True])
+def test_a_batch_of_an_engine_changes_a_level_by_one_at_most(folder, bundle_folder, learned):
     drawing, colors = (folder / "in" / "a.png").read_bytes(), [(folder / "hero.png").read_bytes()]
     batched = BatchedColorizer(load_bundle(bundle_folder, "cpu"), "v", 4)
     single = LocalColorizer(Settings(workspace=folder), str(bundle_folder))
-    ours, theirs = (one.colorize(drawing, colors, OPTIONS, name="a").picture for one in (batched, single))
+    hints = None if learned is None else json.dumps([{"x": 9, "y": 9, "color": "#20c040", "learned": learned}])
+    rendering = RenderOptions(hints=hints)
+    ours, theirs = (one.colorize(drawing, colors, OPTIONS, rendering, name="a").picture for one in (batched, single))
     assert np.abs(decode_rgb(ours).astype(int) - decode_rgb(theirs)).max() <= 1
 
 
