@@ -71,7 +71,7 @@ def main() -> None:
     sha256 = save_bundle(options.out, bundle.denoiser, config, {}, card, dtype=torch.float16)
     smoke_sample(load_bundle(options.out, sha256=sha256))
     for path in options.out.iterdir():
-        path.chmod(0o644)  # whoever installs the package, all users may read it
+        path.chmod(0o644)  # every user of the machine can read the installed file
     size = sum(path.stat().st_size for path in options.out.iterdir())
     if size > MOST_BYTES:
         raise SystemExit(f"error: {options.out}: {size:,} bytes; at most {MOST_BYTES:,}")

@@ -108,7 +108,7 @@ class TrialLog:
         self.path = path
 
     def read(self) -> list[TrialEntry]:
-        """Return all entries, the oldest first, without a line that a kill cut short."""
+        """Return all entries, the oldest first. A last line that was not written whole is left out."""
         return [TrialEntry.from_json(value) for value in read_json_lines(self.path)]
 
     def write(self, entry: TrialEntry) -> None:
@@ -117,7 +117,7 @@ class TrialLog:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, without a line that a kill cut short; empty if there is no file."""
+    """Return the objects of a file of JSON lines, none if there is no file; a line that is not whole is left out."""
     values = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):

@@ -43,9 +43,15 @@ def join(uri: str, *parts: str) -> str:
     """Append path parts to the path of `uri` and keep its options; characters in the parts have no special meaning."""
     if not is_remote(uri):
         return str(Path(parse(uri).path).joinpath(*parts))
-    base, mark, options = uri.partition("?")
+    base, options = split_options(uri)
     names = [quote(part.rstrip("/"), safe="/ +=&,;:@!$'()~") for part in parts]
-    return "/".join([base.rstrip("/"), *names]) + mark + options
+    return "/".join([base.rstrip("/"), *names]) + options
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """Return an address without its options, and the options with their question mark; a local path has no options."""
+    base, mark, options = uri.partition("?") if is_remote(uri) else (uri, "", "")
+    return base, mark + options
 
 
 def parse(uri: str) -> Location:

@@ -17,6 +17,7 @@ from animediffusion.models.sampler_options import MAX_REFERENCES
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.picture_names import UPLOADED_SUFFIXES, is_junk
 from animediffusion.platform.storage import storage
+from animediffusion.platform.storage.addresses import split_options
 
 
 class BulkDrawing(NamedTuple):
@@ -112,8 +113,7 @@ def list_drawings(
 
 def name_of(uri: str) -> str:
     """Return the file name of a path or URI."""
-    path = uri.partition("?")[0] if storage.is_remote(uri) else uri
-    return path.rstrip("/").rpartition("/")[2]
+    return split_options(uri)[0].rstrip("/").rpartition("/")[2]
 
 
 def stem_of(name: str) -> str:
@@ -132,8 +132,8 @@ def _pictures(folder: str) -> list[str]:
 
 def _read_csv(uri: str) -> dict[str, tuple[str, ...]]:
     """Read the columns sketch,reference[,reference2...]; references are relative to the CSV's folder."""
-    base, mark, options = uri.partition("?") if storage.is_remote(uri) else (uri, "", "")
-    folder = base.rpartition("/")[0] + mark + options
+    base, options = split_options(uri)
+    folder = base.rpartition("/")[0] + options
     try:
         rows = list(csv.reader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:

@@ -25,6 +25,7 @@ from animediffusion.models.network.attention import Backend, use_attention
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import ConfigError, DataError, ImageError, StorageError, UnreachableError
 from animediffusion.platform.storage import storage
+from animediffusion.platform.storage.addresses import split_options
 from animediffusion.serve.bulk.batched import BatchedColorizer
 from animediffusion.serve.client.colorize_files import (
     LAYER_SUFFIX,
@@ -188,8 +189,8 @@ class DrawingColorizer:
 
 def layer_of(output: str) -> str:
     """Return the address of the color layer next to a picture."""
-    base, mark, options = output.partition("?") if storage.is_remote(output) else (output, "", "")
-    return base.removesuffix(".png") + LAYER_SUFFIX + mark + options
+    base, options = split_options(output)
+    return base.removesuffix(".png") + LAYER_SUFFIX + options
 
 
 def read_file(uri: str) -> bytes:

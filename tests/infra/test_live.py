@@ -153,7 +153,7 @@ def deployed_by_compose(head: Head, folder: Path) -> Iterator[None]:
 
 
 def until_colored(client: httpx.Client, pictures: dict[str, bytes]) -> httpx.Response:
-    """The answer, which is no picture only if there was none for a minute."""
+    """The answer, which is a picture unless there was none for a minute."""
     end = time.monotonic() + 60
     while True:
         with suppress(httpx.TransportError):

@@ -31,6 +31,7 @@ from animediffusion.pipelines.data.source_layout import ROLE_OF, SPLIT_OF, final
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.picture_names import is_junk
 from animediffusion.platform.storage import storage
+from animediffusion.platform.storage.addresses import split_options
 
 ARCHIVES = (".tar", ".zip")
 TABLES = (".parquet", ".arrow", ".feather")
@@ -199,9 +200,9 @@ def read_catalog(source: str, files: Mapping[str, int]) -> Catalog:
 
 def single_file(uri: str) -> tuple[str, str] | None:
     """Return (folder, name) of a source that is one archive or table by its name, else None."""
-    base, mark, options = uri.partition("?") if storage.is_remote(uri) else (uri, "", "")
+    base, options = split_options(uri)
     folder, _, name = base.rpartition("/")
-    return (folder + mark + options, name) if name.lower().endswith((*ARCHIVES, *TABLES, *_COMPRESSED)) else None
+    return (folder + options, name) if name.lower().endswith((*ARCHIVES, *TABLES, *_COMPRESSED)) else None
 
 
 def read_picture(source: str, path: str, place: Place | None) -> bytes | None:

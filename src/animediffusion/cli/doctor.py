@@ -43,6 +43,7 @@ def check_torch() -> Check:
 
 
 def check_starter() -> Check:
+    """Check whether the files of the starter model are whole."""
     from animediffusion.models.bundle import verify
     from animediffusion.platform.doctor import Check
     from animediffusion.platform.registry.downloads import STARTER, STARTER_FOLDER

@@ -14,7 +14,6 @@ from animediffusion.cli import common
 from animediffusion.console import table
 from animediffusion.models.sampler_options import (
     MAX_GUIDANCE_SCALE,
-    MAX_REFERENCES,
     MAX_SEED,
     MAX_STEPS,
     SamplerOptions,
@@ -129,10 +128,7 @@ def colorize(
     from animediffusion.serve.rendering.render import RenderOptions, hints_argument, palette_argument
 
     colors = reference or []
-    if len(colors) > MAX_REFERENCES:
-        raise ConfigError("--reference", f"{len(colors)} images", f"1 to {MAX_REFERENCES} images")
-    if not colors and references is None:
-        raise ConfigError("--reference", "is missing", "give an image with the colors, or --references")
+    chosen = read_references(colors, references)
     kind = cast("FileFormat", file_format)
     if kind not in OUTPUTS:
         raise ConfigError("--format", repr(file_format), "png, ora or psd")
@@ -154,7 +150,6 @@ def colorize(
             raise ConfigError(
                 "--url", "a server cannot be used with --on-cluster, --references or s3://", "leave it out"
             )
-        chosen = read_references(colors, references)
         return _colorize_stores(sketches, chosen, out, model, options, rendering, kind, on_cluster)
     paths, pictures = [Path(sketch) for sketch in sketches], [Path(color) for color in colors]
     files, unsupported, done, failed = list_sketches(paths), list_unsupported(paths), [], 0
