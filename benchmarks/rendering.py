@@ -29,12 +29,11 @@ import torch
 from common import hardware
 from numpy.typing import NDArray
 from resolution import SEED, finish, paint
-from scipy.ndimage import distance_transform_edt
-from skimage.color import deltaE_ciede2000, rgb2lab
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.tensors import to_uint8
 from animediffusion.pipelines.data.stream import read_split
+from animediffusion.pipelines.evaluation.metrics import color_differences, off_lines
 from animediffusion.pipelines.evaluation.tracks import build
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.errors import AnimeDiffusionError
@@ -48,8 +47,6 @@ SIZE_PX = 512
 NETWORK_PX = 64
 SAMPLE = 2
 """Every second pixel in each direction is compared."""
-OFF_LINES_PX = 1.5
-"""Pixels nearer to a line than this are not compared."""
 
 
 class Case(NamedTuple):
@@ -108,9 +105,8 @@ def dataset_cases(uri: str, count: int) -> list[Case]:
 def case_of(sketch: Pixels, reference: Pixels, truth: Pixels) -> Case:
     """Make a case of line art [H, W] or [H, W, 1] and pictures [H, W, 3]."""
     lines = np.broadcast_to(sketch.reshape(*truth.shape[:2], -1), truth.shape)
-    off_lines = distance_transform_edt(lines[..., 0] > 200) > OFF_LINES_PX
     drawing = read_drawing(np.ascontiguousarray(lines))
-    return Case(drawing, reference, truth, off_lines, find_regions(drawing))
+    return Case(drawing, reference, truth, off_lines(lines), find_regions(drawing))
 
 
 def painting(case: Case, bundle: Bundle | None) -> Pixels:
@@ -177,8 +173,7 @@ def row(painter: str, name: str, paintings: list[Pixels], cases: list[Case], met
         picture = method(network, case)
         seconds += time.process_time() - started
         pixels += case.truth[..., 0].size
-        lab = (rgb2lab(one[::SAMPLE, ::SAMPLE]) for one in (picture, case.truth))
-        error = deltaE_ciede2000(*lab)[case.off_lines[::SAMPLE, ::SAMPLE]]
+        error = color_differences(*(one[::SAMPLE, ::SAMPLE] for one in (picture, case.truth, case.off_lines)))
         scores.append(((error <= 3).mean(), (error <= 6).mean(), error.mean(), np.median(error)))
     numbers = (*np.mean(scores, axis=0), seconds / pixels * 1e6)
     return f"| {painter} | {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |"

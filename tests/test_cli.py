@@ -223,6 +223,14 @@ def test_without_json_people_get_a_table(command, bundle, faces_dataset):
     assert out[-1] == "picture: o/grid.png"
 
 
+def test_native_pictures_are_measured_in_another_table(command, bundle, faces_dataset):
+    code, out, _ = command("evaluate", bundle, faces_dataset, "--native", "--limit", "2")
+    assert code == 0
+    assert "2 images" in out[0]
+    assert "style flat" in out[0]
+    assert [line.split()[0] for line in out[2:]] == ["model", "copy_reference", "mean_color"]
+
+
 def test_drawing_ends_with_what_was_drawn(command, tmp_path):
     code, out, _ = command("data", "synthesize", "faces", "--count", "4", "--size", "32", "--json")
     assert code == 0

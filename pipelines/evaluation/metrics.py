@@ -24,10 +24,26 @@ MS_SSIM_MIN_SIDE = 176
 
 HAARPSI_C, HAARPSI_ALPHA = 30.0, 4.2
 """Constants of the HaarPSI paper, fitted to four databases of human judgments."""
+PAPER = 200
+"""Gray values above this are paper when colors are compared; the others are lines."""
+OFF_LINES_PX = 1.5
+"""Pixels nearer to a line than this are not compared, because lines are antialiased."""
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 _LINE_SIGMA = 0.4
 _INK = 0.5
 """Threshold between black (0) and white (1): darker pixels of a sketch belong to a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColorScores:
+    """Means over images of the color differences (CIEDE2000) between results and truth at the pixels off the lines."""
+
+    ciede2000: float
+    """Mean difference; 0 for equal colors, and 1 is just visible."""
+    ciede2000_median: float
+    within_3: float
+    """Share of the pixels with a difference of at most 3, which is the same color to most eyes."""
+    within_6: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +113,44 @@ def ciede2000(result: Images, truth: Images) -> float:
 
     difference: Any = deltaE_ciede2000  # scikit-image has no type annotations
     return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
+
+
+def color_scores(result: Images, truth: Images, sketch: Images) -> ColorScores:
+    """Return how near the colors of results are to those of their truth, off the lines.
+
+    Args:
+        result: [B, H, W, 3].
+        truth: [B, H, W, 3].
+        sketch: [B, H, W, 3], gray.
+    """
+    numbers = []
+    for picture, colors, lines in zip(result, truth, sketch, strict=True):
+        difference = color_differences(picture, colors, off_lines(lines))
+        numbers.append((difference.mean(), np.median(difference), (difference <= 3).mean(), (difference <= 6).mean()))
+    mean, median, within_3, within_6 = np.mean(numbers, axis=0)
+    return ColorScores(
+        ciede2000=round(float(mean), 3),
+        ciede2000_median=round(float(median), 3),
+        within_3=round(float(within_3), 4),
+        within_6=round(float(within_6), 4),
+    )
+
+
+def off_lines(sketch: Images) -> NDArray[np.bool_]:
+    """Return which pixels [H, W] of a gray sketch [H, W, 3] are compared: those off the lines, or all without any."""
+    from scipy.ndimage import distance_transform_edt
+
+    far: NDArray[np.bool_] = distance_transform_edt(sketch[..., 0] > PAPER) > OFF_LINES_PX
+    return far if far.any() else np.ones_like(far)
+
+
+def color_differences(result: Images, truth: Images, where: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the CIEDE2000 differences of two pictures [H, W, 3] at the chosen pixels, [N]."""
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    difference: Any = deltaE_ciede2000  # scikit-image has no type annotations
+    differences: NDArray[np.float64] = difference(rgb2lab(truth), rgb2lab(result))[where]
+    return differences
 
 
 def psnr(result: Images, truth: Images) -> NDArray[np.float64]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
+from animediffusion.platform.images.codec import decode_rgb, encode_png
 from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat
-from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
+from animediffusion.serve.rendering.render import DEFAULTS, FAST_COMPRESSION, RenderOptions
 from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.standalone import paint_as, run_network
@@ -64,6 +65,12 @@ class BundleColorizer:
         sampler = options.apply_to(self.bundle.config.sampler)
         with self._lock:
             return run_network(self.bundle, lines, colors, hints, seed=options.seed, sampler=sampler)
+
+    def paint(self, rendering: RenderOptions, sketch: Pixels, reference: Pixels, seed: int) -> Pixels:
+        """Return the picture [H, W, 3] of a sketch and a reference that are already decoded."""
+        drawing, colors = encode_png(sketch, FAST_COMPRESSION), encode_png(reference, FAST_COMPRESSION)
+        made = self.colorize(drawing, [colors], SamplerOptions(seed=seed), rendering, name="sketch")
+        return decode_rgb(made.picture)
 
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""

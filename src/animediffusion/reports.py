@@ -13,6 +13,8 @@ from animediffusion.console import cell, facts, table
 if TYPE_CHECKING:
     from animediffusion.pipelines.evaluation.evaluate import Evaluation
     from animediffusion.pipelines.evaluation.measure import Measurement
+    from animediffusion.pipelines.evaluation.metrics import ColorScores
+    from animediffusion.pipelines.evaluation.native import NativeEvaluation
     from animediffusion.pipelines.release.compare import Comparison
     from animediffusion.pipelines.training.result import TrainResult
     from animediffusion.pipelines.tuning.sampler_search import SamplerResult
@@ -27,6 +29,18 @@ def evaluation(result: Evaluation) -> str:
     head = (
         f"{result.num_images} images of {result.data} ({result.split}, {result.image_size} px), "
         f"{sampler.name} {sampler.steps} steps, guidance {sampler.guidance_scale:g}"
+    )
+    picture = f"\npicture: {result.grid}" if result.grid is not None else ""
+    return f"{head}\n{table(rows)}{picture}"
+
+
+def native_evaluation(result: NativeEvaluation) -> str:
+    """Format the table of `evaluate --native`: the model and the baselines on both tracks."""
+    rows = [{"": "model", **_color_scores(result.tracks)}]
+    rows += [{"": name, **_color_scores(tracks)} for name, tracks in result.baselines.items()]
+    head = (
+        f"{result.num_images} images of {result.data} ({result.split}, {result.image_size} px), style {result.style}, "
+        f"off the lines"
     )
     picture = f"\npicture: {result.grid}" if result.grid is not None else ""
     return f"{head}\n{table(rows)}{picture}"
@@ -167,6 +181,18 @@ class _Scores(Protocol):
     def ssim(self) -> float: ...
     @property
     def ciede2000(self) -> float: ...
+
+
+def _color_scores(tracks: Mapping[str, ColorScores]) -> dict[str, str]:
+    """Return the columns of each track's color scores."""
+    row: dict[str, str] = {}
+    for track, scores in tracks.items():
+        row |= {
+            f"dE00 {track}": f"{scores.ciede2000:.2f}",
+            f"within 3 {track}": f"{scores.within_3:.2f}",
+            f"within 6 {track}": f"{scores.within_6:.2f}",
+        }
+    return row
 
 
 def _scores(tracks: Mapping[str, _Scores]) -> dict[str, str]:

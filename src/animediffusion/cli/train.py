@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from animediffusion.console import Console
 
 if TYPE_CHECKING:
     from animediffusion.pipelines.training.plan import RunPlan
+    from animediffusion.platform.config import Settings
 
 
 def train(
@@ -83,12 +85,48 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to measure on.")] = "val",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json and grid.png.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
+    native: Annotated[
+        bool,
+        typer.Option("--native", help="Measure the finished pictures, at the size of the data and off the lines."),
+    ] = False,
 ) -> None:
-    """Measure the quality of a model and of trivial baselines."""
+    """Measure the quality of a model and of trivial baselines.
+
+    With --native, the data may have another size than the model, and the result is not stored with the model.
+    """
     from animediffusion.pipelines.release.record import evaluate_and_record
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
+    if native:
+        _evaluate_native(console, settings, model, data, split, limit, out)
+        return
     with console.progress("coloring", "images") as progress:
         result = evaluate_and_record(settings, model, data, split, limit, out, progress)
     console.result(result.to_json(), reports.evaluation(result))
+
+
+def _evaluate_native(
+    console: Console, settings: Settings, model: str, data: str, split: str, limit: int | None, out: Path | None
+) -> None:
+    """Measure the pictures that `colorize` makes, with the reference's background, which the truth has."""
+    from animediffusion.pipelines.evaluation.native import evaluate_native
+    from animediffusion.serve.client.local import LocalColorizer
+    from animediffusion.serve.rendering.render import RenderOptions
+
+    colorizer = LocalColorizer(settings, model)
+    rendering = RenderOptions(style="flat", background="reference")
+    with console.progress("coloring", "images") as progress:
+        result = evaluate_native(
+            model,
+            colorizer.bundle.sha256,
+            functools.partial(colorizer.paint, rendering),
+            "flat",
+            data,
+            split,
+            limit,
+            out,
+            progress,
+            threads=colorizer.max_concurrent,
+        )
+    console.result(result.to_json(), reports.native_evaluation(result))
