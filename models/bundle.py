@@ -69,7 +69,8 @@ class SamplerDefaults:
 
     def describe(self) -> str:
         """Return the settings as text, for example: euler, 4 steps, guidance 1.5 at times 0.2 to 0.8, shift 2."""
-        text = f"{self.name}, {self.steps} steps, guidance {self.guidance_scale:g}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        text = f"{self.name}, {steps}, guidance {self.guidance_scale:g}"
         if self.guidance_scale != 1 and self.guidance_interval != (0.0, 1.0):
             text += " at times {:g} to {:g}".format(*self.guidance_interval)
         return text if self.shift == 1 else f"{text}, shift {self.shift:g}"

@@ -56,7 +56,7 @@ def test_an_evaluation_is_a_table_of_the_model_and_the_baselines():
     sampler = SamplerDefaults(steps=4, guidance_scale=1.5)
     result = Evaluation("m", "", "faces", "", "val", 8, 64, sampler, tracks, {"sketch": tracks}, "recolored", None)
     lines = reports.evaluation(result).splitlines()
-    assert lines[0] == "8 images of faces (val, 64 px), euler 4 steps, guidance 1.5"
+    assert lines[0] == "8 images of faces (val, 64 px), euler, 4 steps, guidance 1.5"
     assert [line.split()[0] for line in lines[2:]] == ["model", "sketch"]
 
 

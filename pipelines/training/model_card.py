@@ -47,5 +47,6 @@ code is under Apache-2.0; the rights to the training images determine the permit
 def _training(made: Mapping[str, Any], seconds: float | None) -> str:
     phase = "phase 2, reconstruction through the sampler" if made.get("objective") == "reconstruction" else "phase 1"
     steps, batch = made.get("steps", 0), made.get("batch_size", 0)
-    text = f"{made.get('recipe', '?')} ({phase}), {steps:,} steps of {batch} images, {steps * batch:,} in all"
+    length = f"{steps:,} step{'s' * (steps != 1)} of {batch} images, {steps * batch:,} in all"
+    text = f"{made.get('recipe', '?')} ({phase}), {length}"
     return text if seconds is None else f"{text}, {seconds / 60:.1f} minutes"

@@ -25,10 +25,9 @@ def evaluation(result: Evaluation) -> str:
     """Format the table of `evaluate`: the model and the baselines on both tracks."""
     rows = [{"": "model", **_scores(result.tracks)}]
     rows += [{"": name, **_scores(tracks)} for name, tracks in result.baselines.items()]
-    sampler = result.sampler
     head = (
         f"{result.num_images} images of {result.data} ({result.split}, {result.image_size} px), "
-        f"{sampler.name} {sampler.steps} steps, guidance {sampler.guidance_scale:g}"
+        f"{result.sampler.describe()}"
     )
     picture = f"\npicture: {result.grid}" if result.grid is not None else ""
     return f"{head}\n{table(rows)}{picture}"
@@ -91,12 +90,13 @@ def version(found: Mapping[str, Any]) -> str:
     """Format the output of `models show`: facts, ancestors, metrics, history and configuration of a version."""
     tags, made = found["tags"], found["training"]
     aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
-    steps = f", {made['steps']} steps of {made.get('batch_size', '?')} images" if "steps" in made else ""
+    steps = made.get("steps")
+    rows = "" if steps is None else f", {steps} step{'s' * (steps != 1)} of {made.get('batch_size', '?')} images"
     about = {
         "sha256": found["sha256"],
         "created": found["created"],
         "made": found["lineage"][0]["made"],
-        "training": f"{made.get('run', '-')}, recipe {made.get('recipe', '-')}{steps}",
+        "training": f"{made.get('run', '-')}, recipe {made.get('recipe', '-')}{rows}",
         "MLflow run": found["run"],
         "data": f"{found['dataset']['uri'] or '-'}, hash {(found['dataset']['hash'] or '-')[:12]}",
         "network": f"{int(tags.get('num_parameters', 0)) / 1e6:.1f} M parameters, {tags.get('image_size')} px",
