@@ -8,12 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from animediffusion import demo
 from animediffusion.console import Console
-from animediffusion.models.bundle import load_bundle, save_bundle
-from animediffusion.pipelines.evaluation.evaluate import evaluate
 from animediffusion.pipelines.training.recipe import TrainConfig
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import RegistryError
@@ -47,26 +44,17 @@ def test_phase_2_begins_with_the_tuned_model_and_a_worse_one_of_a_repeated_demo_
     found = demo._model(Settings(workspace=tmp_path), "faces", 8.0, Console())
 
     assert found == (8, {"of": "bundle 2"})
-    assert trained == [("demo", None, 6.0), ("demo-phase2", "models:/animediffusion/7", 2.0)]
+    assert trained == [("demo", "starter", 6.0), ("demo-phase2", "models:/animediffusion/7", 2.0)]
     assert promoted == [False, True]
     assert "version 8: is worse; train longer" in capsys.readouterr().err
-
-
-def psnr_untrained(workspace: Path) -> float:
-    """PSNR of the demo's network with new weights, on the rows that the demo measures."""
-    [trained] = (workspace / "runs").glob("demo-phase2-*/bundle")
-    config = load_bundle(trained).config
-    torch.manual_seed(0)
-    save_bundle(workspace / "untrained", config.build(), config)
-    data = str(workspace / "data" / "demo")
-    return evaluate(Settings(workspace=workspace), str(workspace / "untrained"), data).tracks["same"].psnr
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_trains_a_model_and_ends_with_drawings_colored_over_http(tmp_path: Path) -> None:
-    few = "from animediffusion import demo; demo.TUNE_TRIALS = 2; from animediffusion.cli.app import main; main()"
+    few = "from animediffusion import demo; demo.TUNE_TRIALS, demo.SIZE = 2, 64; "
+    few += "from animediffusion.cli.app import main; main()"
     command = [sys.executable, "-c", few, "demo", "--minutes", "0.1", "--rows", "100", "--no-serve"]
     # Its own HOME and Ray, as on a new machine.
     environment = {**os.environ, "HOME": str(tmp_path)}
@@ -77,11 +65,11 @@ def test_the_demo_trains_a_model_and_ends_with_drawings_colored_over_http(tmp_pa
 
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(done.stdout.splitlines()[-1])
-    # So few steps do not beat every baseline (11 steps: 13.1 dB, copying the reference: 16.9), but an untrained model.
-    assert summary["psnr_same"] > psnr_untrained(tmp_path / "ws")
     measured = json.loads((tmp_path / "ws/demo/evaluation/metrics.json").read_text())
-    assert summary["psnr_same"] == measured["tracks"]["same"]["psnr"] > measured["baselines"]["sketch"]["same"]["psnr"]
-    assert summary["baseline_psnr_same"] == max(found["same"]["psnr"] for found in measured["baselines"].values())
+    # So few steps from scratch are below the mean color (11 steps: 13.1 dB; 13.6); from the starter model they are not.
+    baselines = measured["baselines"]
+    assert summary["psnr_same"] == measured["tracks"]["same"]["psnr"] > baselines["mean_color"]["same"]["psnr"]
+    assert summary["baseline_psnr_same"] == max(found["same"]["psnr"] for found in baselines.values())
     assert summary["version"] == 2
     assert summary["url"].startswith("http://127.0.0.1:")
     assert decode_rgb(Path(summary["picture"]).read_bytes()).shape[0] > 300

@@ -2,7 +2,8 @@
 
     synthesize -> ingest -> phase 1 -> tune the sampler -> phase 2 -> evaluate -> register -> promote -> serve -> color
 
-Each stage makes the same call as its own command, so a demo that was stopped resumes when it is run again.
+Phase 1 begins with the starter model, as a run on pictures of your own would. Each stage makes the same call as its own
+command, so a demo that was stopped resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError, RegistryError
 from animediffusion.platform.images.codec import contact_sheet, decode_rgb, encode_png
+from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.serve.client.remote import API_KEY, RemoteColorizer
 from animediffusion.serve.deployments import ServeConfig
 from animediffusion.serve.rendering.render import RenderOptions
 from animediffusion.serve.server import check_address, running
 
-SIZE = 64
+SIZE = 128
+"""Side of the training pictures in pixels: that of the starter model."""
+KEPT = ("network.hints=true", "augment.hints=0.3")
+"""Training that keeps what the starter model knows of hints."""
 PHASE_1_SHARE = 0.75
 """Share of the training minutes for phase 1; phase 2 gets the rest."""
 TUNE_TRIALS = 8
-NUM_DRAWINGS = 6
-DRAWING_SIZE = 256
+NUM_DRAWINGS = 3
+DRAWING_SIZE = 512
 """Side in pixels, larger than the model's: the server scales the colors to the size of the drawing."""
+RENDERING = RenderOptions(style="shaded", background="reference")
 UNSEEN_SEED = 1
 """Seed of the drawings to color; the training rows have seed 0."""
 PORTS_TO_TRY = 20
@@ -114,7 +120,7 @@ def _dataset(settings: Settings, rows: int, console: Console) -> str:
 
 
 def _model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, Evaluation]:
-    budget = [f"data={data}", f"max_minutes={minutes * PHASE_1_SHARE}"]
+    budget = [f"data={data}", f"init_from={STARTER}", f"max_minutes={minutes * PHASE_1_SHARE}", *KEPT]
     with _stage("phase 1: denoising", console), console.training() as report:
         first = train(settings, load_recipe("demo", budget), report)
     with _stage("tune the sampler", console):
@@ -128,7 +134,7 @@ def _model(settings: Settings, data: str, minutes: float, console: Console) -> t
             evaluate=lambda bundle: evaluate(settings, str(bundle), data, limit=64),
         )
     parent = f"models:/{settings.model_name}/{tuned.version}"
-    budget = [f"data={data}", f"init_from={parent}", f"max_minutes={minutes * (1 - PHASE_1_SHARE)}"]
+    budget = [f"data={data}", f"init_from={parent}", f"max_minutes={minutes * (1 - PHASE_1_SHARE)}", *KEPT]
     with _stage("phase 2: reconstruction through the sampler", console), console.training() as report:
         second = train(settings, load_recipe("demo-phase2", budget), report)
     with _stage("evaluate", console), console.progress("coloring", "images") as progress:
@@ -155,14 +161,13 @@ def _color(url: str, folder: Path, console: Console) -> Path:
             row: DrawnRow = make_row(UNSEEN_SEED, number, DRAWING_SIZE)
             sketch, reference = encode_png(row.sketch), encode_png(row.cross_reference)
             options, name = SamplerOptions(seed=number), f"drawing {number + 1}"
-            colored = colorizer.colorize(sketch, [reference], options, RenderOptions(style="painted"), name=name)
+            colored = colorizer.colorize(sketch, [reference], options, RENDERING, name=name)
             (folder / f"drawing_{number + 1}.png").write_bytes(colored.picture)
             lines.append([row.sketch, row.cross_reference, decode_rgb(colored.picture), row.target])
             console.note(f"colored drawing {number + 1} of {NUM_DRAWINGS}")
     picture = folder / "before_after.png"
     labels = ["sketch", "reference", "colored", "truth"]
-    halves = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
-    picture.write_bytes(encode_png(contact_sheet(halves, labels * 2)))
+    picture.write_bytes(encode_png(contact_sheet(lines, labels)))
     return picture
 
 
