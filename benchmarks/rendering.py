@@ -22,7 +22,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,10 +173,20 @@ def row(painter: str, name: str, paintings: list[Pixels], cases: list[Case], met
         picture = method(network, case)
         seconds += time.process_time() - started
         pixels += case.truth[..., 0].size
-        error = color_differences(*(one[::SAMPLE, ::SAMPLE] for one in (picture, case.truth, case.off_lines)))
+        error = color_error(picture, case.truth, case.off_lines)
         scores.append(((error <= 3).mean(), (error <= 6).mean(), error.mean(), np.median(error)))
     numbers = (*np.mean(scores, axis=0), seconds / pixels * 1e6)
     return f"| {painter} | {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |"
+
+
+def color_error(picture: Pixels, truth: Pixels, off_lines: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return CIEDE2000 at the compared pixels that are off the lines."""
+    return color_differences(sampled(picture), sampled(truth), sampled(off_lines))
+
+
+def sampled(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the compared pixels of an array [H, W, ...]."""
+    return array[::SAMPLE, ::SAMPLE]
 
 
 if __name__ == "__main__":

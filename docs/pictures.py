@@ -1,6 +1,7 @@
-"""Draw the figures of docs/method.md with a model.
+"""Draw the figures of docs/method.md with a model, and take the picture of the README from a demo.
 
     python docs/pictures.py --model BUNDLE [--data DATASET_URI] [--ladder OUT] [--out docs/images]
+    python docs/pictures.py --demo workspace/demo/before_after.png [--out docs/images]
 
 All images in the figures are inputs or outputs of the model; the faces are drawn faces that no demo trains on. With
 --data, rows of the dataset's `val` split replace them, except in the figure that needs one face in several colors.
@@ -38,12 +39,12 @@ from animediffusion.pipelines.evaluation.tracks import build
 from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.pipelines.synthetic.faces import draw, random_character, random_geometry
 from animediffusion.pipelines.synthetic.palette import random_palette
-from animediffusion.platform.images.codec import contact_sheet
+from animediffusion.platform.images.codec import contact_sheet, decode_rgb
 
 Array = NDArray[np.uint8]
 
 SEED = 11
-"""Seed of the faces and the noise. The demo trains on seed 0 and shows seed 1."""
+"""Seed of the faces and the noise. The demo trains on seed 0 and shows seed 2027."""
 FACES = 3
 LIMIT = 300_000
 """Largest file size of a figure in bytes; a larger figure is reduced to 256 colors."""
@@ -358,11 +359,17 @@ def _png(image: Image.Image) -> bytes:
 def main() -> None:
     """Draw and save all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", required=True, help="a bundle folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a bundle folder")
+    source.add_argument("--demo", type=Path, help="the picture of a demo, which becomes demo.png")
     parser.add_argument("--data", help="URI of a dataset whose val is shown in place of drawn faces")
     parser.add_argument("--ladder", type=Path, help="folder of benchmarks/quality.py with the recipes in LADDER")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.demo:
+        save(decode_rgb(args.demo.read_bytes()), args.out / "demo.png")
+        return
     bundle = load_bundle(args.model)
     size = bundle.config.image_size
     batch = faces(size, args.data)
@@ -375,7 +382,6 @@ def main() -> None:
     }
     if args.ladder:
         pictures["ingredients"] = lambda: ingredients(args.ladder, batch)
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, make in pictures.items():
         path = args.out / f"method-{name}.png"
         save(make(), path)

@@ -51,6 +51,14 @@ def test_every_picture_of_the_text_is_drawn(pictures, bundle, faces_dataset, tmp
         assert len(np.unique(red << 16 | green << 8 | blue)) > 100
 
 
+def test_the_picture_of_a_demo_becomes_that_of_the_readme(pictures, tmp_path, monkeypatch):
+    made, out = DOCS / "images" / "batching.png", tmp_path / "images"
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--demo", str(made), "--out", str(out)])
+    pictures.main()
+    assert (decode_rgb((out / "demo.png").read_bytes()) == decode_rgb(made.read_bytes())).all()
+    assert "images/demo.png" in (DOCS.parent / "README.md").read_text()
+
+
 def test_the_pictures_of_the_text_are_small(pictures):
     drawn = list((DOCS / "images").glob("method-*.png"))
     assert len(drawn) >= 5

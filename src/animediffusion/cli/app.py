@@ -210,8 +210,8 @@ def _folder(options: Common, value: str | None) -> str:
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.1, metavar="N", help="Training time of both phases together, in minutes.")
-    ] = 6.0,
-    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Number of faces to draw and to train on.")] = 4000,
+    ] = 5.0,
+    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Number of faces to draw and to train on.")] = 2000,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Keep serving the page at the end.")] = True,
     port: Annotated[
         int, typer.Option(min=1, max=65000, metavar="PORT", help="Port of the page; the next free port if in use.")
