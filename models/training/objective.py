@@ -81,7 +81,7 @@ class DenoisingObjective(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:  # noqa: ARG002
         """Return the loss of one batch; `step` is unused."""
         t_min, t_max = self.config.time_min, self.denoiser.path.t_max
-        t = t_min + (t_max - t_min) * self._times(len(batch.target), batch.target.device, generator)
+        t = t_min + (t_max - t_min) * self.draw_times(len(batch.target), batch.target.device, generator)
         noise = _normal(batch.target, generator)
         drawn = torch.rand(len(t), device=t.device, generator=generator)
         keep = drawn >= self.config.drop_reference
@@ -98,7 +98,8 @@ class DenoisingObjective(nn.Module):
             weighted = per_row * self.denoiser.snr_weight(t, MIN_SNR)
         return _loss(weighted.mean() + self.config.guess_weight * guess, per_row, t / t_max)
 
-    def _times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    def draw_times(self, rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
+        """Return random times [rows] in [0, 1), as shares of t_max."""
         if self.config.time_distribution == "uniform":
             return torch.rand(rows, device=device, generator=generator)
         n = torch.randn(rows, device=device, generator=generator)
@@ -153,7 +154,7 @@ class ReconstructionObjective(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> Loss:
         """Return the loss of one batch; K depends only on (seed, step) and is equal on all ranks."""
-        image = self._sample(batch, generator, self.num_gradient_steps(step))
+        image = self.sample(batch, generator, self.num_gradient_steps(step))
         pixel = F.mse_loss(image, batch.target, reduction="none").mean((1, 2, 3))
         structure = structure_loss(image, batch.target)
         own = self.config.pixel_weight * pixel + self.config.structure_weight * structure
@@ -171,7 +172,8 @@ class ReconstructionObjective(nn.Module):
         most = min(self.config.gradient_steps, self.settings.steps)
         return 1 + int(torch.randint(most, (), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step)))
 
-    def _sample(self, batch: Batch, generator: torch.Generator, gradient_steps: int) -> Tensor:
+    def sample(self, batch: Batch, generator: torch.Generator, gradient_steps: int) -> Tensor:
+        """Return images [B, 3, S, S] sampled from noise; the last `gradient_steps` steps are differentiated."""
         condition = self.denoiser.encode(batch.sketch, batch.references, hints=batch.hints)
         sampler = build_sampler(self.settings.name, self.denoiser.path)
         times = sample_times(self.denoiser.path, self.settings.steps, shift=self.settings.shift)

@@ -112,7 +112,7 @@ def _fit(
     while True:
         begun = latest_step(work.checkpoints)
         trainer = build_trainer(work, scaling, context, worker_threads(scaling))
-        latest = _run_and_watch(trainer, work, progress, report)
+        latest = run_and_watch(trainer, work, progress, report)
         # One Ray Data execution delivers a bounded number of rows; if they run out, continue as a resumed run does.
         complete = latest.max_steps is not None and latest.step >= latest.max_steps
         if complete or latest.step <= begun:
@@ -190,7 +190,7 @@ def build_trainer(
     )
 
 
-def _run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> TrainProgress:
+def run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: Report | None) -> TrainProgress:
     """Run fit(), report progress and handle signals meanwhile, and return the last progress report."""
     latest = TrainProgress()
 

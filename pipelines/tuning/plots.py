@@ -90,7 +90,7 @@ def draw_strip(
 ) -> bytes:
     """Return a PNG with one line per row: sketch, reference, the colors from points along the front, and the truth."""
     some = batch.rows(slice(STRIP_ROWS))
-    points = _spaced_points(front, chosen)
+    points = spaced_points(front, chosen)
     columns = [some.sketch.expand(-1, 3, -1, -1), some.reference]
     seeds = range(len(some.target))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def draw_strip(
     return encode_png(contact_sheet([list(row) for row in zip(*pictures, strict=True)], labels, cell=160))
 
 
-def _spaced_points(front: Sequence[Measurement], chosen: Measurement) -> list[Measurement]:
+def spaced_points(front: Sequence[Measurement], chosen: Measurement) -> list[Measurement]:
     """Return at most STRIP_POINTS evenly spaced points of the front, its ends included, and the chosen point."""
     points = {*front, chosen}
     if len(points) > STRIP_POINTS:

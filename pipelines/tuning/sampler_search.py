@@ -100,12 +100,13 @@ class SamplerResult:
 
 
 @dataclass(frozen=True)
-class _SamplerTask:
+class SamplerTask:
     """Inputs that all trials share; Ray's object store sends them to the workers once."""
 
     bundle: Bundle
     averages: Averages
     batch: Batch
+    """The rows to measure on."""
     attention: Backend = field(default_factory=chosen_attention)
 
 
@@ -158,7 +159,7 @@ def tune_sampler(
     registry = Registry(settings)
     bundle = check_bundle(registry.fetch(model, averages=True))
     averages = read_averages(bundle)
-    name = f"sampler-{_search_key(bundle, averages, rows)}"
+    name = f"sampler-{search_key(bundle, averages, rows)}"
     folder = settings.workspace / "tune" / name
     cluster.connect(settings)
     record = Run.start(settings, TUNING, name, {"model": str(model), "data": data, "trials": trials, "prefer": prefer})
@@ -182,7 +183,7 @@ def tune_sampler(
         )
         _record(record, points, result)
         if register:
-            version, changed = _register(registry, bundle, averages, conclusion.chosen, record.run_id, evaluate)
+            version, changed = register_choice(registry, bundle, averages, conclusion.chosen, record.run_id, evaluate)
             result = replace(result, version=version, changed=changed)
     except BaseException as error:
         record.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
@@ -215,10 +216,10 @@ def search(
     )
     own = (space.simplest(bundle.config.sampler), averages.length)
     known = any((point.settings, point.ema_length) == own for point in read_points(folder))
-    device, at_once = _device()
+    device, at_once = trial_device()
     run_trials(
         folder.name,
-        tune.with_resources(tune.with_parameters(_trial, task=_SamplerTask(bundle, averages, batch)), {device: 1}),
+        tune.with_resources(tune.with_parameters(trial, task=SamplerTask(bundle, averages, batch)), {device: 1}),
         study,
         # A model that was tuned before may have all points known except its new defaults.
         replace(config, trials=max(config.trials, study.num_known + (not known))),
@@ -234,8 +235,8 @@ def search(
     return [first, *(point for point in points if point is not first)]
 
 
-def _device() -> tuple[str, int]:
-    """Return the device of a trial and the number of devices: GPU if the cluster has or can add one, else CPU."""
+def trial_device() -> tuple[str, int]:
+    """Return the resource that each trial takes, GPU if the cluster has or can add one, else CPU, and their number."""
     available, limits = cluster.resources()
     name = "GPU" if limits.get("GPU", 0) >= 1 else "CPU"
     return name, max(1, int(available.get(name, 0)))
@@ -272,7 +273,7 @@ def _conclude(
     warn: Callable[[str], None],
 ) -> _Conclusion:
     """Choose a point and draw the strip on the kind of device that measured the trials; the driver may have no GPU."""
-    if _device()[0] == "CPU":
+    if trial_device()[0] == "CPU":
         return _conclude_here(chosen_attention(), bundle, averages, rows, points, prefer)
     with cluster.waits(warn):
         task = ray.remote(num_gpus=1)(_conclude_here).remote(chosen_attention(), bundle, averages, rows, points, prefer)
@@ -306,27 +307,28 @@ def confirm(
     defaults = points[0]
     if rows.unseen is None:
         return choose(points, prefer), None
-    unseen = _SamplerTask(bundle, averages, rows.unseen)
-    own = _measure(unseen, defaults.settings, defaults.ema_length).psnr
+    unseen = SamplerTask(bundle, averages, rows.unseen)
+    own = measure_point(unseen, defaults.settings, defaults.ema_length).psnr
     while True:
         chosen = choose(points, prefer)
         same = chosen == defaults
-        found = own if same else _measure(unseen, chosen.settings, chosen.ema_length).psnr
+        found = own if same else measure_point(unseen, chosen.settings, chosen.ema_length).psnr
         if same or found >= floor(own, prefer) - CONFIRM_DB:
             return chosen, UnseenPsnr(own, found)
         points = [point for point in points if point != chosen]
 
 
-def _trial(point: Point, *, task: _SamplerTask) -> None:
+def trial(point: Point, *, task: SamplerTask) -> None:
     """Measure one trial, in a worker process that later trials reuse."""
     use_attention(task.attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task.bundle.denoiser.to(device)
     sampler = SamplerDefaults(**{key: value for key, value in point.items() if key != "ema_length"})
-    tune.report({"measured": json.dumps(asdict(_measure(task, sampler, point.get("ema_length"))))})
+    tune.report({"measured": json.dumps(asdict(measure_point(task, sampler, point.get("ema_length"))))})
 
 
-def _measure(task: _SamplerTask, sampler: SamplerDefaults, length: float | None) -> Measurement:
+def measure_point(task: SamplerTask, sampler: SamplerDefaults, length: float | None) -> Measurement:
+    """Measure sampler settings with the average of this length as the weights; None is the trained weights."""
     return measure(task.averages.use(task.bundle, length), task.batch, sampler, length)
 
 
@@ -358,7 +360,7 @@ def _space(bundle: Bundle, averages: Averages) -> SamplerSpace:
     return SamplerSpace(bundle.denoiser.path, bundle.config.sampler, averages.range, averages.length)
 
 
-def _search_key(bundle: Bundle, averages: Averages, rows: MeasuredRows) -> str:
+def search_key(bundle: Bundle, averages: Averages, rows: MeasuredRows) -> str:
     """Return 12 hex digits that identify what decides a measurement: weights, config and rows, not sampler defaults."""
     config = config_values(replace(bundle.config, sampler=SamplerDefaults(), provenance={}))
     del config["format"]  # searches of version 0.1 had none
@@ -366,7 +368,7 @@ def _search_key(bundle: Bundle, averages: Averages, rows: MeasuredRows) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _register(
+def register_choice(
     registry: Registry,
     bundle: Bundle,
     averages: Averages,

@@ -232,7 +232,7 @@ class RunningBatch:
             group.state = group.sampler.advance(group.state, x_0)
         for row in rows:
             row.num_done += 1
-        self._copy_pictures(rows)
+        self.copy_pictures(rows)
         ended = [row for row in rows if row.num_left == 0 or row.error is not None]
         self.leave(ended)
         return ended
@@ -324,7 +324,7 @@ class RunningBatch:
             condition=self._runner.join([one for one in conditions if one is not None]),
         )
 
-    def _copy_pictures(self, rows: list[Row]) -> None:
+    def copy_pictures(self, rows: list[Row]) -> None:
         """Copy pictures and previews to the CPU in one transfer."""
         states = [
             (row, group.state, number) for group in self._groups.values() for number, row in enumerate(group.rows)

@@ -78,6 +78,10 @@ class ConditionCache:
         self.misses = 0
         """Requested references that had to be encoded; nulls do not count."""
 
+    def __len__(self) -> int:
+        """Return the number of cached conditions and references."""
+        return len(self._conditions) + len(self._references)
+
     def get(self, pairs: Sequence[Pair]) -> list[Condition]:
         """Return the condition of each pair, as one row each."""
         self._count(pairs)
@@ -148,6 +152,9 @@ class _LruCache(Generic[Key, Cached]):
 
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def clear(self) -> None:
         self._rows.clear()

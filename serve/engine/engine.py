@@ -93,9 +93,10 @@ class Engine:
         self.max_queue = max_queue
         self.counts = Counts()
         self._clock, self._on_step = clock, on_step
-        self._conditions = ConditionCache(bundle.denoiser, cache_size)
+        self.conditions = ConditionCache(bundle.denoiser, cache_size)
+        """The cached conditions, which are dropped when memory is short."""
         self._runner = build_runner(bundle.denoiser, max_batch, sizes)
-        self._batch = RunningBatch(self._runner, self._conditions)
+        self._batch = RunningBatch(self._runner, self.conditions)
         self._waiting = FairQueue[Row](patience=2 * max_batch)
         self._running: list[Row] = []
         self._num_open = 0
@@ -196,12 +197,12 @@ class Engine:
     def _prepare(self, warm_up_rows: tuple[int, ...]) -> None:
         with torch.inference_mode():
             for num_rows in warm_up_rows:
-                conditions = self._conditions.get([self._blank(number) for number in range(num_rows)])
+                conditions = self.conditions.get([self._blank(number) for number in range(num_rows)])
                 size = self.bundle.config.image_size
                 x, t = (torch.zeros(num_rows, *shape, device=self._runner.device) for shape in ((3, size, size), ()))
                 self._runner(x, t + 0.5, self._runner.join(conditions))
-                self._conditions.clear()
-            self._runner.prepare(lambda: self._conditions.get([self._blank(0)])[0])
+                self.conditions.clear()
+            self._runner.prepare(lambda: self.conditions.get([self._blank(0)])[0])
 
     def _blank(self, number: int) -> Pair:
         """Return a pair of uniform pictures, a different pair for each number."""
@@ -335,7 +336,7 @@ class Engine:
             rows = [*self._running, *(self._waiting if self._lost else ())]
             self._running = []
         self._batch.clear()
-        self._conditions.clear()
+        self.conditions.clear()
         for row in rows:
             if row.picture is not None:
                 row.finish(row.picture)
@@ -368,7 +369,7 @@ class Engine:
             counts.steps += 1
             counts.step_seconds += seconds
             counts.rows_evaluated += self._batch.num_evaluated
-            counts.reference_hits, counts.reference_misses = self._conditions.hits, self._conditions.misses
+            counts.reference_hits, counts.reference_misses = self.conditions.hits, self.conditions.misses
             waiting = tuple(row.number for row in self._waiting)
         if self._on_step is not None:
             self._on_step(EngineStep(counts.steps, seconds, numbers, waiting, self._batch.num_evaluated))

@@ -62,7 +62,8 @@ class Replica:
         self._lost: str | None = None
         """The reason why the device can no longer be used, if it failed while a version was loaded."""
         # Both dictionaries are replaced and never changed in place, so that requests read them without the lock.
-        self._loaded: dict[str, LoadedModel] = {}
+        self.loaded: dict[str, LoadedModel] = {}
+        """The loaded versions, which can get traffic, by their names."""
         self._shares: dict[str, float] = {}
         self._retiring: list[LoadedModel] = []
         self._lock = threading.Lock()
@@ -75,7 +76,7 @@ class Replica:
     @property
     def versions(self) -> list[str]:
         """The loaded versions, which can get traffic."""
-        return list(self._loaded)
+        return list(self.loaded)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -111,8 +112,8 @@ class Replica:
                 self._lost = summary(error)
             raise
         with self._lock:
-            before = self._loaded.get(version)
-            self._loaded = {**self._loaded, version: model}
+            before = self.loaded.get(version)
+            self.loaded = {**self.loaded, version: model}
         self.counters.count(SWAPS, version, "ok")
         if before is not None:
             self._retire(before)
@@ -124,12 +125,12 @@ class Replica:
             ValueError: a version in `shares` is not loaded.
         """
         with self._lock:
-            unknown = set(shares) - set(self._loaded)
+            unknown = set(shares) - set(self.loaded)
             if unknown:
                 raise ValueError(f"version {', '.join(sorted(unknown))} is not loaded here")
-            leaving = [model for version, model in self._loaded.items() if version not in shares]
+            leaving = [model for version, model in self.loaded.items() if version not in shares]
             self._shares = dict(shares)
-            self._loaded = {version: model for version, model in self._loaded.items() if version in shares}
+            self.loaded = {version: model for version, model in self.loaded.items() if version in shares}
         for model in leaving:
             self._retire(model)
 
@@ -175,7 +176,7 @@ class Replica:
     @property
     def lost(self) -> str | None:
         """The reason why this process can no longer use the device; None if it can."""
-        return next((model.engine.lost for model in self._loaded.values() if model.engine.lost), self._lost)
+        return next((model.engine.lost for model in self.loaded.values() if model.engine.lost), self._lost)
 
     @property
     def can_answer(self) -> bool:
@@ -206,7 +207,7 @@ class Replica:
         for model in self._all():
             engine = model.engine
             self.counters.collect(model.version, engine)
-            share = self._shares.get(model.version, 0.0) if model.version in self._loaded else 0.0
+            share = self._shares.get(model.version, 0.0) if model.version in self.loaded else 0.0
             found.append(
                 ReplicaStats(
                     version=model.version,
@@ -226,7 +227,7 @@ class Replica:
         """Raise RuntimeError if the device has failed, or if an engine has ended or hangs in an engine step."""
         if self.lost is not None:
             raise RuntimeError(self.lost)
-        for model in self._loaded.values():
+        for model in self.loaded.values():
             model.check()
 
     def close(self) -> None:
@@ -235,12 +236,12 @@ class Replica:
             model.engine.close(drain=False)
 
     def _all(self) -> list[LoadedModel]:
-        return [*self._loaded.values(), *self._retiring]
+        return [*self.loaded.values(), *self._retiring]
 
     def _submit(
         self, job: ColorizeJob, on_progress: Progress | None, doubts: list[Pixels]
     ) -> tuple[LoadedModel, Future[Pixels]]:
-        loaded, shares = self._loaded, self._shares
+        loaded, shares = self.loaded, self._shares
         if not shares:
             raise NoModelError(self.error or "the model is being loaded")
         version = choose_version(shares, hash_position(job))
@@ -250,7 +251,7 @@ class Replica:
         try:
             future = chosen.submit(job, on_progress, doubts)
         except BusyError:
-            if self._loaded.get(version) is not chosen:  # The version was retired in the meantime.
+            if self.loaded.get(version) is not chosen:  # The version was retired in the meantime.
                 return self._submit(job, on_progress, doubts)
             self.counters.count(REQUESTS, version, "busy")
             raise

@@ -75,7 +75,7 @@ def test_min_snr_gives_almost_pure_noise_almost_no_weight(new_denoiser, new_batc
 def test_uniform_times_reach_the_end_of_the_path_and_no_further(new_denoiser, new_batch):
     denoiser = new_denoiser(path="linear", prediction="eps")
     objective = DenoisingObjective(denoiser, DenoisingConfig(time_distribution="uniform"))
-    times = denoiser.path.t_max * objective._times(4000, torch.device("cpu"), seeded())
+    times = denoiser.path.t_max * objective.draw_times(4000, torch.device("cpu"), seeded())
     assert 0 <= float(times.min()) < 0.01
     assert 0.98 < float(times.max()) <= 0.999
     assert torch.isfinite(objective(new_batch(), seeded()).total)
@@ -121,7 +121,7 @@ def test_the_gradients_of_phase_2_are_those_of_its_two_parts(new_denoiser, new_b
     objective = reconstruction(denoiser, steps=2, gradient_steps=1, pixel_weight=2.0, denoising_weight=0.25)
     found = gradients(denoiser, 3 * objective(batch, seeded(), 0).total)
     generator = seeded()
-    image = objective._sample(batch, generator, 1)
+    image = objective.sample(batch, generator, 1)
     own = 2.0 * (image - batch.target).square().mean() + 0.2 * structure_loss(image, batch.target).mean()
     expected = gradients(denoiser, 3 * (own + 0.25 * objective.denoising(batch, generator).total))
     for name, gradient in expected.items():
@@ -172,7 +172,7 @@ def test_only_the_last_steps_of_the_sampler_are_differentiated(new_denoiser, new
         times.append(round(float(arguments[1]), 3))
 
     denoiser.register_forward_hook(note)
-    image = objective._sample(batch, seeded(), last)
+    image = objective.sample(batch, seeded(), last)
     # Steps begin at 1, 0.75, 0.5, 0.25; heun looks at the end of each step but the last, too.
     expected = {"heun": [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]}.get(name, [1.0, 0.75, 0.5, 0.25])
     differentiated = 2 * last - 1 if name == "heun" else last
@@ -185,7 +185,7 @@ def test_only_the_last_steps_of_the_sampler_are_differentiated(new_denoiser, new
 def test_checkpointing_changes_no_gradient(new_denoiser, new_batch, name):
     denoiser, batch = new_denoiser(), new_batch(2)
     objective = reconstruction(denoiser, steps=3, name=name)
-    checked = gradients(denoiser, objective._sample(batch, seeded(), 3).square().mean())
+    checked = gradients(denoiser, objective.sample(batch, seeded(), 3).square().mean())
     noise = torch.randn(2, 3, 16, 16, generator=seeded())
     plain_image = sample_images(denoiser, batch.sketch, batch.reference, noise, SamplerDefaults(name=name, steps=3))
     denoiser.zero_grad()

@@ -62,7 +62,7 @@ def test_what_a_cluster_can_never_hold_raises_cluster_error():
 )
 def test_a_search_of_samplers_uses_gpus_and_asks_an_autoscaler_for_one(monkeypatch, has, most, device):
     monkeypatch.setattr(cluster, "resources", lambda: (has, most))
-    assert tune._device() == device
+    assert tune.trial_device() == device
 
 
 def test_a_search_of_schedules_begins_with_one_trial_where_no_gpu_is_there_yet():

@@ -44,7 +44,7 @@ def watch(monkeypatch, tmp_path, latest):
     progress = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
     try:
         with pytest.raises(Interrupted, match="run patient: stopped at step 0"):
-            driver._run_and_watch(SimpleNamespace(fit=fit), work, progress, None)
+            driver.run_and_watch(SimpleNamespace(fit=fit), work, progress, None)
         return asked.is_set(), given.is_set()
     finally:
         given.set()

@@ -104,7 +104,7 @@ def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(monke
     work = SimpleNamespace(run="tiny", checkpoints=context.checkpoints)
     reason = "run tiny: attention is 'xformers', which cannot run: it needs CUDA.*; set attention=auto$"
     with pytest.raises(TrainingError, match=reason):
-        driver._run_and_watch(SimpleNamespace(fit=fit), work, context.progress, None)
+        driver.run_and_watch(SimpleNamespace(fit=fit), work, context.progress, None)
     assert tries == [0, 1], "the second worker returns immediately"
 
 

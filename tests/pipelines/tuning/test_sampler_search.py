@@ -88,7 +88,7 @@ def test_defaults_that_nothing_beats_stay() -> None:
 def test_the_strip_has_at_most_six_points_the_ends_of_the_front_and_the_choice(number: int) -> None:
     front = [point(1 + i, 18.0 + i) for i in range(number)]
     for chosen in (front[number // 2], point(30, 17.0)):
-        shown = plots._spaced_points(front, chosen)
+        shown = plots.spaced_points(front, chosen)
         assert len(shown) == len(set(shown)) <= plots.STRIP_POINTS
         assert {front[0], front[-1], chosen} <= set(shown)
         assert shown == sorted(shown, key=lambda p: p.evaluations)
@@ -212,13 +212,13 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     registry, rows = Registry(settings), load_rows(data, "val", 8)
     loaded = load_bundle(bundle)
     averages = read_averages(loaded)
-    task = tune._SamplerTask(loaded, averages, rows.searched)
+    task = tune.SamplerTask(loaded, averages, rows.searched)
     sampler = SamplerDefaults(steps=2)
-    trained, chosen = (tune._measure(task, sampler, length) for length in (None, 0.1))
+    trained, chosen = (tune.measure_point(task, sampler, length) for length in (None, 0.1))
     assert trained.psnr != chosen.psnr
     assert "average over 10% of the run" in describe(chosen)
     run = tracking.Run.start(settings, tracking.TUNING, "test", {})
-    made = tune._register(registry, loaded, averages, chosen, run.run_id, None)
+    made = tune.register_choice(registry, loaded, averages, chosen, run.run_id, None)
     assert made == (2, True)
 
     # Who only colors gets the weights that were measured, and not the others.
@@ -234,9 +234,9 @@ def test_a_chosen_average_becomes_the_weights_of_a_version_that_knows_the_others
     again = load_bundle(registry.fetch("models:/animediffusion/2", averages=True))
     found = read_averages(again)
     assert (again.folder, found.length) == (folder, 0.1)
-    assert tune._search_key(again, found, rows) == tune._search_key(loaded, averages, rows)
-    assert tune._register(registry, again, found, chosen, run.run_id, None) == (2, False)
-    back, _ = tune._register(registry, again, found, trained, run.run_id, None)
+    assert tune.search_key(again, found, rows) == tune.search_key(loaded, averages, rows)
+    assert tune.register_choice(registry, again, found, chosen, run.run_id, None) == (2, False)
+    back, _ = tune.register_choice(registry, again, found, trained, run.run_id, None)
     assert load_bundle(registry.fetch(f"models:/animediffusion/{back}")).config == replace(
         loaded.config, sampler=sampler
     )
@@ -284,14 +284,12 @@ def test_a_trial_in_another_process_uses_the_attention_of_the_driver(monkeypatch
     use_attention("sdpa")
     try:
         loaded = load_bundle(bundle)
-        task = pickle.loads(
-            pickle.dumps(tune._SamplerTask(loaded, read_averages(loaded), Batch(*[torch.zeros(1)] * 3)))
-        )
+        task = pickle.loads(pickle.dumps(tune.SamplerTask(loaded, read_averages(loaded), Batch(*[torch.zeros(1)] * 3))))
     finally:
         use_attention("auto")
     backends: list[str] = []
     monkeypatch.setattr(tune, "use_attention", backends.append)
-    monkeypatch.setattr(tune, "_measure", lambda *_: point(1, 20.0))
+    monkeypatch.setattr(tune, "measure_point", lambda *_: point(1, 20.0))
     monkeypatch.setattr(tune.tune, "report", lambda _: None)
-    tune._trial({"steps": 1}, task=task)
+    tune.trial({"steps": 1}, task=task)
     assert backends == ["sdpa"]

@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -17,9 +18,11 @@ from animediffusion.models.out_of_memory import is_out_of_memory
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import UnavailableError
+from animediffusion.serve.engine.batch import RunningBatch
 from animediffusion.serve.engine.engine import Engine, Request
 from animediffusion.serve.engine.faults import for_log, for_request, is_device_lost
 from animediffusion.serve.engine.memory_limit import STEPS_UNTIL_RETRY, MemoryLimit
+from animediffusion.serve.engine.network_runner import NetworkRunner
 
 SIZE = 32
 LOST = "CUDA error: device-side assert triggered"
@@ -31,6 +34,15 @@ def request(number: int, *, on_progress=None, **settings) -> Request:
     sketch, reference = (torch.rand(c, SIZE, SIZE, generator=generator) * 2 - 1 for c in (1, 3))
     options = SamplerOptions(seed=number, **settings)
     return Request(sketch=sketch, references=(reference,), options=options, on_progress=on_progress)
+
+
+def raising(error: Exception):
+    """A method that raises an error."""
+
+    def method(*_):
+        raise error
+
+    return method
 
 
 def is_right(picture: np.ndarray, bundle: Bundle, asked: Request) -> bool:
@@ -121,7 +133,7 @@ def test_a_lost_device_ends_the_engine_and_all_requests_immediately(device, monk
     if moment == "step":
         engine.step()
     if moment == "wait":  # a kernel's failure shows when the host waits for it
-        monkeypatch.setattr(engine._runner, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+        monkeypatch.setattr(NetworkRunner, "wait", raising(lost(0)))
     else:
         device.fault = lost
     device.calls.clear()
@@ -140,7 +152,9 @@ def test_a_lost_device_ends_the_engine_and_all_requests_immediately(device, monk
 
 
 def test_a_lost_device_ends_the_engines_thread(device):
+    others = set(threading.enumerate())
     engine = Engine(device.bundle, max_batch=2)
+    [thread] = set(threading.enumerate()) - others
     device.fault = lost
     futures = []
     end = time.monotonic() + 30
@@ -149,8 +163,8 @@ def test_a_lost_device_ends_the_engines_thread(device):
             futures.append(engine.submit(request(len(futures))))
         except UnavailableError:
             break
-    engine._thread.join(30)
-    assert not engine._thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
     assert futures
     assert all(isinstance(future.exception(10), UnavailableError) for future in futures)
     engine.close()
@@ -159,7 +173,7 @@ def test_a_lost_device_ends_the_engines_thread(device):
 def test_a_picture_that_was_finished_before_the_device_failed_is_delivered(device, monkeypatch):
     engine = Engine(device.bundle, own_thread=False)
     done, other = engine.submit(request(1, steps=1, sampler="euler")), engine.submit(request(2, steps=9))
-    monkeypatch.setattr(engine._runner, "wait", lambda: (_ for _ in ()).throw(lost(0)))
+    monkeypatch.setattr(NetworkRunner, "wait", raising(lost(0)))
     engine.step()
     assert done.result(0).shape == (SIZE, SIZE, 3)
     assert isinstance(other.exception(0), UnavailableError)
@@ -183,7 +197,7 @@ def test_a_network_that_fails_for_every_request_is_noticed_wherever_it_fails(dev
 
 def test_an_error_in_the_engine_itself_is_counted_and_leaves_nobody_waiting(device, monkeypatch):
     engine = Engine(device.bundle, own_thread=False)
-    monkeypatch.setattr(engine._batch, "leave", lambda _rows: 1 / 0)
+    monkeypatch.setattr(RunningBatch, "leave", raising(ZeroDivisionError()))
     for number in range(3):
         assert engine.is_alive
         future = engine.submit(request(number))
@@ -231,10 +245,10 @@ def test_a_lack_of_memory_outside_the_network_costs_only_that_batch(device, monk
     engine = Engine(device.bundle, own_thread=False)
     first = engine.submit(request(1))
     with monkeypatch.context() as patch:
-        patch.setattr(engine._batch, "_copy_pictures", lambda _rows: (_ for _ in ()).throw(too_large(0)(1)))
+        patch.setattr(RunningBatch, "copy_pictures", raising(too_large(0)(1)))
         engine.step()
     assert isinstance(first.exception(0), UnavailableError)
-    assert not engine._conditions._conditions._rows
+    assert len(engine.conditions) == 0
     second = engine.submit(request(2))
     drive(engine)
     assert engine.is_alive
@@ -261,12 +275,11 @@ def test_conditions_are_dropped_when_memory_is_short(device):
     engine = Engine(device.bundle, own_thread=False)
     engine.submit(request(1))
     drive(engine)
-    assert len(engine._conditions._conditions._rows) == 2
+    assert len(engine.conditions) == 4, "with and without the reference, and of both their references"
     device.fault = too_large(0)
     engine.submit(request(1))
     drive(engine)
-    assert not engine._conditions._conditions._rows
-    assert not engine._conditions._references._rows
+    assert len(engine.conditions) == 0
 
 
 def test_one_lack_of_memory_limits_nothing_and_a_limit_is_lifted_after_a_while():

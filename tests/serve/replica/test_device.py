@@ -119,6 +119,6 @@ def test_a_request_waits_a_moment_at_an_engine_whose_device_has_failed(new_engin
 
     monkeypatch.setattr(deployments, "LOADING_PATIENCE_S", 0.5)
     engine = new_engine()
-    monkeypatch.setattr(engine.replica._loaded[engine.replica.version].engine.bundle.denoiser.network, "denoise", fail)
+    monkeypatch.setattr(engine.replica.loaded[engine.replica.version].engine.bundle.denoiser.network, "denoise", fail)
     asyncio.run(ask(engine))
     assert asyncio.run(ask(engine)) >= 0.5

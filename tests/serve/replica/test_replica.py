@@ -158,7 +158,7 @@ def test_a_version_that_comes_back_while_it_drains_answers_again(replica, bundle
         return [fast.model_version, (await slow).model_version]
 
     assert asyncio.run(back_and_forth()) == ["1", "1"]
-    assert wait_for(lambda: not replica._retiring)
+    assert wait_for(lambda: [one.version for one in replica.stats()] == ["1"])
     assert replica.describe().versions == ["1"]
 
 
@@ -228,7 +228,7 @@ def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, refer
         while not replica.describe().running:
             await asyncio.sleep(0.001)
         replica.check()
-        loaded = replica._loaded["1"]
+        loaded = replica.loaded["1"]
         monkeypatch.setattr(type(loaded.engine), "num_steps", loaded.engine.num_steps)  # the step that never ends
         replica.check()
         monkeypatch.setattr("animediffusion.serve.replica.loaded_model.STUCK_S", -1.0)
@@ -242,7 +242,7 @@ def test_an_engine_that_hangs_is_unhealthy(replica, bundle_folder, sketch, refer
 def test_an_engine_that_has_ended_is_unhealthy(replica, bundle_folder):
     replica.load("1", bundle_folder)
     replica.check()
-    replica._loaded["1"].engine.close()
+    replica.loaded["1"].engine.close()
     with pytest.raises(RuntimeError, match="the engine of version 1 has ended"):
         replica.check()
 
@@ -276,7 +276,7 @@ def test_what_the_device_did_to_a_job_can_be_tried_elsewhere(
     replica, bundle_folder, sketch, reference, monkeypatch, error, is_device_lost
 ):
     replica.load("1", bundle_folder)
-    engine = replica._loaded["1"].engine
+    engine = replica.loaded["1"].engine
     monkeypatch.setattr(engine.bundle.denoiser.network, "denoise", failing(error))
     for _ in range(2):  # the second one is refused by an engine that has failed
         with pytest.raises(UnavailableError, match="CUDA"):
