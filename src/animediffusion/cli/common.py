@@ -15,6 +15,9 @@ from animediffusion.console import Console
 if TYPE_CHECKING:
     from animediffusion.platform.config import Settings
 
+TYPED = "animediffusion.typed"
+"""Key in the `meta` of a command's context for the values as they were typed."""
+
 group = partial(
     typer.Typer,
     no_args_is_help=True,
@@ -30,20 +33,34 @@ class Command(TyperCommand):
     type and the brackets that Typer adds.
     """
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the command."""
+    def make_parser(self, ctx: Any) -> Any:
+        """Return a parser that rejects an option given twice, and keeps the values as they were typed."""
         from animediffusion.platform.errors import ConfigError
 
-        values: dict[str, Any] = {}
-        try:
-            values, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
+            values, rest, given = parse(args=args)
             for option in given:
                 once = option.param_type_name == "option" and not option.multiple
                 if once and given.count(option) > 1:
                     raise ConfigError(option.opts[0], "given twice", "give it once")
+            ctx.meta[TYPED] = dict(values)
+            return values, rest, given
+
+        parser.parse_args = parse_args
+        return parser
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        from animediffusion.platform.errors import ConfigError
+
+        try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             parameter: Any = error.param
+            values = ctx.meta.get(TYPED, {})
             if parameter is None or values.get(parameter.name) is None:  # a missing argument or option
                 raise
             allowed = error.message.rstrip(".")
