@@ -34,8 +34,8 @@ class Rungs:
     """Decides at each rung whether a trial continues, and keeps all results in a file that outlives the search.
 
     The decisions are those of Ray Tune's AsyncHyperBandScheduler with one bracket, which names trials by an id of the
-    process and forgets them with it. Here the settings name a trial, so that a trial which a kill cut short, and which
-    the next search repeats, gets the decision that it got before, and counts once.
+    process and forgets them with it. Here the settings name a trial. The next search repeats a trial that was running
+    when its search was killed; the repeated trial gets the same decisions as before, and counts once.
 
     Args:
         steps: steps of the rungs, ascending; no trial is stopped at the last one.

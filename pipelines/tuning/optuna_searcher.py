@@ -108,7 +108,7 @@ class TrialLog:
         self.path = path
 
     def read(self) -> list[TrialEntry]:
-        """Return all entries, the oldest first. A last line that was not written whole is left out."""
+        """Return all entries, the oldest first."""
         return [TrialEntry.from_json(value) for value in read_json_lines(self.path)]
 
     def write(self, entry: TrialEntry) -> None:
@@ -117,7 +117,10 @@ class TrialLog:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, none if there is no file; a line that is not whole is left out."""
+    """Return the JSON objects of a file with one on each line; an empty list if the file does not exist.
+
+    A line that is not valid JSON is skipped: a process that is killed may leave part of a line.
+    """
     values = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -129,7 +132,7 @@ def append_json(path: Path, value: Mapping[str, object]) -> None:
     """Append a JSON object as one line to a file, with a single write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        # If a kill cut the last line short, this one must start a new line, or it would be unreadable, too.
+        # The last line may be incomplete because its process was killed; then the new object must start a new line.
         if file.tell():
             file.seek(-1, os.SEEK_END)
         whole = not file.tell() or file.read(1) == b"\n"
