@@ -133,13 +133,15 @@ class Interrupted(AnimeDiffusionError):  # noqa: N818 - a stop request is not an
 
     Args:
         signum: number of the signal.
-        run: name of the run.
+        run: name of the run, or of the command.
         step: step of the saved checkpoint.
         unit: the unit that `step` counts.
+        total: last step of the whole run; None if it is not known.
     """
 
-    def __init__(self, signum: int, run: str, step: int, unit: str = "step") -> None:
-        super().__init__(f"run {run}", f"stopped at {unit} {step}", "run the same command again to resume")
+    def __init__(self, signum: int, run: str, step: int, unit: str = "step", total: int | None = None) -> None:
+        of = "" if total is None else f" of {total}"
+        super().__init__(f"run {run}", f"stopped at {unit} {step}{of}", "run the same command again to resume")
         self.signum, self.run, self.step = signum, run, step
         self.exit_code = 128 + signum
 

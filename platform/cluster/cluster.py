@@ -216,9 +216,11 @@ def run_watched(
 def no_room() -> str:
     """Describe in one line the unmet demands of tasks, actors and placement groups and the free resources.
 
-    The line is empty if there are no unmet demands. They are read from the cluster's control store because Ray's state
-    API needs a dashboard.
+    The line is empty if there are no unmet demands, or no Ray. They are read from the cluster's control store because
+    Ray's state API needs a dashboard.
     """
+    if not ray.is_initialized():  # else the next line would start a private Ray
+        return ""
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=WATCH_TIMEOUT_S)
         (has, most), free = resources(), ray.available_resources()

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import time
+from typing import Any
 
 from pyarrow import fs
 
@@ -24,6 +25,8 @@ STALLED_S = 15
 """Seconds without a single byte after which a request is aborted and retried."""
 ATTEMPTS = 5
 """Number of times that pyarrow tries each request, with pauses of up to 1, 2, 4 and 8 s in between."""
+PAGE_KEYS = 1000
+"""Keys of a page of a listing; stores allow no more."""
 
 _BUSY = r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTL|TOO_MANY|HTTP status (429|500|502|503|504)"
 _SILENT = r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT"
@@ -112,6 +115,49 @@ def connect(endpoint: str | None, region: str | None, bucket: str, environment: 
         _answered.add((endpoint, bucket))
     retry = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
     return bucket_filesystem(request_timeout=STALLED_S, retry_strategy=retry)
+
+
+def list_page(
+    bucket: str, prefix: str, token: str | None, endpoint: str | None, region: str | None
+) -> tuple[list[str], str | None]:
+    """Return up to PAGE_KEYS keys directly below a prefix, in order, and the token of the next page.
+
+    The token is None after the last page. pyarrow returns a folder only as a whole.
+
+    Args:
+        bucket: name of the bucket.
+        prefix: empty, or a key with a slash at its end.
+        token: token of the page, None for the first one.
+        endpoint: address of the store; None is AWS.
+        region: region of the bucket; None is the configured one.
+
+    Raises:
+        OSError: an error of boto3, which explain() translates.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError  # here, because it takes time to import
+
+    given = {"ContinuationToken": token} if token else {}
+    try:
+        page = _client(endpoint, region, settings()).list_objects_v2(
+            Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=PAGE_KEYS, **given
+        )
+    except ClientError as error:
+        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        raise OSError(f"{error} ({code}, HTTP status {status})") from error
+    except BotoCoreError as error:  # no answer
+        raise OSError(f"NETWORK_CONNECTION Details: {error}") from error
+    return [found["Key"] for found in page.get("Contents", [])], page.get("NextContinuationToken")
+
+
+@functools.lru_cache(maxsize=16)
+def _client(endpoint: str | None, region: str | None, _: Settings) -> Any:
+    import boto3
+    from botocore.config import Config as ClientConfig
+
+    patient = ClientConfig(
+        connect_timeout=CONNECT_S, read_timeout=STALLED_S, retries={"mode": "standard", "max_attempts": ATTEMPTS}
+    )
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=patient)
 
 
 def _probe(files: fs.FileSystem, bucket: str) -> None:

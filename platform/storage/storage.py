@@ -36,7 +36,7 @@ from animediffusion.platform.errors import (
 )
 from animediffusion.platform.storage import fsspec_stores, s3
 from animediffusion.platform.storage.addresses import is_remote, join, parse
-from animediffusion.platform.storage.local_files import Listing, list_folder, reason
+from animediffusion.platform.storage.local_files import Listing, escaped, list_folder, reason
 
 __all__ = ["is_remote", "join"]
 
@@ -228,6 +228,44 @@ def list_sizes(uri: str) -> dict[str, int]:
 def list_files(uri: str) -> list[str]:
     """Return the sorted relative paths of all files below a folder."""
     return list(list_sizes(uri))
+
+
+def list_names(uri: str) -> Iterator[str]:
+    """Yield the sorted names of the files directly in a folder; those of S3 arrive by pages of 1,000.
+
+    Names that are not UTF-8 are left out.
+
+    Raises:
+        StorageError: if the folder does not exist or cannot be listed.
+    """
+    location = parse(uri)
+    if not location.bucket:
+        with explained(uri), os.scandir(location.path) as entries:
+            names = [entry.name for entry in entries if entry.is_file() or _is_broken_link(entry)]
+        yield from sorted(name for name in names if escaped(name) == name)
+        return
+    if location.scheme:
+
+        def find(files: fs.FileSystem, path: str) -> list[str]:
+            return sorted(info.base_name for info in files.get_file_info(fs.FileSelector(path)) if info.is_file)
+
+        yield from patiently(uri, find)
+        return
+    prefix = f"{location.path}/".removeprefix(f"{location.bucket}/")
+    token: str | None = None
+    while True:
+
+        def page(_: fs.FileSystem, __: str, token: str | None = token) -> tuple[list[str], str | None]:
+            return s3.list_page(location.bucket, prefix, token, location.endpoint, location.region)
+
+        keys, token = patiently(uri, page)
+        yield from (key[len(prefix) :] for key in keys if key != prefix)
+        if token is None:
+            return
+
+
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def delete(uri: str) -> None:

@@ -3,19 +3,22 @@
     for outcome in color_on_cluster(settings, model, drawings, rendering_settings, note):
         ...
 
-The driver holds names only. Each block of the stream is a few drawings; an actor colors it and yields one small row for
-each, so that memory does not grow with the number of drawings. Nothing but the pictures records what is done: each says
-from what it was made, so that the same command, or a batch that Ray repeats, skips it.
+The driver holds compressed names only. Each block of the stream is a few drawings; an actor colors it and yields one
+small row for each, so that memory does not grow with the number of drawings. Nothing but the pictures records what is
+done: each says from what it was made, so that the same command, or a batch that Ray repeats, skips it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import ray
@@ -24,19 +27,25 @@ from ray.data import ActorPoolStrategy
 
 from animediffusion.models.network.attention import chosen_attention
 from animediffusion.models.sampler_options import SamplerOptions
-from animediffusion.platform.cluster import cluster
+from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ClusterError, StoreFailedError
-from animediffusion.serve.bulk.drawings import BulkDrawing
+from animediffusion.platform.registry.downloads import STARTER
+from animediffusion.serve.bulk.drawings import BulkDrawing, Drawings
 from animediffusion.serve.bulk.worker import BulkSettings, ColorDrawings, DrawingColorizer, Outcome
 from animediffusion.serve.client.colorize_files import FileFormat
-from animediffusion.serve.client.local import LocalColorizer
+from animediffusion.serve.client.local import STARTER_COLORS, LocalColorizer
 from animediffusion.serve.rendering.render import RenderOptions
 from animediffusion.serve.replica.model_source import ModelSource
 
 BLOCK_ROWS = {"CPU": 16, "GPU": 128}
 """Drawings of a block: many for a GPU, whose batches are not full at the end of a block; else few, so that the last
 blocks end together."""
+SCHEDULING_PAUSE_S = 0.02
+"""Pause after each step of Ray Data's scheduling loop, which otherwise takes a part of a core from the actors."""
+MOST_BLOCKS = 4096
+"""Most blocks of one execution of Ray Data, because its driver holds an object for each of them. The next execution
+starts its own actors, which takes seconds after an hour of work."""
 
 
 class Pace:
@@ -50,16 +59,21 @@ class Pace:
         self._total, self._clock = total, clock
         self._first: tuple[float, int] | None = None
         self.done = 0
+        self.shares = Counter[str]()
+        """Drawings of each actor."""
 
-    def add(self) -> None:
-        """Count a drawing that is done."""
+    def add(self, actor: str = "") -> None:
+        """Count a drawing that is done, and the actor that colored it."""
         self.done += 1
+        if actor:
+            self.shares[actor] += 1
         if self._first is None:
             self._first = self._clock(), self.done
 
     def __str__(self) -> str:
         """Return the line that `colorize` prints."""
         text = f"colored {self.done:,} of {self._total:,}"
+        text += f" on {len(self.shares)} actor{'s' * (len(self.shares) > 1)}" if self.shares else ""
         since, before = self._first or (self._clock(), self.done)
         seconds = self._clock() - since
         if self.done <= before or seconds <= 0:
@@ -73,24 +87,37 @@ class Pace:
 def color_here(
     settings: Settings,
     model: str | None,
-    drawings: Sequence[BulkDrawing],
+    drawings: Drawings | Sequence[BulkDrawing],
     options: SamplerOptions,
     rendering: RenderOptions,
     file_format: FileFormat,
+    note: Callable[[str], object],
 ) -> Iterator[Outcome]:
-    """Color drawings of any store in this process; errors are those of color_on_cluster()."""
+    """Color drawings of any store in this process; arguments and errors are those of color_on_cluster()."""
     colorizer = LocalColorizer(settings, model)
+    _note_starter(model, colorizer.version, note)
     shared = _shared(colorizer.version, model, drawings, options, rendering, file_format)
     color = DrawingColorizer(colorizer, shared)
     with ThreadPoolExecutor(colorizer.max_concurrent) as pool:
-        for outcome in pool.map(lambda one: color(one.sketch, one.references, one.output), drawings):
-            yield _checked(outcome)
+        rest = iter(drawings)
+        running = deque[Future[Outcome]]()
+        try:
+            # Executor.map() would hold an object for every drawing.
+            while True:
+                for one in itertools.islice(rest, 2 * colorizer.max_concurrent - len(running)):
+                    running.append(pool.submit(color, one.sketch, one.references, one.output))
+                if not running:
+                    return
+                yield _checked(running.popleft().result())
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def color_on_cluster(
     settings: Settings,
     model: str | None,
-    drawings: Sequence[BulkDrawing],
+    drawings: Drawings | Sequence[BulkDrawing],
     options: SamplerOptions,
     rendering: RenderOptions,
     file_format: FileFormat,
@@ -109,7 +136,7 @@ def color_on_cluster(
         options: sampler settings of all drawings.
         rendering: settings of the finished pictures.
         file_format: format of the pictures.
-        note: a callback for a line while the cluster has no room for an actor.
+        note: a callback for a line on the model that colors.
 
     Raises:
         AnimeDiffusionError: the model does not exist or is damaged, or a store or the cluster fails.
@@ -118,13 +145,27 @@ def color_on_cluster(
         return
     source = ModelSource(settings, model)
     version = source.resolve()
+    _note_starter(model, version, note)
     folder = Path(source.fetch(version))
     files = ray.put({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
     shared = _shared(version, model, drawings, options, rendering, file_format)
-    now, limits = cluster.resources()
-    kind = "GPU" if limits.get("GPU") else "CPU"
-    blocks = _tables(drawings, BLOCK_ROWS[kind])
+    kind: Literal["CPU", "GPU"] = "GPU" if cluster.resources()[1].get("GPU") else "CPU"
     threads = None if kind == "GPU" else min(torch.get_num_threads(), _cpus_of_a_node())
+    rest = iter(drawings)
+    while some := list(itertools.islice(rest, MOST_BLOCKS * BLOCK_ROWS[kind])):
+        for outcome in _execute(_tables(some, BLOCK_ROWS[kind]), files, shared, kind, threads):
+            yield _checked(outcome)
+
+
+def _execute(
+    blocks: list[pa.Table],
+    files: ray.ObjectRef[Mapping[str, bytes]],
+    shared: BulkSettings,
+    kind: Literal["CPU", "GPU"],
+    threads: int | None,
+) -> Iterator[Outcome]:
+    """Color blocks of drawings in one execution of Ray Data."""
+    now, limits = cluster.resources()
     most = max(1, min(int(limits.get(kind, 1)) // (threads or 1), len(blocks)))
     least = max(1, min(int(now.get(kind, 1)) // (threads or 1), most))
     cluster.silence_ray_data()
@@ -136,16 +177,20 @@ def color_on_cluster(
         num_gpus=1 if kind == "GPU" else None,
         num_cpus=threads or 0,
     )
+    ray_compat.pause_scheduling(colored.context, SCHEDULING_PAUSE_S)
     names = [field.name for field in fields(Outcome)]
     try:
-        with cluster.waits(note) as moved:
-            for row in colored.iter_rows():
-                moved()
-                yield _checked(Outcome(**{name: row[name] for name in names}))
+        for row in colored.iter_rows():
+            yield Outcome(**{name: row[name] for name in names})
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         found = lines[-1] if lines else type(error).__name__
         raise ClusterError("colorize --on-cluster", found, "run the same command again to resume") from error
+
+
+def _note_starter(model: str | None, version: str, note: Callable[[str], object]) -> None:
+    if model is None and version == STARTER:
+        note(STARTER_COLORS)
 
 
 def _cpus_of_a_node() -> int:
@@ -155,12 +200,13 @@ def _cpus_of_a_node() -> int:
 def _shared(
     version: str,
     model: str | None,
-    drawings: Sequence[BulkDrawing],
+    drawings: Drawings | Sequence[BulkDrawing],
     options: SamplerOptions,
     rendering: RenderOptions,
     file_format: FileFormat,
 ) -> BulkSettings:
-    stores = (drawings[0].sketch, drawings[0].output) if drawings else ()
+    first = next(iter(drawings), None)
+    stores = (first.sketch, first.output) if first else ()
     return BulkSettings(options, rendering, file_format, version, model, chosen_attention(), stores)
 
 

@@ -1,23 +1,32 @@
 """The drawings of a bulk coloring, with their references and outputs: names only, local or remote.
 
-jobs, faults = list_drawings(["s3://in"], "s3://out", "png", References(["hero.png"], csv_or_folder="refs.csv"))
+drawings, faults = list_drawings(["s3://in"], "s3://out", "png", References(["hero.png"], csv_or_folder="refs.csv"))
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
+import json
+import zlib
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from animediffusion.models.sampler_options import MAX_REFERENCES
 from animediffusion.platform.errors import ConfigError, DataError
 from animediffusion.platform.images.picture_names import UPLOADED_SUFFIXES, is_junk
 from animediffusion.platform.storage import storage
 from animediffusion.platform.storage.addresses import split_options
+
+_PAGE = 4096
+"""Drawings that are compressed together."""
 
 
 class BulkDrawing(NamedTuple):
@@ -64,15 +73,48 @@ def read_references(common: Sequence[str], uri: str | None) -> References:
     uri = storage.absolute(uri)
     if name_of(uri).lower().endswith(".csv"):
         return References(given, _read_csv(uri))
-    pictures = _pictures(uri)
+    pictures = list(_pictures(uri))
     if not pictures:
         raise DataError(uri, "has no images", "give a folder of references with the names of the drawings, or a CSV")
     return References(given, {stem_of(name): (storage.join(uri, name),) for name in pictures})
 
 
+class Drawings:
+    """Many drawings in an order, compressed: about ten bytes each, so that a million of them fit into memory.
+
+    Args:
+        drawings: the drawings; they are read once.
+    """
+
+    def __init__(self, drawings: Iterable[BulkDrawing] = ()) -> None:
+        self._pages = _Pages(drawings)
+
+    def __len__(self) -> int:
+        return self._pages.count
+
+    def __iter__(self) -> Iterator[BulkDrawing]:
+        return (BulkDrawing(sketch, tuple(references), output) for sketch, references, output in self._pages)
+
+
+class _Pages:
+    """Values of JSON in an order, compressed."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self.count = 0
+        self._pages: list[bytes] = []
+        values = iter(values)
+        while page := list(itertools.islice(values, _PAGE)):
+            self.count += len(page)
+            self._pages.append(zlib.compress(json.dumps(page).encode()))
+
+    def __iter__(self) -> Iterator[Any]:
+        for page in self._pages:
+            yield from json.loads(zlib.decompress(page))
+
+
 def list_drawings(
     sketches: Sequence[str], out: str, suffix: str, references: References
-) -> tuple[list[BulkDrawing], list[tuple[str, str]]]:
+) -> tuple[Drawings, list[tuple[str, str]]]:
     """List the drawings of files and folders, without opening any.
 
     Returns:
@@ -82,33 +124,70 @@ def list_drawings(
         DataError: a path does not exist, or a folder has no images.
         ConfigError: the outputs would overwrite drawings.
     """
-    found: dict[str, None] = {}
-    for given in sketches:
-        uri = storage.absolute(given)
-        if storage.file_size(uri) is not None:
-            found[uri] = None
-            continue
-        if not storage.exists(uri):
-            raise DataError(uri, "no such file or folder", "give sketches or folders of sketches")
-        names = _pictures(uri)
-        if not names:
-            raise DataError(uri, "has no images", f"give a folder of {', '.join(sorted(UPLOADED_SUFFIXES))} files")
-        found |= dict.fromkeys(storage.join(uri, name) for name in names)
     out = storage.absolute(out)
-    outputs = {sketch: storage.join(out, f"{stem_of(name_of(sketch))}.{suffix}") for sketch in found}
-    if overwritten := next((output for output in outputs.values() if output in found), None):
-        raise ConfigError("--out", f"{overwritten} is a sketch and would be overwritten", "choose another folder")
-    count = Counter(outputs.values())
-    drawings, faults = [], []
-    for sketch, output in outputs.items():
-        colors = references.find(sketch)
-        if count[output] > 1:
-            faults.append((sketch, f"{sketch}: another drawing would become {output}, too; give them other names"))
-        elif not colors:
-            faults.append((sketch, f"{sketch}: has no reference; name it in --references, or give a --reference"))
-        else:
-            drawings.append(BulkDrawing(sketch, colors, output))
-    return drawings, faults
+    listed, made = array("q"), array("q")  # hashes of the sketches and the outputs
+
+    def output_of(sketch: str) -> str:
+        return storage.join(out, f"{stem_of(name_of(sketch))}.{suffix}")
+
+    def list_all() -> Iterator[str]:
+        for given in sketches:
+            for sketch in _list_sketches(storage.absolute(given)):
+                listed.append(hash(sketch))
+                made.append(hash(output_of(sketch)))
+                yield sketch
+
+    found = _Pages(list_all())
+    twice, shared, both = _repeated(listed), _repeated(made), set(np.intersect1d(listed, made).tolist())
+
+    def once() -> Iterator[str]:
+        seen: set[str] = set()
+        for sketch in found:
+            if hash(sketch) in twice:
+                if sketch in seen:
+                    continue
+                seen.add(sketch)
+            yield sketch
+
+    overwritten = {sketch for sketch in found if both and hash(sketch) in both}
+    if clash := next((output for output in map(output_of, found if both else ()) if output in overwritten), None):
+        raise ConfigError("--out", f"{clash} is a sketch and would be overwritten", "choose another folder")
+    count = Counter(output for output in map(output_of, once() if shared else ()) if hash(output) in shared)
+    faults: list[tuple[str, str]] = []
+
+    def usable() -> Iterator[BulkDrawing]:
+        for sketch in once():
+            output, colors = output_of(sketch), references.find(sketch)
+            if count[output] > 1:
+                fault = f"another drawing would become {output}, too; give them other names"
+                faults.append((sketch, f"{sketch}: {fault}"))
+            elif not colors:
+                fault = "has no reference; name it in --references, or give a --reference"
+                faults.append((sketch, f"{sketch}: {fault}"))
+            else:
+                yield BulkDrawing(sketch, colors, output)
+
+    return Drawings(usable()), faults
+
+
+def _repeated(hashes: Sequence[int]) -> set[int]:
+    values, counts = np.unique(np.asarray(hashes, np.int64), return_counts=True)
+    return set(values[counts > 1].tolist())
+
+
+def _list_sketches(uri: str) -> Iterator[str]:
+    """Yield a file, or the images in a folder."""
+    if storage.file_size(uri) is not None:
+        yield uri
+        return
+    if not storage.exists(uri):
+        raise DataError(uri, "no such file or folder", "give sketches or folders of sketches")
+    is_empty = True
+    for name in _pictures(uri):
+        is_empty = False
+        yield storage.join(uri, name)
+    if is_empty:
+        raise DataError(uri, "has no images", f"give a folder of {', '.join(sorted(UPLOADED_SUFFIXES))} files")
 
 
 def name_of(uri: str) -> str:
@@ -121,13 +200,11 @@ def stem_of(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _pictures(folder: str) -> list[str]:
-    """Return the names of the images in a folder, not in those below it."""
-    return [
-        name
-        for name in storage.survey(folder).sizes
-        if "/" not in name and not is_junk(name) and PurePosixPath(name).suffix.lower() in UPLOADED_SUFFIXES
-    ]
+def _pictures(folder: str) -> Iterator[str]:
+    """Yield the names of the images in a folder, not in those below it."""
+    for name in storage.list_names(folder):
+        if not is_junk(name) and PurePosixPath(name).suffix.lower() in UPLOADED_SUFFIXES:
+            yield name
 
 
 def _read_csv(uri: str) -> dict[str, tuple[str, ...]]:

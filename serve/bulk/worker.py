@@ -74,6 +74,8 @@ class Outcome:
     error: str = ""
     skipped: bool = False
     """Whether the files existed already, made from the same inputs with the same settings."""
+    actor: str = ""
+    """Name of the actor that colored the drawing; empty without Ray."""
     is_store_lost: bool = False
     """Whether a store does not answer, so that other drawings would fail, too."""
 
@@ -114,6 +116,7 @@ class ColorDrawings:
             if device == "cuda"
             else BundleColorizer(bundle, settings.version, THREADS)
         )
+        self._actor = ray.get_runtime_context().get_actor_id() or ""
         self._pool = ThreadPoolExecutor(colorizer.max_concurrent)
         self._color = DrawingColorizer(colorizer, settings)
 
@@ -121,6 +124,7 @@ class ColorDrawings:
         """Color the drawings of the columns `sketch`, `references` (URIs, one a line) and `output`."""
         rows = zip(*(batch[name].tolist() for name in ("sketch", "references", "output")), strict=True)
         made = list(self._pool.map(lambda row: self._color(row[0], row[1].split("\n"), row[2]), rows))
+        made = [replace(one, actor=self._actor) for one in made]
         return {field.name: np.array([getattr(one, field.name) for one in made]) for field in fields(Outcome)}
 
 
@@ -161,12 +165,13 @@ class DrawingColorizer:
         layer = layer_of(output) if settings.file_format == "png" else None
         # Ray repeats a batch whose actor has died, so that the question is asked for each drawing, not for all before.
         files = [output] if layer is None else [output, layer]
-        if all(is_same(_metadata(file, suffix), metadata, (settings.version,)) for file in files):
+        versions = self._colorizer.versions()
+        if all(is_same(_metadata(file, suffix), metadata, versions) for file in files):
             return self._outcome(sketch, output, skipped=True)
         made = self._colorizer.colorize(
             drawing, colors, settings.options, settings.rendering, settings.file_format, name=sketch
         )
-        metadata["model_version"] = made.model_version
+        metadata["model_version"] = made.maker
         if made.color_layer is not None and layer is not None:  # before the picture, which then always has its layer
             storage.write_bytes(layer, with_metadata(made.color_layer, metadata))
         storage.write_bytes(output, with_metadata(made.picture, metadata))

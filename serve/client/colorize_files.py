@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError, DataError, ImageError, StorageError
 from animediffusion.platform.images.picture_names import PICTURES, UPLOADED_SUFFIXES, is_junk
+from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.platform.storage.storage import explained, write_bytes
 from animediffusion.serve.client.file_metadata import read_metadata, with_metadata
 from animediffusion.serve.rendering.render import DEFAULTS, Output, RenderOptions, read_picture
@@ -43,7 +44,8 @@ class ColoredDrawing:
 
     picture: bytes
     """PNG, or the file with layers."""
-    model_version: str
+    maker: str
+    """The model's version, see maker_of()."""
     color_layer: bytes | None = None
     """PNG; None if the picture is a file with layers."""
 
@@ -79,7 +81,7 @@ class Colorizer(Protocol):
         """
 
     def versions(self) -> Collection[str]:
-        """Return the model versions that may answer now."""
+        """Return the model versions that may answer now, see maker_of()."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,12 +184,12 @@ class _Run:
             before = read_metadata(target)
             is_whole = all(read_metadata(file) == before for file in files[1:])
             if before is not None and is_same(before, metadata, self.colorizer.versions()) and is_whole:
-                version = str(before["model_version"])
+                version = version_of(str(before["model_version"]))
                 return FileResult(sketch=sketch, output=target, seed=seed, model_version=version, skipped=True)
             colored = self.colorizer.colorize(
                 drawing, self.references, self.options, self.rendering, self.file_format, name=str(sketch)
             )
-            metadata["model_version"] = colored.model_version
+            metadata["model_version"] = colored.maker
             if colored.color_layer is not None:
                 write_bytes(str(files[1]), with_metadata(colored.color_layer, metadata))
             write_bytes(str(target), with_metadata(colored.picture, metadata))
@@ -198,7 +200,7 @@ class _Run:
                 raise
             wrong = DataError(str(sketch), f"the hints do not fit it ({error.found})", error.allowed)
             return FileResult(sketch=sketch, seed=seed, error=wrong)
-        return FileResult(sketch=sketch, output=target, seed=seed, model_version=colored.model_version)
+        return FileResult(sketch=sketch, output=target, seed=seed, model_version=version_of(colored.maker))
 
 
 def list_sketches(sketches: Sequence[Path]) -> list[Path]:
@@ -333,6 +335,23 @@ def _files_of(target: Path) -> list[Path]:
 def settings_metadata(references: Sequence[bytes], options: SamplerOptions, rendering: RenderOptions) -> dict[str, Any]:
     """Return what the metadata of a picture says about its references and settings."""
     return {"reference": " ".join(map(sha256_of, references)), **asdict(options), **_settings(rendering)}
+
+
+def maker_of(version: str, sha256: str) -> str:
+    """Return the name of a version in the metadata of its pictures.
+
+    That of the starter model contains its hash, because an update of the package may bring another starter model.
+
+    Args:
+        version: a registry number, `sha256:` and 12 hex digits, or `starter`.
+        sha256: hash of the bundle.
+    """
+    return f"{STARTER}:{sha256[:12]}" if version == STARTER else version
+
+
+def version_of(maker: str) -> str:
+    """Return the version of a name from maker_of()."""
+    return STARTER if maker.startswith(f"{STARTER}:") else maker
 
 
 def is_same(before: Mapping[str, Any] | None, metadata: Mapping[str, Any], versions: Collection[str]) -> bool:

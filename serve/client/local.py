@@ -14,11 +14,13 @@ from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.config import Settings
 from animediffusion.platform.images.codec import decode_rgb, encode_png
-from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat
+from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat, maker_of
 from animediffusion.serve.rendering.render import DEFAULTS, FAST_COMPRESSION, RenderOptions
 from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.standalone import paint_as, run_network
+
+STARTER_COLORS = "no version was promoted, so the starter model colors"
 
 
 class BundleColorizer:
@@ -32,6 +34,7 @@ class BundleColorizer:
 
     def __init__(self, bundle: Bundle, version: str, max_concurrent: int) -> None:
         self.bundle, self.version, self.max_concurrent = bundle, version, max_concurrent
+        self.maker = maker_of(version, bundle.sha256)
         self._lock = threading.Lock()
 
     def colorize(
@@ -55,8 +58,8 @@ class BundleColorizer:
             thing=name,
         )
         if file_format == "png":
-            return ColoredDrawing(made.files["image"], self.version, made.files["color_layer"])
-        return ColoredDrawing(made.files[file_format], self.version)
+            return ColoredDrawing(made.files["image"], self.maker, made.files["color_layer"])
+        return ColoredDrawing(made.files[file_format], self.maker)
 
     def run_network(
         self, options: SamplerOptions, lines: Tensor, colors: Sequence[Tensor], hints: Tensor | None
@@ -74,7 +77,7 @@ class BundleColorizer:
 
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""
-        return (self.version,)
+        return (self.maker,)
 
 
 class LocalColorizer(BundleColorizer):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -187,38 +187,64 @@ def _colorize_stores(
     on_cluster: bool,
 ) -> int:
     """Color the drawings of any store, here or on the cluster; see colorize()."""
+    import queue
+
+    from animediffusion.platform.cluster import cluster
+    from animediffusion.platform.errors import Interrupted
     from animediffusion.serve.bulk.bulk import Pace, color_here, color_on_cluster
     from animediffusion.serve.bulk.drawings import list_drawings
     from animediffusion.serve.bulk.worker import Outcome
 
     console, settings = common.console(), common.settings()
     drawings, faults = list_drawings(sketches, out, kind, references)
-    done = [Outcome(sketch, "", options.seed, "", error) for sketch, error in faults]
+    total = len(drawings) + len(faults)
     common.use_attention(settings)
     if on_cluster:
         common.connect(settings)
-        outcomes = color_on_cluster(settings, model, drawings, options, rendering, kind, console.note)
-    else:
-        outcomes = color_here(settings, model, drawings, options, rendering, kind)
-    pace, failed, said = Pace(len(drawings)), len(done), time.monotonic()
+    color = color_on_cluster if on_cluster else color_here
+    pace, said = Pace(len(drawings)), time.monotonic()
+    summaries: list[dict[str, Any]] = []
+    failed = skipped = 0
+    outcomes = queue.SimpleQueue[Outcome]()
+
+    def count(one: Outcome) -> None:
+        nonlocal failed, skipped
+        skipped += one.skipped
+        if console.as_json:  # else memory would grow with the number of drawings
+            summaries.append(one.summary())
+        if one.error:
+            failed += 1
+            console.note(f"error: {one.error}")
+
+    def work() -> None:
+        for one in color(settings, model, drawings, options, rendering, kind, console.note):
+            outcomes.put(one)
+
+    def poll(signum: int | None, moved: Callable[[], None]) -> bool:
+        nonlocal said
+        while not outcomes.empty():
+            one = outcomes.get()
+            count(one)
+            pace.add(one.actor)
+            moved()
+        if console.terminal:
+            progress(pace.done + len(faults), total, failed)
+        elif time.monotonic() - said > _SAY_S:
+            said = time.monotonic()
+            console.note(str(pace))
+        return signum is None
+
     with console.progress("colored", "drawings") as progress:
-        for fault in done:
-            console.note(f"error: {fault.error}")
-        for one in outcomes:
-            pace.add()
-            done.append(one)
-            if one.error:
-                failed += 1
-                console.note(f"error: {one.error}")
-            if console.terminal:
-                progress(len(done), len(drawings) + len(faults), failed)
-            elif time.monotonic() - said > _SAY_S:
-                said = time.monotonic()
-                console.note(str(pace))
-    skipped = sum(one.skipped for one in done)
-    text = f"colored {len(done) - failed - skipped} of {len(done)}"
+        for sketch, error in faults:
+            count(Outcome(sketch, "", options.seed, "", error))
+        signum, problem = cluster.run_watched(work, poll, on_signal=lambda: None, report=console.note)
+    if signum is not None:
+        raise Interrupted(signum, "colorize", pace.done, unit="drawing", total=len(drawings))
+    if problem is not None:
+        raise problem
+    text = f"colored {total - failed - skipped} of {total}"
     text += f"; {skipped} done before with the same settings" if skipped else ""
-    console.result([one.summary() for one in done], text + (f"; {failed} failed" if failed else ""))
+    console.result(summaries, text + (f"; {failed} failed" if failed else ""))
     return 1 if failed else 0
 
 
@@ -236,12 +262,12 @@ def _colorizer(settings: Settings, model: str | None, url: str | None) -> Iterat
             yield remote
         return
     from animediffusion.platform.registry.downloads import STARTER
-    from animediffusion.serve.client.local import LocalColorizer
+    from animediffusion.serve.client.local import STARTER_COLORS, LocalColorizer
 
     common.use_attention(settings)
     colorizer = LocalColorizer(settings, model)
     if model is None and colorizer.version == STARTER:
-        common.console().note("no version was promoted, so the starter model colors")
+        common.console().note(STARTER_COLORS)
     yield colorizer
 
 

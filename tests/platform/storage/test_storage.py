@@ -20,6 +20,7 @@ from animediffusion.platform.storage.storage import (
     expect,
     join,
     list_files,
+    list_names,
     list_sizes,
     read_bytes,
     write_bytes,
@@ -54,6 +55,17 @@ def test_what_is_written_is_read_listed_and_deleted(place: str) -> None:
     assert list_files(place) == ["a 100%+.bin"]
     delete(join(place, "b"))
     assert not exists(join(place, "b"))
+
+
+def test_the_names_in_a_folder_come_by_pages_without_those_of_folders_in_it(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PAGE_KEYS", 2)
+    for name in ("b 1%.png", "a.png", "inner/c.png", "d+é.png", "e.png"):
+        write_bytes(join(place, "names", *name.split("/")), b"x")
+    names = list(list_names(join(place, "names")))
+    assert names == ["a.png", "b 1%.png", "d+é.png", "e.png"]
+    assert read_bytes(join(place, "names", names[1])) == b"x"
 
 
 def test_a_folder_is_downloaded_with_its_subfolders(place: str, tmp_path: Path) -> None:
@@ -154,6 +166,22 @@ def faulty(faulty_s3: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch, 
     uri = f"s3://bucket/{tmp_path.name}?endpoint_override={faulty_s3[0]}"
     write_bytes(join(uri, "big.bin"), bytes(2_000_000))
     return uri
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_listing_goes_on_after_a_fault(
+    kind: Fault, faulty: str, faulty_s3: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "PAGE_KEYS", 1)
+    write_bytes(join(faulty, "small.bin"), b"x")
+    names = list_names(faulty)
+    assert next(names) == "big.bin"
+    if kind == "refuse":
+        faulty_s3[1].fail(kind, seconds=1)
+    else:
+        faulty_s3[1].fail(kind, requests=2, where="list-type")
+    assert list(names) == ["small.bin"]
 
 
 @pytest.mark.parametrize("kind", FAULTS)

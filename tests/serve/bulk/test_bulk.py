@@ -1,10 +1,19 @@
 """Coloring of many drawings: which drawings and references, the same bytes as `colorize`, resumed, and on Ray."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import ray
 
 from animediffusion.cli.app import run
 from animediffusion.models.bundle import load_bundle
@@ -16,10 +25,12 @@ from animediffusion.platform.storage import storage
 from animediffusion.serve.bulk import worker
 from animediffusion.serve.bulk.batched import BatchedColorizer
 from animediffusion.serve.bulk.bulk import Pace, color_here
-from animediffusion.serve.bulk.drawings import BulkDrawing, References, list_drawings, read_references
+from animediffusion.serve.bulk.drawings import BulkDrawing, Drawings, References, list_drawings, read_references
 from animediffusion.serve.bulk.worker import layer_of
-from animediffusion.serve.client.local import LocalColorizer
+from animediffusion.serve.client.file_metadata import read_metadata
+from animediffusion.serve.client.local import STARTER_COLORS, LocalColorizer
 from animediffusion.serve.rendering.render import DEFAULTS, RenderOptions
+from animediffusion.serve.replica import model_source
 
 OPTIONS = SamplerOptions(seed=3, steps=2)
 
@@ -37,9 +48,9 @@ def folder(tmp_path: Path, sketch: np.ndarray, reference: np.ndarray) -> Path:
     return tmp_path
 
 
-def command(bundle_folder: Path, folder: Path, *words: object, out: object = "out") -> list[str]:
+def command(bundle_folder: Path, folder: Path, *words: object, out: object = "out", steps: int = 2) -> list[str]:
     out = str(out) if str(out).startswith("s3:") else str(folder / str(out))
-    given = ["--model", bundle_folder, "--seed", 3, "--steps", 2, "--out", out, "--json"]
+    given = ["--model", bundle_folder, "--seed", 3, "--steps", steps, "--out", out, "--json"]
     return ["colorize", *map(str, [*words, *given])]
 
 
@@ -75,7 +86,7 @@ def test_drawings_without_a_reference_or_with_one_output_are_faults(folder):
     drawings, faults = list_drawings(
         [str(folder / "in")], "s3://out/x", "png", References((), {"b": ("r",), "a": ("r",)})
     )
-    assert drawings == [BulkDrawing(str(folder / "in" / "b.png"), ("r",), "s3://out/x/b.png")]
+    assert list(drawings) == [BulkDrawing(str(folder / "in" / "b.png"), ("r",), "s3://out/x/b.png")]
     assert ["another drawing would become" in error for _, error in faults] == [True, True, False, False, False]
     assert "has no reference" in faults[-1][1]
     with pytest.raises(ConfigError, match="would be overwritten"):
@@ -111,7 +122,7 @@ def test_a_store_that_is_lost_ends_the_command(folder, bundle_folder, monkeypatc
     monkeypatch.setattr(worker, "read_file", lost)
     drawing = BulkDrawing(str(folder / "in" / "a.png"), (str(folder / "hero.png"),), str(folder / "out" / "a.png"))
     with pytest.raises(StoreFailedError, match="does not answer"):
-        list(color_here(Settings(workspace=folder), str(bundle_folder), [drawing], OPTIONS, DEFAULTS, "png"))
+        list(color_here(Settings(workspace=folder), str(bundle_folder), [drawing], OPTIONS, DEFAULTS, "png", print))
 
 
 @pytest.mark.parametrize("learned", [None, False, True])
@@ -176,3 +187,153 @@ def test_a_cluster_makes_the_same_bytes_from_store_to_store_and_resumes(ray_clus
             data = storage.read_bytes(storage.join(store, "out", f"{name}.png"))
             assert data == (folder / "calm" / f"{name}.png").read_bytes()
         storage.delete(made)
+
+
+def wait_until(condition, process=None, seconds=180):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        assert process is None or process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def made_files(out):
+    """Time of the last change of each finished picture."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*.png") if ".color." not in path.name}
+
+
+@pytest.fixture
+def many(folder, sketch):
+    """A folder of 80 drawings, one of which is no picture."""
+    (folder / "many").mkdir()
+    for number in range(80):
+        (folder / "many" / f"{number:03d}.png").write_bytes(encode_png(sketch))
+    (folder / "many" / "040.png").write_bytes(b"not a picture")
+    return folder
+
+
+def color_actors():
+    """Processes of the actors that color, by the name that Ray gives them."""
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if any("ColorDrawings" in word for word in one.cmdline())]
+
+
+@pytest.mark.ray
+def test_an_actor_that_is_killed_costs_no_picture_and_makes_none_twice(ray_cluster, many, bundle_folder, capsys):
+    killed, before = [], {}
+
+    def kill() -> None:
+        wait_until(lambda: len(made_files(many / "out")) >= 20)
+        before.update(made_files(many / "out"))
+        victim = color_actors()[0]
+        killed.append(victim.pid)
+        victim.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    words = [many / "many", "--reference", many / "hero.png", "--on-cluster"]
+    assert run(command(bundle_folder, many, *words, steps=40)) == 1
+    thread.join()
+    captured = capsys.readouterr()
+    assert killed
+    outcomes = json.loads(captured.out.splitlines()[-1])
+    assert sorted(Path(one["sketch"]).name for one in outcomes) == [f"{number:03d}.png" for number in range(80)]
+    assert [Path(one["sketch"]).name for one in outcomes if "error" in one] == ["040.png"]
+    after = made_files(many / "out")
+    assert len(after) == 79
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.ray
+def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was(ray_cluster, many, bundle_folder, capsys):
+    words = [many / "many", "--reference", many / "hero.png", "--on-cluster"]
+    line = command(bundle_folder, many, *words, steps=40)
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    before = {}
+    for number, signum in ((20, signal.SIGKILL), (40, signal.SIGTERM)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "animediffusion", *line], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        wait_until(lambda number=number: len(made_files(many / "out")) >= number, process)
+        process.send_signal(signum)
+        _, printed = process.communicate(timeout=60)
+        if signum == signal.SIGTERM:
+            assert process.returncode == 143
+            last = printed.splitlines()[-1]
+            assert re.fullmatch(
+                r"run colorize: stopped at drawing \d+ of 80; run the same command again to resume", last
+            )
+        wait_until(lambda: not color_actors())
+        now = made_files(many / "out")
+        assert {path: now[path] for path in before} == before
+        before = now
+    assert run(line) == 1
+    outcomes = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {one["output"] for one in outcomes if one.get("skipped")} == {str(path) for path in before}
+    assert len(made_files(many / "out")) == 79
+
+
+LOGICAL_GPUS = """
+import collections, json, sys
+import ray
+from animediffusion.models.sampler_options import SamplerOptions
+from animediffusion.platform.config import Settings
+from animediffusion.serve.bulk import bulk
+from animediffusion.serve.bulk.drawings import References, list_drawings
+from animediffusion.serve.rendering.render import DEFAULTS
+
+folder, model = sys.argv[1:]
+ray.init(address="local", num_cpus=1, num_gpus=3, include_dashboard=False, log_to_driver=False)
+bulk.BLOCK_ROWS["GPU"] = 4
+drawings, _ = list_drawings([f"{folder}/many"], f"{folder}/out", "png", References((f"{folder}/hero.png",)))
+options = SamplerOptions(steps=10)
+shares = collections.Counter(
+    one.actor
+    for one in bulk.color_on_cluster(Settings(workspace=folder), model, drawings, options, DEFAULTS, "png", print)
+)
+print(json.dumps(sorted(shares.values())))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share(many, bundle_folder):
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOGICAL_GPUS, str(many), str(bundle_folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    shares = json.loads(done.stdout.splitlines()[-1])
+    assert (len(shares), sum(shares)) == (3, 80)
+    assert shares[0] >= 16
+
+
+def test_a_bulk_run_says_that_the_starter_colors_and_an_updated_starter_colors_again(
+    folder, bundle_folder, capsys, monkeypatch
+):
+    monkeypatch.setenv("ANIMEDIFFUSION_WORKSPACE", str(folder / "workspace"))
+    (folder / "refs.csv").write_text("sketch,reference\na.png,other.png\n")
+    words = ["colorize", folder / "in" / "a.png", "--references", folder / "refs.csv", "--out", folder / "out"]
+    assert run([str(word) for word in words]) == 0
+    assert STARTER_COLORS in capsys.readouterr().err.splitlines()
+    made = read_metadata(folder / "out" / "a.png")["model_version"]
+    assert re.fullmatch("starter:[0-9a-f]{12}", made)
+    assert run([str(word) for word in words]) == 0
+    assert "1 done before" in capsys.readouterr().out
+    # As after an update of the package with another starter model.
+    monkeypatch.setattr(model_source, "STARTER_FOLDER", bundle_folder)
+    assert run([str(word) for word in words]) == 0
+    assert "done before" not in capsys.readouterr().out
+    assert read_metadata(folder / "out" / "a.png")["model_version"] != made
+
+
+def test_ten_thousand_drawings_take_few_bytes_each_and_keep_their_order():
+    names = [f"{number:06d}.png" for number in range(10_000)]
+    drawings = Drawings(BulkDrawing(f"s3://in/{name}", ("s3://r.png",), f"s3://out/{name}") for name in names)
+    assert len(drawings) == 10_000
+    assert [one.output for one in drawings] == [f"s3://out/{name}" for name in names]
+    assert sum(map(len, drawings._pages._pages)) < 20 * 10_000
