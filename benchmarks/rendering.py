@@ -1,6 +1,6 @@
 """Measure how near the colors of each style are to the truth, off the lines, and what the styles cost.
 
-    python benchmarks/rendering.py [--rows 8] [--model BUNDLE] [--data URI]
+    python benchmarks/rendering.py [--rows 8] [--model BUNDLE] [--data URI] [--paper #RRGGBB]
 
 Without --data, the drawings are faces drawn at 512 px with the character's other picture as reference. With --data,
 they are the val split of a dataset: line art of its pictures, recolored, with the warped truth as reference (the track
@@ -8,7 +8,8 @@ they are the val split of a dataset: line art of its pictures, recolored, with t
 downscaled truth, and with --model by that model. The styles: `painted` enlarges the network's colors; `flat` and
 `shaded` color by regions; `no palette` is `flat` with the network's own colors. The row `true regions` is an upper
 bound: the median of the truth in each region that the lines enclose. The background is that of the reference, because
-the truth has one. Time is CPU time of this process without finding the regions, which benchmarks/regions.py measures.
+the truth has one. With --paper, the drawings are scans on paper of that color, whose left side gets 15 % less light.
+Time is CPU time of this process without finding the regions, which benchmarks/regions.py measures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from common import hardware
 from numpy.typing import NDArray
+from PIL import ImageColor
 from resolution import SEED, finish, paint
 
 from animediffusion.models.bundle import Bundle, load_bundle
@@ -47,6 +49,8 @@ SIZE_PX = 512
 NETWORK_PX = 64
 SAMPLE = 2
 """Every second pixel in each direction is compared."""
+SHADOW = 0.15
+"""Share of the light that the left side of a scan lacks."""
 
 
 class Case(NamedTuple):
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--model", type=Path, help="a bundle that also colors the drawings")
     parser.add_argument("--data", help="URI of a dataset, instead of drawn faces")
+    parser.add_argument("--paper", type=ImageColor.getrgb, help="color of the paper of the drawings, #RRGGBB")
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
@@ -77,6 +82,8 @@ def main() -> None:
         cases = dataset_cases(options.data, options.rows) if options.data else drawn_cases(options.rows)
     except AnimeDiffusionError as error:
         raise SystemExit(f"error: {error}") from None
+    if options.paper:
+        cases = [scanned(case, options.paper) for case in cases]
     print(f"{hardware(torch.device('cpu'))}, Python {platform.python_version()}, NumPy {np.__version__}, one core; "
           f"{len(cases)} drawings of {len(cases[0].truth)} px\n")  # fmt: skip
     print("| colored by | style | within 3 | within 6 | mean | median | s/Mpixel |")
@@ -107,6 +114,13 @@ def case_of(sketch: Pixels, reference: Pixels, truth: Pixels) -> Case:
     lines = np.broadcast_to(sketch.reshape(*truth.shape[:2], -1), truth.shape)
     drawing = read_drawing(np.ascontiguousarray(lines))
     return Case(drawing, reference, truth, off_lines(lines), find_regions(drawing))
+
+
+def scanned(case: Case, paper: tuple[int, ...]) -> Case:
+    """Return the case with a drawing on paper of this color, whose left side gets less light."""
+    light = np.linspace(1 - SHADOW, 1, case.truth.shape[1])[:, None] * np.array(paper)
+    drawing = read_drawing(np.rint(case.drawing.pixels / 255 * light).astype(np.uint8))
+    return case._replace(drawing=drawing, regions=find_regions(drawing))
 
 
 def painting(case: Case, bundle: Bundle | None) -> Pixels:

@@ -140,29 +140,33 @@ def color_regions(
     height, width = drawing.darkness.shape
     step = math.ceil(math.sqrt(height * width / WORK_PIXELS))
     flow = flow_of(painted, drawing if step == 1 else reduced(drawing, step))
-    pixels, weight = _evidence(flow)
-    choice = _choice(pixels, references, palette, learned)
-    cost = _distances(perceptual(255 * pixels), choice.colors, BOUND) + choice.penalty
+    evidence = _evidence(flow)
+    choice = _choice(evidence.pixels, references, palette, learned)
+    cost = _distances(evidence.places, choice.colors, BOUND) + choice.penalty
+    weighted = cost * evidence.weight[..., None]
     visible = drawing.darkness[::step, ::step] < INK
     labels = regions.labels
+    groups = _Groups(labels[::step, ::step], int(labels.max()) + 1)
     for _ in range(NUM_SPLITS):
-        small, count = labels[::step, ::step], int(labels.max()) + 1
-        field, parts = _parts(small, count, cost, weight, visible, flow.scale, choice.softness, pixels)
+        field, parts = _parts(groups, evidence, cost, weighted, visible, choice.softness)
+        if not parts.any():
+            break
         labels = _divided(labels, field, parts)
-    small, count = labels[::step, ::step], int(labels.max()) + 1
-    chosen = _votes(small, count, cost * weight[..., None]).argmin(axis=1)
-    unseen, places = _unseen(labels, count, step)
+        groups = _Groups(labels[::step, ::step], int(labels.max()) + 1)
+    chosen = groups.sums(weighted).argmin(axis=1)
+    unseen, places = _unseen(labels, groups.count, step)
     chosen[unseen] = cost[places].argmin(axis=1)
     colors = choice.colors[chosen]
     if palette is None:
-        colors = _means(small, count, pixels, weight, colors)
+        colors = _means(groups, evidence, colors)
     softness = choice.softness[chosen]
     if background == "paper":
         outside = _outside(regions.labels, labels, drawing.darkness, step)
         colors[outside], softness[outside] = 255, 0
     shading = None
     if style == "shaded":
-        small_shading = _shading(pixels, colors[small], weight, softness[small], flow.scale)
+        small = groups.labels
+        small_shading = _shading(evidence, colors[small], softness[small])
         shading = 2 * enlarge(np.float32(0.5) * small_shading, width, height)
     return Coloring(drawing, *_listed(labels, colors), shading)
 
@@ -201,8 +205,39 @@ def _choice(
     )
 
 
-def _evidence(flow: Flow) -> tuple[Floats, Floats]:
-    """Return the colors [H, W, 3] that vote and their weights [H, W].
+class _Evidence(NamedTuple):
+    """The pixels that vote."""
+
+    pixels: Floats
+    """[H, W, 3]: their colors in [0, 1]."""
+    places: Floats
+    """[H, W, 3]: these colors in the space of `perceptual`."""
+    weight: Floats
+    """[H, W]: their weights."""
+    scale: float
+    """Pixels for a pixel of the network's picture, in one direction."""
+
+
+class _Groups:
+    """The pixels of each of the labels 0 to count - 1."""
+
+    def __init__(self, labels: Labels, count: int) -> None:
+        self.labels, self.count = labels, count
+        # Numpy sorts 16-bit numbers ten times as fast.
+        keys = labels.astype(np.uint16) if count <= np.iinfo(np.uint16).max else labels
+        self._order = np.argsort(keys, axis=None, kind="stable")
+        self._ends = np.searchsorted(labels.ravel()[self._order], np.arange(count + 1))
+
+    def sums(self, values: Floats) -> NDArray[np.float64]:
+        """Return the sums of values [H, W, K] over the pixels of each label, [count, K]."""
+        ordered = values.reshape(-1, values.shape[-1])[self._order]  # np.bincount of planes takes five times as long.
+        return np.stack([ordered[start:end].sum(axis=0) for start, end in pairwise(self._ends.tolist())]).astype(
+            np.float64
+        )
+
+
+def _evidence(flow: Flow) -> _Evidence:
+    """Return the colors that vote and their weights.
 
     Colors that flow are smooth, so a pixel keeps its own color where it is trusted, and also where no pixel around it
     is trusted, as in eyes.
@@ -210,23 +245,18 @@ def _evidence(flow: Flow) -> tuple[Floats, Floats]:
     around = box_mean(flow.trust, 2 * round(REACH_PX * flow.scale) + 1)
     own = np.maximum(flow.trust, flow.little / LITTLE_TRUST * (1 - np.minimum(LONELY * around, 1)))[..., None]
     pixels: Floats = flow.color + own * (flow.clear - flow.color)
-    return pixels, flow.trust + np.float32(DISTRUST) * flow.little + np.float32(1e-6)
+    weight = flow.trust + np.float32(DISTRUST) * flow.little + np.float32(1e-6)
+    return _Evidence(pixels, perceptual(255 * pixels), weight, flow.scale)
 
 
 def _distances(places: Floats, colors: NDArray[Any], bound: float) -> Floats:
     """Return the distances, at most `bound`, of places [..., 3] in the space of `perceptual` to colors [K, 3]."""
     entries = perceptual(colors)
-    squared = (places**2).sum(axis=-1)[..., None] + (entries**2).sum(axis=1) - 2 * places @ entries.T
-    distances: Floats = np.minimum(np.sqrt(np.maximum(squared, 0)), np.float32(bound))
-    return distances
-
-
-def _votes(labels: Labels, count: int, values: Floats) -> NDArray[np.float64]:
-    """Return the sums of values [H, W, K] over each of the labels 0 to count - 1, [count, K]."""
-    order = np.argsort(labels, axis=None, kind="stable")
-    ends = np.searchsorted(labels.ravel()[order], np.arange(count + 1)).tolist()
-    ordered = values.reshape(-1, values.shape[-1])[order]  # np.bincount of each plane takes five times as long.
-    return np.stack([ordered[start:end].sum(axis=0) for start, end in pairwise(ends)]).astype(np.float64)
+    distances: Floats = (places**2).sum(axis=-1)[..., None] + (entries**2).sum(axis=1)
+    distances -= 2 * places @ entries.T
+    np.maximum(distances, 0, out=distances)
+    np.sqrt(distances, out=distances)
+    return np.minimum(distances, np.float32(bound), out=distances)
 
 
 def _unseen(labels: Labels, count: int, step: int) -> tuple[NDArray[np.intp], tuple[NDArray[np.intp], ...]]:
@@ -239,58 +269,68 @@ def _unseen(labels: Labels, count: int, step: int) -> tuple[NDArray[np.intp], tu
     return ids.astype(np.intp), (rows // step, columns // step)
 
 
-def _ramp_cost(small: Labels, count: int, pixels: Floats, weight: Floats) -> NDArray[np.float64]:
+def _ramp_cost(groups: _Groups, evidence: _Evidence) -> NDArray[np.float64]:
     """Fit a linear gradient to each label's pixels; return their summed distances to it, [count]."""
-    height, width = small.shape
+    height, width = groups.labels.shape
     rows, columns = np.mgrid[:height, :width].astype(np.float32) / max(height, width)
     basis = np.stack([np.ones_like(rows), columns, rows], axis=2)
-    products = (basis[..., None] * np.concatenate([basis, pixels], axis=2)[:, :, None]).reshape(height, width, 18)
-    sums = _votes(small, count, products * weight[..., None]).reshape(-1, 3, 6)
+    products = (basis[..., None] * np.concatenate([basis, evidence.pixels], axis=2)[:, :, None]).reshape(
+        height, width, 18
+    )
+    sums = groups.sums(products * evidence.weight[..., None]).reshape(-1, 3, 6)
     ridge = 1e-4 * np.eye(3) * (sums[:, :1, :1] + 1e-6)
     planes = np.linalg.solve(sums[..., :3] + ridge, sums[..., 3:]).astype(np.float32)
-    ramp = np.clip(np.einsum("hwi,hwic->hwc", basis, planes[small]), 0, 1)
-    distance = np.minimum(np.linalg.norm(perceptual(255 * ramp) - perceptual(255 * pixels), axis=2), BOUND)
-    return _votes(small, count, (weight * distance)[..., None])[:, 0]
+    ramp = np.clip(np.einsum("hwi,hwic->hwc", basis, planes[groups.labels]), 0, 1)
+    distance = np.minimum(np.linalg.norm(perceptual(255 * ramp) - evidence.places, axis=2), BOUND)
+    return groups.sums((evidence.weight * distance)[..., None])[:, 0]
 
 
 def _parts(
-    small: Labels,
-    count: int,
+    groups: _Groups,
+    evidence: _Evidence,
     cost: Floats,
-    weight: Floats,
+    weighted: Floats,
     visible: NDArray[np.bool_],
-    scale: float,
     softness: Floats,
-    pixels: Floats,
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Find the regions whose pixels have two clear colors.
 
     The second color of a region is the one that saves the most where it is cheaper than the first.
 
+    Args:
+        groups: the regions.
+        evidence: the pixels that vote.
+        cost: [H, W, K]: cost of each color.
+        weighted: the same times the weight of the pixel.
+        visible: [H, W]: pixels off the lines.
+        softness: [K]: as in _Choice.
+
     Returns:
         A smooth field [H, W], above 0 where a pixel has its region's second color; which labels to split.
     """
-    first = _votes(small, count, cost * weight[..., None]).argmin(axis=1)
+    small, weight = groups.labels, evidence.weight
+    first = groups.sums(weighted).argmin(axis=1)
     one = np.take_along_axis(cost, first[small][..., None], axis=2)
-    second = _votes(small, count, np.maximum(one - cost, 0) * weight[..., None]).argmax(axis=1)
+    saved = one - cost
+    np.maximum(saved, 0, out=saved)
+    saved *= weight[..., None]
+    second = groups.sums(saved).argmax(axis=1)
     other = np.take_along_axis(cost, second[small][..., None], axis=2)[..., 0]
     one = one[..., 0]
-    field = box_mean(one - other, 2 * round(scale / 2) + 1)
+    field = box_mean(one - other, 2 * round(evidence.scale / 2) + 1)
     part = field > 0
     split = np.where(part, other, one)
     unsure = weight * (np.abs(field) < UNSURE)
     planes = (
         visible, part & visible, weight, part * weight, part * weight * field, weight * one, weight * split, unsure
     )  # fmt: skip
-    area, part_area, trust, part_trust, gain, single, double, unsure_trust = _votes(
-        small, count, np.stack(planes, axis=2)
-    ).T
-    enough = SMALLEST_PART * scale**2
-    ramp_cost = _ramp_cost(small, count, pixels, weight)
-    is_ramp = (ramp_cost < np.minimum(RAMP * single, double)) & (softness[first] > 0.5)
-    parts = (part_area > enough) & (area - part_area > enough) & (gain > CLEAR * part_trust) & ~is_ramp
+    area, part_area, trust, part_trust, gain, single, double, unsure_trust = groups.sums(np.stack(planes, axis=2)).T
+    enough = SMALLEST_PART * evidence.scale**2
+    parts = (part_area > enough) & (area - part_area > enough) & (gain > CLEAR * part_trust)
     parts &= part_trust * area > FAIR * trust * part_area
     parts &= unsure_trust < SEAM * np.minimum(part_trust, trust - part_trust)
+    if parts.any():
+        parts &= ~((_ramp_cost(groups, evidence) < np.minimum(RAMP * single, double)) & (softness[first] > 0.5))
     field = np.where(parts[small], field, -1).astype(np.float32)
     islands, number = components(field > 0)
     size = np.bincount(islands.ravel(), visible.ravel(), minlength=number + 1)
@@ -306,11 +346,12 @@ def _divided(labels: Labels, field: Floats, parts: NDArray[np.bool_]) -> Labels:
     return np.where(np.asarray(inside) > 0, number[labels], labels)
 
 
-def _means(labels: Labels, count: int, color: Floats, weight: Floats, chosen: Pixels) -> Pixels:
+def _means(groups: _Groups, evidence: _Evidence, chosen: Pixels) -> Pixels:
     """Return the mean color of each label's pixels that are near its chosen color, [count, 3]."""
-    near = np.linalg.norm(perceptual(255 * color) - perceptual(chosen)[labels], axis=2) < BOUND / 2
-    counted = np.concatenate([color, np.ones_like(color[..., :1])], axis=2) * (weight * near)[..., None]
-    sums = _votes(labels, count, counted)
+    near = np.linalg.norm(evidence.places - perceptual(chosen)[groups.labels], axis=2) < BOUND / 2
+    color = evidence.pixels
+    counted = np.concatenate([color, np.ones_like(color[..., :1])], axis=2) * (evidence.weight * near)[..., None]
+    sums = groups.sums(counted)
     means = np.rint(255 * sums[:, :3] / np.maximum(sums[:, 3:], 1e-9)).astype(np.uint8)
     return np.where(sums[:, 3:] > 0, means, chosen)
 
@@ -354,14 +395,16 @@ def _sheet(regions: Labels, small: Labels, darkness: Floats) -> NDArray[np.bool_
     return sheet | candidates if sheet.any() else sheet
 
 
-def _shading(pixels: Floats, flats: Pixels, weight: Floats, softness: Floats, scale: float) -> Floats:
+def _shading(evidence: _Evidence, flats: Pixels, softness: Floats) -> Floats:
     """Return the low frequencies of the colors that voted, relative to the flat colors [H, W, 3]; 1 is no shading."""
     flat = flats.astype(np.float32) / np.float32(255)
-    side = 2 * round(scale) + 1
-    alike = np.linalg.norm(perceptual(255 * pixels) - perceptual(flats), axis=2) < BOUND
-    weight = weight * alike * (softness > 0)  # What differs much is another color, not shading.
+    side = 2 * round(evidence.scale) + 1
+    alike = np.linalg.norm(evidence.places - perceptual(flats), axis=2) < BOUND
+    weight = evidence.weight * alike * (softness > 0)  # What differs much is another color, not shading.
     known = np.maximum(box_mean(weight, side), 1e-9)
-    change = np.stack([box_mean(weight * plane, side) / known for plane in np.moveaxis(pixels - flat, 2, 0)], axis=2)
+    change = np.stack(
+        [box_mean(weight * plane, side) / known for plane in np.moveaxis(evidence.pixels - flat, 2, 0)], axis=2
+    )
     shading: Floats = np.clip(1 + softness[..., None] * change / (flat + DARK), 0, 2).astype(np.float32)
     return shading
 

@@ -6,6 +6,7 @@ dominant_colors() finds the colors of a picture, so a studio's model sheet is a 
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from animediffusion.platform.errors import ConfigError
+from animediffusion.serve.rendering.morphology import NEIGHBORS
 from animediffusion.serve.rendering.sketch import Floats, Pixels
 
 Color = tuple[int, int, int]
@@ -89,10 +91,19 @@ def dominant_colors(*pictures: Pixels) -> Dominant:
     """
     steps = (-(-max(picture.shape[:2]) // SAMPLES) for picture in pictures)
     samples = [picture[::step, ::step] for picture, step in zip(pictures, steps, strict=True)]
+    return _dominant_colors(*((sample.shape, sample.tobytes()) for sample in samples))
+
+
+@functools.lru_cache(maxsize=16)  # Many drawings have the same reference.
+def _dominant_colors(*pictures: tuple[tuple[int, ...], bytes]) -> Dominant:
+    """Return the dominant colors of pictures, each given by its shape and its bytes."""
+    samples = [np.frombuffer(data, np.uint8).reshape(shape) for shape, data in pictures]
     codes = [(sample.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)).ravel() for sample in samples]
-    found, where = np.unique(np.concatenate(codes), return_inverse=True)
+    joint = np.concatenate(codes)
+    found = np.unique(joint)
+    where = np.searchsorted(found, joint)  # Faster than np.unique with return_inverse.
     weights = np.concatenate([_inner(sample).ravel() for sample in samples])
-    area: NDArray[np.float64] = np.bincount(where.ravel(), weights).astype(np.float64)
+    area: NDArray[np.float64] = np.bincount(where, weights).astype(np.float64)
     colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
     places, left, histogram = perceptual(colors), area.copy(), _Histogram(colors)
     # A color's support is the area of all colors near it: the peak of a noisy flat is where most of its noise is.
@@ -226,10 +237,13 @@ def _lab_to_rgb(lab: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _inner(sample: Pixels) -> Floats:
     """Return the weight of each pixel, [H, W]: 1 inside of areas, nearly 0 on lines and edges."""
-    padded = np.pad(sample.astype(np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
-    middle = padded[1:-1, 1:-1]
-    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    edge = np.max([np.abs(one - middle).max(axis=2) for one in around], axis=0)
+    levels = sample.astype(np.int16)
+    edge = np.zeros(sample.shape[:2], np.int16)
+    for one, other in NEIGHBORS:
+        red, green, blue = np.moveaxis(np.abs(levels[one] - levels[other]), 2, 0)
+        change = np.maximum(np.maximum(red, green), blue)
+        for side in (one, other):
+            np.maximum(edge[side], change, out=edge[side])
     weight: Floats = np.exp(-((edge / FLAT) ** 2)).astype(np.float32)
     return weight
 

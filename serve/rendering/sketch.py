@@ -23,6 +23,12 @@ PAPER_GRID_PX = 64
 """Longer side of the grid on which the color of uneven paper is estimated."""
 FAINT_LINE = 0.08
 """Darkness below this value counts as grain of the paper."""
+TINTED_PAPER = 235
+"""Paper that is darker than this in any channel, anywhere but at TINTED_SHARE of its area, is cleaned: its tint, its
+shadows and its grain are removed. Whiter paper stays as it is, so that every pixel of a line does."""
+TINTED_SHARE = 0.02
+GRAIN = (0.04, 0.16)
+"""On cleaned paper, pixels of up to the first darkness become white; from the second on, they keep their darkness."""
 INK_AREA = 0.01
 """Share of a picture that dark lines cover at least; faint tones, such as shadows, may cover much more."""
 NEARLY_BLACK = 64
@@ -41,21 +47,27 @@ class Drawing(NamedTuple):
     """A sketch, separated into lines and paper."""
 
     pixels: Pixels
-    """[H, W, 3]: the decoded pixels, unchanged."""
+    """[H, W, 3]: the decoded pixels, unchanged if the paper is nearly white; otherwise the lines on white paper."""
     darkness: Floats
     """[H, W]: 0 on paper, 1 in a black line."""
     paper: Floats
-    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the color of the paper times the light on it."""
+    """[H, W, 3] or [1, 1, 3], above 0 and at most 1: the color of the paper in `pixels` times the light on it."""
 
 
 def read_drawing(pixels: Pixels) -> Drawing:
-    """Return the lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper."""
+    """Return the lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper.
+
+    A scan on tinted or unevenly lit paper is cleaned, because colors are multiplied by its pixels.
+    """
     brightness = np.median(pixels.reshape(-1, 3), axis=0)
     if brightness.min() >= CLEAN_PAPER:
         paper = np.ones((1, 1, 3), np.float32)
         return Drawing(pixels, _stretch(_darkness(pixels, paper), INK_AREA), paper)
     paper = _paper_of(pixels)
     darkness = _darkness(pixels, paper)
+    if np.quantile(paper[::8, ::8].min(axis=2), TINTED_SHARE) * 255 < TINTED_PAPER:
+        pixels = _cleaned(pixels, paper, darkness)
+        paper = np.ones((1, 1, 3), np.float32)
     darkness = np.maximum((darkness - FAINT_LINE) / (1 - FAINT_LINE), 0).astype(np.float32)
     return Drawing(pixels, _stretch(darkness, INK_AREA), paper)
 
@@ -105,6 +117,23 @@ def _darkness(pixels: Pixels, paper: Floats) -> Floats:
     np.divide(light, paper, out=light)
     darkness: Floats = np.clip(1 - light.min(axis=2), 0, 1)
     return darkness
+
+
+def _cleaned(pixels: Pixels, paper: Floats, darkness: Floats) -> Pixels:
+    """Return the lines on white paper, [H, W, 3]: they keep their color relative to the paper.
+
+    Args:
+        pixels: the scan, [H, W, 3].
+        paper: the color of the paper, [H, W, 3].
+        darkness: how much darker than the paper each pixel is, [H, W].
+    """
+    none, full = (np.float32(value) for value in GRAIN)
+    kept = np.clip((darkness - none) * (full / (full - none)), 0, darkness) / np.maximum(darkness, np.float32(1e-6))
+    cleaned = np.empty_like(pixels)
+    for channel in range(3):
+        light = np.minimum(pixels[..., channel] / (255 * paper[..., channel]), 1)
+        cleaned[..., channel] = np.rint(255 - 255 * kept * (1 - light))
+    return cleaned
 
 
 def _stretch(darkness: Floats, ink_area: float = 1.0) -> Floats:

@@ -154,6 +154,27 @@ def test_light_lines_on_black_look_inverted():
     assert not looks_inverted(np.full((50, 50, 3), 200, np.uint8))
 
 
+@pytest.mark.parametrize("paper", [(240, 225, 180), (200, 216, 240), (150, 150, 150)])
+def test_a_scan_on_tinted_paper_becomes_lines_on_white(paper: tuple):
+    light = np.linspace(0.8, 1, 96)[:, None] * np.array(paper)
+    sketch = np.full((96, 96, 3), 255.0)
+    sketch[30:33], sketch[60:63] = (60, 20, 120), (150, 150, 150)
+    drawing = read_drawing(
+        np.rint(sketch / 255 * light + np.random.default_rng(0).normal(0, 2, (96, 96, 1))).astype(np.uint8)
+    )
+    white = sketch.min(axis=2) == 255
+    assert drawing.pixels[white].mean() > 252
+    assert np.abs(drawing.pixels.astype(float) - sketch)[~white].mean() <= 12
+    assert (drawing.paper == 1).all()
+
+
+@pytest.mark.parametrize("paper", [(255, 255, 255), (246, 253, 246), (247, 247, 247)])
+def test_a_drawing_on_nearly_white_paper_stays_as_it_is(paper: tuple):
+    sketch = np.random.default_rng(0).integers(-4, 1, (96, 96, 3)) + np.array(paper)
+    sketch[30:33], sketch[60:63] = (60, 20, 120), (230, 235, 240)
+    assert (read_drawing(sketch.astype(np.uint8)).pixels == sketch).all()
+
+
 # Drawings of every kind: closed shapes on paper, then what people do to them.
 
 SHAPES = {"wide": (70, 300), "tall": (260, 90), "tiny": (MIN_SIDE_PX, MIN_SIDE_PX), "thread": (MAX_ASPECT * 9, 9),
