@@ -237,6 +237,10 @@ class Settings(Config):
     """Implementation of attention."""
     keys: str | None = None
     """File with the hashes of the API keys, a path or s3:// URI; keys.json in the workspace if None."""
+    corrections: str | None = None
+    """Store of corrections, a folder or s3:// URI that all servers share; None means that servers keep no request and
+    take no corrections. A server keeps each request that it answered in this store for 7 days, at most the newest
+    10,000 requests and 20 GiB, so that its picture can be corrected; corrections stay until they are deleted."""
 
     @field_validator("model_name")
     @classmethod
@@ -272,6 +276,12 @@ class Settings(Config):
         """Absolute path or URI of the file of API keys."""
         given = self.keys or str(self.workspace / "keys.json")
         return given if is_uri(given) else str(expanded(given).absolute())
+
+    @property
+    def corrections_uri(self) -> str | None:
+        """Absolute path or URI of the store of corrections; None if they are off."""
+        given = self.corrections
+        return given if given is None or is_uri(given) else str(expanded(given).absolute())
 
     @property
     def artifact_root(self) -> Path:

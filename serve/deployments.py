@@ -98,6 +98,9 @@ class ServeConfig(Config):
     keys: str | None = None
     """File with the hashes of the API keys, a path or s3:// URI; if omitted, the one in the workspace. Servers read
     the file again every few seconds."""
+    corrections: str | None = None
+    """Store of corrections, a folder or s3:// URI that all nodes share; if omitted, ANIMEDIFFUSION_CORRECTIONS of the
+    node, and without that no request is kept."""
     allow_anonymous: bool = False
     """Accept requests without a key while no key was ever made; only for a server that no other machine reaches."""
     request_log: Path | None = None
@@ -113,7 +116,9 @@ class ServeConfig(Config):
 
     def settings(self) -> Settings:
         """Return the settings of the workspace and the registry."""
-        return Settings.from_environment(workspace=self.workspace, model_name=self.model_name, keys=self.keys)
+        return Settings.from_environment(
+            workspace=self.workspace, model_name=self.model_name, keys=self.keys, corrections=self.corrections
+        )
 
 
 def build_app(args: ServeConfig) -> serve.Application:
@@ -265,4 +270,5 @@ class IngressDeployment:
             upload_timeout_s=self.args.upload_timeout_s,
             timeout_s=self.args.timeout_s,
             names_requests=False,  # Serve's proxy adds the request id.
+            corrections=self.args.settings().corrections_uri,
         )

@@ -25,6 +25,7 @@ from animediffusion.platform.cluster import cluster
 from animediffusion.platform.cluster.ray_compat import serve_host
 from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
+from animediffusion.platform.corrections.store import Corrections
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
 from animediffusion.platform.registry.downloads import STARTER
@@ -96,6 +97,10 @@ def running(
     max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
+    corrections = config.settings().corrections_uri
+    if corrections is not None:
+        Corrections(corrections).prepare()
+        report(f"answered requests are kept for 7 days, and corrections are taken: {corrections}")
     if check_model(settings, config.model) == STARTER and config.model is None:
         report(NO_CHAMPION)
     cluster.connect(settings)
@@ -197,6 +202,7 @@ def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> S
         "workspace": None if elsewhere else settings.workspace,
         "model_name": settings.model_name,
         "keys": settings.keys_uri,
+        "corrections": settings.corrections_uri,
         "request_log": None if elsewhere else _request_log(settings),
     }
     return ServeConfig.check({**given, **{key: value for key, value in options.items() if value is not None}})

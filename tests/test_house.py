@@ -52,6 +52,7 @@ LAYERS = {
         "tracking": {"config", "errors", "images", "network", "storage"},
         "registry": {"config", "errors", "network", "storage", "tracking"},
         "cluster": {"config", "errors", "network", "storage"},
+        "corrections": {"atomic_update", "config", "errors", "storage"},
     },
     "models": {
         "network": {"sampler_options"},
@@ -83,7 +84,20 @@ LAYERS = {
 MODELS_NEED = {"torch", "numpy", "safetensors"}
 MODELS_NEED_ALSO = {"augment.py": {"kornia"}, "attention.py": {"xformers"}}
 
-VERBS = {"demo", "data", "train", "evaluate", "tune", "models", "colorize", "serve", "keys", "jobs", "doctor"}
+VERBS = {
+    "demo",
+    "data",
+    "train",
+    "evaluate",
+    "tune",
+    "models",
+    "colorize",
+    "serve",
+    "keys",
+    "corrections",
+    "jobs",
+    "doctor",
+}
 
 
 def imports_of(path):

@@ -20,9 +20,9 @@ import codecs
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ import ray
 from numpy.typing import NDArray
 
 from animediffusion.pipelines.data.formats.catalog import Catalog, read_catalog, single_file
+from animediffusion.pipelines.data.formats.corrections import MAX_SHARE, SCHEME, plan_corrections, store_of
 from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject, Sample
 from animediffusion.pipelines.data.ingest_summary import Duplicate, IngestSummary, find_duplicates
 from animediffusion.pipelines.data.ingest_task import (
@@ -114,6 +115,8 @@ class IngestJob:
     done: Manifest | None = None
     continues: bool = False
     """Whether this job resumes an unfinished ingest."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many corrections of each API key are left out, because the key has more than its share."""
 
     def run(self, progress: Progress | None = None, note: Callable[[str], None] | None = None) -> Manifest:
         """Make the missing parts and write the manifest; the caller connects to Ray first.
@@ -178,26 +181,37 @@ def ingest(
 
 
 def prepare(
-    source: str, destination: str, size: int = 64, pairs: str | None = None, val_fraction: float = 0.05
+    source: str,
+    destination: str,
+    size: int = 64,
+    pairs: str | None = None,
+    val_fraction: float = 0.05,
+    max_share: float | None = None,
 ) -> IngestJob:
     """Plan an ingest from file names and settings; it opens no picture and does not need Ray.
 
     Args:
-        source: folder of pictures, archives or tables, or one archive or table, local or remote.
+        source: folder of pictures, archives or tables, or one archive or table, local or remote; or `corrections://`,
+            the store of ANIMEDIFFUSION_CORRECTIONS, or `corrections://ADDRESS`.
         destination: folder of the dataset, local or s3://.
         size: pixels of a side; pictures are resized by the short side and cropped to the middle.
         pairs: a CSV with columns target[,sketch,reference,cross_reference,split], paths relative to the source.
         val_fraction: share of the rows that go to `val` if neither folders nor the CSV name splits.
+        max_share: largest share of the rows that the corrections of one API key may be, 0.5 if None.
 
     Raises:
         DataError: if the source holds nothing usable, or the destination holds other files or another dataset.
         StorageError: if source or destination is unreachable.
-        ConfigError: if size or val_fraction is out of range.
+        ConfigError: if an argument is out of range or does not fit the source.
     """
     if not 8 <= size <= 4096:
         raise ConfigError("--size", str(size), "8 to 4096 pixels")
     if not 0 <= val_fraction < 1:
         raise ConfigError("--val-fraction", str(val_fraction), "0 to below 1")
+    if source.startswith(SCHEME):
+        return _prepare_corrections(source, storage.absolute(destination), size, pairs, val_fraction, max_share)
+    if max_share is not None:
+        raise ConfigError("--max-share", f"is given for {source}", f"leave it out: it is for {SCHEME}")
     source, destination = storage.absolute(source), storage.absolute(destination)
     if _inside(destination, source):
         raise DataError(destination, "lies inside the source", "choose a folder outside of it")
@@ -217,6 +231,22 @@ def prepare(
     plan = replace(plan, rejects=plan.rejects + rejects)
     fingerprint = _fingerprint(plan, catalog.num_bytes, size)
     return _resume(IngestJob(source, destination, size, plan, fingerprint, choose_part_rows(plan, size), catalog))
+
+
+def _prepare_corrections(
+    source: str, destination: str, size: int, pairs: str | None, val_fraction: float, max_share: float | None
+) -> IngestJob:
+    if pairs is not None:
+        raise ConfigError("--pairs", "is given for corrections", "leave it out")
+    if max_share is not None and not 0 < max_share <= 1:
+        raise ConfigError("--max-share", str(max_share), "above 0, at most 1")
+    store = store_of(source)
+    if _inside(destination, store):
+        raise DataError(destination, "lies inside the store of corrections", "choose a folder outside of it")
+    found = plan_corrections(store, val_fraction, MAX_SHARE if max_share is None else max_share)
+    fingerprint, part_rows = _fingerprint(found.plan, found.stamps, size), choose_part_rows(found.plan, size)
+    job = IngestJob(SCHEME + store, destination, size, found.plan, fingerprint, part_rows, found.catalog)
+    return _resume(replace(job, left_out=found.left_out))
 
 
 def _survey(source: str) -> tuple[Catalog, tuple[Reject, ...]]:

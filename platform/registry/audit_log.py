@@ -1,4 +1,4 @@
-"""Audit log of alias and traffic changes: one MLflow run per event, which is never changed afterwards.
+"""Audit log of alias and traffic changes, and of deletions: one MLflow run per event, which never changes.
 
 An event records who changed what, when and why. MLflow itself keeps no history of aliases. Runs work with every backend
 and are visible in MLflow's UI.
@@ -79,21 +79,39 @@ def recorded(
     Yields:
         The id of the event's run.
     """
-    client = registry.client
     tags = {
-        "action": action,
-        "model": registry.name,
         "alias": alias,
         "from": "" if previous is None else str(previous),
         "to": str(version),
-        "user": user_name(),
         "reason": reason,
         "forced": str(forced).lower(),
         **({} if percent is None else {"percent": str(percent)}),
     }
+    with recorded_action(registry, action, f"{alias} {version}", tags, metrics) as run_id:
+        yield run_id
+
+
+@contextmanager
+def recorded_action(
+    registry: Registry, action: str, subject: str, facts: dict[str, str], metrics: dict[str, float] | None = None
+) -> Iterator[str]:
+    """Record an action, which may concern no alias, as recorded() does.
+
+    Args:
+        registry: the registry whose log it is.
+        action: what is done.
+        subject: to what, for the name of the run.
+        facts: further tags of the run; those of recorded() make it an Event.
+        metrics: metrics of the run.
+
+    Yields:
+        The id of the MLflow run.
+    """
+    client = registry.client
+    tags = {"action": action, "model": registry.name, "user": user_name(), **facts}
     try:
         experiment = tracking.experiment_id(client, EXPERIMENT, tracking.artifact_root(registry.settings))
-        run_id = str(client.create_run(experiment, run_name=f"{action} {alias} {version}").info.run_id)
+        run_id = str(client.create_run(experiment, run_name=f"{action} {subject}").info.run_id)
         now = int(datetime.now(UTC).timestamp() * 1000)
         numbers = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
         client.log_batch(run_id, metrics=numbers, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -122,7 +140,8 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
     except MlflowException as error:
         found = f"cannot be read ({tracking.first_line(error)})"
         raise RegistryError("audit log", found, "see `animediffusion doctor`") from error
-    return [event for event in map(_event, runs) if alias is None or event.alias == alias]
+    events = (_event(run) for run in runs if "alias" in run.data.tags)
+    return [event for event in events if alias is None or event.alias == alias]
 
 
 def stack(events: list[Event]) -> list[int]:

@@ -19,13 +19,16 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from animediffusion.platform.api_keys import Keyring
+from animediffusion.platform.corrections.store import Corrections
 from animediffusion.platform.errors import ConfigError, DeadlineError, NoModelError
 from animediffusion.serve.api.access_log import CLIENT_LEFT, AccessLog
-from animediffusion.serve.api.auth import KeyAuthentication
+from animediffusion.serve.api.auth import KeyAuthentication, key_of
+from animediffusion.serve.api.corrections import add_corrections
 from animediffusion.serve.api.form import ALLOWED, ColorizeForm, read_form
 from animediffusion.serve.api.limits import MAX_BODY_BYTES, UPLOAD_TIMEOUT_S, HeadRequests, RequestLimits
 from animediffusion.serve.api.openapi import EVENTS, FORM, KEY, PICTURE, problems
 from animediffusion.serve.api.problems import ProblemError, add_handlers, unusable
+from animediffusion.serve.api.request_keeper import RequestKeeper
 from animediffusion.serve.api.sse import doubt_of, events
 from animediffusion.serve.protocol import Answer, Backend, ColorizeJob, ModelsStatus
 from animediffusion.serve.rendering.formats import openraster, psd
@@ -50,6 +53,7 @@ def create_app(
     timeout_s: float = 60,
     num_threads: int = 2,
     names_requests: bool = True,
+    corrections: str | None = None,
 ) -> FastAPI:
     """Return the application for one backend. CORS is off, so browsers allow only requests from the server's own pages.
 
@@ -61,14 +65,17 @@ def create_app(
         timeout_s: time for one picture, including the time in the queue.
         num_threads: number of threads that decode uploads and render pictures.
         names_requests: whether to add the header X-Request-Id; False if a proxy in front adds it.
+        corrections: store of corrections, a folder or s3:// URI; None keeps no request and takes no corrections.
     """
+    store = None if corrections is None else Corrections(corrections)
+    keeper = None if store is None else RequestKeeper(store)
     keyring = keyring or Keyring(None)
     # python_multipart warns about every malformed body. The response reports this error already.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with keyring.watching():
+        with keyring.watching(), contextlib.nullcontext() if keeper is None else keeper.running():
             yield
 
     app = FastAPI(
@@ -94,12 +101,22 @@ def create_app(
     app.add_middleware(AccessLog)
     add_handlers(app)
     _add_pages(app)
-    _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s)
+    _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s, keeper)
+    add_corrections(app, store, timeout_s)
     _add_status(app, backend)
     return app
 
 
-def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float) -> None:
+def _add_colorize(
+    app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, timeout_s: float, keeper: RequestKeeper | None
+) -> None:
+    def keep(form: ColorizeForm, answer: Answer, request: Request) -> bool:
+        """Keep an answered request if corrections are on; return whether its picture can be corrected."""
+        is_picture = form.output != "doubt"
+        return (
+            keeper is not None and is_picture and keeper.keep(form, answer, key_of(request), request.state.request_id)
+        )
+
     @app.post("/v1/colorize", response_class=Response, openapi_extra=FORM, responses=PICTURE, dependencies=[KEY])
     async def colorize(request: Request) -> Response:
         """Color a sketch with the colors of a reference; return a PNG, a file with layers, or JSON."""
@@ -107,10 +124,11 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         loop = asyncio.get_running_loop()
         if form.output == "both":
             raise unusable("output", "both", ALLOWED["output"])
-        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, key_of(request))
         answer = await _unless_disconnected(request, backend.colorize(job), timeout_s)
         request.state.model_version = answer.model_version
         made, body = await loop.run_in_executor(pool, _rendered, answer, inputs, form)
+        keep(form, answer, request)
         headers = {"X-Model-Version": answer.model_version, **_headers(form)}
         if form.hints is not None:
             headers["X-Hints"] = "learned" if answer.saw_hints else "spread" if job.hints else "exact"
@@ -131,11 +149,11 @@ def _add_colorize(app: FastAPI, backend: Backend, pool: ThreadPoolExecutor, time
         """Color a sketch, with server-sent events: `progress` with a preview per step, then `result` or `error`."""
         form = await read_form(request)
         loop = asyncio.get_running_loop()
-        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, _key(request))
+        inputs, job = await loop.run_in_executor(pool, _to_job, form, timeout_s, key_of(request))
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
-        body = events(first, items, inputs, form, request.state, pool)
+        body = events(first, items, inputs, form, request.state, pool, lambda answer: keep(form, answer, request))
         return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
 
 
@@ -156,11 +174,6 @@ def _rendered(answer: Answer, inputs: Inputs, form: ColorizeForm) -> tuple[Rende
 
 async def _first(items: AsyncIterator[T]) -> T:
     return await anext(items)
-
-
-def _key(request: Request) -> str:
-    """Return the name of the request's API key; empty if the server requires no key."""
-    return str(getattr(request.state, "key", ""))
 
 
 def _to_job(form: ColorizeForm, timeout_s: float, key: str) -> tuple[Inputs, ColorizeJob]:

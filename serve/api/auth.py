@@ -6,6 +6,7 @@ The public paths contain no data of users: health checks, the web page and its e
 from __future__ import annotations
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from animediffusion.platform.api_keys import Keyring
@@ -38,6 +39,11 @@ class KeyAuthentication:
                 return
             scope["state"]["key"] = name
         await self.app(scope, receive, send)
+
+
+def key_of(request: Request) -> str:
+    """Return the name of the request's API key; empty if the server requires no key."""
+    return str(getattr(request.state, "key", ""))
 
 
 def _is_public(scope: Scope) -> bool:

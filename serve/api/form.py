@@ -1,4 +1,4 @@
-"""Parsing and validation of the multipart form of a coloring request, with error messages of one line.
+"""Parsing and validation of the multipart forms of requests, with error messages of one line.
 
 Nothing in a request is ignored silently: a truncated body, an unknown or repeated field, and a parameter in the URL or
 in a header are errors.
@@ -102,6 +102,20 @@ class ColorizeForm(BaseModel):
         )
 
 
+class CorrectionForm(BaseModel):
+    """The form of a correction: the corrected picture, or hints with which the picture is right, or both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    request_id: str
+    """The header `X-Request-Id` of the answer with the picture, or `request_id` of the event `result`."""
+    corrected: bytes | None = None
+    """The picture as it should have been: PNG, JPEG or WebP, of the size of the sketch."""
+    hints: Annotated[str | bytes | None, WithJsonSchema({"type": "string"})] = None
+    """Exact colors of regions, as in a coloring request. Without `corrected`, they make the corrected picture: they
+    come after the hints of the request, so that they win."""
+
+
 ALLOWED = {
     **sampler_options.ALLOWED,
     "num_inference_steps": f"a whole number from 1 to {MAX_STEPS}",
@@ -117,10 +131,10 @@ async def read_form(request: Request) -> ColorizeForm:
         ProblemError: 400 if the body is not multipart, is truncated or lacks a file; 415 if it is compressed; 422 if a
             parameter is wrong.
     """
-    _check_head(request)
+    _check_head(request, ColorizeForm, "the files sketch and reference")
     form = await _parse(request)
     try:
-        _check_names(form)
+        _check_names(form, ColorizeForm)
         given = [name for name in MAY_BE_FILES if isinstance(form.get(name), UploadFile)]
         files: dict[str, Any] = {name: (await _files(form, name))[0] for name in ("sketch", *given)}
         return _checked(form, {**files, "reference": await _files(form, "reference")})
@@ -128,11 +142,31 @@ async def read_form(request: Request) -> ColorizeForm:
         await form.close()
 
 
-def _check_head(request: Request) -> None:
+async def read_correction(request: Request) -> CorrectionForm:
+    """Return the form of a correction; the errors are those of read_form()."""
+    _check_head(request, CorrectionForm, "request_id and the file corrected")
+    form = await _parse(request)
+    try:
+        _check_names(form, CorrectionForm)
+        found: dict[str, Any] = {name: value for name, value in form.items() if value != ""}
+        if "request_id" not in found:
+            detail = "the field request_id is missing; it is the header X-Request-Id of the answer with the picture"
+            raise ProblemError(400, detail)
+        if isinstance(found["request_id"], UploadFile):
+            raise unusable("request_id", "is a file", "send it as text")
+        if len(found) == 1:
+            raise ProblemError(400, "the file corrected is missing; send corrected, or hints")
+        given = [name for name in found if name == "corrected" or isinstance(found[name], UploadFile)]
+        return CorrectionForm.model_validate({**found, **{name: (await _files(form, name))[0] for name in given}})
+    finally:
+        await form.close()
+
+
+def _check_head(request: Request, kind: type[BaseModel], content: str) -> None:
     """Reject a body that is not a plain form, and parameters outside the form: ignoring them would hide a mistake."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
-        raise ProblemError(400, "send multipart/form-data with the files sketch and reference")
+        raise ProblemError(400, f"send multipart/form-data with {content}")
     coding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
     if coding.strip().lower() not in ("identity", ""):
         detail = f"Content-Encoding {coding[:80]!r} is not supported; send the body as it is"
@@ -141,7 +175,7 @@ def _check_head(request: Request) -> None:
         raise unusable(name[:80], "in the address", "send it as a field of the form")
     for header in request.headers:
         name = header.removeprefix("x-").replace("-", "_")
-        if name in ColorizeForm.model_fields and name not in FILES:
+        if name in kind.model_fields and name not in (*FILES, "request_id"):
             raise unusable(name, f"in the header {header}", "send it as a field of the form")
 
 
@@ -193,7 +227,7 @@ def _reason(parser: _Parser, error: MultiPartException) -> str:
         )
     if "maximum size" in error.message:
         limit = f"a text field is longer than {MAX_TEXT_BYTES} bytes"
-        return f"{limit}; send sketch and reference as files, each with a filename"
+        return f"{limit}; send pictures as files, each with a filename"
     return error.message
 
 
@@ -208,8 +242,8 @@ async def _files(form: FormData, name: str) -> tuple[bytes, ...]:
     return tuple(found)
 
 
-def _check_names(form: FormData) -> None:
-    names = list(ColorizeForm.model_fields)
+def _check_names(form: FormData, kind: type[BaseModel]) -> None:
+    names = list(kind.model_fields)
     for name in form:
         if name not in names:
             close = get_close_matches(name, names, n=1)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Security
 from fastapi.security import HTTPBearer
 
-from animediffusion.serve.api.form import ColorizeForm
+from animediffusion.serve.api.form import ColorizeForm, CorrectionForm
 from animediffusion.serve.api.problems import MEDIA_TYPE
 from animediffusion.serve.rendering.formats import openraster, psd
 
@@ -21,6 +21,7 @@ KEY = Security(
 _REASONS = {
     400: "Not multipart, cut off, or a file is missing",
     401: "No key, or a key that is unknown or revoked",
+    404: "Corrections are off, or the request is unknown, of another key, or was answered too long ago",
     408: "The body did not arrive in time",
     413: "The body is over the limit",
     415: "An image is not a PNG, JPEG or WebP, or the body is compressed",
@@ -93,6 +94,8 @@ def problems(*codes: int) -> Responses:
 
 _FORM = {"multipart/form-data": {"schema": ColorizeForm.model_json_schema()}}
 FORM = {"requestBody": {"required": True, "content": _FORM}}
+_CORRECTION = {"multipart/form-data": {"schema": CorrectionForm.model_json_schema()}}
+CORRECTION_FORM = {"requestBody": {"required": True, "content": _CORRECTION}}
 
 PICTURE: Responses = {
     200: {
@@ -103,6 +106,23 @@ PICTURE: Responses = {
         },
         "headers": {name: {"schema": {"type": "string"}, "description": what} for name, what in _HEADERS.items()},
     },
+    **problems(*(_REASONS.keys() - {404})),
+}
+_SAVED = {
+    "type": "object",
+    "properties": {
+        "request_id": {"type": "string"},
+        "model_version": {"type": "string", "description": "The version that made the picture"},
+        "state": {"type": "string", "enum": ["stored", "replaced", "known"]},
+        "changed": {"type": "number", "description": "Share of the pixels that are different, above 0 and at most 1"},
+    },
+}
+CORRECTION_ANSWERS: Responses = {
+    200: {
+        "description": "The store has this correction already (`known`), or it replaces an earlier one of the request",
+        "content": {"application/json": {"schema": _SAVED}},
+    },
+    201: {"description": "The correction is stored", "content": {"application/json": {"schema": _SAVED}}},
     **problems(*_REASONS),
 }
 EVENTS: Responses = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -28,6 +28,7 @@ async def events(
     form: ColorizeForm,
     state: State,
     pool: Executor,
+    keep: Callable[[Answer], bool] = lambda _: False,
 ) -> AsyncIterator[bytes]:
     """Yield the events of the response; close `rest` at the end, or when the client disconnects.
 
@@ -38,6 +39,7 @@ async def events(
         form: the request.
         state: state of the request: the last event contains its `request_id`, and this function sets `model_version`.
         pool: executor that renders pictures.
+        keep: called with the answer; returns whether its picture can be corrected, which the last event says.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -47,7 +49,8 @@ async def events(
             else:
                 state.model_version = item.model_version
                 result = await loop.run_in_executor(pool, _result, item, inputs, form)
-                yield _event("result", {**result, "request_id": state.request_id})
+                correctable = {"correctable": True} if keep(item) else {}
+                yield _event("result", {**result, "request_id": state.request_id, **correctable})
     except Exception as error:
         yield _event("error", from_error(error, state.request_id).body(state.request_id))
     finally:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from animediffusion.cli import common, data, doctor, jobs, models, serve, train, tune
+from animediffusion.cli import common, corrections, data, doctor, jobs, models, serve, train, tune
 from animediffusion.cli.common import Common
 
 app = common.group(
@@ -35,6 +35,7 @@ for _name, _group in (
     ("tune", tune.tune),
     ("models", models.models),
     ("keys", serve.keys),
+    ("corrections", corrections.corrections),
     ("jobs", jobs.jobs),
 ):
     app.add_typer(_group, name=_name)
@@ -231,7 +232,7 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-for _group in (app, data.data, tune.tune, models.models, serve.keys, jobs.jobs):
+for _group in (app, data.data, tune.tune, models.models, serve.keys, corrections.corrections, jobs.jobs):
     for _registered in _group.registered_commands:
         _registered.cls = common.Command
 

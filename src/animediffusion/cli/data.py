@@ -45,7 +45,10 @@ def data_synthesize(
 @data.command("ingest")
 def data_ingest(
     src: Annotated[
-        str, typer.Argument(metavar="SRC", help="Images, archives, tables or drawings: local, s3://, gs:// or hf://.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="Images, archives, tables or drawings: local, s3://, gs:// or hf://; or corrections://."
+        ),
     ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3:// URI of the new dataset.")],
     size: Annotated[int, typer.Option(metavar="PX", help="Side of the images in pixels.")] = 64,
@@ -55,22 +58,36 @@ def data_ingest(
     val_fraction: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of the rows in val if no folder or CSV names a split.")
     ] = 0.05,
+    max_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="With corrections://, largest share of the rows from one API key; 0.5 if omitted."
+        ),
+    ] = None,
 ) -> None:
     """Turn images into a dataset of Parquet shards; rerun to resume."""
     from animediffusion.pipelines.data.ingest import prepare
 
     console, settings = common.console(), common.settings()
-    job = prepare(src, dst, size, pairs, val_fraction)
+    job = prepare(src, dst, size, pairs, val_fraction, max_share)
+    for key, number in job.left_out.items():
+        console.note(f"left out {number} corrections of {key or 'clients without a key'}, beyond --max-share")
     if job.done is None:
         console.note("continuing an earlier ingest" if job.continues else "starting Ray")
         common.connect(settings)
     with console.progress("ingesting", "files") as progress:
         manifest = job.run(progress, console.note)
     splits = {name: split.rows for name, split in manifest.splits.items()}
+    left_out = {"left_out": dict(job.left_out)} if job.left_out else {}
     line = ", ".join(f"{name} {rows}" for name, rows in splits.items())
     state = "up to date" if job.done is not None else "ingested"
     console.result(
-        {"data": dst, "splits": splits, **manifest.model_dump(include={"num_files", "num_rejects", "content_hash"})},
+        {
+            "data": dst,
+            "splits": splits,
+            **left_out,
+            **manifest.model_dump(include={"num_files", "num_rejects", "content_hash"}),
+        },
         f"{state}: {line} rows, {manifest.num_rejects} of {manifest.num_files} files rejected: {dst}",
     )
 

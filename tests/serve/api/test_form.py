@@ -143,7 +143,7 @@ def test_a_reference_is_given_up_to_four_times(client, parts, files):
 
 def test_a_picture_without_a_filename_gets_an_error_that_says_how_to_send_it(client, files):
     detail = refused(post(client, part("sketch", files["sketch"][1] * 200) + END), 400)["detail"]
-    assert "send sketch and reference as files, each with a filename" in detail
+    assert "send pictures as files, each with a filename" in detail
 
 
 @pytest.mark.parametrize(
