@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from animediffusion.models.augmentation.augment import AugmentConfig, make_batch
 from animediffusion.models.compile import plain_copy
 from animediffusion.models.diffusion.denoiser import Denoiser
+from animediffusion.models.training.adamw import AdamW
 from animediffusion.models.training.cpu_precision import has_bfloat16
 from animediffusion.models.training.ema import exponent
 from animediffusion.models.training.muon import Muon
@@ -130,9 +131,7 @@ class TrainState:
         self.muon = Muon(hidden, config.weight_decay, dtype) if hidden else None
         self.momentum = self.muon.momentum if self.muon is not None else {}
         rest = [parameter for parameter in self.parameters if parameter not in self.momentum]
-        self.optimizer = torch.optim.AdamW(
-            rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(rest, config.betas, config.weight_decay)
 
     def learning_rate(self) -> float:
         """Return AdamW's learning rate in the next step."""
@@ -171,9 +170,7 @@ class TrainState:
         """
         norm = self._clip()
         self._require_finite(({} if loss is None else {"loss": loss}) | {"norm of the gradients": norm})
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
+        self.optimizer.step(self.learning_rate())
         if self.muon is not None:
             self.muon.step((self.config.muon_learning_rate or 0.0) * self._decay())
         for parameter in self.parameters:
@@ -210,8 +207,7 @@ class TrainState:
         """Return the optimizer's tensors for a parameter, by their names in torch."""
         if parameter in self.momentum:
             return {"momentum_buffer": self.momentum[parameter]}
-        state: dict[str, Tensor] = self.optimizer.state[parameter]
-        return state
+        return self.optimizer.state[parameter]
 
     def averaged(self) -> Denoiser:
         """Return a copy of the denoiser with the averaged weights, in eval mode."""
@@ -358,9 +354,10 @@ def fit(
         generator = drawn if device.type == "cpu" else step_generator(seed, state.step, rank, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             loss: Loss = objective(batch, generator, state.step)
-        # Run backward even if the loss is not finite, because the other ranks wait for these gradients. The incoming
-        # gradient is then NaN (inf * 0), which makes all gradients NaN on all ranks, so they stop at the same step.
-        torch.autograd.backward(loss.total, 0 * loss.total.detach() + 1)
+        # Run backward even if the loss is not finite, because the other ranks wait for these gradients. The factor is
+        # then NaN (inf * 0) and otherwise 1; it makes all gradients NaN on all ranks, so they stop at the same step.
+        # Given to backward() as the incoming gradient, it would make torch import sympy, which takes half a second.
+        (loss.total * (0 * loss.total.detach() + 1)).backward()  # type: ignore[no-untyped-call]
         learning_rate = state.learning_rate()
         norm = state.apply_gradients(loss.total)
         if on_step(Step(state.step, loss, norm, learning_rate)) or state.step == until_step:
