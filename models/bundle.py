@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,16 @@ def load_bundle(
         raise unusable(name, f"model.safetensors does not fit config.json ({reason})") from error
     metrics = json.loads((folder / "metrics.json").read_text())
     return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, found, folder)
+
+
+def load_bundle_files(
+    files: Mapping[str, bytes], device: torch.device | str = "cpu", *, name: str | None = None
+) -> Bundle:
+    """Return the bundle with these files, as another process read them; errors are those of load_bundle()."""
+    with tempfile.TemporaryDirectory(prefix="bundle-") as folder:
+        for file, data in files.items():
+            Path(folder, file).write_bytes(data)
+        return load_bundle(folder, device, name=name)
 
 
 def verify(folder: Path, name: str | None = None) -> str:

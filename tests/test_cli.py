@@ -52,6 +52,7 @@ WRONG_USAGE = [
     (["models", "promot", "3"], "no such command 'promot'"),
     (["train"], "missing argument 'RECIPE'"),
     (["evaluate", "m", "d", "--limt", "3"], "no such option: --limt"),
+    (["evaluate", "m", "d", "--native", "--on-cluster"], "--native: with --on-cluster; one of the two"),
     (["evaluate", "m", "d", "--limit", "0"], "--limit: '0'; input should be greater than or equal to 1"),
     (["data", "synthesize", "d", "--count", "many"], "--count: 'many'; input should be a valid integer"),
     (["serve", "--port", "70000"], "--port: '70000'; input should be less than or equal to 65535"),

@@ -113,15 +113,18 @@ def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
     return arrays
 
 
-def read_split(uri: str, split: str, limit: int | None = None) -> Arrays:
-    """Read all rows of a split, or the first `limit`, without Ray; returns the arrays of decode_rows() and `id` [B].
+def read_split(uri: str, split: str, limit: int | None = None, start: int = 0) -> Arrays:
+    """Read the rows of a split, or at most `limit`, from the row `start` on, without Ray.
+
+    Returns:
+        The arrays of decode_rows(), and `id` [B].
 
     Raises:
         DataError: if the dataset or the split is missing.
     """
     shards = Manifest.load(uri).split(split).shards
     total = sum(shard.rows for shard in shards)
-    table = _read(uri, shards, np.arange(total if limit is None else min(limit, total)))
+    table = _read(uri, shards, np.arange(start, total if limit is None else min(start + limit, total)))
     arrays = decode_rows({name: table.column(name).to_pylist() for name in PICTURES})
     arrays["id"] = np.array(table.column("id").to_pylist())
     return arrays

@@ -23,7 +23,14 @@ from animediffusion.models.colorize import colorize
 from animediffusion.models.tensors import to_uint8
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
-from animediffusion.pipelines.evaluation.metrics import Images, ImageScores, score, trivial_results
+from animediffusion.pipelines.evaluation.metrics import (
+    Images,
+    ImageScores,
+    PerImage,
+    mean_scores,
+    score_each,
+    trivial_results,
+)
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import ConfigError
 from animediffusion.platform.images.codec import contact_sheet, encode_png
@@ -86,47 +93,124 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    on_cluster: bool = False,
 ) -> Evaluation:
     """Measure a model, and write OUT/metrics.json and OUT/grid.png if `out` is given.
+
+    Only some rows are in memory at a time. On a cluster, to which the caller connects first, actors score them; on
+    CPUs, the numbers are those of one process with as many threads.
 
     Raises:
         ConfigError: if the image sizes of data and model differ.
         BundleError, DataError, RegistryError: if model or data cannot be used.
+        ClusterError: an actor or the cluster failed.
     """
     from animediffusion.platform.registry.client import Registry  # MLflow takes seconds to import
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load_bundle(Registry(settings).fetch(model), device)
+    folder = Registry(settings).fetch(model)
+    bundle = load_bundle(folder, device)
     manifest = Manifest.load(data)
     if manifest.image_size != bundle.config.image_size:
         found = f"{manifest.image_size} px, the model is for {bundle.config.image_size} px"
         raise ConfigError(data, found, "ingest the source at the model's size")
-    rows = {key: value for key, value in read_split(data, split, limit).items() if key != "id"}
-    tracks = run_tracks(bundle, rows, progress)
+    num_rows = sum(shard.rows for shard in manifest.split(split).shards)
+    total = num_rows if limit is None else min(limit, num_rows)
+    chunks = [(start, min(CHUNK, total - start)) for start in range(0, total, CHUNK)]
+    parts: list[ChunkScores] = []
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(len(TRACKS) * sum(map(len, parts)) + done, len(TRACKS) * total)
+
+    if on_cluster:
+        from animediffusion.pipelines.evaluation.on_cluster import score_on_cluster  # Ray takes long to import
+
+        for part in score_on_cluster(folder, data, split, chunks):
+            parts.append(part)
+            report(0)
+        parts.sort(key=lambda part: part.start)
+    else:
+        for start, rows in chunks:
+            parts.append(score_chunk(bundle, read_split(data, split, rows, start), start, lambda done, _: report(done)))
     result = Evaluation(
         model=model,
         model_sha256=bundle.sha256,
         data=data,
         data_hash=manifest.content_hash,
         split=split,
-        num_images=len(rows["target"]),
+        num_images=total,
         image_size=manifest.image_size,
         sampler=bundle.config.sampler,
-        tracks={name: score(track.result, track.truth) for name, track in tracks.items()},
-        baselines=_baselines(tracks),
-        cross_truth="second_view" if rows["has_cross"].all() else "recolored",
+        tracks={name: mean_scores([part.tracks[name] for part in parts]) for name in TRACKS},
+        baselines={
+            baseline: {name: mean_scores([part.baselines[baseline][name] for part in parts]) for name in TRACKS}
+            for baseline in parts[0].baselines
+        },
+        cross_truth="second_view" if all(part.has_cross for part in parts) else "recolored",
         grid=None if out is None else str(out / "grid.png"),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "grid.png").write_bytes(encode_png(grid(tracks)))
+        (out / "grid.png").write_bytes(encode_png(grid(parts[0].shown)))
         (out / "metrics.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
     return result
 
 
-def run_tracks(bundle: Bundle, rows: SplitRows, progress: Callable[[int, int], None] | None = None) -> dict[str, Track]:
-    """Color all rows on both tracks with fixed references and fixed noise."""
-    chunks, results, done = fixed_chunks(rows), [], 0
+@dataclass(frozen=True)
+class ChunkScores:
+    """Scores of some rows of a split."""
+
+    start: int
+    """Number of the first row."""
+    tracks: dict[str, PerImage]
+    """Scores of the model, by track."""
+    baselines: dict[str, dict[str, PerImage]]
+    """Scores of the trivial baselines, by baseline and track."""
+    has_cross: bool
+    """Whether all rows have a cross reference."""
+    shown: dict[str, Track]
+    """The first rows, for the picture; no rows unless `start` is 0."""
+
+    def __len__(self) -> int:
+        return len(self.tracks[TRACKS[0]]["psnr"])
+
+
+def score_chunk(
+    bundle: Bundle, rows: SplitRows, start: int, progress: Callable[[int, int], None] | None = None
+) -> ChunkScores:
+    """Color and score rows, which are in a split from the row `start` on."""
+    tracks = run_tracks(bundle, {key: value for key, value in rows.items() if key != "id"}, progress, start)
+    baselines: dict[str, dict[str, PerImage]] = {}
+    for name, track in tracks.items():
+        for baseline, images in trivial_results(track.sketch, track.reference).items():
+            baselines.setdefault(baseline, {})[name] = score_each(images, track.truth)
+    number = GRID_ROWS if start == 0 else 0
+    return ChunkScores(
+        start,
+        {name: score_each(track.result, track.truth) for name, track in tracks.items()},
+        baselines,
+        bool(rows["has_cross"].all()),
+        {
+            name: Track(*(images[:number] for images in (track.sketch, track.reference, track.result, track.truth)))
+            for name, track in tracks.items()
+        },
+    )
+
+
+def run_tracks(
+    bundle: Bundle, rows: SplitRows, progress: Callable[[int, int], None] | None = None, start: int = 0
+) -> dict[str, Track]:
+    """Color all rows on both tracks with fixed references and fixed noise; errors are those of colorize().
+
+    Args:
+        bundle: the model.
+        rows: rows of a split, without `id`.
+        progress: a callback with the numbers of colored and of all pictures.
+        start: number of the first row in the split, a multiple of CHUNK.
+    """
+    chunks, results, done = fixed_chunks(rows, start), [], 0
     for chunk in chunks:
         results.append(to_uint8(colorize(bundle, chunk.batch.sketch, chunk.batch.reference, seeds=chunk.seeds)))
         done += len(chunk.seeds)
@@ -145,12 +229,13 @@ class TrackChunk:
     """Seed of each row's noise."""
 
 
-def fixed_chunks(rows: SplitRows) -> list[TrackChunk]:
-    """Divide both tracks of the rows into chunks of at most CHUNK images."""
+def fixed_chunks(rows: SplitRows, first: int = 0) -> list[TrackChunk]:
+    """Divide both tracks of the rows into chunks of at most CHUNK images; `first` is the first row's number."""
     chunks = []
     for number, name in enumerate(TRACKS):
-        for start in range(0, len(rows["target"]), CHUNK):
-            part = {key: torch.from_numpy(value[start : start + CHUNK]) for key, value in rows.items()}
+        for start in range(first, first + len(rows["target"]), CHUNK):
+            own = slice(start - first, start - first + CHUNK)
+            part = {key: torch.from_numpy(value[own]) for key, value in rows.items()}
             batch = fixed_batch(part, name, torch.Generator().manual_seed(SEED + 1000 * number + start))
             chunks.append(TrackChunk(name, batch, [SEED + start + i for i in range(len(part["target"]))]))
     return chunks
@@ -178,11 +263,3 @@ def grid(tracks: dict[str, Track], rows: int = GRID_ROWS) -> Images:
         lines.append(line)
     labels = [f"{name}{suffix}" for suffix in ("", " (cross)") for name in ("sketch", "reference", "result", "truth")]
     return contact_sheet(lines, labels)
-
-
-def _baselines(tracks: dict[str, Track]) -> dict[str, dict[str, ImageScores]]:
-    table: dict[str, dict[str, ImageScores]] = {}
-    for name, track in tracks.items():
-        for baseline, images in trivial_results(track.sketch, track.reference).items():
-            table.setdefault(baseline, {})[name] = score(images, track.truth)
-    return table

@@ -5,6 +5,7 @@ pipelines/evaluation/perceptual.py computes LPIPS and FID, which need third-part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,22 +61,44 @@ class ImageScores:
     """Color difference; 0 for equal colors, and 1 is just visible."""
 
 
+PerImage = dict[str, NDArray[np.float64]]
+"""Values of each image, [B], by the name of the metric."""
+
+
 def score(result: Images, truth: Images) -> ImageScores:
     """Return the scores of results against their truth."""
+    return mean_scores([score_each(result, truth)])
+
+
+def score_each(result: Images, truth: Images) -> PerImage:
+    """Return the metrics of each result, by their names in ImageScores; `ms_ssim` is missing for small images."""
     if result.shape != truth.shape:
         raise ValueError(f"results are {result.shape}, truths {truth.shape}")
-    ms_ssim = None
+    found: PerImage = {
+        "psnr": psnr(result, truth),
+        "ssim": ssim(result, truth).double().numpy(),
+        "ciede2000": ciede2000(result, truth),
+    }
     if result.shape[1] >= MS_SSIM_MIN_SIDE:
         # This import takes three seconds of CPU time.
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-        measured: Any = multiscale_structural_similarity_index_measure(_unit(result), _unit(truth), data_range=1.0)
-        ms_ssim = round(float(measured), 4)
+        measured: Any = multiscale_structural_similarity_index_measure(
+            _unit(result), _unit(truth), data_range=1.0, reduction="none"
+        )
+        found["ms_ssim"] = measured.double().numpy()
+    return found
+
+
+def mean_scores(parts: Sequence[PerImage]) -> ImageScores:
+    """Return the means over the images of all parts, rounded."""
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    means = {name: float(value.mean()) for name, value in values.items()}
     return ImageScores(
-        psnr=round(float(psnr(result, truth).mean()), 3),
-        ssim=round(float(ssim(result, truth).mean()), 4),
-        ms_ssim=ms_ssim,
-        ciede2000=round(ciede2000(result, truth), 3),
+        psnr=round(means["psnr"], 3),
+        ssim=round(means["ssim"], 4),
+        ms_ssim=round(means["ms_ssim"], 4) if "ms_ssim" in means else None,
+        ciede2000=round(means["ciede2000"], 3),
     )
 
 
@@ -106,13 +129,14 @@ def _unit(images: Images) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def ciede2000(result: Images, truth: Images) -> float:
-    """Return the mean CIEDE2000 color difference over all pixels (Sharma et al. 2005)."""
+def ciede2000(result: Images, truth: Images) -> NDArray[np.float64]:
+    """Return the mean CIEDE2000 color difference over the pixels of each image, [B] (Sharma et al. 2005)."""
     # This import takes a second of CPU time, and training workers do not need it.
     from skimage.color import deltaE_ciede2000, rgb2lab
 
     difference: Any = deltaE_ciede2000  # scikit-image has no type annotations
-    return float(np.mean(difference(rgb2lab(truth), rgb2lab(result))))
+    values: NDArray[np.float64] = difference(rgb2lab(truth), rgb2lab(result)).mean(axis=(1, 2))
+    return values
 
 
 def color_scores(result: Images, truth: Images, sketch: Images) -> ColorScores:

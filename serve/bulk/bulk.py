@@ -14,22 +14,20 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy
 
 from animediffusion.models.network.attention import chosen_attention
 from animediffusion.models.sampler_options import SamplerOptions
-from animediffusion.platform.cluster import cluster, ray_compat
+from animediffusion.platform.cluster.actors import actor_device, run_on_actors
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import ClusterError, StoreFailedError
+from animediffusion.platform.errors import StoreFailedError
 from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.serve.bulk.drawings import BulkDrawing, Drawings
 from animediffusion.serve.bulk.worker import BulkSettings, ColorDrawings, DrawingColorizer, Outcome
@@ -41,8 +39,6 @@ from animediffusion.serve.replica.model_source import ModelSource
 BLOCK_ROWS = {"CPU": 16, "GPU": 128}
 """Drawings of a block: many for a GPU, whose batches are not full at the end of a block; else few, so that the last
 blocks end together."""
-SCHEDULING_PAUSE_S = 0.02
-"""Pause after each step of Ray Data's scheduling loop, which otherwise takes a part of a core from the actors."""
 MOST_BLOCKS = 4096
 """Most blocks of one execution of Ray Data, because its driver holds an object for each of them. The next execution
 starts its own actors, which takes seconds after an hour of work."""
@@ -149,52 +145,20 @@ def color_on_cluster(
     folder = Path(source.fetch(version))
     files = ray.put({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
     shared = _shared(version, model, drawings, options, rendering, file_format)
-    kind: Literal["CPU", "GPU"] = "GPU" if cluster.resources()[1].get("GPU") else "CPU"
-    threads = None if kind == "GPU" else min(torch.get_num_threads(), _cpus_of_a_node())
-    rest = iter(drawings)
-    while some := list(itertools.islice(rest, MOST_BLOCKS * BLOCK_ROWS[kind])):
-        for outcome in _execute(_tables(some, BLOCK_ROWS[kind]), files, shared, kind, threads):
-            yield _checked(outcome)
-
-
-def _execute(
-    blocks: list[pa.Table],
-    files: ray.ObjectRef[Mapping[str, bytes]],
-    shared: BulkSettings,
-    kind: Literal["CPU", "GPU"],
-    threads: int | None,
-) -> Iterator[Outcome]:
-    """Color blocks of drawings in one execution of Ray Data."""
-    now, limits = cluster.resources()
-    most = max(1, min(int(limits.get(kind, 1)) // (threads or 1), len(blocks)))
-    least = max(1, min(int(now.get(kind, 1)) // (threads or 1), most))
-    cluster.silence_ray_data()
-    colored = ray.data.from_arrow(blocks).map_batches(
-        ColorDrawings,
-        batch_size=None,  # a block
-        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=least),
-        fn_constructor_args=(files, shared, threads),
-        num_gpus=1 if kind == "GPU" else None,
-        num_cpus=threads or 0,
-    )
-    ray_compat.pause_scheduling(colored.context, SCHEDULING_PAUSE_S)
+    rows = BLOCK_ROWS[actor_device()]
     names = [field.name for field in fields(Outcome)]
-    try:
-        for row in colored.iter_rows():
-            yield Outcome(**{name: row[name] for name in names})
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        found = lines[-1] if lines else type(error).__name__
-        raise ClusterError("colorize --on-cluster", found, "run the same command again to resume") from error
+    threads, rest = torch.get_num_threads(), iter(drawings)
+    while some := list(itertools.islice(rest, MOST_BLOCKS * rows)):
+        blocks = _tables(some, rows)
+        for row in run_on_actors(
+            blocks, ColorDrawings, (files, shared), threads=threads, command="colorize --on-cluster"
+        ):
+            yield _checked(Outcome(**{name: row[name] for name in names}))
 
 
 def _note_starter(model: str | None, version: str, note: Callable[[str], object]) -> None:
     if model is None and version == STARTER:
         note(STARTER_COLORS)
-
-
-def _cpus_of_a_node() -> int:
-    return max([1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def _shared(

@@ -8,11 +8,9 @@ batches of an engine (serve/bulk/batched.py). Meanwhile, other threads read, dec
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from animediffusion.models.bundle import load_bundle
+from animediffusion.models.bundle import load_bundle_files
 from animediffusion.models.network.attention import Backend, use_attention
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import ConfigError, DataError, ImageError, StorageError, UnreachableError
@@ -90,27 +88,23 @@ class ColorDrawings:
     """Class for Ray Data's map_batches(): an instance per actor.
 
     Args:
-        files: the files of the bundle, or a reference to them in Ray's object store.
+        files: a reference to the files of the bundle in Ray's object store.
         settings: what all drawings share.
         threads: threads of torch; None is its default.
     """
 
     def __init__(
         self,
-        files: Mapping[str, bytes] | ray.ObjectRef[Mapping[str, bytes]],
+        files: ray.ObjectRef[Mapping[str, bytes]],
         settings: BulkSettings,
         threads: int | None = None,
     ) -> None:
-        held: Mapping[str, bytes] = ray.get(files) if isinstance(files, ray.ObjectRef) else files
         if threads is not None:
             torch.set_num_threads(threads)
         use_attention(settings.attention)
         storage.expect(*settings.stores)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, data in held.items():
-                Path(folder, name).write_bytes(data)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            bundle = load_bundle(folder, device, name=settings.name)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        bundle = load_bundle_files(ray.get(files), device, name=settings.name)
         colorizer: Colorizer = (
             BatchedColorizer(bundle, settings.version, GPU_BATCH)
             if device == "cuda"

@@ -11,6 +11,7 @@ import typer
 from animediffusion import reports
 from animediffusion.cli import common
 from animediffusion.console import Console
+from animediffusion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from animediffusion.pipelines.training.plan import RunPlan
@@ -85,6 +86,9 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to measure on.")] = "val",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json and grid.png.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
+    on_cluster: Annotated[
+        bool, typer.Option("--on-cluster", help="Measure over Ray Data, on the whole cluster; for many rows.")
+    ] = False,
     native: Annotated[
         bool,
         typer.Option("--native", help="Measure the finished pictures, at the size of the data and off the lines."),
@@ -98,11 +102,15 @@ def evaluate(
 
     console, settings = common.console(), common.settings()
     common.use_attention(settings)
+    if native and on_cluster:
+        raise ConfigError("--native", "with --on-cluster", "one of the two")
     if native:
         _evaluate_native(console, settings, model, data, split, limit, out)
         return
+    if on_cluster:
+        common.connect(settings)
     with console.progress("coloring", "images") as progress:
-        result = evaluate_and_record(settings, model, data, split, limit, out, progress)
+        result = evaluate_and_record(settings, model, data, split, limit, out, progress, on_cluster=on_cluster)
     console.result(result.to_json(), reports.evaluation(result))
 
 

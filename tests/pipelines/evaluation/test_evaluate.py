@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,3 +120,16 @@ def test_a_bundle_with_a_changed_byte_is_not_measured(settings, tmp_path, faces_
     (bundle / "model.safetensors").write_bytes(weights)
     with pytest.raises(BundleError, match=r"model\.safetensors was changed"):
         evaluate(settings, str(bundle), faces_dataset)
+
+
+@pytest.mark.ray
+def test_an_evaluation_on_a_cluster_has_the_same_numbers_and_picture(
+    ray_cluster, settings, bundle, faces_dataset, tmp_path
+):
+    here, there = (
+        evaluate(settings, str(bundle), faces_dataset, "train", limit=40, out=tmp_path / name, on_cluster=on_cluster)
+        for name, on_cluster in (("here", False), ("there", True))
+    )
+    assert here.num_images == 40
+    assert replace(there, grid=here.grid) == here
+    assert (tmp_path / "there" / "grid.png").read_bytes() == (tmp_path / "here" / "grid.png").read_bytes()
