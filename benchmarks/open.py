@@ -37,10 +37,11 @@ import torch
 from common import hardware
 from numpy.typing import NDArray
 from regions import connected_paper, to_drawing, with_gaps
-from rendering import OFF_LINES_PX, color_error, sampled
+from rendering import color_error, sampled
 from scipy.ndimage import distance_transform_edt
 
 from animediffusion.models.sampler_options import SamplerOptions
+from animediffusion.pipelines.evaluation.metrics import off_lines
 from animediffusion.pipelines.synthetic.canvas import Canvas, FlatRegions
 from animediffusion.pipelines.synthetic.dataset import warp
 from animediffusion.pipelines.synthetic.linework import Manner
@@ -202,9 +203,9 @@ def draw_case(row: int) -> Case:
     views = [second.finish()[0], view(2).finish()[0]]
     sketches = {"clean": clean, **{name: view(0, manner).finish()[1] for name, manner in MANNERS.items()}}
     references = {"another view": views[:1], "two views": views, "same view": [warp(truth, rng)]}
-    off_lines = distance_transform_edt(clean > 200) > OFF_LINES_PX
+    compared = off_lines(clean)
     known = regions.counterparts(others).any(axis=1)
-    return Case(sketches, references, truth, regions, known, off_lines, hints_of(regions, off_lines, rng))
+    return Case(sketches, references, truth, regions, known, compared, hints_of(regions, compared, rng))
 
 
 def tones_of(cast: Cast) -> list[Tone]:
@@ -216,13 +217,13 @@ def tones_of(cast: Cast) -> list[Tone]:
     return tones + ([cast.setting.ground, *cast.setting.tones] if cast.setting else [])
 
 
-def hints_of(regions: FlatRegions, off_lines: NDArray[np.bool_], rng: np.random.Generator) -> list[Point]:
+def hints_of(regions: FlatRegions, compared: NDArray[np.bool_], rng: np.random.Generator) -> list[Point]:
     """Return a hint in the middle of each of some regions, which are chosen at random."""
-    sizes = np.bincount(regions.labels[off_lines], minlength=len(regions.colors) + 1)[1:]
+    sizes = np.bincount(regions.labels[compared], minlength=len(regions.colors) + 1)[1:]
     large = np.flatnonzero(sizes >= MIN_PIXELS)
     found = []
     for region in rng.permutation(large)[: max(condition.hints for condition in CONDITIONS)].tolist():
-        depth = distance_transform_edt((regions.labels == region + 1) & off_lines)
+        depth = distance_transform_edt((regions.labels == region + 1) & compared)
         y, x = np.unravel_index(depth.argmax(), depth.shape)
         red, green, blue = regions.colors[region].tolist()
         found.append((int(x), int(y), (red, green, blue)))

@@ -113,7 +113,7 @@ def case_of(sketch: Pixels, reference: Pixels, truth: Pixels) -> Case:
     """Make a case of line art [H, W] or [H, W, 1] and pictures [H, W, 3]."""
     lines = np.broadcast_to(sketch.reshape(*truth.shape[:2], -1), truth.shape)
     drawing = read_drawing(np.ascontiguousarray(lines))
-    return Case(drawing, reference, truth, off_lines(lines), find_regions(drawing))
+    return Case(drawing, reference, truth, off_lines(lines[..., 0]), find_regions(drawing))
 
 
 def scanned(case: Case, paper: tuple[int, ...]) -> Case:

@@ -149,7 +149,7 @@ def color_scores(result: Images, truth: Images, sketch: Images) -> ColorScores:
     """
     numbers = []
     for picture, colors, lines in zip(result, truth, sketch, strict=True):
-        difference = color_differences(picture, colors, off_lines(lines))
+        difference = color_differences(picture, colors, off_lines(lines[..., 0]))
         numbers.append((difference.mean(), np.median(difference), (difference <= 3).mean(), (difference <= 6).mean()))
     mean, median, within_3, within_6 = np.mean(numbers, axis=0)
     return ColorScores(
@@ -161,10 +161,10 @@ def color_scores(result: Images, truth: Images, sketch: Images) -> ColorScores:
 
 
 def off_lines(sketch: Images) -> NDArray[np.bool_]:
-    """Return which pixels [H, W] of a gray sketch [H, W, 3] are compared: those off the lines, or all without any."""
+    """Return which pixels [H, W] of a gray sketch [H, W] are compared: those off the lines, or all without any."""
     from scipy.ndimage import distance_transform_edt
 
-    far: NDArray[np.bool_] = distance_transform_edt(sketch[..., 0] > PAPER) > OFF_LINES_PX
+    far: NDArray[np.bool_] = distance_transform_edt(sketch > PAPER) > OFF_LINES_PX
     return far if far.any() else np.ones_like(far)
 
 
