@@ -31,6 +31,7 @@ from animediffusion.models.network.attention import use_attention
 from animediffusion.models.numerics import choose_numerics
 from animediffusion.platform.api_keys import Keyring, Keys
 from animediffusion.platform.config import Config, Settings
+from animediffusion.platform.corrections.store import Corrections
 from animediffusion.platform.errors import ConfigError
 from animediffusion.serve import autoscaling
 from animediffusion.serve.api import access_log
@@ -126,8 +127,10 @@ def build_app(args: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: no API key is active, unless `allow_anonymous` is set and no key was ever made.
+        StorageError: the store of corrections cannot be written.
     """
     check_keys(args)
+    check_corrections(args)
     engine = serve.deployment(EngineDeployment).options(
         name="engine",
         ray_actor_options={"num_cpus": args.engine_cpus, "num_gpus": _gpus(args)},
@@ -160,6 +163,14 @@ def check_keys(args: ServeConfig) -> None:
         if not args.allow_anonymous:
             what_to_do += ", or set allow_anonymous where only this machine reaches the server"
         raise ConfigError("API keys", f"none in {uri}", what_to_do)
+
+
+def check_corrections(args: ServeConfig) -> str | None:
+    """Return the store of corrections, None if they are off; raise StorageError if it cannot be written."""
+    uri = args.settings().corrections_uri
+    if uri is not None:
+        Corrections(uri).prepare()
+    return uri
 
 
 def _gpus(args: ServeConfig) -> float:

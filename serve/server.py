@@ -25,12 +25,11 @@ from animediffusion.platform.cluster import cluster
 from animediffusion.platform.cluster.ray_compat import serve_host
 from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
-from animediffusion.platform.corrections.store import Corrections
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
 from animediffusion.platform.network import is_uri
 from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.platform.storage.local_files import expanded
-from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_keys
+from animediffusion.serve.deployments import APP_NAME, ServeConfig, build_app, check_corrections, check_keys
 from animediffusion.serve.protocol import ReplicaStatus
 from animediffusion.serve.proxy import max_body_bytes
 from animediffusion.serve.replica.model_source import ModelSource
@@ -97,9 +96,8 @@ def running(
     max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
     check_keys(_for_host(config, host))
-    corrections = config.settings().corrections_uri
+    corrections = check_corrections(config)
     if corrections is not None:
-        Corrections(corrections).prepare()
         report(f"answered requests are kept for 7 days, and corrections are taken: {corrections}")
     if check_model(settings, config.model) == STARTER and config.model is None:
         report(NO_CHAMPION)

@@ -121,6 +121,8 @@ class Corrections:
 
     def prepare(self) -> None:
         """Check that the store can be written, before a server needs it."""
+        if storage.is_remote(self.uri):
+            storage.s3_object(self.uri)  # Others have no conditional writes.
         self.add_counts({})
 
     # --- answered requests ------------------------------------------------------------------------------------------

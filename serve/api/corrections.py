@@ -39,8 +39,8 @@ MAX_PER_MINUTE = 60
 WRITING_S = 1.0
 """A request may be corrected the moment it is answered, while another server still writes it to the store."""
 SAME_LEVELS = 2
-LOSSY_LEVELS = 40
-"""Levels by which a pixel has changed; a lossy format changes pixels by itself."""
+LOSSY_LEVELS, LOSSY_SHARE = 40, 5e-4
+"""Levels by which a pixel has changed; a lossy format changes pixels by itself, and a few of them by much."""
 OFF = "this server takes no corrections; its operator turns them on with ANIMEDIFFUSION_CORRECTIONS=FOLDER or s3://..."
 _STATUS: dict[Saved, int] = {"stored": 201, "replaced": 200, "known": 200}
 
@@ -120,15 +120,16 @@ def _correct(store: Corrections, form: CorrectionForm, kept: KeptRequest) -> dic
     hints = _read_hints(form, inputs.drawing)
     if form.corrected is not None:
         field, corrected = "corrected", _read_corrected(form.corrected, inputs.drawing)
-        threshold = SAME_LEVELS if form.corrected.startswith(PNG_SIGNATURE) else LOSSY_LEVELS
+        is_exact = form.corrected.startswith(PNG_SIGNATURE)
+        threshold, least = (SAME_LEVELS, 0.0) if is_exact else (LOSSY_LEVELS, LOSSY_SHARE)
     else:
         exact = (*inputs.hints, *(replace(hint, learned=False) for hint in hints))
-        field, threshold = "hints", 0
+        field, threshold, least = "hints", 0, 0.0
         corrected = decode_rgb(
             render(painted, inputs.drawing, inputs.references, exact, options=options).files["image"]
         )
     changed = float((np.abs(corrected.astype(np.int16) - result).max(axis=2) > threshold).mean())
-    if not changed:
+    if changed <= least:
         raise unusable(field, "the picture of the request, unchanged", "send it only if something is different")
     correction = _correction(kept, inputs, result, corrected, hints, field, changed)
     return {

@@ -34,6 +34,14 @@ export function ask_file(body) {
   }), new AbortController().signal, () => {});
 }
 
+/** Send the form of a correction; throw a Problem if the server does not store it. */
+export function send_correction(body) {
+  return reached(async () => {
+    const response = await fetch_with_key("v1/corrections", {method: "POST", body});
+    if (!response.ok) throw await problem_of(response);
+  });
+}
+
 async function retry(request, signal, on_wait) {
   for (let tries = 0; ; tries++) {
     try {
@@ -81,6 +89,8 @@ async function problem_of(response) {
 function problem({status, detail, errors = []}, wait) {
   if (status === 401) return new Problem("This server requires a key. Please enter it at the top of the page.", {status});
   if (status === 429) return new Problem("The server is busy.", {status, wait});
+  if (/^request \S+ is unknown/.test(detail)) return new Problem("The server no longer has this picture's request, so it cannot take a correction of it.", {status});
+  if (/^the correction/.test(detail)) return new Problem("The correction could not be stored. Please try again later.", {status, wait});
   if (status === 503) {
     const why = /no model/.test(detail) ? "The server has no model ready yet." : "The server cannot color now.";
     return new Problem(why, {status, wait});

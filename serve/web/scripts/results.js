@@ -2,6 +2,7 @@
 
 import {ask_file} from "./colorize.js";
 import {offer} from "./colors.js";
+import {offer_correction} from "./correction.js";
 import {$, bytes_of, download, element, png_blob, say, show} from "./dom.js";
 import {redraw_doubt, set_up_doubt, show_doubt} from "./doubt.js";
 import {edit, new_edits} from "./editor.js";
@@ -38,6 +39,7 @@ export function set_stage(state) {
   if (!result) {
     edit(null);
     show_doubt(null, null);
+    offer_correction(null);
   }
   $("stage").classList.toggle("drawing", state === "drawing");
   $("stage").classList.toggle("result", result);
@@ -62,6 +64,7 @@ export async function present(one) {
   edit(picture, one.edits, show_change);
   offer(picture, one.form.getAll("reference"));
   show_doubt(one, picture);
+  offer_correction(one, picture, correction_of_shown);
   if (one.edits.dots.length) one.thumbnail = thumbnail_of($("after"));
   describe();
   show_list();
@@ -89,6 +92,7 @@ function describe() {
 
 function show_change() {
   redraw_doubt();
+  offer_correction(shown, picture, correction_of_shown);
   shown.thumbnail = thumbnail_of($("after"));
   describe();
   show_list();
@@ -217,6 +221,12 @@ function form_for(one, output) {
 async function ask_doubt(one) {
   const {blob} = await ask_file(form_for(one, "doubt"));
   return new Uint8Array(await blob.arrayBuffer());
+}
+
+/** Return the repainted picture and the dots of the shown result, as a correction has them. */
+async function correction_of_shown() {
+  const hints = in_order(shown.edits.dots).map(({x, y, color, scope}) => ({x, y, color, scope}));
+  return {image: (await pngs_of(shown, picture)).image, hints};
 }
 
 /** Add the dots of a result to its form, after the hints that the result was made with, so that the dots win. */
