@@ -110,7 +110,7 @@ def decoded(uri: str, batch_rows: int) -> Iterator[Rows]:
     shards = Manifest.load(uri).split("train").shards
     stream = Stream(tuple(shard.rows for shard in shards), 0, BLOCK_ROWS)
     for number in itertools.count():
-        table = _read(uri, shards, stream.rows(ReadBlock(number))[1])
+        table = _read([(uri, shard) for shard in shards], stream.rows(ReadBlock(number))[1])
         for start in range(0, BLOCK_ROWS - batch_rows + 1, batch_rows):
             part = table.slice(start, batch_rows)
             arrays = decode_rows({name: part.column(name).to_pylist() for name in PICTURES})

@@ -8,8 +8,9 @@ after n rows per rank needs only n to find all following rows.
     |groups in random order ... |groups in another order ...
     |block 0  |block 1  |block 2  |block 3 ...                rows permuted inside each block and epoch
 
-A *group* is a series of neighboring rows in one shard, which one request reads. pipelines/data/stream.py does the
-reading.
+A *group* is a series of neighboring rows in one shard, which one request reads. A run that rehearses an earlier dataset
+reads a *mixture* of two streams: every read block has the same number of rows of each. pipelines/data/stream.py does
+the reading.
 """
 
 from __future__ import annotations
@@ -83,6 +84,33 @@ class Stream:
         rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in chosen])
         before = offset - int(ends[first - 1] if first else 0)
         return rows[before : before + length]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several streams as one: a read block has the same block of every stream, with their rows evenly interleaved.
+
+    So every batch has the same share of each stream, up to one row. Row numbers count through the streams.
+    """
+
+    streams: tuple[Stream, ...]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of every read block."""
+        return sum(stream.block_rows for stream in self.streams)
+
+    def rows(self, block: ReadBlock) -> tuple[Indices, Indices]:
+        """Return the rows of a block without its skipped ones: positions in the stream, row numbers."""
+        pieces, places, base = [], [], 0
+        for stream in self.streams:
+            pieces.append(base + stream.rows(ReadBlock(block.number))[1])
+            places.append((np.arange(stream.block_rows) + 0.5) / stream.block_rows)
+            base += stream.num_rows
+        mixed = np.argsort(np.concatenate(places), kind="stable")
+        first = block.number * self.block_rows
+        positions = np.arange(first, first + self.block_rows, dtype=np.int64)
+        return positions[block.skip :], np.concatenate(pieces)[mixed][block.skip :]
 
 
 def order(shard_rows: Sequence[int], seed: int, epoch: int) -> tuple[Indices, Indices]:

@@ -26,6 +26,7 @@ def model_card(config: BundleConfig, num_parameters: int, seconds: float | None 
         "from the weights of": f"sha256 {str(made['parent'])[:12]}" if made.get("parent") else None,
         "attention": made.get("attention"),
         "data": f"sha256 {str(made['data_hash'])[:12]}" if made.get("data_hash") else None,
+        "rehearsed": _rehearsed(made) if made.get("rehearse_hash") else None,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return f"""# AnimeDiffusion bundle `{made.get("run", "unnamed")}`
@@ -42,6 +43,10 @@ Use: `animediffusion colorize SKETCH --reference IMAGE --out DIR --model THIS_FO
 Made for faces and busts in the style of its training data; other drawings get plausible, not correct, colors. The
 code is under Apache-2.0; the rights to the training images determine the permitted uses of the model.
 """
+
+
+def _rehearsed(made: Mapping[str, Any]) -> str:
+    return f"{made['rehearse_share']:.0%} of each batch, from sha256 {made['rehearse_hash'][:12]}"
 
 
 def _training(made: Mapping[str, Any], seconds: float | None) -> str:

@@ -39,6 +39,8 @@ class RunPlan:
     """URI of the folder that holds `checkpoints`."""
     image_size: int
     data_hash: str
+    rehearse_hash: str | None
+    """content_hash of the dataset `rehearse`; None without one."""
     start_step: int
     finished: bool
     parent: BundleConfig | None
@@ -61,10 +63,12 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     manifest = Manifest.load(config.data)
     manifest.split("train")
     size = config.image_size or manifest.image_size
-    if size != manifest.image_size:
-        raise ConfigError("image_size", str(size), f"the data in {config.data} is {manifest.image_size} px")
+    rehearsed = _rehearsed(config)
+    for uri, dataset in ((config.data, manifest), (config.rehearse, rehearsed)):
+        if dataset is not None and size != dataset.image_size:
+            raise ConfigError("image_size", str(size), f"the data in {uri} is {dataset.image_size} px")
     attention = settings.attention if config.attention == "auto" else config.attention
-    config = config.model_copy(update={"data": storage.absolute(config.data), "attention": attention})
+    config = config.model_copy(update={**_absolute(config), "attention": attention})
     parent = parent_folder = None
     if config.init_from is not None:
         from animediffusion.platform.registry.client import Registry  # here, because MLflow takes seconds to import
@@ -83,7 +87,34 @@ def plan(settings: Settings, config: TrainConfig) -> RunPlan:
     record = read_json(folder / "run.json")
     finished = bool(record.get("finished")) and _budget_spent(int(record["result"]["steps"]), config)
     start = latest_step(storage.join(place, "checkpoints"))
-    return RunPlan(config, name, folder, place, size, manifest.content_hash, start, finished, parent, parent_folder)
+    return RunPlan(
+        config=config,
+        run=name,
+        folder=folder,
+        storage=place,
+        image_size=size,
+        data_hash=manifest.content_hash,
+        rehearse_hash=None if rehearsed is None else rehearsed.content_hash,
+        start_step=start,
+        finished=finished,
+        parent=parent,
+        parent_folder=parent_folder,
+    )
+
+
+def _rehearsed(config: TrainConfig) -> Manifest | None:
+    """Return the manifest of the dataset `rehearse`, or None without one."""
+    if config.rehearse is None:
+        return None
+    manifest = Manifest.load(config.rehearse)
+    manifest.split("train")
+    return manifest
+
+
+def _absolute(config: TrainConfig) -> dict[str, str | None]:
+    """Return the addresses of the datasets, which do not depend on the working directory."""
+    rehearse = None if config.rehearse is None else storage.absolute(config.rehearse)
+    return {"data": storage.absolute(config.data), "rehearse": rehearse}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +173,9 @@ def _reject_another(folder: Path, config: TrainConfig) -> None:
         return
     # TrainConfig fills in the defaults of settings that are newer than the file.
     old, new = TrainConfig.check(read_yaml(path)).identity(), config.identity()
-    if _is_moved(old["data"], new["data"], folder.parents[1]):
-        old["data"] = new["data"]
+    for key in ("data", "rehearse"):
+        if old.get(key) and new.get(key) and _is_moved(old[key], new[key], folder.parents[1]):
+            old[key] = new[key]
     changed = changed_keys(old, new)
     if changed:
         raise ConfigError(

@@ -55,6 +55,10 @@ class TrainConfig(Config):
     """Name of the recipe; it becomes the first part of the run's name."""
     data: str
     """URI of a dataset."""
+    rehearse: str | None = None
+    """URI of a second dataset, of which every batch also has rows, so that a fine-tuned model keeps what it can."""
+    rehearse_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of these rows in a batch."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run; if None, RECIPE-XXXXXXXX with the first 8 hex digits of fingerprint()."""
     init_from: str | None = None
@@ -139,6 +143,8 @@ class TrainConfig(Config):
     def identity(self) -> Values:
         """Return the settings that decide what is learned, as plain values."""
         values: Values = self.model_dump(mode="json")
+        if self.rehearse is None:  # a key of version 0.2, as in LATER_KEYS
+            values = {key: value for key, value in values.items() if not key.startswith("rehearse")}
         for part, defaults in LATER_KEYS.items():
             values[part] = {k: v for k, v in values[part].items() if k not in defaults or v != defaults[k]}
         return {key: value for key, value in values.items() if key not in NOT_IDENTITY}

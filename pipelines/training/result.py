@@ -64,6 +64,14 @@ class TrainResult:
         return cls(**{**values, "scores": scores})
 
 
+def _rehearsal(work: RunPlan) -> dict[str, str | float | None]:
+    """Return the provenance of the rehearsed rows; empty without such rows, so that other bundles stay the same."""
+    if work.config.rehearse is None:
+        return {}
+    share = work.config.rehearse_share
+    return {"rehearse": work.config.rehearse, "rehearse_hash": work.rehearse_hash, "rehearse_share": share}
+
+
 def write_bundle(work: RunPlan, step: int, attention: str, seconds: float) -> tuple[Path, int]:
     """Write the bundle of a run, and return its folder and the number of parameters.
 
@@ -89,6 +97,7 @@ def write_bundle(work: RunPlan, step: int, attention: str, seconds: float) -> tu
         "attention": attention,
         "data": config.data,
         "data_hash": work.data_hash,
+        **_rehearsal(work),
         "parent": None if work.parent_folder is None else identity(work.parent_folder),
     }
     bundle_config = replace(bundle_config, provenance=provenance)

@@ -17,7 +17,7 @@ import ray
 import ray.data
 import ray.train
 
-from animediffusion.pipelines.data.stream import training_dataset
+from animediffusion.pipelines.data.stream import Rehearsal, training_dataset
 from animediffusion.pipelines.training.checkpoints import latest_step, retry_outage
 from animediffusion.platform.errors import ClusterError
 from animediffusion.platform.storage import storage
@@ -107,17 +107,20 @@ class RowsToRead:
     """Length of the run in steps; None if its time is limited."""
     most_rows: int
     """Upper limit of the rows of one worker if max_steps is None."""
+    rehearse: Rehearsal | None = None
+    """The second dataset, if the run mixes one into its batches."""
 
     @classmethod
     def of(cls, config: TrainConfig, checkpoints: str, *, gpu: bool) -> RowsToRead:
         """Return what the config says about the rows."""
         most_rows = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"])
-        return cls(config.data, checkpoints, config.seed, config.batch_size, config.max_steps, most_rows)
+        rehearse = None if config.rehearse is None else Rehearsal(config.rehearse, config.rehearse_share)
+        return cls(config.data, checkpoints, config.seed, config.batch_size, config.max_steps, most_rows, rehearse)
 
 
 def unread_rows(run: RowsToRead, world_size: int) -> ray.data.Dataset:
     """Return the rows after the newest checkpoint, for a new group of `world_size` workers."""
-    storage.expect(run.checkpoints, run.data)
+    storage.expect(run.checkpoints, run.data, *([run.rehearse.uri] if run.rehearse is not None else []))
     start = retry_outage(lambda: latest_step(run.checkpoints))
     rows = run.batch_size // world_size  # as TrainConfig.rows_per_worker()
     steps = run.most_rows // rows if run.max_steps is None else run.max_steps - start
@@ -127,6 +130,7 @@ def unread_rows(run: RowsToRead, world_size: int) -> ray.data.Dataset:
         world_size=world_size,
         num_rows=max(1, steps) * rows,
         start_rows=start * rows,
+        rehearse=run.rehearse,
     )
 
 

@@ -5,12 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from animediffusion.pipelines.data.read_order import ReadBlock, Stream, choose_block_rows, groups, order, read_blocks
+from animediffusion.pipelines.data.read_order import (
+    Mixture,
+    ReadBlock,
+    Stream,
+    choose_block_rows,
+    groups,
+    order,
+    read_blocks,
+)
 
 SHARDS = st.lists(st.integers(1, 70), min_size=1, max_size=5).map(tuple)
 
 
-def positions_of_rank(stream: Stream, rank: int, world_size: int, num_rows: int, start_rows: int = 0) -> list[int]:
+def positions_of_rank(
+    stream: Stream | Mixture, rank: int, world_size: int, num_rows: int, start_rows: int = 0
+) -> list[int]:
     """What streaming_split(equal=True) gives one rank: every world_size-th block."""
     table = read_blocks(stream.block_rows, world_size, num_rows, start_rows)
     return np.concatenate([stream.rows(block)[0] for block in table[rank::world_size]])[:num_rows].tolist()
@@ -81,3 +91,36 @@ def test_read_blocks_are_bounded_in_rows_and_bytes() -> None:
 def test_a_stream_of_nothing_raises_value_error() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Stream((), seed=0, block_rows=64)
+
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+
+
+@given(SIZES, SIZES, st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
+def test_every_batch_of_a_mixture_has_the_share_of_each_stream(
+    first: list[int], second: list[int], rows: int, others: int, batch: int
+) -> None:
+    streams = (Stream(tuple(first), 1, rows), Stream(tuple(second), 1, others))
+    mixed = Mixture(streams)
+    blocks = [mixed.rows(ReadBlock(number)) for number in range(4)]
+    numbers = np.concatenate([found for _, found in blocks])
+    is_second = numbers >= sum(first)
+
+    assert np.concatenate([positions for positions, _ in blocks]).tolist() == list(range(4 * mixed.block_rows))
+    for start in range(0, len(numbers) - batch + 1, batch):
+        wanted = batch * others / (rows + others)
+        assert abs(is_second[start : start + batch].sum() - wanted) <= 2  # one row, and one at a border of blocks
+    for part, stream, base in ((~is_second, streams[0], 0), (is_second, streams[1], sum(first))):
+        alone = [stream.rows(ReadBlock(number))[1] for number in range(4)]
+        assert (numbers[part] - base).tolist() == np.concatenate(alone).tolist()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(0, 200))
+def test_a_resumed_mixture_continues_each_rank_where_it_was(
+    rows: int, others: int, world_size: int, taken: int
+) -> None:
+    mixed = Mixture((Stream((7, 30), 3, rows), Stream((50,), 3, others)))
+
+    for rank in range(world_size):
+        whole = positions_of_rank(mixed, rank, world_size, taken + 50)
+        assert positions_of_rank(mixed, rank, world_size, 50, start_rows=taken) == whole[taken:]

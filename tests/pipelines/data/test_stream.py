@@ -10,7 +10,7 @@ import ray
 
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
 from animediffusion.pipelines.data.shards import StoredRow
-from animediffusion.pipelines.data.stream import decode_rows, read_split, training_dataset
+from animediffusion.pipelines.data.stream import Rehearsal, decode_rows, read_split, training_dataset
 from animediffusion.platform.errors import DataError
 from animediffusion.platform.images.codec import encode_lossless
 from animediffusion.platform.storage.storage import join, read_bytes, write_bytes
@@ -37,13 +37,13 @@ def row(number: int, split: str, *, complete: bool) -> StoredRow:
     )
 
 
-def write_dataset(uri: str, **shard_rows: tuple[int, ...]) -> None:
-    """A dataset whose row i of a split is a flat picture of gray level i; every second row is a target only."""
+def write_dataset(uri: str, first: int = 0, **shard_rows: tuple[int, ...]) -> None:
+    """A dataset whose row i is a flat picture of gray level `first` + i; every second row is a target only."""
     splits = {}
     for split, counts in shard_rows.items():
         shards, at = [], 0
         for number, count in enumerate(counts):
-            rows = [row(at + index, split, complete=(at + index) % 2 == 0) for index in range(count)]
+            rows = [row(first + at + index, split, complete=(at + index) % 2 == 0) for index in range(count)]
             shards.append(write_shard(uri, split, number, rows))
             at += count
         splits[split] = Split(rows=at, shards=tuple(shards))
@@ -67,9 +67,12 @@ class Consumer:
         return seen
 
 
-def consume(uri: str, *, batch_rows: int, num_batches: int, start_rows: int = 0) -> list[list[tuple[int, str]]]:
+def consume(
+    uri: str, *, batch_rows: int, num_batches: int, start_rows: int = 0, rehearse: Rehearsal | None = None
+) -> list[list[tuple[int, str]]]:
+    num_rows = num_batches * batch_rows
     rows = training_dataset(
-        uri, seed=5, world_size=2, num_rows=num_batches * batch_rows, start_rows=start_rows
+        uri, seed=5, world_size=2, num_rows=num_rows, start_rows=start_rows, rehearse=rehearse
     ).streaming_split(2, equal=True)
     ranks = [Consumer.remote() for _ in range(2)]
     return ray.get([rank.take.remote(shard, batch_rows, num_batches) for rank, shard in zip(ranks, rows, strict=True)])
@@ -87,6 +90,27 @@ def test_two_ranks_continue_row_by_row_after_a_resume(ray_cluster: None, tmp_pat
     assert rest == [rank[7 * 12 :] for rank in whole]
     positions = sorted(position for rank in whole for position, _ in rank)
     assert len(set(positions)) == 480
+
+
+@pytest.mark.ray
+def test_a_rehearsed_dataset_has_its_share_of_every_batch_also_after_a_resume(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    new, old = str(tmp_path / "new"), "s3://bucket/old"
+    write_dataset(new, train=(9,))
+    write_dataset(old, first=100, train=(40, 30))
+    rehearse = Rehearsal(old, 0.25)
+
+    whole = consume(new, batch_rows=8, num_batches=30, rehearse=rehearse)
+    rest = consume(new, batch_rows=8, num_batches=20, start_rows=10 * 8, rehearse=rehearse)
+
+    assert rest == [rank[10 * 8 :] for rank in whole]
+    for rank in whole:
+        numbers = [int(name.partition("-")[2]) for _, name in rank]
+        batches = [numbers[start : start + 8] for start in range(0, len(numbers), 8)]
+        assert {sum(number >= 100 for number in batch) for batch in batches} == {2}
+    names = {name for rank in whole for _, name in rank}
+    assert {name for name in names if int(name.partition("-")[2]) < 100} == {f"train-{number}" for number in range(9)}
 
 
 @pytest.mark.ray
