@@ -89,6 +89,7 @@ VERBS = {
     "data",
     "train",
     "evaluate",
+    "improve",
     "tune",
     "models",
     "colorize",

@@ -36,7 +36,7 @@ def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
 
 
 def check_quality(candidate: Version, champion: Version | None) -> None:
-    """Require that a candidate is not worse than the champion on data of the champion's evaluations.
+    """Require that a candidate is not worse than the champion on any images that both were evaluated on.
 
     Args:
         candidate: the version to be promoted.
@@ -57,31 +57,36 @@ def check_quality(candidate: Version, champion: Version | None) -> None:
         raise RegistryError(name, found, f"run `{_evaluate(champion, 'DATA')}`, or use --force")
     own = [StoredEvaluation.of(result) for result in candidate.evaluations]
     champions = [StoredEvaluation.of(result) for result in champion.evaluations]
-    for theirs in champions:
-        ours = next((result for result in reversed(own) if result.has_same_images(theirs)), None)
-        if ours is not None:
-            _check_not_worse(name, ours.metrics, theirs.metrics)
-            return
+    pairs = [(ours, theirs) for ours, theirs in ((_newest(own, one), one) for one in champions) if ours is not None]
+    for ours, theirs in pairs:
+        _check_not_worse(name, ours, theirs)
+    if pairs:
+        return
     theirs = champions[0]
     found = f"was evaluated on {own[0].images()}, the champion (version {champion.version}) on {theirs.images()}"
     command = _evaluate(candidate, theirs.data or "DATA", theirs.split or "val")
     raise RegistryError(name, found, f"run `{command}`, or use --force")
 
 
-def _check_not_worse(name: str, ours: dict[str, float], theirs: dict[str, float]) -> None:
+def _newest(results: list[StoredEvaluation], images: StoredEvaluation) -> StoredEvaluation | None:
+    """Return the newest of the evaluations that used the same images as another one."""
+    return next((result for result in reversed(results) if result.has_same_images(images)), None)
+
+
+def _check_not_worse(name: str, ours: StoredEvaluation, theirs: StoredEvaluation) -> None:
     limits = {
         "same.psnr": (1, PSNR_MARGIN, "same-reference PSNR", "dB"),
         "cross.ciede2000": (-1, CIEDE2000_MARGIN, "cross-reference CIEDE2000", "units"),
     }
     for key, (sign, margin, label, unit) in limits.items():
-        if key not in theirs:
+        if key not in theirs.metrics:
             continue
-        if key not in ours:
+        if key not in ours.metrics:
             raise RegistryError(name, f"has no {label}, but the champion has one", "evaluate it again, or use --force")
         # Round, so that a difference of exactly the margin passes in spite of floating-point errors.
-        gain = round(sign * (ours[key] - theirs[key]), 6)
+        gain = round(sign * (ours.metrics[key] - theirs.metrics[key]), 6)
         if not gain >= -margin:
-            found = f"{label} {ours[key]:.2f} against the champion's {theirs[key]:.2f}"
+            found = f"{label} {ours.metrics[key]:.2f} against the champion's {theirs.metrics[key]:.2f} on {theirs.data}"
             raise RegistryError(name, found, f"at most {margin} {unit} may be lost; train longer, or use --force")
 
 

@@ -29,7 +29,7 @@ class Event:
     """One change of an alias or of the challenger's share of the requests, with its reason and its MLflow run."""
 
     action: str
-    """promote, rollback or canary."""
+    """promote, rollback, canary, or refuse: improve did not make the version the challenger."""
     alias: str
     previous: int | None
     """The version that the alias pointed at before the event."""
@@ -145,10 +145,10 @@ def read(registry: Registry, alias: str | None = None) -> list[Event]:
 
 
 def stack(events: list[Event]) -> list[int]:
-    """Return the versions of an alias, the current one last: promote pushes, rollback pops, canary does nothing."""
+    """Return the versions of an alias, the current one last: promote pushes, rollback pops, others do nothing."""
     versions: list[int] = []
     for event in events:
-        if event.action == "canary":
+        if event.action in ("canary", "refuse"):
             continue
         if event.action == "rollback":
             while versions and versions[-1] != event.version:

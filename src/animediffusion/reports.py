@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from animediffusion.pipelines.evaluation.metrics import ColorScores
     from animediffusion.pipelines.evaluation.native import NativeEvaluation
     from animediffusion.pipelines.release.compare import Comparison
+    from animediffusion.pipelines.release.correction_rate import CanaryVerdict
     from animediffusion.pipelines.training.result import TrainResult
     from animediffusion.pipelines.tuning.sampler_search import SamplerResult
     from animediffusion.pipelines.tuning.schedule_search import ScheduleResult
@@ -84,6 +85,15 @@ def schedule_search(result: ScheduleResult) -> str:
         f"{result.failed} failed, {result.cut} ended by the time limit"
     )
     return f"{table(rows)}\n\n{ends}\n{facts({'best': result.best.to_json(), 'recipe': result.recipe})}"
+
+
+def canary(found: CanaryVerdict) -> str:
+    """Format the output of `models canary` without PERCENT: the split, the counts and the decision."""
+    split = (
+        f"{found.percent} % of the requests go to version {found.challenger}, {100 - found.percent} % to version "
+        f"{found.champion}, since {found.since}"
+    )
+    return f"{split}\n{found.decision}: {found.why}"
 
 
 def version(found: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from animediffusion.cli import common, corrections, data, doctor, jobs, models, serve, train, tune
+from animediffusion.cli import common, corrections, data, doctor, improve, jobs, models, serve, train, tune
 from animediffusion.cli.common import Common
 
 app = common.group(
@@ -39,7 +39,7 @@ for _name, _group in (
     ("jobs", jobs.jobs),
 ):
     app.add_typer(_group, name=_name)
-for _command in (train.train, train.evaluate, serve.colorize, serve.serve, doctor.doctor):
+for _command in (train.train, train.evaluate, improve.improve, serve.colorize, serve.serve, doctor.doctor):
     app.command()(_command)
 
 

@@ -101,16 +101,28 @@ def models_promote(
 
 @models.command("canary", context_settings={"ignore_unknown_options": True})
 def models_canary(
-    percent: Annotated[int, typer.Argument(metavar="PERCENT", help="Percentage, 0 to 100; 0 ends the canary.")],
+    percent: Annotated[
+        int | None,
+        typer.Argument(metavar="[PERCENT]", help="Percentage, 0 to 100; 0 ends the canary. If omitted, show it."),
+    ] = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Reason, recorded in the audit log.")] = "",
 ) -> None:
     """Send a percentage of the requests to the challenger.
 
-    A promotion or a rollback ends the canary.
+    A promotion or a rollback ends the canary. Without PERCENT, show how often people corrected the pictures of both
+    versions, and what `improve` makes of that.
     """
     from animediffusion.pipelines.release.canary import canary
+    from animediffusion.pipelines.release.correction_rate import judge
+    from animediffusion.platform.errors import ConfigError
 
     console = common.console()
+    if percent is None:
+        if why:
+            raise ConfigError("--why", "is given without PERCENT", "omit it")
+        verdict = judge(common.settings())
+        console.result(verdict.to_json(), reports.canary(verdict))
+        return
     found = canary(common.settings(), percent, why)
     before = f" (was {found.previous} %)" if found.changed else " already"
     champion, challenger = found.champion, found.challenger

@@ -231,6 +231,20 @@ def test_other_data_raises_registry_error_until_evaluated_on_the_champions(setti
     release.promote(settings, 2)
 
 
+def test_a_version_must_hold_on_all_data_that_both_were_evaluated_on(settings, bundle):
+    release.register(settings, bundle(1, evaluation(20.0)))
+    release.register(settings, bundle(2, evaluation(21.0)))
+    release.promote(settings, 1)
+    for version, psnr in ((1, 18.0), (2, 17.5)):
+        reference = f"models:/{settings.model_name}/{version}"
+        release.record_evaluation(settings, reference, {**evaluation(psnr, data_hash="b" * 64), "data": "data/night"})
+    with pytest.raises(RegistryError, match=r"PSNR 17.50 against the champion's 18.00 on data/night"):
+        release.promote(settings, 2)
+    release.record_evaluation(settings, f"models:/{settings.model_name}/1", evaluation(30.0, data_hash="c" * 64))
+    release.record_evaluation(settings, f"models:/{settings.model_name}/2", evaluation(17.9, data_hash="b" * 64))
+    assert release.promote(settings, 2).changed
+
+
 def test_promoting_the_champion_again_changes_nothing(settings, bundle):
     release.register(settings, bundle(1, evaluation()))
     release.promote(settings, 1)
