@@ -29,7 +29,7 @@ from referencing import Registry, Resource
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "infra/kubernetes"
-FOLDERS = ("small", "gpu", "train")
+FOLDERS = ("small", "gpu", "train", "improve")
 VERSIONS = ("1.31.0", "1.37.0")
 """The oldest and the newest supported version of Kubernetes."""
 QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(m|k|[KMGTPE]i|[MGTPE])?")

@@ -13,6 +13,8 @@ from manifests import FOLDERS, KUBERNETES, RAY_KINDS, ROOT, amount, build, conta
 from ray._private import ray_constants, services, utils
 from sqlalchemy import make_url
 
+from animediffusion.cli import app as cli
+
 PLATFORM = ("small", "gpu")
 SECRETS = {"storage", "postgres", "redis", "ray-token"}
 NOT_OURS = {"postgres", "redis", "minio/minio"}
@@ -269,6 +271,24 @@ def test_the_training_job_runs_on_the_cluster_that_is_there() -> None:
     assert words[:2] == ["animediffusion", "train"]
     assert {"data", "storage", "name"} <= {word.partition("=")[0] for word in words}
     assert not Path(KUBERNETES / "train" / "rayjob.yaml").read_text().count("runtimeEnvYAML")
+
+
+def test_the_nightly_job_submits_one_command_at_a_time_to_the_cluster_that_is_there(capsys) -> None:
+    [job] = found("improve", "CronJob")
+    [there] = found("small", "RayCluster")
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    [box] = containers(job)
+    variables = {one["name"]: one.get("value") for one in box["env"]}
+    assert variables["RAY_API_SERVER_ADDRESS"] == f"http://{there['metadata']['name']}-head-svc:8265"
+    assert variables["RAY_AUTH_MODE"] == there["spec"]["authOptions"]["mode"]
+    program, *words = box["command"]
+    assert (program, words[:4]) == ("animediffusion", ["jobs", "submit", "--wait", "--"])
+    assert cli.run([*words[4:], "--help"]) == 0  # the options are those of the command
+    assert "Usage: animediffusion improve" in capsys.readouterr().out
+    [template] = templates(job)
+    [policy] = [one for one in found("small", "NetworkPolicy") if one["metadata"]["name"] == "jobs"]
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"] if "namespaceSelector" not in peer]
+    assert any(selects(peer["podSelector"], template["metadata"]["labels"]) for peer in peers)
 
 
 def ray_pods(folder: str) -> list[tuple[dict, dict]]:
