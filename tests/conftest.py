@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make groups of tests, each of which runs in one process, in the order in which they should begin.
 
     The tests that use a fixture of SHARED are one group. The tests of a file are a group otherwise, because they share
-    fixtures. The longest groups begin first; the short ones then balance the processes.
+    fixtures. The longest groups begin first, then those with slow tests; the short ones then balance the processes.
     """
-    order = {}
+    groups, slow = {}, set()
     for item in items:
         shared = SHARED.keys() & set(item.fixturenames)  # type: ignore[attr-defined]
         group = SHARED[min(shared)] if shared else item.path.relative_to(TESTS).as_posix()
@@ -65,8 +65,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"))
             item.add_marker(pytest.mark.filterwarnings("error::ResourceWarning"))
         item.add_marker(pytest.mark.xdist_group(group))
-        order[item] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
-    items.sort(key=order.__getitem__)
+        groups[item] = group
+        if {"browser", "slow"} & {mark.name for mark in item.iter_markers()}:
+            slow.add(group)
+
+    def rank(item: pytest.Item) -> int:
+        group = groups[item]
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST) + (group not in slow)
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:
