@@ -1,7 +1,7 @@
 """The walkthrough as typed: every command of docs/walkthrough.md, in order, in one shell, with small numbers.
 
 Its commands share the cluster of RAY_ADDRESS, because each would start its own otherwise: tests/test_demo.py runs
-the same stages as on a laptop.
+the same stages as on a laptop. They are processes that are forked from one that has imported the other packages.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
+from preforked import forking
 
 from animediffusion.platform.images.codec import decode_rgb
 
@@ -33,23 +34,20 @@ def test_every_block_of_the_text_is_one_that_is_run():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_walkthrough_goes_from_images_to_an_endpoint_and_back(tmp_path, cluster_head):
-    command = tmp_path / "bin" / "animediffusion"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m animediffusion "$@"\n')
-    command.chmod(0o755)
     # Its own HOME, as on a new machine.
-    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, **SMALL, "HOME": str(tmp_path), "PATH": path, "PORT": str(free_port())}
+    environment = {**os.environ, **SMALL, "HOME": str(tmp_path), "PORT": str(free_port())}
     for name in ("RAY_AUTH_MODE", "MLFLOW_TRACKING_URI", "ANIMEDIFFUSION_WORKSPACE"):
         environment.pop(name, None)
     environment["RAY_ADDRESS"], environment["RAY_AUTH_TOKEN"] = cluster_head.gcs, cluster_head.token
     environment["RAY_API_SERVER_ADDRESS"] = cluster_head.address
     environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the head is on loopback, so its clients have to be
 
-    done = subprocess.run(
-        ["bash", "-c", PRELUDE + "\n".join(commands())],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    with forking(environment) as folder:
+        environment["PATH"] = os.pathsep.join([folder, str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            ["bash", "-c", PRELUDE + "\n".join(commands())],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stderr
