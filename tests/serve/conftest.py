@@ -141,8 +141,8 @@ def key(key_file):
 
 @pytest.fixture(scope="module")
 def closed_app(replica, key, key_file):
-    """The API with authentication."""
-    return create_app(replica, keyring=Keyring(key_file.uri))
+    """The API with authentication, which takes corrections."""
+    return create_app(replica, keyring=Keyring(key_file.uri), corrections=f"{key_file.uri}.corrections")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,14 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-OPERATIONS = ("POST /v1/colorize", "POST /v1/colorize/stream", "GET /v1/models", "GET /healthz", "GET /readyz")
+OPERATIONS = (
+    "POST /v1/colorize",
+    "POST /v1/colorize/stream",
+    "POST /v1/corrections",
+    "GET /v1/models",
+    "GET /healthz",
+    "GET /readyz",
+)
 
 
 @pytest.fixture(scope="module")
