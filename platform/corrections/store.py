@@ -21,7 +21,7 @@ import io
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -154,7 +154,9 @@ class Corrections:
     def clean(self, now: datetime | None = None) -> int:
         """Delete the kept requests that are too old or too many; return their number."""
         surplus = surplus_of(self._list(_KEPT), now or datetime.now(UTC))
-        return self._delete(surplus)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(storage.delete, (storage.join(self.uri, entry.path) for entry in surplus)))
+        return len(surplus)
 
     # --- corrections ------------------------------------------------------------------------------------------------
 
@@ -193,8 +195,10 @@ class Corrections:
 
     def delete(self, key: str) -> Deleted:
         """Delete all corrections and all kept requests of a key; the counts, which name nobody, stay."""
-        corrections = self._delete(self.entries(key))
-        return Deleted(corrections, self._delete(self._list(f"{_KEPT}/{_folder(key)}")))
+        there = self.num_of(key)
+        for folder in (_CORRECTIONS, _KEPT):
+            storage.delete(storage.join(self.uri, folder, _folder(key)))  # An empty folder would still name the key.
+        return there
 
     def num_of(self, key: str) -> Deleted:
         """Return what delete() would remove."""
@@ -242,12 +246,6 @@ class Corrections:
             ]
 
         return sorted(storage.patiently(storage.join(self.uri, folder), find))
-
-    def _delete(self, entries: Sequence[Entry]) -> int:
-        """Delete some files; return how many, without the unfinished files of killed servers."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(storage.delete, (storage.join(self.uri, entry.path) for entry in entries)))
-        return sum(not storage.is_partial(entry.path) for entry in entries)
 
 
 def surplus_of(kept: Iterable[Entry], now: datetime) -> list[Entry]:

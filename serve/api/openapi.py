@@ -51,7 +51,7 @@ _HEADERS = {
     "X-Regions": "Number of regions of the drawing; missing if the output needs no regions",
     "X-Hints": "With hints: `exact` if only their regions got the colors, `spread` if what looks alike got them, too, "
     "`learned` if the network saw the hints before that",
-    "X-Request-Id": "Id of this request in logs",
+    "X-Request-Id": "Id of this request in logs, and for a correction of its picture",
 }
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -127,5 +127,8 @@ CORRECTION_ANSWERS: Responses = {
 }
 EVENTS: Responses = {
     **PICTURE,
-    200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {
+        "description": "Events; `correctable` of `result` says that corrections are on",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
 }

@@ -6,7 +6,7 @@ from ports import free_port
 
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.config import Settings
-from animediffusion.platform.errors import BundleError, ConfigError, RegistryError
+from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.serve.deployments import ServeConfig, build_app
 from animediffusion.serve.server import _config, _for_host, check_address, check_model, running
 
@@ -48,6 +48,19 @@ def test_an_application_without_keys_is_not_built_unless_that_is_meant(tmp_path)
     for config in (closed, meant):  # a key was made once: that its owner wants it open to all is not to be guessed
         with pytest.raises(ConfigError, match="API keys"):
             build_app(config)
+
+
+def test_a_store_of_corrections_that_cannot_be_written_is_named_before_the_server_starts(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    wrong = f"{tmp_path}/file/store"
+    with pytest.raises(StorageError, match=wrong):
+        build_app(ServeConfig(workspace=tmp_path, engine_gpus=0, allow_anonymous=True, corrections=wrong))
+    monkeypatch.setenv("ANIMEDIFFUSION_CORRECTIONS", str(tmp_path / "store"))
+    settings = Settings.from_environment(workspace=tmp_path)
+    config = _config(settings, None, {})
+    assert config.corrections == str(tmp_path / "store")
+    assert build_app(config.model_copy(update={"allow_anonymous": True, "engine_gpus": 0}))
+    assert (tmp_path / "store" / "counts.json").exists()
 
 
 def test_the_keys_of_a_cluster_may_be_in_a_store(moto_server, tmp_path):

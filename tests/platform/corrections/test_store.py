@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_a_kept_request_comes_back_as_it_was(store):
 def test_every_id_of_a_request_is_a_name_of_a_file(store, request_id):
     store.keep(request_of(request_id))
     assert store.find("studio", request_id).request_id == request_id
-    assert [one.path for one in store._list("kept")] == [f"kept/studio/{request_id}.zip"]
+    assert [path.name for path in Path(store.uri).glob("kept/studio/*")] == [f"{request_id}.zip"]
 
 
 def test_old_requests_and_those_above_the_number_are_surplus_and_no_key_displaces_others(monkeypatch):
@@ -70,6 +71,17 @@ def test_cleaning_deletes_what_is_too_old_and_nothing_else(store):
     assert len(store.entries()) == 1
 
 
+def test_a_key_is_deleted_from_an_s3_store(moto_server, tmp_path):
+    store = Corrections(f"s3://bucket/{tmp_path.name}")
+    for key in ("studio", "other"):
+        store.keep(request_of("one", key))
+        store.save(correction_of("one", key))
+    assert store.delete("studio") == (1, 1)
+    assert [one.key for one in store.entries()] == ["other"]
+    assert store.find("studio", "one") is None
+    assert store.find("other", "one") is not None
+
+
 def test_deleting_a_key_touches_nothing_else(store):
     for key in ("studio", "studio2", ""):
         store.keep(request_of("one", key))
@@ -78,6 +90,7 @@ def test_deleting_a_key_touches_nothing_else(store):
     assert store.num_of("studio") == (2, 1)
     assert store.delete("studio") == (2, 1)
     assert store.delete("studio") == (0, 0)
+    assert {path.name for path in Path(store.uri).glob("*/*")} == {"_", "studio2"}
     assert [one.key for one in store.entries()] == ["", "studio2"]
     assert store.find("studio2", "one") is not None
     assert store.counts()["3"].corrected == 4  # Counts name nobody.
