@@ -179,7 +179,8 @@ class Corrections:
 
     def entries(self, key: str | None = None) -> list[Entry]:
         """Return the files of all corrections, or of those of one key, sorted by path."""
-        return self._list(_CORRECTIONS if key is None else f"{_CORRECTIONS}/{_folder(key)}")
+        found = self._list(_CORRECTIONS if key is None else f"{_CORRECTIONS}/{_folder(key)}")
+        return [entry for entry in found if not storage.is_partial(entry.path)]
 
     def read_records(self, entries: Iterable[Entry]) -> list[dict[str, Any] | DataError | FileError]:
         """Return record.json of each correction, or why it cannot be read: damaged, or deleted since it was listed."""

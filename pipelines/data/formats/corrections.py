@@ -20,7 +20,7 @@ from animediffusion.pipelines.data.ingest_plan import IngestPlan, Reject, Sample
 from animediffusion.pipelines.data.source_layout import hash_split
 from animediffusion.platform.config import Settings
 from animediffusion.platform.corrections.store import Corrections, Entry
-from animediffusion.platform.errors import ConfigError, DataError, StorageError
+from animediffusion.platform.errors import ConfigError, DataError, FileError
 from animediffusion.platform.storage import storage
 
 SCHEME = "corrections://"
@@ -140,10 +140,10 @@ def _id(entry: Entry) -> str:
 def _read(store: str, entries: Sequence[Entry]) -> tuple[list[_Row], list[Reject]]:
     """Read the records and the directories of the archives; an archive that cannot be used is a reject."""
 
-    def index(entry: Entry) -> dict[str, ArchiveMember] | Exception:
+    def index(entry: Entry) -> dict[str, ArchiveMember] | DataError | FileError:
         try:
             members, _ = index_archive(storage.join(store, entry.path), entry.path)
-        except (DataError, StorageError) as error:
+        except (DataError, FileError) as error:
             return error
         return {member.name: member for member in members}
 
@@ -154,7 +154,7 @@ def _read(store: str, entries: Sequence[Entry]) -> tuple[list[_Row], list[Reject
         if isinstance(record, dict) and isinstance(members, dict) and members.keys() >= set(_names()):
             rows.append(_Row(entry, record, members))
             continue
-        faults = [one for one in (record, members) if isinstance(one, DataError | StorageError)]
+        faults = [one for one in (record, members) if isinstance(one, DataError | FileError)]
         rejects.append(Reject(_id(entry), "unreadable", faults[0].found if faults else "lacks a picture"))
     return rows, rejects
 

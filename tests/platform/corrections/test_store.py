@@ -96,6 +96,14 @@ def test_deleting_a_key_touches_nothing_else(store):
     assert store.counts()["3"].corrected == 4  # Counts name nobody.
 
 
+def test_an_unfinished_file_of_a_killed_server_is_no_correction(store, tmp_path):
+    store.save(correction_of("one"))
+    (tmp_path / "store/corrections/studio/3/.0123.part").write_bytes(b"PK")
+    assert len(store.entries()) == 1
+    assert store.delete("studio") == (1, 0)
+    assert not (tmp_path / "store/corrections/studio").exists()
+
+
 def test_a_damaged_record_is_named_and_the_others_are_read(store, tmp_path):
     store.save(correction_of("one"))
     (tmp_path / "store/corrections/studio/3/two.zip").write_bytes(b"PK")
