@@ -80,6 +80,9 @@ def test_a_key_is_deleted_from_an_s3_store(moto_server, tmp_path):
     assert [one.key for one in store.entries()] == ["other"]
     assert store.find("studio", "one") is None
     assert store.find("other", "one") is not None
+    assert store.clean() == 0
+    assert store.clean(datetime.now(UTC) + timedelta(seconds=store_module.KEEP_S + 60)) == 1
+    assert store.find("other", "one") is None
 
 
 def test_deleting_a_key_touches_nothing_else(store):
