@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _SAY_S = 10.0
 """Seconds between two lines on the pace of a coloring of many drawings."""
+_STOPS_S = 5.0
+"""Seconds after a signal in which a coloring of many drawings may finish the drawings that it has begun."""
 
 keys = common.group(help="Create, list and revoke API keys.")
 
@@ -206,6 +208,7 @@ def _colorize_stores(
     summaries: list[dict[str, Any]] = []
     failed = skipped = 0
     outcomes = queue.SimpleQueue[Outcome]()
+    stopped: list[float] = []
 
     def count(one: Outcome) -> None:
         nonlocal failed, skipped
@@ -219,8 +222,10 @@ def _colorize_stores(
     def work() -> None:
         for one in color(settings, model, drawings, options, rendering, kind, console.note):
             outcomes.put(one)
+            if stopped:
+                return
 
-    def poll(signum: int | None, moved: Callable[[], None]) -> bool:
+    def poll(_: int | None, moved: Callable[[], None]) -> bool:
         nonlocal said
         while not outcomes.empty():
             one = outcomes.get()
@@ -232,12 +237,14 @@ def _colorize_stores(
         elif time.monotonic() - said > _SAY_S:
             said = time.monotonic()
             console.note(str(pace))
-        return signum is None
+        return not stopped or time.monotonic() < stopped[0] + _STOPS_S
 
     with console.progress("colored", "drawings") as progress:
         for sketch, error in faults:
             count(Outcome(sketch, "", options.seed, "", error))
-        signum, problem = cluster.run_watched(work, poll, on_signal=lambda: None, report=console.note)
+        signum, problem = cluster.run_watched(
+            work, poll, on_signal=lambda: stopped.append(time.monotonic()), report=console.note
+        )
     if signum is not None:
         raise Interrupted(signum, "colorize", pace.done, unit="drawing", total=len(drawings))
     if problem is not None:

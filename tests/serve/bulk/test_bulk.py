@@ -212,6 +212,30 @@ def many(folder, sketch):
     return folder
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_a_line_and_the_same_command_goes_on(many, bundle_folder, capsys, signum):
+    (many / "refs.csv").write_text("sketch,reference\n000.png,other.png\n")
+    line = command(bundle_folder, many, many / "many", "--reference", many / "hero.png", "--references")
+    line.insert(line.index("--references") + 1, str(many / "refs.csv"))
+
+    def stop() -> None:
+        wait_until(lambda: len(made_files(many / "out")) >= 5)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert run(line) == 128 + signum
+    thread.join()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"run colorize: stopped at drawing \d+ of 80; run the same command again to resume", last)
+    before = made_files(many / "out")
+    assert 5 <= len(before) < 79
+    assert run(line) == 1
+    outcomes = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {one["output"] for one in outcomes if one.get("skipped")} == {str(path) for path in before}
+    assert len(made_files(many / "out")) == 79
+
+
 def color_actors():
     """Processes of the actors that color, by the name that Ray gives them."""
     found = psutil.Process().children(recursive=True)
