@@ -138,6 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
+        check(options)
         methods = {**own_methods(options.model), **{name: imported(name) for name in options.method}}
         cases = [draw_case(row) for row in range(options.rows)]
         text = f"{heading(cases)}\n\n{table(methods, cases)}"
@@ -146,6 +147,16 @@ def main() -> None:
     options.out.write_text(f"# Open benchmark\n\n{text}\n")
     if options.sheet:
         options.sheet.write_bytes(encode_png(sheet(methods, cases)))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise a ConfigError for what would fail only after minutes."""
+    if options.rows < 1:
+        raise ConfigError("--rows", str(options.rows), "at least 1")
+    for option in ("out", "sheet"):
+        path = getattr(options, option)
+        if path and not path.resolve().parent.is_dir():
+            raise ConfigError(f"--{option} {path}", "its folder does not exist", "a file in an existing folder")
 
 
 def heading(cases: Sequence[Case]) -> str:

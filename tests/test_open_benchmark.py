@@ -73,6 +73,19 @@ def test_a_method_that_returns_no_picture_is_named(benchmark, case, made, said):
     assert str(caught.value).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rows", "0"], "error: --rows: 0; at least 1"),
+        (["--out", "/nowhere/x.md"], "error: --out /nowhere/x.md: its folder does not exist"),
+    ],
+)
+def test_what_would_fail_after_minutes_is_said_before(benchmark, monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["open.py", *arguments])
+    with pytest.raises(SystemExit, match=said):
+        benchmark.main()
+
+
 @pytest.mark.parametrize("name", ["nowhere:color", "json:nothing", "json", ":"])
 def test_a_method_that_does_not_exist_is_named(benchmark, name):
     with pytest.raises(ConfigError, match=f"--method {name}: "):
