@@ -43,7 +43,7 @@ from animediffusion.serve.server import check_address, running
 
 SIZE = 128
 """Side of the training pictures in pixels: that of the starter model."""
-KEPT = ("network.hints=true", "augment.hints=0.3")
+KEPT = ("network.hints=true", "augment.hints=0.3", "augment.wrong_reference=0.3")
 """Training that keeps what the starter model knows of hints."""
 PHASE_1_SHARE = 0.75
 """Share of the training minutes for phase 1; phase 2 gets the rest."""
@@ -51,7 +51,7 @@ TUNE_TRIALS = 8
 NUM_DRAWINGS = 3
 DRAWING_SIZE = 512
 """Side in pixels, larger than the model's: the server scales the colors to the size of the drawing."""
-RENDERING = RenderOptions(style="shaded", background="reference")
+RENDERING = RenderOptions(style="flat", background="reference")
 UNSEEN_SEED = 2027
 """Seed of the drawings to color; neither the demo, whose rows have seed 0, nor the starter model is trained on it."""
 PORTS_TO_TRY = 20
