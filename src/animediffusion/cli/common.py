@@ -64,7 +64,7 @@ class Command(TyperCommand):
             if parameter is None or values.get(parameter.name) is None:  # a missing argument or option
                 raise
             allowed = error.message.rstrip(".")
-            name = parameter.opts[0] if parameter.param_type_name == "option" else _shown(parameter)
+            name = parameter.opts[0] if parameter.param_type_name == "option" else _shown(parameter).strip("[]")
             raise ConfigError(name, repr(values[parameter.name]), allowed[:1].lower() + allowed[1:]) from error
         except Exception as error:
             if getattr(error, "ctx", ctx) is None:  # the parser does not know its command

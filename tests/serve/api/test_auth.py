@@ -147,4 +147,4 @@ def test_our_client_sends_its_key_and_says_what_is_wrong_with_it(closed_url, fil
         paint()
     assert "ad_wrong" not in str(caught.value)
     monkeypatch.setenv(API_KEY, key)
-    assert paint().model_version == "3"
+    assert paint().maker == "3"

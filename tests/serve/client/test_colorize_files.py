@@ -527,7 +527,7 @@ def test_a_busy_server_is_asked_again_as_it_asks_for(sketch, reference):
     with RemoteColorizer("http://127.0.0.1:9", transport=httpx.MockTransport(answer)) as remote:
         colored = remote.colorize(encode_png(sketch), [encode_png(reference)], SamplerOptions(), name="a")
     assert asked == ["/v1/colorize/stream"] * 3
-    assert (colored.picture, colored.color_layer, colored.model_version) == (b"img", b"lay", "4")
+    assert (colored.picture, colored.color_layer, colored.maker) == (b"img", b"lay", "4")
 
 
 def test_the_command_prints_a_line_per_drawing_and_resumes(drawings, tmp_path, bundle_folder, capsys):
