@@ -177,7 +177,7 @@ def _unit(rng: np.random.Generator) -> float:
 
 def draw(character: Character, geometry: Geometry, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the colored picture [size, size, 3] and its line art [size, size], dark on white."""
-    return _drawn(character, geometry, Canvas(size, character.palette.upper)).finish()
+    return draw_canvas(character, geometry, size).finish()
 
 
 def draw_regions(character: Character, geometry: Geometry, size: int) -> FlatRegions:
@@ -185,6 +185,11 @@ def draw_regions(character: Character, geometry: Geometry, size: int) -> FlatReg
     palette = character.palette
     canvas = _drawn(character, geometry, Canvas(size, palette.upper, keep_fills=True))
     return canvas.regions((palette.hair, palette.skin, palette.eyes, palette.clothes, palette.trim, palette.accent))
+
+
+def draw_canvas(character: Character, geometry: Geometry, size: int) -> Canvas:
+    """Return the canvas of draw() for the same arguments, before its colors and lines are joined."""
+    return _drawn(character, geometry, Canvas(size, character.palette.upper))
 
 
 def _drawn(character: Character, geometry: Geometry, canvas: Canvas) -> Canvas:

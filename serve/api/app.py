@@ -31,9 +31,10 @@ from animediffusion.serve.api.problems import ProblemError, add_handlers, unusab
 from animediffusion.serve.api.request_keeper import RequestKeeper
 from animediffusion.serve.api.sse import doubt_of, events
 from animediffusion.serve.protocol import Answer, Backend, ColorizeJob, ModelsStatus
+from animediffusion.serve.rendering.coloring import Style
 from animediffusion.serve.rendering.formats import openraster, psd
 from animediffusion.serve.rendering.hints import points_for_network
-from animediffusion.serve.rendering.render import Inputs, Rendered, read_picture, read_sketch, render
+from animediffusion.serve.rendering.render import Inputs, Rendered, read_picture, read_sketch, render, style_of
 from animediffusion.serve.rendering.sketch import as_gray
 
 T = TypeVar("T")
@@ -129,11 +130,10 @@ def _add_colorize(
         request.state.model_version = answer.model_version
         made, body = await loop.run_in_executor(pool, _rendered, answer, inputs, form)
         keep(form, answer, request)
-        headers = {"X-Model-Version": answer.model_version, **_headers(form)}
+        style = form.rendering.usual_style if form.output == "doubt" else made.style
+        headers = {"X-Model-Version": answer.model_version, **_headers(form, style)}
         if form.hints is not None:
             headers["X-Hints"] = "learned" if answer.saw_hints else "spread" if job.hints else "exact"
-        if form.output != "doubt":
-            headers["X-Style"] = made.style
         if made.regions is not None:
             headers["X-Regions"] = str(len(made.regions))
         return Response(body, media_type=MEDIA_TYPES.get(form.output, "image/png"), headers=headers)
@@ -153,12 +153,13 @@ def _add_colorize(
         items = backend.stream(job)
         # Wait for the first item, so that an early error (busy, late, unusable) is a response with its own HTTP status.
         first = await _unless_disconnected(request, _first(items), timeout_s)
+        style = await loop.run_in_executor(pool, style_of, inputs.drawing, form.rendering)
         body = events(first, items, inputs, form, request.state, pool, lambda answer: keep(form, answer, request))
-        return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form))
+        return StreamingResponse(body, media_type="text/event-stream", headers=_headers(form, style))
 
 
-def _headers(form: ColorizeForm) -> dict[str, str]:
-    return {"X-Seed": str(form.seed), "X-Style": form.rendering.usual_style, "Cache-Control": "no-store"}
+def _headers(form: ColorizeForm, style: Style) -> dict[str, str]:
+    return {"X-Seed": str(form.seed), "X-Style": style, "Cache-Control": "no-store"}
 
 
 def _rendered(answer: Answer, inputs: Inputs, form: ColorizeForm) -> tuple[Rendered, bytes]:

@@ -59,6 +59,11 @@ RAMP = 0.7
 color, and smaller than those to two colors."""
 EXACT = (0.8, 0.95)
 """Flatness of a reference's color: from the first value on, the color gets less shading, from the second on, none."""
+EXACT_NETWORK = (3.0, 5.0)
+"""Median distance of the network's colors to those chosen: up to the first value, the network is exact, and what it
+shades in a region is shading. At the second value, most of it is error..."""
+LEAST_SHADING = 0.2
+"""... and only this share of it is kept."""
 ISLAND = 0.5
 """A part has no islands smaller than this share of SMALLEST_PART."""
 INK = 0.3
@@ -399,13 +404,17 @@ def _shading(evidence: _Evidence, flats: Pixels, softness: Floats) -> Floats:
     """Return the low frequencies of the colors that voted, relative to the flat colors [H, W, 3]; 1 is no shading."""
     flat = flats.astype(np.float32) / np.float32(255)
     side = 2 * round(evidence.scale) + 1
-    alike = np.linalg.norm(evidence.places - perceptual(flats), axis=2) < BOUND
+    seen = evidence.weight > evidence.weight.max() / 2
+    away = np.linalg.norm(evidence.places - perceptual(flats), axis=2)
+    error = float(np.median(away[seen]))
+    alike = away < BOUND
     weight = evidence.weight * alike * (softness > 0)  # What differs much is another color, not shading.
     known = np.maximum(box_mean(weight, side), 1e-9)
+    strength = np.float32(np.interp(error, EXACT_NETWORK, (1, LEAST_SHADING)))
     change = np.stack(
         [box_mean(weight * plane, side) / known for plane in np.moveaxis(evidence.pixels - flat, 2, 0)], axis=2
     )
-    shading: Floats = np.clip(1 + softness[..., None] * change / (flat + DARK), 0, 2).astype(np.float32)
+    shading: Floats = np.clip(1 + (strength * softness)[..., None] * change / (flat + DARK), 0, 2).astype(np.float32)
     return shading
 
 

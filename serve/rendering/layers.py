@@ -48,10 +48,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers with a common name, which are blended normally."""
+    """Layers and groups with a common name, which are blended normally."""
 
     name: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | LayerGroup, ...]
     """The uppermost layer comes first."""
 
 
@@ -122,16 +122,30 @@ def id_colors(labels: NDArray[np.int32]) -> Pixels:
 
 
 def _flats(coloring: Coloring, page: Rect) -> Layer | LayerGroup:
-    """Return one layer for each part of the character, or for each color where a region has no name."""
+    """Return one layer for each color, those of a part of the character in a group; the smallest come first."""
     parts: dict[str, list[Region]] = {}
     for region in coloring.regions:
         has_part = region.name not in ("", f"region {region.id}")
         parts.setdefault(region.name if has_part else hex_of(region.color), []).append(region)
-    ordered = sorted(parts.items(), key=lambda part: sum(region.area for region in part[1]))
-    layers = [Layer(name, _around(regions), partial(_part, coloring, regions)) for name, regions in ordered]
-    if len(layers) > MAX_FLAT_LAYERS or sum(_area(layer.box) for layer in layers) > MAX_FLAT_PIXELS:
+    entries: list[Layer | LayerGroup] = []
+    boxes = []
+    for name, regions in sorted(parts.items(), key=_area_of):
+        colors: dict[str, list[Region]] = {}
+        for region in regions:
+            colors.setdefault(hex_of(region.color), []).append(region)
+        layers = [
+            Layer(color if len(colors) > 1 else name, _around(some), partial(_part, coloring, some))
+            for color, some in sorted(colors.items(), key=_area_of)
+        ]
+        boxes += [layer.box for layer in layers]
+        entries.append(LayerGroup(name, tuple(layers)) if len(layers) > 1 else layers[0])
+    if len(boxes) > MAX_FLAT_LAYERS or sum(map(_area, boxes)) > MAX_FLAT_PIXELS:
         return Layer("Flats", page, lambda: coloring.flats)
-    return LayerGroup("Flats", tuple(layers))
+    return LayerGroup("Flats", tuple(entries))
+
+
+def _area_of(named: tuple[str, list[Region]]) -> int:
+    return sum(region.area for region in named[1])
 
 
 def _around(regions: Sequence[Region]) -> Rect:

@@ -28,6 +28,7 @@ from animediffusion.serve.rendering.layers import (
     shading_from,
 )
 from animediffusion.serve.rendering.palette import Color, Palette, read_palette
+from animediffusion.serve.rendering.parts.naming import name_regions
 from animediffusion.serve.rendering.regions import Regions, find_regions
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
@@ -151,6 +152,8 @@ class Rendered:
 
 _PAINTED = ("image", "color_layer", "both")
 """Outputs that need no regions with the style `painted`."""
+_NAMED = ("ora", "psd", "layers")
+"""Outputs that name the parts of the character."""
 
 
 def read_sketch(data: bytes, *, thing: str = "sketch") -> Drawing:
@@ -251,8 +254,17 @@ def render(
         picture = None if hints else to_picture(layer, drawing)
     # The layers of shading are those without hints, so that a color can be replaced under them.
     shades = None if output == "flat" else shades_of(coloring)
+    if output in _NAMED:
+        coloring = name_regions(coloring)
     coloring = apply_hints(coloring, hints, wholes)
     return Rendered(_files(coloring, shades, picture, output), coloring.regions, wholes, style)
+
+
+def style_of(drawing: Drawing, options: RenderOptions = DEFAULTS) -> Style:
+    """Return the style that render() chooses for a drawing."""
+    style = options.usual_style
+    is_open = options.style is None and style != "painted" and find_regions(drawing).count == 1
+    return "painted" if is_open else style
 
 
 def _painted(painted: Pixels, drawing: Drawing, output: Output, size: Size) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ has its own manner of lines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Views(NamedTuple):
 
 def draw_views(seed: int, index: int, size: int, variety: Variety) -> tuple[Views, Rng]:
     """Draw row `index`, and return also the random generator of the rest of the row."""
-    (first, second), _, rng = _canvases(seed, index, size, variety, keep_fills=False)
+    (first, second), _, rng = _canvases(seed, index, size, variety)
     target, sketch = first.finish()
     return Views(target, sketch, second.finish()[0]), rng
 
@@ -45,8 +46,22 @@ def draw_view_regions(seed: int, index: int, size: int, variety: Variety) -> tup
     return first.regions(tones), second.regions(tones)
 
 
+def draw_view_canvas(
+    seed: int, index: int, size: int, variety: Variety, recolor: Callable[[Scene | Cast], Scene | Cast]
+) -> Canvas:
+    """Return the canvas of the target of row `index`, with the colors of `recolor`, before its lines are drawn."""
+    (first, _), _, _ = _canvases(seed, index, size, variety, recolor=recolor)
+    return first
+
+
 def _canvases(
-    seed: int, index: int, size: int, variety: Variety, *, keep_fills: bool
+    seed: int,
+    index: int,
+    size: int,
+    variety: Variety,
+    *,
+    keep_fills: bool = False,
+    recolor: Callable[[Scene | Cast], Scene | Cast] | None = None,
 ) -> tuple[tuple[Canvas, Canvas], list[Tone], Rng]:
     rng, extra = np.random.default_rng([seed, index]), np.random.default_rng([seed, index, _STREAM])
     varied = variety.choose(extra)
@@ -58,6 +73,8 @@ def _canvases(
         subject = random_scene(extra, shading.shadow)
     else:
         subject = random_cast(rng, extra, varied, shading.shadow)
+    if recolor:
+        subject = recolor(subject)
 
     def view(manner: Manner | None) -> Canvas:
         ground = subject.ground.base if isinstance(subject, Scene) else subject.ground

@@ -38,18 +38,22 @@ def write_openraster(picture: Pixels, layers: Sequence[Layer | LayerGroup]) -> b
         root = ElementTree.Element("image", version=VERSION, w=str(width), h=str(height))
         stack = ElementTree.SubElement(root, "stack")
         for entry in layers:
-            if isinstance(entry, Layer):
-                _add_layer(archive, stack, entry)
-            else:
-                group = ElementTree.SubElement(stack, "stack", name=entry.name, isolation="isolate")
-                for layer in entry.layers:
-                    _add_layer(archive, group, layer)
+            _add_entry(archive, stack, entry)
         ElementTree.indent(root)
         xml = ElementTree.tostring(root, "UTF-8", xml_declaration=True)
         _add(archive, "stack.xml", xml, zipfile.ZIP_DEFLATED)
         _add(archive, "mergedimage.png", encode_png(picture, COMPRESSION))
         _add(archive, "Thumbnails/thumbnail.png", _thumbnail(picture))
     return buffer.getvalue()
+
+
+def _add_entry(archive: zipfile.ZipFile, stack: ElementTree.Element, entry: Layer | LayerGroup) -> None:
+    if isinstance(entry, Layer):
+        _add_layer(archive, stack, entry)
+        return
+    group = ElementTree.SubElement(stack, "stack", name=entry.name, isolation="isolate")
+    for layer in entry.layers:
+        _add_entry(archive, group, layer)
 
 
 def _add_layer(archive: zipfile.ZipFile, stack: ElementTree.Element, layer: Layer) -> None:

@@ -60,18 +60,23 @@ def _layer_information(layers: Sequence[Layer | LayerGroup]) -> bytes:
     records: list[bytes] = []
     pixels: list[bytes] = []
     for entry in reversed(layers):
-        if isinstance(entry, LayerGroup):
-            _append(records, pixels, _record("</Layer group>", flags=_IRRELEVANT, divider=_GROUP_END), [])
-        for layer in (entry,) if isinstance(entry, Layer) else reversed(entry.layers):
-            channels = _channels(layer.draw())
-            sizes = [len(channel) for channel in channels]
-            flags = _HIDDEN if layer.hidden else 0
-            record = _record(layer.name, layer.box, sizes, flags=flags, blend=_BLEND_KEYS[layer.blend])
-            _append(records, pixels, record, channels)
-        if isinstance(entry, LayerGroup):
-            _append(records, pixels, _record(entry.name, flags=_IRRELEVANT, divider=_GROUP_OPEN), [])
+        _append_entry(records, pixels, entry)
     body = b"".join([struct.pack(">h", len(records)), *records, *pixels])
     return body + bytes(-len(body) % 4)
+
+
+def _append_entry(records: list[bytes], pixels: list[bytes], entry: Layer | LayerGroup) -> None:
+    if isinstance(entry, Layer):
+        channels = _channels(entry.draw())
+        sizes = [len(channel) for channel in channels]
+        flags = _HIDDEN if entry.hidden else 0
+        record = _record(entry.name, entry.box, sizes, flags=flags, blend=_BLEND_KEYS[entry.blend])
+        _append(records, pixels, record, channels)
+        return
+    _append(records, pixels, _record("</Layer group>", flags=_IRRELEVANT, divider=_GROUP_END), [])
+    for layer in reversed(entry.layers):
+        _append_entry(records, pixels, layer)
+    _append(records, pixels, _record(entry.name, flags=_IRRELEVANT, divider=_GROUP_OPEN), [])
 
 
 def _append(records: list[bytes], pixels: list[bytes], record: bytes, channels: Sequence[bytes]) -> None:

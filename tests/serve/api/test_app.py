@@ -201,6 +201,8 @@ def test_pictures_of_the_models_size_and_of_lines_that_enclose_nothing_are_paint
             for style in ({}, {"style": "painted"})
         )
         assert default.content == painted.content
+        stream = client.post("/v1/colorize/stream", files=given, data={"seed": "1", **data})
+        assert stream.headers["x-style"] == "painted"
         assert default.headers["x-style"] == painted.headers["x-style"] == "painted"
 
 
