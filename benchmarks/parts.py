@@ -42,7 +42,7 @@ from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Pixels, read_drawing
 
 TRAIN_SEEDS = {"diverse": 501, "faces": 502}
-TEST_SEEDS = {"diverse": 901, "faces": 902}
+TEST_SEEDS = {"diverse": 903, "faces": 904}
 SIZES_PX = (256, 320, 384, 512)
 SIZE_PX = 512
 NETWORK_PX = 64

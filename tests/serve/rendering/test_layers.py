@@ -294,3 +294,22 @@ def test_packed_rows_are_unpacked_to_the_same(kind, shape, monkeypatch):
     for row, end, size in zip(plane, ends, sizes, strict=True):
         assert unpacked(data[end - size : end], shape[1]) == row.tobytes()
         assert size <= shape[1] + -(-shape[1] // 128)
+
+
+def test_a_part_of_several_colors_is_a_group_with_a_layer_for_each():
+    labels = np.repeat(np.arange(1, 5, dtype=np.int32), 12)[:, None].repeat(30, axis=1)
+    colors = [(200, 40, 90), (120, 20, 60), (250, 220, 200), (10, 60, 90)]
+    coloring = coloring_of(labels, colors, names=["hair", "hair", "skin", "region 4"])
+    picture, stack = picture_of(coloring, None), layers_of(coloring, None)
+    archive = opened(write_openraster(picture, stack))
+    document = PSDImage.open(io.BytesIO(write_psd(picture, stack)))
+    flats = next(layer for layer in document if layer.name == "Flats")
+    hair = next(layer for layer in flats if layer.name == "hair")
+    assert {layer.name for layer in flats} == {"hair", "skin", "#0a3c5a"}
+    assert {layer.name for layer in hair} == {"#c8285a", "#78143c"}
+    [root] = ElementTree.fromstring(archive.read("stack.xml"))
+    assert {layer.get("name") for layer in root.find("stack/stack[@name='hair']")} == {"#c8285a", "#78143c"}
+    shown = flattened(archive, root, labels.shape)[..., :3] * 255
+    assert np.abs(shown - picture).max() <= 2
+    composed = np.asarray(document.composite(force=True).convert("RGB")).astype(int)
+    assert np.abs(composed - picture).max() <= 2
