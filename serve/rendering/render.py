@@ -232,7 +232,7 @@ def render(
         hints: from options.read_hints().
         output: the files to return; `both` are `image` and `color_layer`.
         options: size, style, background and palette, which options.check() accepts. If the size is `native`, `image` is
-            `color_layer` times the sketch. If it is `model`, the image of the style `painted` is the unchanged picture
+            `color_layer` times `drawing.pixels`. If it is `model`, the image of the style `painted` is the unchanged picture
             of the network with its lines.
     """
     style = options.usual_style

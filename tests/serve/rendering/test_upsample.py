@@ -242,8 +242,10 @@ def test_whatever_the_drawing_the_layer_times_it_is_the_picture(kind, shape):
     assert picture.shape[:2] == (layer.height, layer.width) == SHAPES[shape]
     assert layer.mode == "RGBA"
     white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    product = np.asarray(white) / 255 * decode_rgb(data)
+    product = np.asarray(white) / 255 * drawing.pixels
     assert np.abs(product - picture).max() <= 2
+    if kind not in ("yellow paper", "photograph"):  # Their paper is tinted, so it was cleaned.
+        assert (drawing.pixels == decode_rgb(data)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
