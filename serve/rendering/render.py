@@ -232,8 +232,8 @@ def render(
         hints: from options.read_hints().
         output: the files to return; `both` are `image` and `color_layer`.
         options: size, style, background and palette, which options.check() accepts. If the size is `native`, `image` is
-            `color_layer` times `drawing.pixels`. If it is `model`, the image of the style `painted` is the unchanged picture
-            of the network with its lines.
+            `color_layer` times `drawing.pixels`. If it is `model`, the image of the style `painted` is the unchanged
+            picture of the network with its lines.
     """
     style = options.usual_style
     sized = drawing if options.size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
