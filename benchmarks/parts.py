@@ -37,7 +37,7 @@ from animediffusion.pipelines.synthetic.variety import PRESETS
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.platform.registry.downloads import STARTER_FOLDER
 from animediffusion.serve.rendering.coloring import Coloring, color_regions
-from animediffusion.serve.rendering.parts.naming import Scene, Stage, look_at, name_regions, second_features
+from animediffusion.serve.rendering.parts.naming import RegionFeatures, Stage, look_at, name_regions, second_features
 from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Pixels, read_drawing
 
@@ -141,7 +141,7 @@ def training_cases(bundle: Bundle, rows: int) -> Iterator[Case]:
             yield case(bundle, TRAIN_SEEDS[variety], row, variety, np.random.default_rng([TRAIN_SEEDS[variety], row]))
 
 
-def look(coloring: Coloring) -> Scene:
+def look(coloring: Coloring) -> RegionFeatures:
     """Measure the regions of a coloring."""
     return look_at(coloring.labels, coloring.regions, coloring.drawing.darkness)
 
@@ -156,7 +156,7 @@ def mirrored(coloring: Coloring) -> Coloring:
     return replace(coloring, labels=coloring.labels[:, ::-1], regions=regions, drawing=drawing)
 
 
-def fit(looks: Sequence[tuple[Scene, NDArray[np.int64]]], features: Sequence[NDArray[np.float64]]) -> Stage:
+def fit(looks: Sequence[tuple[RegionFeatures, NDArray[np.int64]]], features: Sequence[NDArray[np.float64]]) -> Stage:
     """Train one stage; regions count by the root of their area."""
     torch.manual_seed(0)
     rows = np.concatenate(features)

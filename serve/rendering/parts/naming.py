@@ -62,7 +62,7 @@ class Stage(NamedTuple):
         )
 
 
-class Scene(NamedTuple):
+class RegionFeatures(NamedTuple):
     """The measures of all regions that both stages need."""
 
     base: Rows
@@ -120,7 +120,7 @@ def _stages() -> tuple[Stage, ...]:
     return tuple(Stage.read(arrays) for arrays in STAGES)
 
 
-def look_at(labels: Labels, regions: tuple[Region, ...], darkness: Floats) -> Scene:
+def look_at(labels: Labels, regions: tuple[Region, ...], darkness: Floats) -> RegionFeatures:
     """Measure the regions of a coloring.
 
     Args:
@@ -157,7 +157,7 @@ def look_at(labels: Labels, regions: tuple[Region, ...], darkness: Floats) -> Sc
     box = np.array([region.box for region in regions]) / (*labels.shape[::-1], *labels.shape[::-1])
     extent = np.maximum(np.prod(box[:, 2:] - box[:, :2], axis=1), 1e-9)
     perimeter = np.bincount(one, border, count) / side
-    scene = Scene(np.empty((count, 0)), area, center, alike, (one, other), border)
+    scene = RegionFeatures(np.empty((count, 0)), area, center, alike, (one, other), border)
     log_area = np.log(area + 1e-5)[:, None]
     own = np.concatenate([center, spread, box, sides, color, log_area, moments[:, 4:]], axis=1)
     shape = np.stack([area / extent, np.log(perimeter + 1e-3) - 0.5 * log_area[:, 0]], axis=1)
@@ -186,7 +186,7 @@ def look_at(labels: Labels, regions: tuple[Region, ...], darkness: Floats) -> Sc
     return scene._replace(base=base)
 
 
-def second_features(scene: Scene, shares: Rows) -> Rows:
+def second_features(scene: RegionFeatures, shares: Rows) -> Rows:
     """Return the features of the second stage, [N, F2]; `shares` are the probabilities of the first."""
     mass = shares * scene.area[:, None]
     total = mass.sum(axis=0)
