@@ -37,7 +37,13 @@ from animediffusion.pipelines.synthetic.variety import PRESETS
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.platform.registry.downloads import STARTER_FOLDER
 from animediffusion.serve.rendering.coloring import Coloring, color_regions
-from animediffusion.serve.rendering.parts.naming import RegionFeatures, Stage, look_at, name_regions, second_features
+from animediffusion.serve.rendering.parts.naming import (
+    NamingStage,
+    RegionFeatures,
+    look_at,
+    name_regions,
+    second_features,
+)
 from animediffusion.serve.rendering.regions import find_regions
 from animediffusion.serve.rendering.sketch import Pixels, read_drawing
 
@@ -156,7 +162,9 @@ def mirrored(coloring: Coloring) -> Coloring:
     return replace(coloring, labels=coloring.labels[:, ::-1], regions=regions, drawing=drawing)
 
 
-def fit(looks: Sequence[tuple[RegionFeatures, NDArray[np.int64]]], features: Sequence[NDArray[np.float64]]) -> Stage:
+def fit(
+    looks: Sequence[tuple[RegionFeatures, NDArray[np.int64]]], features: Sequence[NDArray[np.float64]]
+) -> NamingStage:
     """Train one stage; regions count by the root of their area."""
     torch.manual_seed(0)
     rows = np.concatenate(features)
@@ -185,10 +193,10 @@ def fit(looks: Sequence[tuple[RegionFeatures, NDArray[np.int64]]], features: Seq
             optimizer.step()
             schedule.step()
     hidden, hidden_bias, out, out_bias = (one.detach().numpy().T for one in network.parameters())
-    return Stage(mean.astype(np.float32), deviation.astype(np.float32), hidden, hidden_bias, out, out_bias)
+    return NamingStage(mean.astype(np.float32), deviation.astype(np.float32), hidden, hidden_bias, out, out_bias)
 
 
-def write(stages: Sequence[Stage], path: Path) -> None:
+def write(stages: Sequence[NamingStage], path: Path) -> None:
     """Write the weights as a Python module."""
     lines = [
         '"""The weights of naming.py, as benchmarks/parts.py --train writes them: shapes, and 16-bit floats."""',

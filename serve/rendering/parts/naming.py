@@ -37,7 +37,7 @@ Rows = NDArray[np.float64]
 """One row for each region."""
 
 
-class Stage(NamedTuple):
+class NamingStage(NamedTuple):
     """The weights of a stage: a layer of rectified linear units between the features and the parts."""
 
     mean: Floats
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
         return np.asarray(shares / shares.sum(axis=1, keepdims=True), np.float64)
 
     @classmethod
-    def read(cls, arrays: list[tuple[tuple[int, ...], str]]) -> Stage:
+    def read(cls, arrays: list[tuple[tuple[int, ...], str]]) -> NamingStage:
         """Return the stage whose arrays are each given by shape and by 16-bit floats as hexadecimal digits."""
         return cls(
             *(np.frombuffer(bytes.fromhex(digits), "<f2").astype(np.float32).reshape(shape) for shape, digits in arrays)
@@ -116,8 +116,8 @@ def name_regions(coloring: Coloring) -> Coloring:
 
 
 @functools.cache
-def _stages() -> tuple[Stage, ...]:
-    return tuple(Stage.read(arrays) for arrays in STAGES)
+def _stages() -> tuple[NamingStage, ...]:
+    return tuple(NamingStage.read(arrays) for arrays in STAGES)
 
 
 def look_at(labels: Labels, regions: tuple[Region, ...], darkness: Floats) -> RegionFeatures:
