@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
 from animediffusion.pipelines.release.stored_evaluation import StoredEvaluation
 from animediffusion.platform.errors import BundleError, RegistryError
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.model_version import Version
+
+if TYPE_CHECKING:
+    from animediffusion.models.bundle import Bundle
 
 PSNR_MARGIN = 0.2
 """Same-reference PSNR in dB that a new champion may lose: an invisible loss, about the noise of 100 images."""
@@ -30,6 +33,8 @@ def check_bundle(folder: Path | str, sha256: str | None = None) -> Bundle:
     Raises:
         BundleError: the bundle is damaged, has another format or identity, or its sample is not finite.
     """
+    from animediffusion.models.bundle import load_bundle, smoke_sample  # here, because torch takes seconds to import
+
     bundle = load_bundle(folder, sha256=sha256)
     smoke_sample(bundle)
     return bundle

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from animediffusion.models.bundle import Bundle, file_sha256
-from animediffusion.pipelines.evaluation.examples import sample_sheet
 from animediffusion.platform.errors import RegistryError
 from animediffusion.platform.images.codec import encode_png
 from animediffusion.platform.registry.client import Registry
 from animediffusion.platform.registry.model_version import Version, headline
+
+if TYPE_CHECKING:
+    from animediffusion.models.bundle import Bundle
 
 SAMPLES = "samples.png"
 RECIPE = "recipe.yaml"
@@ -25,6 +26,8 @@ _MADE = {"denoising": "phase 1", "reconstruction": "phase 2"}
 
 def kept_files(bundle: Bundle) -> dict[str, bytes]:
     """Return files to register with a bundle: samples that it colored, and its run's config if that is next to it."""
+    from animediffusion.pipelines.evaluation.examples import sample_sheet  # here, because it imports torch
+
     files = {SAMPLES: encode_png(sample_sheet(bundle))}
     config = bundle.folder.parent / "config.yaml"
     if config.is_file() and (bundle.folder.parent / "run.json").is_file():
@@ -34,6 +37,8 @@ def kept_files(bundle: Bundle) -> dict[str, bytes]:
 
 def described(bundle: Bundle) -> dict[str, str]:
     """Return tags that describe a version without its files: network, sampler, data and origin of the weights."""
+    from animediffusion.models.bundle import file_sha256  # here, because it imports torch
+
     return {
         "image_size": str(bundle.config.image_size),
         "path": bundle.config.path.name,

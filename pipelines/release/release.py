@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from animediffusion.models.bundle import Bundle
 from animediffusion.pipelines.release import canary
 from animediffusion.pipelines.release.checks import check_bundle, check_quality, check_stored
 from animediffusion.pipelines.release.lineage import described, kept_files, origin, samples
@@ -24,6 +23,9 @@ from animediffusion.platform.registry.alias_lock import alias_lock
 from animediffusion.platform.registry.client import ALIASES, CHAMPION, Registry
 from animediffusion.platform.registry.downloads import cache_folder, fetch_folder
 from animediffusion.platform.registry.model_version import Version, headline
+
+if TYPE_CHECKING:
+    from animediffusion.models.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,6 @@ def train(
     ] = True,
 ) -> None:
     """Train a recipe on Ray; rerun the command to resume."""
-    from animediffusion.pipelines.training import driver
     from animediffusion.pipelines.training.plan import plan
     from animediffusion.pipelines.training.recipe import load_recipe
     from animediffusion.platform.errors import ConfigError
@@ -49,6 +48,8 @@ def train(
     if dry_run:
         _dry_run(console, work, estimate)
         return
+    from animediffusion.pipelines.training import driver  # not before: Ray takes seconds, and a typo needs none
+
     if work.finished:
         console.note(f"{work.run} is finished")
     elif work.start_step:
@@ -64,13 +65,14 @@ def train(
 
 def _dry_run(console: Console, work: RunPlan, measure: bool) -> None:
     """Print the settings immediately, then the estimate of time and memory."""
-    from animediffusion.pipelines.estimate.estimate import estimate, lines
     from animediffusion.pipelines.training.plan import describe
 
     described = describe(work)
     if not measure:
         console.result(described.to_json(), described.yaml)
         return
+    from animediffusion.pipelines.estimate.estimate import estimate, lines  # not before: it imports Ray
+
     if not console.as_json:
         console.say(described.yaml)
     console.note("timing some steps, which takes about 15 s; --no-estimate skips this")
