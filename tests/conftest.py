@@ -194,8 +194,8 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
 
     from animediffusion.platform.cluster import ray_compat
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
-    ray_compat.end_idle_processes()
+    with ray_compat.only_needed_processes():
+        ray.init(address="local", num_cpus=2, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
 

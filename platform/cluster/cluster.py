@@ -109,15 +109,15 @@ def connect(
         os.environ.setdefault(name, value)
     _private_token()
     ray_compat.bind_to_loopback(True)
-    _init(
-        "Ray on this machine",
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=include_dashboard,
-        object_store_memory=object_store_memory,
-        **common,
-    )
-    ray_compat.end_idle_processes(log_monitor=not worker_logs, dashboard=not include_dashboard)
+    with ray_compat.only_needed_processes(log_monitor=worker_logs, dashboard=include_dashboard):
+        _init(
+            "Ray on this machine",
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=include_dashboard,
+            object_store_memory=object_store_memory,
+            **common,
+        )
 
 
 def shutdown() -> None:

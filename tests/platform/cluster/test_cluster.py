@@ -35,7 +35,7 @@ found = ray.get(worker.remote())
 listening, idle = [], []
 for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
     with contextlib.suppress(psutil.NoSuchProcess):
-        idle += [word for word in process.cmdline() if word.endswith(("/log_monitor.py", "/dashboard.py"))]
+        idle += [word for word in process.cmdline() if word.endswith(("monitor.py", "/dashboard.py"))]
         listening += [c.laddr.ip for c in process.net_connections("tcp") if c.status == "LISTEN"]
 cpus = ray.cluster_resources()["CPU"]
 cluster.shutdown()
