@@ -134,9 +134,6 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
         # As in an embedded cluster; pipelines/cluster_faults.py has several nodes and turns it on.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        # Our private cluster would disable the metrics for the whole process if it started first.
-        "RAY_enable_metrics_collection": "1",
-        "RAY_metrics_report_interval_ms": "2000",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
@@ -194,7 +191,10 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
 
     from animediffusion.platform.cluster import ray_compat
 
-    with ray_compat.only_needed_processes():
+    with pytest.MonkeyPatch.context() as patch, ray_compat.only_needed_processes():
+        # Only here: every process of a Ray with metrics sends them to another one, which adds them up in Python.
+        patch.setenv("RAY_enable_metrics_collection", "1")
+        patch.setenv("RAY_metrics_report_interval_ms", "3000")
         ray.init(address="local", num_cpus=2, log_to_driver=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
@@ -202,8 +202,8 @@ def ray_cluster(moto_server: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster_head() -> Iterator[Head]:
-    """The head of a cluster with two CPUs, with the jobs API."""
-    with ray_head("--num-cpus=2") as head:
+    """The head of a cluster with two CPUs, with the jobs API and without metrics."""
+    with ray_head("--num-cpus=2", RAY_enable_metrics_collection="0") as head:
         yield head
 
 

@@ -93,8 +93,9 @@ def head(services: Stack, workspace: Path) -> Iterator[Head]:
     given = [one for one in composed()["ray"]["command"] if one.startswith(("--num-cpus=", "--object-store-memory="))]
     options = [*given, f"--redis-password={services.redis_password}"]
     settings = {"ANIMEDIFFUSION_WORKSPACE": str(workspace), **services.environment}
+    metrics = {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "1000"}
     with (
-        ray_head(*options, RAY_metrics_report_interval_ms="1000", **settings) as there,
+        ray_head(*options, **metrics, **settings) as there,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("RAY_API_SERVER_ADDRESS", there.address)

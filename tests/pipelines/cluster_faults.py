@@ -18,6 +18,7 @@ from pathlib import Path
 # Ray reads these variables when it is imported.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
+os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112 - Ray spells it so
 
 import psutil
 import ray
