@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -238,8 +239,12 @@ def test_a_signal_ends_the_command_with_a_line_and_the_same_command_goes_on(many
 
 def color_actors():
     """Processes of the actors that color, by the name that Ray gives them."""
-    found = psutil.Process().children(recursive=True)
-    return [one for one in found if any("ColorDrawings" in word for word in one.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if any("ColorDrawings" in word for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.ray
