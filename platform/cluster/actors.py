@@ -54,7 +54,7 @@ def run_on_actors(
     cluster.silence_ray_data()
     made = ray.data.from_arrow(list(blocks)).map_batches(
         worker,
-        batch_size=None,  # a block
+        batch_size=max(block.num_rows for block in blocks) if device == "GPU" else None,  # Ray wants one with GPUs
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=least),
         fn_constructor_args=(*arguments, cpus),
         num_gpus=1 if device == "GPU" else None,
