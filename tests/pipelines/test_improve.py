@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 
 import in_process
 import pytest
@@ -19,7 +19,7 @@ from bundles import evaluation, new_model, write_bundle
 from filelock import FileLock
 
 from animediffusion.cli import app as cli
-from animediffusion.models.bundle import save_bundle
+from animediffusion.models.bundle import file_sha256, save_bundle
 from animediffusion.pipelines.data import ingest
 from animediffusion.pipelines.data.manifest import Manifest, Split, write_shard
 from animediffusion.pipelines.data.shards import PICTURES, StoredRow
@@ -283,7 +283,7 @@ def test_artists_correct_less_each_round_and_nothing_gets_worse_elsewhere(settin
     release.promote(settings, 1)
     studio = Studio(settings, SIZE)
     rates = studio.work(ANSWERS)
-    options = ImproveOptions(recipe=recipe, overrides=("max_steps=150",), percent=50, min_new=40, min_answered=ANSWERS)
+    options = ImproveOptions(recipe=recipe, overrides=("max_steps=250",), percent=50, min_new=40, min_answered=ANSWERS)
     for champion in (1, 2, 3):
         [*ended, begun] = steps(settings, options)
         assert [action for action, _ in ended] == (["promote"] if champion > 1 else [])
@@ -315,18 +315,6 @@ def steps(settings, options):
     return [(step.action, step.version) for step in improve(settings, options, lambda _: None, silent)]
 
 
-def stopping(signum, step):
-    """A context for a training run that gets a signal at this step."""
-    sent = []
-
-    def report(now):
-        if now.step >= step and not sent:
-            sent.append(now.step)
-            os.kill(os.getpid(), signum)
-
-    return lambda: nullcontext(report)
-
-
 def bundle_of(folder, config, **provenance):
     """Write an untrained bundle of a recipe, and return its folder."""
     torch.manual_seed(0)
@@ -335,26 +323,37 @@ def bundle_of(folder, config, **provenance):
     return folder
 
 
-@pytest.mark.timeout(1200)
-def test_a_stopped_run_continues_with_its_own_corrections(settings, recipe, faces_dataset, tmp_path, ray_cluster):
-    config = load_recipe(recipe, [f"data={faces_dataset}"])
-    champion = bundle_of(tmp_path / "one", config, data=faces_dataset)
+def stopping(step):
+    """A context for a training run that is stopped at this step."""
+
+    def report(now):
+        if now.step == step:
+            raise Interrupted(signal.SIGTERM, "run", step)
+
+    return lambda: nullcontext(report)
+
+
+def test_a_stopped_run_continues_with_its_own_corrections(settings, recipe, faces_dataset, tmp_path, here):
+    champion = bundle_of(tmp_path / "one", load_recipe(recipe, [f"data={faces_dataset}"]), data=faces_dataset)
     release.promote(settings, release.register(settings, champion).version, force=True)
     store = Corrections(settings.corrections_uri)
-    for number in range(6):
-        request = draw_request(number, SIZE)
+    requests = [draw_request(number, SIZE) for number in range(7)]
+    for number, request in enumerate(requests[:6]):
         correct(store, "1", f"request-{number}", request, request.reference)
-    options = ImproveOptions(recipe=recipe, overrides=("max_steps=60", "checkpoint_every=10"), min_new=5)
+    options = ImproveOptions(recipe=recipe, overrides=("max_steps=12",), min_new=5)
     with pytest.raises(Interrupted):
-        improve(settings, options, lambda _: None, stopping(signal.SIGTERM, 20))
-    request = draw_request(6, SIZE)
-    correct(store, "1", "late", request, request.reference)
+        improve(settings, options, lambda _: None, stopping(7))
+    correct(store, "1", "late", requests[6], requests[6].reference)
     lines = []
     [step] = improve(settings, options, lines.append, silent)
 
     assert step.version == 2
-    assert any(re.match(r"resuming tiny-\w+ at step [1-5]\d:", line) for line in lines)
+    assert any(re.match(r"resuming tiny-\w+ at step 7:", line) for line in lines)
     version = Registry(settings).get(2)
     assert (version.parent, version.tags["rehearse"], version.tags["rehearse_share"]) == (1, faces_dataset, "0.5")
-    assert sum(split.rows for split in Manifest.load(version.tags["data"]).splits.values()) == 6
+    data = version.tags["data"]
+    assert sum(split.rows for split in Manifest.load(data).splits.values()) == 6
     assert not (settings.workspace / "improve.json").exists()
+    given = [f"data={data}", f"rehearse={faces_dataset}", f"init_from={champion}", "max_steps=12"]
+    calm = in_process.train(settings, load_recipe(recipe, given))
+    assert version.tags["weights_sha256"] == file_sha256(Path(calm.bundle, "model.safetensors"))

@@ -98,7 +98,7 @@ def test_a_rehearsed_dataset_has_its_share_of_every_batch_also_after_a_resume(
 ) -> None:
     new, old = str(tmp_path / "new"), "s3://bucket/old"
     write_dataset(new, train=(9,))
-    write_dataset(old, first=100, train=(40, 30))
+    write_dataset(old, first=80, train=(40, 30))
     rehearse = Rehearsal(old, 0.25)
 
     whole = consume(new, batch_rows=8, num_batches=30, rehearse=rehearse)
@@ -108,9 +108,9 @@ def test_a_rehearsed_dataset_has_its_share_of_every_batch_also_after_a_resume(
     for rank in whole:
         numbers = [int(name.partition("-")[2]) for _, name in rank]
         batches = [numbers[start : start + 8] for start in range(0, len(numbers), 8)]
-        assert {sum(number >= 100 for number in batch) for batch in batches} == {2}
+        assert {sum(number >= 80 for number in batch) for batch in batches} == {2}
     names = {name for rank in whole for _, name in rank}
-    assert {name for name in names if int(name.partition("-")[2]) < 100} == {f"train-{number}" for number in range(9)}
+    assert {name for name in names if int(name.partition("-")[2]) < 80} == {f"train-{number}" for number in range(9)}
 
 
 @pytest.mark.ray
