@@ -42,7 +42,7 @@ from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
 from animediffusion.serve.rendering.regions import Regions, find_regions
-from animediffusion.serve.rendering.sketch import Drawing, Pixels, read_drawing
+from animediffusion.serve.rendering.sketch import Drawing, Pixels, read_drawing, with_white_paper
 from animediffusion.serve.rendering.upsample import to_picture, to_rgba
 
 SIZE_PX = 512
@@ -119,7 +119,7 @@ def case_of(sketch: Pixels, reference: Pixels, truth: Pixels) -> Case:
 def scanned(case: Case, paper: tuple[int, ...]) -> Case:
     """Return the case with a drawing on paper of this color, whose left side gets less light."""
     light = np.linspace(1 - SHADOW, 1, case.truth.shape[1])[:, None] * np.array(paper)
-    drawing = read_drawing(np.rint(case.drawing.pixels / 255 * light).astype(np.uint8))
+    drawing = with_white_paper(read_drawing(np.rint(case.drawing.pixels / 255 * light).astype(np.uint8)))
     return case._replace(drawing=drawing, regions=find_regions(drawing))
 
 

@@ -76,7 +76,7 @@ def paint(
         lock: a lock that is held while the network runs; needed if several threads call this function.
         style: `flat`, `shaded` or `painted`, or None for the default; this and the next two are those of
             rendering/render.py's RenderOptions.
-        background: `paper` or `reference`.
+        background: `paper`, `white` or `reference`.
         palette: `reference`, `none`, a list of #RRGGBB, or the bytes of a palette file.
         more_references: up to three more image files.
         hints: colors of points, JSON or the bytes of a file (rendering/hints.py).
@@ -271,8 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--background",
-        choices=["paper", "reference"],
-        help="with flat or shaded, color outside of the figure: the paper's if omitted",
+        choices=["paper", "white", "reference"],
+        help="with flat or shaded, color outside of the figure: the paper's if omitted; white removes the paper's tint",
     )
     parser.add_argument(
         "--palette",

@@ -25,7 +25,7 @@ from animediffusion.serve.rendering.sketch import Drawing, Floats, Pixels
 from animediffusion.serve.rendering.upsample import LITTLE_TRUST, REACH_PX, Flow, box_mean, enlarge, flow_of, reduced
 
 Style = Literal["flat", "shaded", "painted"]
-Background = Literal["paper", "reference"]
+Background = Literal["paper", "white", "reference"]
 Labels = NDArray[np.int32]
 
 WORK_PIXELS = 100_000
@@ -138,7 +138,7 @@ def color_regions(
         references: the references, each [h, w, 3].
         palette: colors of the regions. `reference`: the references' dominant colors where the network's are near them;
             a Palette: only its colors; None: the network's colors.
-        background: `paper`: what is outside of the figure keeps the color of the paper; `reference`: the network's.
+        background: what is outside of the figure: `paper` and `white` leave it paper, `reference` colors it.
         style: `shaded` also returns a shading.
         learned: colors of learned hints, which are added to those of the references.
     """
@@ -165,7 +165,7 @@ def color_regions(
     if palette is None:
         colors = _means(groups, evidence, colors)
     softness = choice.softness[chosen]
-    if background == "paper":
+    if background != "reference":
         outside = _outside(regions.labels, labels, drawing.darkness, step)
         colors[outside], softness[outside] = 255, 0
     shading = None

@@ -30,7 +30,14 @@ from animediffusion.serve.rendering.layers import (
 from animediffusion.serve.rendering.palette import Color, Palette, read_palette
 from animediffusion.serve.rendering.parts.naming import name_regions
 from animediffusion.serve.rendering.regions import Regions, find_regions
-from animediffusion.serve.rendering.sketch import Drawing, Pixels, has_lines, looks_inverted, read_drawing
+from animediffusion.serve.rendering.sketch import (
+    Drawing,
+    Pixels,
+    has_lines,
+    looks_inverted,
+    read_drawing,
+    with_white_paper,
+)
 from animediffusion.serve.rendering.upsample import layer_of, over_white, to_picture
 
 Output = Literal["image", "color_layer", "both", "flat", "ora", "psd", "layers", "doubt"]
@@ -49,7 +56,7 @@ FAST_COMPRESSION = 3
 """PNG compression level of responses: low, because a client waits for them."""
 ALLOWED = {
     "style": "flat, shaded or painted",
-    "background": "paper or reference",
+    "background": "paper, white or reference",
     "palette": "reference, none, #RRGGBB,#RRGGBB,..., or a .gpl or .ase file",
     "size": "native or model",
 }
@@ -101,7 +108,7 @@ class RenderOptions:
         if self.usual_style != "painted":
             return
         for name, found in (("background", self.background), ("palette", self.palette)):
-            is_today = found in (None, "reference")
+            is_today = found in (None, "reference") or (name == "background" and found == "white")
             if not is_today and (name == "background" or output in _PAINTED):
                 shown = repr(found) if isinstance(found, str) else "a file"
                 raise ConfigError(f"{prefix}{name}", f"{shown[:80]} with style painted", "choose style flat or shaded")
@@ -237,6 +244,8 @@ def render(
     """
     style = options.usual_style
     sized = drawing if options.size == "native" else read_drawing(letterbox(drawing.pixels, len(painted))[0])
+    if options.background == "white":
+        sized = with_white_paper(sized)
     is_plain = output in _PAINTED and not hints
     if style == "painted" and is_plain:
         return Rendered(_painted(painted, sized, output, options.size))

@@ -24,8 +24,8 @@ PAPER_GRID_PX = 64
 FAINT_LINE = 0.08
 """Darkness below this value counts as grain of the paper."""
 TINTED_PAPER = 235
-"""Paper that is darker than this in any channel, anywhere but at TINTED_SHARE of its area, is cleaned: its tint, its
-shadows and its grain are removed. Whiter paper stays as it is, so that every pixel of a line does."""
+"""with_white_paper() cleans paper that is darker than this in any channel, anywhere but at TINTED_SHARE of its area.
+Whiter paper stays as it is, so that every pixel of a line does."""
 TINTED_SHARE = 0.02
 GRAIN = (0.04, 0.16)
 """On cleaned paper, pixels of up to the first darkness become white; from the second on, they keep their darkness."""
@@ -47,7 +47,7 @@ class Drawing(NamedTuple):
     """A sketch, separated into lines and paper."""
 
     pixels: Pixels
-    """[H, W, 3]: the decoded pixels, unchanged if the paper is nearly white; otherwise the lines on white paper."""
+    """[H, W, 3]: the decoded pixels, unchanged unless with_white_paper() made the drawing."""
     darkness: Floats
     """[H, W]: 0 on paper, 1 in a black line."""
     paper: Floats
@@ -55,21 +55,26 @@ class Drawing(NamedTuple):
 
 
 def read_drawing(pixels: Pixels) -> Drawing:
-    """Return the lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper.
-
-    A scan on tinted or unevenly lit paper is cleaned, because colors are multiplied by its pixels.
-    """
+    """Return the lines and the paper of a sketch [H, W, 3]; lines may have any color that is darker than the paper."""
     brightness = np.median(pixels.reshape(-1, 3), axis=0)
     if brightness.min() >= CLEAN_PAPER:
         paper = np.ones((1, 1, 3), np.float32)
         return Drawing(pixels, _stretch(_darkness(pixels, paper), INK_AREA), paper)
     paper = _paper_of(pixels)
     darkness = _darkness(pixels, paper)
-    if np.quantile(paper[::8, ::8].min(axis=2), TINTED_SHARE) * 255 < TINTED_PAPER:
-        pixels = _cleaned(pixels, paper, darkness)
-        paper = np.ones((1, 1, 3), np.float32)
     darkness = np.maximum((darkness - FAINT_LINE) / (1 - FAINT_LINE), 0).astype(np.float32)
     return Drawing(pixels, _stretch(darkness, INK_AREA), paper)
+
+
+def with_white_paper(drawing: Drawing) -> Drawing:
+    """Return the drawing without the tint, the shadows and the grain of its paper, as in a scan or a photograph.
+
+    Colors are multiplied by the pixels of the drawing, so on white paper they are exact.
+    """
+    pixels, darkness, paper = drawing
+    if np.quantile(paper[::8, ::8].min(axis=2), TINTED_SHARE) * 255 >= TINTED_PAPER:
+        return drawing
+    return Drawing(_cleaned(pixels, paper, _darkness(pixels, paper)), darkness, np.ones((1, 1, 3), np.float32))
 
 
 def looks_inverted(pixels: Pixels) -> bool:

@@ -94,7 +94,8 @@ def colorize(
         str | None,
         typer.Option(
             metavar="WHERE",
-            help="Color outside of the figure with flat or shaded: paper, which is the default, or reference.",
+            help="What is outside of the figure with flat or shaded: the paper, which is the default, white paper "
+            "(also under the colors; for scans and photographs), or a color of the reference.",
         ),
     ] = None,
     palette: Annotated[
