@@ -425,7 +425,7 @@ def plain_ora(colorizer, sketch, reference) -> bytes:
     ("words", "line"),
     [
         (["--style", "oil"], "--style: 'oil'; flat, shaded or painted"),
-        (["--background", "sea"], "--background: 'sea'; paper or reference"),
+        (["--background", "sea"], "--background: 'sea'; paper, white or reference"),
         (["--style", "painted", "--background", "paper"], "--background: 'paper' with style painted; "),
         (["--style", "painted", "--palette", "#123456"], "--palette: '#123456' with style painted; "),
         (["--style", "flat", "--palette", "nowhere.gpl"], "--palette: 'nowhere.gpl': No such file or directory; "),
@@ -458,7 +458,7 @@ def test_the_command_writes_layers_with_a_palette_file(drawings, tmp_path, bundl
         assert "skipped" not in captured.err
     with zipfile.ZipFile(drawings / "a.ora") as archive:
         names = [layer.get("name") for layer in ElementTree.fromstring(archive.read("stack.xml")).iter("layer")]
-    assert set(names) - {"#0a141e", "#f0e6dc"} == {"Line art", "Region ids"}
+    assert set(names) - {"#0a141e", "#f0e6dc", "background"} == {"Line art", "Region ids"}
 
 
 ANOTHER_SERVER = {
