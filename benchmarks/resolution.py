@@ -38,8 +38,8 @@ from animediffusion.platform.images.codec import letterbox, unletterbox
 from animediffusion.serve.rendering.sketch import Drawing, Pixels, as_gray, for_network, read_drawing
 from animediffusion.serve.rendering.upsample import layer_of, to_picture
 
-SEED = 5
-"""Seed of faces that no demo trains on."""
+SEED = 2025
+"""Seed of faces that no model of this project is trained on."""
 NUM_GAPS = 25
 SAMPLE = 2
 """Every second pixel in each direction is compared."""

@@ -33,7 +33,7 @@ answers while no version was promoted. `train ... init_from=starter` begins with
 |---|---|
 | image size | {size} px |
 | parameters | {parameters:.1f} M, stored as float16 |
-| trained on | {rows:,} drawings of this project (`data synthesize`): half of them faces, half `--variety diverse` |
+| trained on | {rows:,} drawings of this project (`data synthesize`): faces, and `--variety diverse` |
 | recipe | `{recipe}`, {steps:,} steps of {batch} rows, {core_minutes} minutes of one CPU core |
 | sampler | {sampler} |
 | hints, several references | {hints}, up to 4 |
