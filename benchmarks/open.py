@@ -131,7 +131,9 @@ def main() -> None:
     """Print the table and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=24, help="number of drawings")
-    parser.add_argument("--method", action="append", default=[], metavar="MODULE:FUNCTION", help="a rival")
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="MODULE:FUNCTION", help="a method to compare; may be repeated"
+    )
     parser.add_argument("--model", action="append", default=[], metavar="BUNDLE", help="another bundle of this project")
     parser.add_argument("--sheet", type=Path, help="also write a picture of what the methods made of `base`")
     parser.add_argument("--out", type=Path, default=RESULT, help="Markdown file to write")

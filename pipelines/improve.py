@@ -1,6 +1,6 @@
-"""`improve`: what people corrected becomes the next champion, in steps that are also commands.
+"""`improve`: corrections become the next champion, in steps that are also commands.
 
-1. Take up the canary of an earlier call: promote its challenger, roll it back, or wait (models canary).
+1. Decide the canary of an earlier call: promote its challenger, end it, or wait (models canary).
 2. Make a dataset of all corrections (data ingest corrections://).
 3. Fine-tune the champion on it, with rows of its former dataset in every batch (train improve rehearse=...).
 4. Register the model as a version whose parent is the champion (models register).
@@ -53,8 +53,8 @@ VAL_FRACTION = 0.2
 GIVEN = ("recipe", "data", "init_from", "name")
 """Settings of the training run that improve() chooses."""
 
-Action = Literal["promote", "roll back", "refuse", "canary", "wait"]
-ENDS = ("promote", "roll back", "refuse")
+Action = Literal["promote", "end canary", "refuse", "canary", "wait"]
+ENDS = ("promote", "end canary", "refuse")
 """Actions with which a round is over."""
 
 
@@ -70,7 +70,7 @@ class ImproveOptions:
     min_new: int = 20
     """New corrections that a round needs."""
     min_answered: int = correction_rate.MIN_ANSWERED
-    """Answers of champion and challenger before the canary is decided."""
+    """Answered requests that champion and challenger each need before the canary is decided."""
     datasets: str | None = None
     """Folder or URI of the datasets of corrections; WORKSPACE/data if None."""
 
@@ -121,15 +121,15 @@ def improve(
     rounds: int | None = None,
     pause_s: float = 60.0,
 ) -> list[ImproveStep]:
-    """Do what can be done now and return it; with `rounds`, wait for corrections and answers until so many are over.
+    """Do what can be done now and return it; with `rounds`, wait where needed, until that many rounds are over.
 
     Args:
         settings: names the registry and the corrections store.
         options: settings.
         note: called with a line for every step that takes long or decides something.
         training: context of the training run.
-        rounds: number of rounds that end with a promotion, a rollback or a refusal.
-        pause_s: seconds between two looks while there is nothing to do.
+        rounds: number of rounds that end with a promotion, the end of the canary or a refusal.
+        pause_s: seconds between two checks while there is nothing to do.
 
     Raises:
         ConfigError: there is no corrections store, or a setting is wrong.
@@ -168,7 +168,7 @@ class _Improver:
         self.pin = settings.workspace / "improve.json"
 
     def rounds(self, rounds: int | None, pause_s: float) -> list[ImproveStep]:
-        """Do what can be done now; with `rounds`, wait and continue until so many are over."""
+        """Do what can be done now; with `rounds`, wait and continue until that many rounds are over."""
         done: list[ImproveStep] = []
         while True:
             steps = self.once()
@@ -201,7 +201,7 @@ class _Improver:
         why = f"improve: {verdict.why}"
         if verdict.decision == "promote":
             release.promote(self.settings, challenger, why=why)
-        elif verdict.decision == "roll back":
+        elif verdict.decision == "end canary":
             canary(self.settings, 0, why)
         return ImproveStep(verdict.decision, challenger, verdict.why)
 
@@ -221,7 +221,8 @@ class _Improver:
         version = self._train(now, champion)
         self.pin.unlink(missing_ok=True)
         if self._is_decided(version):
-            return ImproveStep("wait", version.version, "the same corrections made the same version before")
+            why = "training on the same corrections gave this version again, which is already decided"
+            return ImproveStep("wait", version.version, f"{why}; wait for new corrections")
         return self._judge(version, champion)
 
     def _last(self, champion: Version) -> Version | None:
@@ -248,18 +249,17 @@ class _Improver:
         known = datetime.fromisoformat(last.tags[UNTIL]) if last is not None else None
         new = sum(known is None or entry.modified > known for entry in entries)
         if new < self.options.min_new:
-            return ImproveStep("wait", None, f"{new} new corrections; a round needs {self.options.min_new}")
+            return ImproveStep("wait", None, f"{_number(new, 'new correction')}; a round needs {self.options.min_new}")
         rehearse = self._rehearse(champion)
         place = self.options.datasets or str(self.settings.workspace / "data")
         data = storage.join(place, f"corrections-{_hash(entries)[:8]}")
         size = int(champion.tags["image_size"])
         job = ingest.prepare(f"corrections://{self.store.uri}", data, size, val_fraction=VAL_FRACTION)
         for key, number in job.left_out.items():
-            self.note(
-                f"left out {number} corrections of {key or 'clients without a key'}: too large a share of the rows"
-            )
+            whose = key or "clients without a key"
+            self.note(f"left out {_number(number, 'correction')} of {whose}: too large a share of the rows")
         if job.done is None:
-            self.note(f"ingesting {len(entries)} corrections, {new} of them new: {data}")
+            self.note(f"ingesting {_number(len(entries), 'correction')}, {new} of them new: {data}")
             cluster.connect(self.settings)
         job.run(note=self.note)
         now = _Round(champion.version, data, rehearse, max(entry.modified for entry in entries).isoformat())
@@ -316,7 +316,7 @@ class _Improver:
         rows = manifest.split("val").rows
         if _evaluated(version, manifest.content_hash, rows) is not None:
             return
-        self.note(f"evaluating version {version.version} on {rows} rows of {data}")
+        self.note(f"evaluating version {version.version} on {_number(rows, 'row')} of {data}")
         evaluate_and_record(self.settings, f"models:/{version.name}/{version.version}", data)
 
 
@@ -335,6 +335,10 @@ def former_data(champion: Version) -> str:
     except DataError as error:
         raise DataError(name, f"{error.thing}: {error.found}", what_to_do) from error
     return data
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _hash(entries: Iterable[Entry]) -> str:
@@ -363,7 +367,7 @@ def _gain(version: Version, champion: Version, corrections: str) -> str:
         for one in (champion, version)
         if (found := _evaluated(one, manifest.content_hash, rows)) is not None
     )
-    change = f"CIEDE2000 {before:.2f} to {after:.2f} on {rows} corrections held out"
+    change = f"CIEDE2000 {before:.2f} to {after:.2f} on {_number(rows, 'correction')} held out"
     if not after < before:
         raise RegistryError(f"version {version.version}", f"is no better: {change}", "train longer")
     return change

@@ -279,7 +279,7 @@ class Settings(Config):
 
     @property
     def corrections_uri(self) -> str | None:
-        """Absolute path or URI of the store of corrections; None if they are off."""
+        """Absolute path or URI of the corrections store; None if corrections are off."""
         given = self.corrections
         return given if given is None or is_uri(given) else str(expanded(given).absolute())
 

@@ -12,7 +12,7 @@ AnimeDiffusionError           exit code 2 unless another one is given
     RegistryError             a model version or alias does not exist, or MLflow or a check rejects a request
     ClusterError              Ray or a service on it cannot be reached or started
     TrainingError             a training run failed; its last checkpoint is kept; exit code 1
-    Interrupted               a signal stopped a run; its checkpoint is saved; exit code 128 + signal
+    Interrupted               a signal stopped a run or a command; what is done is saved; exit code 128 + signal
 ServeError                    a request was not answered; serve/api/problems.py gives the HTTP status
     BusyError                 too many requests are waiting; try again later
     DeadlineError             a picture was not, or cannot be, finished by its deadline
@@ -129,20 +129,20 @@ class TrainingError(AnimeDiffusionError):
 
 
 class Interrupted(AnimeDiffusionError):  # noqa: N818 - a stop request is not an error
-    """A signal stopped a run; its checkpoint is saved.
+    """A signal stopped a run or a command; what is done is saved.
 
     Args:
         signum: number of the signal.
-        run: name of the run, or of the command.
-        step: step of the saved checkpoint.
+        thing: what was stopped: `run NAME`, or the command.
+        step: what is done: the step of the saved checkpoint, or the number of units.
         unit: the unit that `step` counts.
         total: last step of the whole run; None if it is not known.
     """
 
-    def __init__(self, signum: int, run: str, step: int, unit: str = "step", total: int | None = None) -> None:
+    def __init__(self, signum: int, thing: str, step: int, unit: str = "step", total: int | None = None) -> None:
         of = "" if total is None else f" of {total}"
-        super().__init__(f"run {run}", f"stopped at {unit} {step}{of}", "run the same command again to resume")
-        self.signum, self.run, self.step = signum, run, step
+        super().__init__(thing, f"stopped at {unit} {step}{of}", "run the same command again to resume")
+        self.signum, self.step = signum, step
         self.exit_code = 128 + signum
 
 

@@ -127,7 +127,7 @@ def build_app(args: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: no API key is active, unless `allow_anonymous` is set and no key was ever made.
-        StorageError: the store of corrections cannot be written.
+        StorageError: the corrections store cannot be written.
     """
     check_keys(args)
     check_corrections(args)
@@ -166,7 +166,7 @@ def check_keys(args: ServeConfig) -> None:
 
 
 def check_corrections(args: ServeConfig) -> str | None:
-    """Return the store of corrections, None if they are off; raise StorageError if it cannot be written."""
+    """Return the corrections store, None if corrections are off; raise StorageError if it cannot be written."""
     uri = args.settings().corrections_uri
     if uri is not None:
         Corrections(uri).prepare()

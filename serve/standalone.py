@@ -272,7 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--background",
         choices=["paper", "white", "reference"],
-        help="with flat or shaded, color outside of the figure: the paper's if omitted; white removes the paper's tint",
+        help="what is outside of the figure: paper (default of flat and shaded) keeps its color; white removes tint "
+        "and shadows of scans and photographs, under the colors too, with any style; reference colors it",
     )
     parser.add_argument(
         "--palette",

@@ -360,7 +360,7 @@ def test_a_reason_may_be_empty(command):
 
 def test_a_run_stopped_by_a_signal_ends_with_its_number(capsys, monkeypatch):
     def stop(*_: object, **__: object) -> None:
-        raise Interrupted(15, "demo-1", 40)
+        raise Interrupted(15, "run demo-1", 40)
 
     monkeypatch.setattr(cli, "commands", lambda: stop)
     assert cli.run(["train", "demo"]) == 143

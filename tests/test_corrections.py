@@ -59,8 +59,8 @@ def test_the_list_has_every_correction_and_the_rate_of_each_version(store, comma
 
 def test_delete_removes_all_of_one_key_and_is_in_the_audit_log(store, command):
     code, out, err = command("corrections", "delete", "--key", "studio")
-    assert (code, out) == (0, ["deleted 1 corrections and 1 kept requests of studio"])
-    assert "datasets and models that were made before" in err[-1]
+    assert (code, out) == (0, ["deleted 1 correction and 1 kept request of studio"])
+    assert "datasets that were made earlier still contain the deleted corrections" in err[-1]
     names = storage.list_files(store.uri)
     assert [name for name in names if "studio" in name] == []
     assert len([name for name in names if name.endswith(".zip")]) == 4

@@ -1,6 +1,6 @@
 """The optimizer AdamW, with the fused kernel of torch.optim.AdamW and the same results, bit by bit.
 
-torch.optim.AdamW imports torch's compiler as soon as an optimizer is made, which takes every training process 1.5
+torch.optim.AdamW imports torch's compiler as soon as an optimizer is made, which takes every training process 1.3
 seconds, also if it compiles nothing.
 """
 

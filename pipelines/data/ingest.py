@@ -242,7 +242,7 @@ def _prepare_corrections(
         raise ConfigError("--max-share", str(max_share), "above 0, at most 1")
     store = store_of(source)
     if _inside(destination, store):
-        raise DataError(destination, "lies inside the store of corrections", "choose a folder outside of it")
+        raise DataError(destination, "lies inside the corrections store", "choose a folder outside of it")
     found = plan_corrections(store, val_fraction, MAX_SHARE if max_share is None else max_share)
     fingerprint, part_rows = _fingerprint(found.plan, found.stamps, size), choose_part_rows(found.plan, size)
     job = IngestJob(SCHEME + store, destination, size, found.plan, fingerprint, part_rows, found.catalog)

@@ -43,7 +43,7 @@ class ColorScores:
     """Mean difference; 0 for equal colors, and 1 is just visible."""
     ciede2000_median: float
     within_3: float
-    """Share of the pixels with a difference of at most 3, which is the same color to most eyes."""
+    """Share of the pixels with a difference of at most 3, which is hard to see in a picture."""
     within_6: float
 
 

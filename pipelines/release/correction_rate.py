@@ -1,8 +1,8 @@
 """Decide a canary by how often people correct the pictures of the challenger, compared with those of the champion.
 
-The challenger is promoted when it has answered enough requests and its share of corrected answers is lower than the
-champion's by Fisher's exact test, one-sided, at LEVEL; it is rolled back when the share is higher by the same test, or
-when ten times as many answers show no difference.
+The challenger is promoted when both versions have answered enough requests and its share of corrected answers is lower
+than the champion's by Fisher's exact test, one-sided, at LEVEL. The canary ends without a promotion when the share is
+higher by the same test, or when the challenger has answered ten times as many requests and is not clearly better.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from animediffusion.platform.registry.client import Registry
 MIN_ANSWERED = 100
 """Answers of each version before a decision."""
 PATIENCE = 10
-"""Times MIN_ANSWERED after which a challenger that is no better is rolled back."""
+"""Times MIN_ANSWERED after which the canary of a challenger that is not clearly better ends."""
 LEVEL = 0.01
 """Error probability of the test. It is low because the counts are looked at many times while they grow."""
 
-Decision = Literal["promote", "roll back", "wait"]
+Decision = Literal["promote", "end canary", "wait"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def began(events: list[Event], challenger: int) -> Event:
             is_on = event.version == challenger and bool(event.percent)
             found = (found or event) if is_on else None
     if found is None:
-        raise RegistryError("canary", "the audit log does not have its begin", "run `models canary PERCENT` again")
+        raise RegistryError(
+            "canary", "the audit log does not record when it began", "run `models canary PERCENT` again"
+        )
     return found
 
 
@@ -112,9 +114,9 @@ def decide(
         return "promote", f"{said} (p = {lower:.2g})"
     higher = probability_of_at_most(champion, challenger)
     if higher < LEVEL:
-        return "roll back", f"{said} (p = {higher:.2g})"
+        return "end canary", f"{said} (p = {higher:.2g})"
     if challenger.answered >= PATIENCE * min_answered:
-        return "roll back", f"{said}: no better"
+        return "end canary", f"{said}: not clearly better"
     return "wait", f"{said}: no clear difference yet (p = {lower:.2g})"
 
 

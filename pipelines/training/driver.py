@@ -211,7 +211,7 @@ def run_and_watch(trainer: TorchTrainer, work: RunPlan, progress: Any, report: R
     if latest.failure is not None:
         raise _recurring(work, latest.failure)
     if signum is not None:
-        raise Interrupted(signum, work.run, latest_step(work.checkpoints))
+        raise Interrupted(signum, f"run {work.run}", latest_step(work.checkpoints))
     if error is not None:
         raise _explain(error, work)
     return latest

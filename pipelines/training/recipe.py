@@ -56,7 +56,8 @@ class TrainConfig(Config):
     data: str
     """URI of a dataset."""
     rehearse: str | None = None
-    """URI of a second dataset, of which every batch also has rows, so that a fine-tuned model keeps what it can."""
+    """URI of a second dataset, of which every batch also has rows, so that a fine-tuned model does not forget what it
+    learned before."""
     rehearse_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of these rows in a batch."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")

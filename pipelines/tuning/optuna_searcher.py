@@ -327,7 +327,7 @@ def run_trials(
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
     if signum is not None:
-        raise Interrupted(signum, name, study.num_known, unit="trial")
+        raise Interrupted(signum, f"run {name}", study.num_known, unit="trial")
 
 
 def _watch(tuner: tune.Tuner, stop: threading.Event, study: Study, warn: Callable[[str], None]) -> int | None:

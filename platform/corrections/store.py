@@ -1,4 +1,4 @@
-"""The corrections store: requests that were answered lately, and what people made of the pictures.
+"""The corrections store: requests that were answered lately, and corrections of their pictures by people.
 
     store = Corrections("s3://bucket/corrections")
     store.keep(request)                       # by a server, for each request that it answers
@@ -252,7 +252,8 @@ class Corrections:
 def surplus_of(kept: Iterable[Entry], now: datetime) -> list[Entry]:
     """Return the kept requests to delete: those that are too old, then so many that the others are within the limits.
 
-    Each key keeps its newest requests: who sends a thousand requests does not displace those of others.
+    Each key keeps its newest requests, so a client that sends a thousand requests does not displace those of other
+    keys.
     """
     surplus, fair = [], []
     rank: Counter[str] = Counter()

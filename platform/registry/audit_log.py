@@ -1,4 +1,4 @@
-"""Audit log of alias and traffic changes, and of deletions: one MLflow run per event, which never changes.
+"""Audit log of alias and traffic changes, refusals and deletions: one MLflow run per event, which never changes.
 
 An event records who changed what, when and why. MLflow itself keeps no history of aliases. Runs work with every backend
 and are visible in MLflow's UI.

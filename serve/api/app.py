@@ -66,7 +66,7 @@ def create_app(
         timeout_s: time for one picture, including the time in the queue.
         num_threads: number of threads that decode uploads and render pictures.
         names_requests: whether to add the header X-Request-Id; False if a proxy in front adds it.
-        corrections: store of corrections, a folder or s3:// URI; None keeps no request and takes no corrections.
+        corrections: corrections store, a folder or s3:// URI; None keeps no request and takes no corrections.
     """
     store = None if corrections is None else Corrections(corrections)
     keeper = None if store is None else RequestKeeper(store)

@@ -107,8 +107,8 @@ async def _answer(store: Corrections, pool: ThreadPoolExecutor, form: Correction
         kept = await asyncio.to_thread(store.find, key, form.request_id)
     if kept is None:
         days = KEEP_S // (24 * 3600)
-        detail = f"request {form.request_id} is unknown, of another key, or was answered more than {days} days ago"
-        raise ProblemError(404, detail)
+        why = f"it has another key, was answered more than {days} days ago, or was not kept"
+        raise ProblemError(404, f"request {form.request_id} is unknown: {why}")
     return await asyncio.get_running_loop().run_in_executor(pool, _correct, store, form, kept)
 
 

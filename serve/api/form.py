@@ -144,7 +144,7 @@ async def read_form(request: Request) -> ColorizeForm:
 
 async def read_correction(request: Request) -> CorrectionForm:
     """Return the form of a correction; the errors are those of read_form()."""
-    _check_head(request, CorrectionForm, "request_id and the file corrected")
+    _check_head(request, CorrectionForm, "request_id, and the file corrected or the field hints")
     form = await _parse(request)
     try:
         _check_names(form, CorrectionForm)
@@ -155,7 +155,7 @@ async def read_correction(request: Request) -> CorrectionForm:
         if isinstance(found["request_id"], UploadFile):
             raise unusable("request_id", "is a file", "send it as text")
         if len(found) == 1:
-            raise ProblemError(400, "the file corrected is missing; send corrected, or hints")
+            raise ProblemError(400, "the correction is empty; send the file corrected, the field hints, or both")
         given = [name for name in found if name == "corrected" or isinstance(found[name], UploadFile)]
         return CorrectionForm.model_validate({**found, **{name: (await _files(form, name))[0] for name in given}})
     finally:

@@ -21,7 +21,7 @@ KEY = Security(
 _REASONS = {
     400: "Not multipart, cut off, or a file is missing",
     401: "No key, or a key that is unknown or revoked",
-    404: "Corrections are off, or the request is unknown, of another key, or was answered too long ago",
+    404: "Corrections are off, or no request with this id is kept for this key",
     408: "The body did not arrive in time",
     413: "The body is over the limit",
     415: "An image is not a PNG, JPEG or WebP, or the body is compressed",
@@ -128,7 +128,8 @@ CORRECTION_ANSWERS: Responses = {
 EVENTS: Responses = {
     **PICTURE,
     200: {
-        "description": "Events; `correctable` of `result` says that corrections are on",
+        "description": "Events; `correctable` of the event `result` is true if the server keeps this request, so that "
+        "its picture can be corrected",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
 }

@@ -74,8 +74,8 @@ class RenderOptions:
     """`flat` is one color in each region; `shaded` adds soft shading; `painted` is the network's own colors. None is
     `flat`, or `painted` if the size is `model` or the lines enclose nothing."""
     background: Background | None = None
-    """Color outside of the figure, where the drawing has no background: that of the paper, which is the default of flat
-    and shaded, or one from the reference, as `painted` always has."""
+    """What is outside of the figure: `paper` keeps the color of the paper and is the default of flat and shaded;
+    `white` makes the paper white with any style; `reference` colors it, and is the default of painted."""
     palette: str | bytes = "reference"
     """The colors that regions may have: `reference`, `none` (any color), a list of #RRGGBB, or the bytes of a file."""
     hints: str | bytes | None = None

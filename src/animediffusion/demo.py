@@ -44,7 +44,7 @@ from animediffusion.serve.server import check_address, running
 SIZE = 128
 """Side of the training pictures in pixels: that of the starter model."""
 KEPT = ("network.hints=true", "augment.hints=0.3", "augment.wrong_reference=0.3")
-"""Training that keeps what the starter model knows of hints."""
+"""Settings with which training does not unlearn how to use hints."""
 PHASE_1_SHARE = 0.75
 """Share of the training minutes for phase 1; phase 2 gets the rest."""
 TUNE_TRIALS = 8

@@ -137,8 +137,8 @@ def test_a_higher_correction_rate_ends_the_canary(settings, candidate):
     candidate(corrected=9.0, psnr=20.0)
     call(settings)
     answered(settings, VersionCounts(900, 100), VersionCounts(100, 40))
-    rolled_back, _ = call(settings)
-    assert rolled_back.startswith("roll back version 2: 40.0% (40 of 100)")
+    ended, _ = call(settings)
+    assert ended.startswith("end canary version 2: 40.0% (40 of 100)")
     assert traffic.read(Registry(settings)).shares == {1: 1.0}
     assert call(settings) == ["wait: 0 new corrections; a round needs 20"]
 

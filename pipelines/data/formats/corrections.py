@@ -1,4 +1,4 @@
-"""Rows from the corrections store: what people made of the pictures that a server gave them.
+"""Rows from the corrections store: corrections by people of pictures that a server gave them.
 
     source = plan_corrections("s3://bucket/corrections", val_fraction=0.05, max_share=0.5)
 

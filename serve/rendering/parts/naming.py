@@ -1,9 +1,9 @@
-"""Names for the regions of a coloring: hair, skin, eyes, clothes, background, where a region can be told.
+"""Names the regions of a coloring by part: hair, skin, eyes, clothes or background, where the network is sure.
 
-A small network of two stages looks at each region: its place, size and color, all that has the same color, and its
-neighbors. The second stage also knows what the first thinks of the region, of its neighbors and of what has the same
-color, and where the first sees hair, skin and eyes. Its weights are in weights.py; benchmarks/parts.py trains and
-measures it. A name is given only where the network is sure.
+A small network of two stages gets the position, size and color of each region, of its neighbors, and of all regions
+with the same color. The second stage also gets the first stage's probabilities for them, and the positions of hair,
+skin and eyes according to the first stage. The weights are in weights.py; benchmarks/parts.py trains and measures the
+network.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from animediffusion.serve.rendering.sketch import Floats
 PARTS = ("other", "hair", "skin", "eyes", "clothes", "background")
 """What a region may show; `other` has no name."""
 WORK_PIXELS = 1 << 16
-"""Regions are looked at in at most about this many pixels."""
+"""Regions are measured in at most about this many pixels."""
 SURE = (math.inf, 0.85, 0.95, 0.7, 0.9, 0.9)
-"""Probability of each part from which it is named: at these, four fifths or more of the named area are right also in
-drawings of any style."""
+"""Least probability of each part with which a region gets its name: at these, at least four fifths of the area with
+each name are right, in faces and in varied drawings."""
 MAX_REGIONS = 5_000
 """A drawing with more regions is a pattern, whose regions are not named."""
 LAYOUT = (1, 2, 3)
-"""Parts whose place in the picture the second stage knows: hair, skin and eyes."""
+"""Parts whose positions the second stage gets: hair, skin and eyes."""
 
 Rows = NDArray[np.float64]
 """One row for each region."""
@@ -100,7 +100,7 @@ class RegionFeatures(NamedTuple):
 
 
 def name_regions(coloring: Coloring) -> Coloring:
-    """Return the coloring with the names of the parts that its regions certainly show; the others keep their names."""
+    """Return the coloring with regions named by part where the network is sure; the others keep their names."""
     if len(coloring.regions) > MAX_REGIONS:
         return coloring
     first, second = _stages()

@@ -1,4 +1,4 @@
-"""The commands `corrections`: list and delete what people corrected."""
+"""The commands `corrections`: list and delete corrections of pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def corrections_list(
         str | None, typer.Option(metavar="NAME", help="Only those of this API key; _ for clients without a key.")
     ] = None,
 ) -> None:
-    """List the corrections, and how many of its pictures each model version had corrected."""
+    """List corrections, and for each model version how many of its answered requests were corrected."""
     console, store = common.console(), _store()
     entries = store.entries(None if key is None else _checked(key))
     rows, faults = [], []
@@ -59,16 +59,27 @@ def corrections_delete(
     console, store, name = common.console(), _store(), _checked(key)
     there = store.num_of(name)
     if there == (0, 0):
-        console.result({"key": name, "corrections": 0, "requests": 0}, f"nothing of {key} is in {store.uri}")
+        console.result(
+            {"key": name, "corrections": 0, "requests": 0},
+            f"{store.uri} has no corrections and no kept requests of {key}",
+        )
         return
     facts = {"key": name, "corrections": str(there.corrections), "requests": str(there.requests), "store": store.uri}
     with audit_log.recorded_action(Registry(common.settings()), "corrections delete", key, facts):
         deleted = store.delete(name)
-    console.note("datasets and models that were made before still have what was in them")
+    console.note(
+        "datasets that were made earlier still contain the deleted corrections, "
+        "and models trained on them have learned from them"
+    )
     console.result(
         {"key": name, **deleted._asdict()},
-        f"deleted {deleted.corrections} corrections and {deleted.requests} kept requests of {key}",
+        f"deleted {_number(deleted.corrections, 'correction')} and "
+        f"{_number(deleted.requests, 'kept request')} of {key}",
     )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _store() -> Corrections:

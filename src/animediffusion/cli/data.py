@@ -71,7 +71,8 @@ def data_ingest(
     console, settings = common.console(), common.settings()
     job = prepare(src, dst, size, pairs, val_fraction, max_share)
     for key, number in job.left_out.items():
-        console.note(f"left out {number} corrections of {key or 'clients without a key'}, beyond --max-share")
+        plural = "s" * (number != 1)
+        console.note(f"left out {number} correction{plural} of {key or 'clients without a key'}, beyond --max-share")
     if job.done is None:
         console.note("continuing an earlier ingest" if job.continues else "starting Ray")
         common.connect(settings)

@@ -16,7 +16,11 @@ def improve(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Wait and go on until N rounds are over; else do what can be done now."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Keep running, and wait where needed, until N rounds are over. If omitted, do what can be done now.",
+        ),
     ] = None,
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Recipe of the training.")] = "improve",
     percent: Annotated[
@@ -24,20 +28,26 @@ def improve(
     ] = 10,
     min_new: Annotated[int, typer.Option(min=1, metavar="N", help="New corrections that a round needs.")] = 20,
     min_answered: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Answers of either version before the canary is decided.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Answered requests that champion and challenger each need before the canary is decided.",
+        ),
     ] = 100,
     datasets: Annotated[
         str | None,
         typer.Option(metavar="URI", help="Folder or s3:// URI for the datasets; data in the workspace by default."),
     ] = None,
     pause: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="With --rounds, time between two looks.")
+        float, typer.Option(min=0.1, metavar="SECONDS", help="With --rounds, time between two checks.")
     ] = 60.0,
 ) -> None:
-    """Train the champion on people's corrections, and promote what they correct less.
+    """Fine-tune the champion on corrections, and promote the new version if people correct its pictures less often.
 
-    One call decides the running canary by its corrections, or fine-tunes the champion on all corrections, checks the
-    result and begins a canary with it. Rerun to continue; with nothing to do, it says so.
+    One call first decides the running canary. If none is running any more and there are enough new corrections, it
+    fine-tunes the champion on all corrections, checks the result and begins a canary with it. Rerun to continue; with
+    nothing to do, it says so.
     """
     from animediffusion.pipelines.improve import ImproveOptions
     from animediffusion.pipelines.improve import improve as run

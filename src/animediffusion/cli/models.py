@@ -103,14 +103,16 @@ def models_promote(
 def models_canary(
     percent: Annotated[
         int | None,
-        typer.Argument(metavar="[PERCENT]", help="Percentage, 0 to 100; 0 ends the canary. If omitted, show it."),
+        typer.Argument(
+            metavar="[PERCENT]", help="Percentage, 0 to 100; 0 ends the canary. If omitted, show the running canary."
+        ),
     ] = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Reason, recorded in the audit log.")] = "",
 ) -> None:
     """Send a percentage of the requests to the challenger.
 
     A promotion or a rollback ends the canary. Without PERCENT, show how often people corrected the pictures of both
-    versions, and what `improve` makes of that.
+    versions, and whether improve would promote the challenger, end the canary or wait.
     """
     from animediffusion.pipelines.release.canary import canary
     from animediffusion.pipelines.release.correction_rate import judge

@@ -94,8 +94,8 @@ def colorize(
         str | None,
         typer.Option(
             metavar="WHERE",
-            help="What is outside of the figure with flat or shaded: the paper, which is the default, white paper "
-            "(also under the colors; for scans and photographs), or a color of the reference.",
+            help="What is outside of the figure: paper (default of flat and shaded) keeps its color; white removes "
+            "tint and shadows of scans and photographs, under the colors too, with any style; reference colors it.",
         ),
     ] = None,
     palette: Annotated[

@@ -89,11 +89,16 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for metrics.json and grid.png.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
     on_cluster: Annotated[
-        bool, typer.Option("--on-cluster", help="Measure over Ray Data, on the whole cluster; for many rows.")
+        bool,
+        typer.Option("--on-cluster", help="Measure on the whole cluster, over Ray Data; for splits with many rows."),
     ] = False,
     native: Annotated[
         bool,
-        typer.Option("--native", help="Measure the finished pictures, at the size of the data and off the lines."),
+        typer.Option(
+            "--native",
+            help="Measure the colors of the pictures that colorize makes, at the size of the data; pixels on or near "
+            "lines are left out.",
+        ),
     ] = False,
 ) -> None:
     """Measure the quality of a model and of trivial baselines.

@@ -25,12 +25,12 @@ def test_the_test_is_fishers(few: tuple[int, int], others: tuple[int, int]) -> N
         ((900, 300), (100, 28), "wait"),
         ((900, 300), (99, 0), "wait"),
         ((99, 99), (900, 0), "wait"),
-        ((900, 100), (100, 30), "roll back"),
+        ((900, 100), (100, 30), "end canary"),
         ((9000, 1000), (999, 100), "wait"),
-        ((9000, 1000), (1000, 100), "roll back"),
+        ((9000, 1000), (1000, 100), "end canary"),
         ((0, 0), (0, 0), "wait"),
         ((900, 0), (100, 0), "wait"),
-        ((900, 300), (100, 101), "roll back"),
+        ((900, 300), (100, 101), "end canary"),
     ],
 )
 def test_a_canary_is_decided_by_enough_answers(champion, challenger, decision) -> None:

@@ -310,7 +310,7 @@ def test_phase_2_starts_from_phase_1_continues_in_a_second_execution_and_ctrl_c_
         train(settings, config, interrupt)
     assert fits == [0, 16], "one execution of Ray Data ran out of rows at step 16"
     step = stopped.value.step
-    assert (stopped.value.run, stopped.value.signum) == ("second", signal.SIGINT)
+    assert (stopped.value.thing, stopped.value.signum) == ("run second", signal.SIGINT)
     assert sent[0] <= step < 3000
     work = plan(settings, config)
     assert (work.start_step, work.finished) == (step, False)

@@ -181,10 +181,14 @@ def test_the_same_correction_is_one_record_and_another_one_replaces_it(studio):
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
-        ({"request_id": "two"}, 404, "two is unknown, of another key, or was answered more than 7 days ago"),
+        (
+            {"request_id": "two"},
+            404,
+            "two is unknown: it has another key, was answered more than 7 days ago, or was not kept",
+        ),
         ({"request_id": "../../etc"}, 422, "1 to 64"),
         ({"request_id": None}, 400, "the field request_id is missing"),
-        ({"corrected": None}, 400, "send corrected, or hints"),
+        ({"corrected": None}, 400, "the correction is empty; send the file corrected"),
         ({"corrected": b"GIF89a..."}, 415, "corrected"),
         ({"corrected": encode_png(np.zeros((90, 121, 3), np.uint8))}, 422, "the size of the drawing, 120 x 90"),
         ({"corrected": None, "hints": "[]"}, 422, "contains no hint"),

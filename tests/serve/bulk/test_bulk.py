@@ -228,7 +228,7 @@ def test_a_signal_ends_the_command_with_a_line_and_the_same_command_goes_on(many
     assert run(line) == 128 + signum
     thread.join()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"run colorize: stopped at drawing \d+ of 80; run the same command again to resume", last)
+    assert re.fullmatch(r"colorize: stopped at drawing \d+ of 80; run the same command again to resume", last)
     before = made_files(many / "out")
     assert 5 <= len(before) < 79
     assert run(line) == 1
@@ -289,9 +289,7 @@ def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was(ray_cluster, ma
         if signum == signal.SIGTERM:
             assert process.returncode == 143
             last = printed.splitlines()[-1]
-            assert re.fullmatch(
-                r"run colorize: stopped at drawing \d+ of 80; run the same command again to resume", last
-            )
+            assert re.fullmatch(r"colorize: stopped at drawing \d+ of 80; run the same command again to resume", last)
         wait_until(lambda: not color_actors())
         now = made_files(many / "out")
         assert {path: now[path] for path in before} == before
