@@ -3,6 +3,7 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from animediffusion.pipelines.synthetic.dataset import make_row
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.serve.rendering.coloring import color_regions
 from animediffusion.serve.rendering.palette import Palette
@@ -162,6 +163,22 @@ def test_letters_on_the_sheet_are_not_colored():
     flats = colored(np.asarray(picture), np.full_like(sketch, RED), background="paper").flats
     assert tuple(flats[26, 26]) == (255, 255, 255)
     assert tuple(flats[156, 156]) == tuple(flats[200, 200]) == RED
+
+
+def test_a_large_sheet_does_not_take_the_shading_of_the_figure():
+    row = make_row(3, 3, 256)
+    drawing = read_drawing(np.repeat(row.sketch.reshape(256, 256, 1), 3, 2))
+    painted, regions = letterbox(row.target, 64)[0], find_regions(drawing)
+    paper, reference = (
+        color_regions(painted, drawing, regions, references=[row.target], background=background, style="shaded")
+        for background in ("paper", "reference")
+    )
+    assert paper.shading is not None
+    assert reference.shading is not None
+    figure = (paper.flats != 255).any(axis=2)
+    assert figure.mean() < 0.7
+    change = [np.abs(coloring.shading - 1)[figure].mean() for coloring in (paper, reference)]
+    assert change[0] > 0.7 * change[1]
 
 
 def test_shading_is_one_where_colors_are_flat():
