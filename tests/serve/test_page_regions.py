@@ -143,7 +143,9 @@ def test_the_map_of_guesses_is_off_until_it_is_asked_for_and_leaves_out_what_is_
     assert shown(face, EYE, "doubt-map") == "#000000"
     assert shown(face, LIT, "doubt-map") == "#e81e8c"
     face.click("#add-dot")  # The outside is the largest region.
-    expect(face.locator(".dot").nth(1)).to_have_attribute("aria-label", re.compile("Dot 2: Region .*, no color yet"))
+    expect(face.locator(".dot").nth(1)).to_have_attribute(
+        "aria-label", re.compile("Dot 2: (Region .*|Background), no color yet")
+    )
     expect(face.locator("#hex")).to_have_value(hex_of(WALL))
     face.click("#doubt")
     expect(face.locator("#doubt-map")).to_be_hidden()
