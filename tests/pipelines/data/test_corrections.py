@@ -189,7 +189,7 @@ def test_wrong_sources_and_options_are_one_line(store, tmp_path, monkeypatch):
         ingest.prepare(f"corrections://{store.uri}", data, max_share=0)
     with pytest.raises(ConfigError, match="--pairs"):
         ingest.prepare(f"corrections://{store.uri}", data, pairs="pairs.csv")
-    with pytest.raises(DataError, match="inside the store"):
+    with pytest.raises(DataError, match="inside the corrections store"):
         ingest.prepare(f"corrections://{store.uri}", f"{store.uri}/data")
     with pytest.raises(ConfigError, match="--max-share"):
         ingest.prepare(str(tmp_path), data, max_share=0.3)
