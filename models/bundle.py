@@ -198,6 +198,11 @@ def load_bundle(
     return Bundle(config, denoiser.to(device, dtype).eval().requires_grad_(False), metrics, found, folder)
 
 
+def bundle_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a bundle by name, for load_bundle_files() in another process."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
 def load_bundle_files(
     files: Mapping[str, bytes], device: torch.device | str = "cpu", *, name: str | None = None
 ) -> Bundle:

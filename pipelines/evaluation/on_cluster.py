@@ -12,7 +12,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from animediffusion.models.bundle import load_bundle_files
+from animediffusion.models.bundle import bundle_files, load_bundle_files
 from animediffusion.models.network.attention import Backend, chosen_attention, use_attention
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.pipelines.evaluation.evaluate import ChunkScores, score_chunk
@@ -61,7 +61,7 @@ def score_on_cluster(folder: Path, data: str, split: str, chunks: Sequence[tuple
     Raises:
         ClusterError: an actor or the cluster failed.
     """
-    files = ray.put({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
+    files = ray.put(bundle_files(folder))
     arguments = (files, storage.absolute(data), split, chosen_attention())
     blocks = [pa.table({"start": [start], "rows": [rows]}) for start, rows in chunks]
     threads = torch.get_num_threads()

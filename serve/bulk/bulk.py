@@ -23,6 +23,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from animediffusion.models.bundle import bundle_files
 from animediffusion.models.network.attention import chosen_attention
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.cluster.actors import actor_device, run_on_actors
@@ -142,8 +143,7 @@ def color_on_cluster(
     source = ModelSource(settings, model)
     version = source.resolve()
     _note_starter(model, version, note)
-    folder = Path(source.fetch(version))
-    files = ray.put({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
+    files = ray.put(bundle_files(Path(source.fetch(version))))
     shared = _shared(version, model, drawings, options, rendering, file_format)
     rows = BLOCK_ROWS[actor_device()]
     names = [field.name for field in fields(Outcome)]

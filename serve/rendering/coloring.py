@@ -165,17 +165,17 @@ def color_regions(
     if palette is None:
         colors = _means(groups, evidence, colors)
     softness = choice.softness[chosen]
-    # Paper is not what the network painted outside of the figure, so its exactness is measured before.
-    error = _error(evidence, colors[groups.labels]) if style == "shaded" else 0.0
+    flats = colors.copy()
     if background != "reference":
         outside = _outside(regions.labels, labels, drawing.darkness, step)
-        colors[outside], softness[outside] = 255, 0
+        flats[outside], softness[outside] = 255, 0
     shading = None
     if style == "shaded":
         small = groups.labels
-        small_shading = _shading(evidence, colors[small], softness[small], error)
+        # Paper is not what the network painted outside of the figure, so its colors are compared with the chosen ones.
+        small_shading = _shading(evidence, colors[small], softness[small])
         shading = 2 * enlarge(np.float32(0.5) * small_shading, width, height)
-    return Coloring(drawing, *_listed(labels, colors), shading)
+    return Coloring(drawing, *_listed(labels, flats), shading)
 
 
 class _Choice(NamedTuple):
@@ -402,20 +402,17 @@ def _sheet(regions: Labels, small: Labels, darkness: Floats) -> NDArray[np.bool_
     return sheet | candidates if sheet.any() else sheet
 
 
-def _error(evidence: _Evidence, flats: Pixels) -> float:
-    """Return the median distance of the colors that voted to the chosen ones [H, W, 3]."""
-    seen = evidence.weight > evidence.weight.max() / 2
-    return float(np.median(np.linalg.norm(evidence.places - perceptual(flats), axis=2)[seen]))
-
-
-def _shading(evidence: _Evidence, flats: Pixels, softness: Floats, error: float) -> Floats:
+def _shading(evidence: _Evidence, flats: Pixels, softness: Floats) -> Floats:
     """Return the low frequencies of the colors that voted, relative to the flat colors [H, W, 3]; 1 is no shading.
 
-    The larger the error of the network's colors, see _error(), the less shading is kept.
+    The farther the median of these colors is from the flat ones, the less shading is kept.
     """
     flat = flats.astype(np.float32) / np.float32(255)
     side = 2 * round(evidence.scale) + 1
-    alike = np.linalg.norm(evidence.places - perceptual(flats), axis=2) < BOUND
+    seen = evidence.weight > evidence.weight.max() / 2
+    away = np.linalg.norm(evidence.places - perceptual(flats), axis=2)
+    error = float(np.median(away[seen]))
+    alike = away < BOUND
     weight = evidence.weight * alike * (softness > 0)  # What differs much is another color, not shading.
     known = np.maximum(box_mean(weight, side), 1e-9)
     strength = np.float32(np.interp(error, EXACT_NETWORK, (1, LEAST_SHADING)))

@@ -205,7 +205,7 @@ def made_files(out):
 
 @pytest.fixture
 def many(folder, sketch):
-    """A folder of 80 drawings, one of which is no picture."""
+    """A folder of 80 files: 79 drawings, and one that is not an image."""
     (folder / "many").mkdir()
     for number in range(80):
         (folder / "many" / f"{number:03d}.png").write_bytes(encode_png(sketch))
