@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import ray
 
 _PARALLEL_READS = 8
-SCHEDULING_PAUSE_S = 0.02
-"""Pause in seconds after each step of Ray Data's scheduling loop, see pause_scheduling()."""
 MOST_BLOCKS = 16384
 """Most read blocks of one Ray Data execution, because its driver holds an object for each of them."""
 
@@ -103,7 +101,7 @@ def training_dataset(
         _read_block, batch_size=1, fn_kwargs={"source": source}
     )
     rows.context.execution_options.preserve_order = True
-    pause_scheduling(rows.context, SCHEDULING_PAUSE_S)
+    pause_scheduling(rows.context)
     return rows
 
 

@@ -18,9 +18,6 @@ from ray.data import ActorPoolStrategy
 from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.errors import ClusterError
 
-SCHEDULING_PAUSE_S = 0.02
-"""Pause after each step of Ray Data's scheduling loop, which otherwise takes a part of a core from the actors."""
-
 
 def actor_device() -> Literal["CPU", "GPU"]:
     """Return whether actors compute on GPUs: where the cluster has some, or an autoscaler can add some."""
@@ -60,7 +57,7 @@ def run_on_actors(
         num_gpus=1 if device == "GPU" else None,
         num_cpus=cpus or 0,
     )
-    ray_compat.pause_scheduling(made.context, SCHEDULING_PAUSE_S)
+    ray_compat.pause_scheduling(made.context)
     try:
         yield from made.iter_rows()
     except ray.exceptions.RayError as error:

@@ -94,7 +94,7 @@ def serve_host() -> str:
     return str(_get_global_client().http_config.host)
 
 
-def pause_scheduling(context: DataContext, pause_s: float) -> None:
+def pause_scheduling(context: DataContext, pause_s: float = 0.02) -> None:
     """Add a pause to every step of the scheduling loop of a Ray Data execution.
 
     While the consumer's buffers are full, the loop finds its read tasks ready but cannot take their blocks, and polls
