@@ -7,11 +7,12 @@ recolored together. All seeds are fixed, so two models get the same inputs and t
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from animediffusion.platform.images.codec import contact_sheet, encode_png
 
 TRACKS = ("same", "cross")
 SEED = 20240
+Scores = TypeVar("Scores")
+"""Mean scores, e.g. ImageScores."""
 SplitRows = Mapping[str, NDArray[Any]]
 """Rows of a split as read_split() returns them, without `id`."""
 CHUNK = 25
@@ -52,6 +55,10 @@ class Track:
     reference: Images
     result: Images
     truth: Images
+
+    def first(self, number: int) -> Track:
+        """Return copies of the first rows, which do not keep the others in memory."""
+        return Track(*(images[:number].copy() for images in (self.sketch, self.reference, self.result, self.truth)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +122,8 @@ def evaluate(
     if manifest.image_size != bundle.config.image_size:
         found = f"{manifest.image_size} px, the model is for {bundle.config.image_size} px"
         raise ConfigError(data, found, "ingest the source at the model's size")
-    num_rows = sum(shard.rows for shard in manifest.split(split).shards)
-    total = num_rows if limit is None else min(limit, num_rows)
-    chunks = [(start, min(CHUNK, total - start)) for start in range(0, total, CHUNK)]
+    chunks = chunks_of(manifest, split, limit)
+    total = sum(rows for _, rows in chunks)
     parts: list[ChunkScores] = []
 
     def report(done: int) -> None:
@@ -134,6 +140,7 @@ def evaluate(
     else:
         for start, rows in chunks:
             parts.append(score_chunk(bundle, read_split(data, split, rows, start), start, lambda done, _: report(done)))
+    tracks, baselines = mean_over_chunks(parts, mean_scores)
     result = Evaluation(
         model=model,
         model_sha256=bundle.sha256,
@@ -143,19 +150,25 @@ def evaluate(
         num_images=total,
         image_size=manifest.image_size,
         sampler=bundle.config.sampler,
-        tracks={name: mean_scores([part.tracks[name] for part in parts]) for name in TRACKS},
-        baselines={
-            baseline: {name: mean_scores([part.baselines[baseline][name] for part in parts]) for name in TRACKS}
-            for baseline in parts[0].baselines
-        },
+        tracks=tracks,
+        baselines=baselines,
         cross_truth="second_view" if all(part.has_cross for part in parts) else "recolored",
         grid=None if out is None else str(out / "grid.png"),
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "grid.png").write_bytes(encode_png(grid(parts[0].shown)))
-        (out / "metrics.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        write_evaluation(out, result.to_json(), parts[0].shown)
     return result
+
+
+def chunks_of(manifest: Manifest, split: str, limit: int | None) -> list[tuple[int, int]]:
+    """Return the chunks of a split, or of its first `limit` rows, as (first row, number of rows).
+
+    Raises:
+        DataError: if the split is missing.
+    """
+    num_rows = sum(shard.rows for shard in manifest.split(split).shards)
+    total = num_rows if limit is None else min(limit, num_rows)
+    return [(start, min(CHUNK, total - start)) for start in range(0, total, CHUNK)]
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,7 @@ class ChunkScores:
     """The first rows, for the picture; no rows unless `start` is 0."""
 
     def __len__(self) -> int:
-        return len(self.tracks[TRACKS[0]]["psnr"])
+        return len(self.tracks[TRACKS[0]]["ciede2000"])
 
 
 def score_chunk(
@@ -182,21 +195,59 @@ def score_chunk(
 ) -> ChunkScores:
     """Color and score rows, which are in a split from the row `start` on."""
     tracks = run_tracks(bundle, {key: value for key, value in rows.items() if key != "id"}, progress, start)
+    has_cross = bool(rows["has_cross"].all())
+    return score_tracks(tracks, start, lambda images, track: score_each(images, track.truth), has_cross=has_cross)
+
+
+def score_tracks(
+    tracks: dict[str, Track],
+    start: int,
+    measure: Callable[[Images, Track], PerImage],
+    *,
+    has_cross: bool,
+    skipped: str | None = None,
+) -> ChunkScores:
+    """Score colored rows and the trivial baselines.
+
+    Args:
+        tracks: both tracks of the rows.
+        start: number of the first row in the split.
+        measure: returns the metrics of images [B, S, S, 3] on a track.
+        has_cross: whether all rows have a cross reference.
+        skipped: a baseline that is not scored.
+    """
     baselines: dict[str, dict[str, PerImage]] = {}
     for name, track in tracks.items():
         for baseline, images in trivial_results(track.sketch, track.reference).items():
-            baselines.setdefault(baseline, {})[name] = score_each(images, track.truth)
-    number = GRID_ROWS if start == 0 else 0
+            if baseline != skipped:
+                baselines.setdefault(baseline, {})[name] = measure(images, track)
     return ChunkScores(
         start,
-        {name: score_each(track.result, track.truth) for name, track in tracks.items()},
+        {name: measure(track.result, track) for name, track in tracks.items()},
         baselines,
-        bool(rows["has_cross"].all()),
+        has_cross,
+        {name: track.first(GRID_ROWS if start == 0 else 0) for name, track in tracks.items()},
+    )
+
+
+def mean_over_chunks(
+    parts: Sequence[ChunkScores], mean: Callable[[Sequence[PerImage]], Scores]
+) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Return the mean scores of the model, by track, and of the baselines, by baseline and track."""
+    return (
+        {name: mean([part.tracks[name] for part in parts]) for name in TRACKS},
         {
-            name: Track(*(images[:number] for images in (track.sketch, track.reference, track.result, track.truth)))
-            for name, track in tracks.items()
+            baseline: {name: mean([part.baselines[baseline][name] for part in parts]) for name in TRACKS}
+            for baseline in parts[0].baselines
         },
     )
+
+
+def write_evaluation(out: Path, values: dict[str, Any], shown: dict[str, Track]) -> None:
+    """Write OUT/metrics.json and OUT/grid.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "grid.png").write_bytes(encode_png(grid(shown)))
+    (out / "metrics.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def run_tracks(
@@ -228,6 +279,13 @@ class TrackChunk:
     seeds: list[int]
     """Seed of each row's noise."""
 
+    @functools.cached_property
+    def pictures(self) -> tuple[Images, Images, Images]:
+        """Sketch, reference and truth, each uint8 [B, S, S, 3]."""
+        columns = (self.batch.sketch.expand(-1, 3, -1, -1), self.batch.reference, self.batch.target)
+        sketch, reference, truth = (to_uint8(column).cpu().numpy() for column in columns)
+        return sketch, reference, truth
+
 
 def fixed_chunks(rows: SplitRows, first: int = 0) -> list[TrackChunk]:
     """Divide both tracks of the rows into chunks of at most CHUNK images; `first` is the first row's number."""
@@ -245,11 +303,7 @@ def as_tracks(chunks: list[TrackChunk], results: list[torch.Tensor]) -> dict[str
     """Join the inputs and the results of all chunks by track; `results` are uint8 [B, S, S, 3], one per chunk."""
     parts: dict[str, list[tuple[Images, ...]]] = {name: [] for name in TRACKS}
     for chunk, result in zip(chunks, results, strict=True):
-        batch = chunk.batch
-        sketch, reference, truth = (
-            to_uint8(column).cpu().numpy()
-            for column in (batch.sketch.expand(-1, 3, -1, -1), batch.reference, batch.target)
-        )
+        sketch, reference, truth = chunk.pictures
         parts[chunk.track].append((sketch, reference, result.cpu().numpy(), truth))
     joined = {name: map(np.concatenate, zip(*part, strict=True)) for name, part in parts.items()}
     return {name: Track(*columns) for name, columns in joined.items()}

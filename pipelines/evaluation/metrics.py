@@ -147,16 +147,27 @@ def color_scores(result: Images, truth: Images, sketch: Images) -> ColorScores:
         truth: [B, H, W, 3].
         sketch: [B, H, W, 3], gray.
     """
-    numbers = []
+    return mean_color_scores([color_scores_each(result, truth, sketch)])
+
+
+def color_scores_each(result: Images, truth: Images, sketch: Images) -> PerImage:
+    """Return the scores of color_scores() of each result, by their names in ColorScores."""
+    rows = []
     for picture, colors, lines in zip(result, truth, sketch, strict=True):
         difference = color_differences(picture, colors, off_lines(lines[..., 0]))
-        numbers.append((difference.mean(), np.median(difference), (difference <= 3).mean(), (difference <= 6).mean()))
-    mean, median, within_3, within_6 = np.mean(numbers, axis=0)
+        rows.append((difference.mean(), np.median(difference), (difference <= 3).mean(), (difference <= 6).mean()))
+    columns = np.array(rows, np.float64).T
+    return dict(zip(("ciede2000", "ciede2000_median", "within_3", "within_6"), columns, strict=True))
+
+
+def mean_color_scores(parts: Sequence[PerImage]) -> ColorScores:
+    """Return the means over the images of all parts, rounded."""
+    means = {name: float(np.mean(np.concatenate([part[name] for part in parts]))) for name in parts[0]}
     return ColorScores(
-        ciede2000=round(float(mean), 3),
-        ciede2000_median=round(float(median), 3),
-        within_3=round(float(within_3), 4),
-        within_6=round(float(within_6), 4),
+        ciede2000=round(means["ciede2000"], 3),
+        ciede2000_median=round(means["ciede2000_median"], 3),
+        within_3=round(means["within_3"], 4),
+        within_6=round(means["within_6"], 4),
     )
 
 

@@ -1,13 +1,12 @@
 """Measure a model as its users see it: at the size of the drawings, off the lines.
 
 pipelines/evaluation/evaluate.py measures the network's own pictures; here they are also rendered, so that the pictures
-of a model for 64 px can be compared with truths of 512 px. The tracks are those of evaluate.py.
+of a model for 64 px can be compared with truths of 512 px. The tracks and the chunks are those of evaluate.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from animediffusion.models.tensors import to_uint8
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
-from animediffusion.pipelines.evaluation.evaluate import as_tracks, fixed_chunks, grid
-from animediffusion.pipelines.evaluation.metrics import ColorScores, Images, color_scores, trivial_results
-from animediffusion.platform.images.codec import encode_png
+from animediffusion.pipelines.evaluation.evaluate import (
+    TRACKS,
+    ChunkScores,
+    SplitRows,
+    Track,
+    as_tracks,
+    chunks_of,
+    fixed_chunks,
+    mean_over_chunks,
+    score_tracks,
+    write_evaluation,
+)
+from animediffusion.pipelines.evaluation.metrics import (
+    ColorScores,
+    Images,
+    PerImage,
+    color_scores_each,
+    mean_color_scores,
+)
 
 Painter = Callable[[Images, Images, int], Images]
 """Colors a sketch [H, W, 3] with a reference [H, W, 3] and a seed; returns a picture of the sketch's size."""
@@ -88,43 +102,52 @@ def evaluate_native(
         DataError: if the data cannot be used.
     """
     manifest = Manifest.load(data)
-    rows = {key: value for key, value in read_split(data, split, limit).items() if key != "id"}
-    chunks = fixed_chunks(rows)
-    sizes = [len(chunk.seeds) for chunk in chunks]
+    chunks = chunks_of(manifest, split, limit)
+    total = sum(rows for _, rows in chunks)
+    parts: list[ChunkScores] = []
 
-    def inputs() -> Iterator[tuple[Images, Images, int]]:
-        for chunk in chunks:
-            sketches = to_uint8(chunk.batch.sketch.expand(-1, 3, -1, -1)).numpy()
-            yield from zip(sketches, to_uint8(chunk.batch.reference).numpy(), chunk.seeds, strict=True)
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(len(TRACKS) * sum(map(len, parts)) + done, len(TRACKS) * total)
 
-    pictures = []
     with ThreadPoolExecutor(threads) as pool:
-        for picture in pool.map(lambda one: painter(*one), inputs()):
-            pictures.append(picture)
-            if progress is not None:
-                progress(len(pictures), sum(sizes))
-    tracks = as_tracks(chunks, list(torch.split(torch.from_numpy(np.stack(pictures)), sizes)))
-    baselines: dict[str, dict[str, ColorScores]] = {}
-    for name, track in tracks.items():
-        for baseline, images in trivial_results(track.sketch, track.reference).items():
-            if baseline != "sketch":  # off the lines, a sketch is white paper
-                baselines.setdefault(baseline, {})[name] = color_scores(images, track.truth, track.sketch)
+        for start, rows in chunks:
+            parts.append(_score_chunk(painter, pool, read_split(data, split, rows, start), start, report))
+    scores, baselines = mean_over_chunks(parts, mean_color_scores)
     result = NativeEvaluation(
         model=model,
         model_sha256=model_sha256,
         data=data,
         data_hash=manifest.content_hash,
         split=split,
-        num_images=len(rows["target"]),
+        num_images=total,
         image_size=manifest.image_size,
         style=style,
-        tracks={name: color_scores(track.result, track.truth, track.sketch) for name, track in tracks.items()},
+        tracks=scores,
         baselines=baselines,
-        cross_truth="second_view" if rows["has_cross"].all() else "recolored",
+        cross_truth="second_view" if all(part.has_cross for part in parts) else "recolored",
         grid=None if out is None else str(out / "grid.png"),
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "grid.png").write_bytes(encode_png(grid(tracks)))
-        (out / "metrics.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        write_evaluation(out, result.to_json(), parts[0].shown)
     return result
+
+
+def _score_chunk(
+    painter: Painter, pool: ThreadPoolExecutor, rows: SplitRows, start: int, report: Callable[[int], None]
+) -> ChunkScores:
+    """Color and score rows on both tracks; `report` gets the number of colored pictures."""
+    chunks = fixed_chunks({key: value for key, value in rows.items() if key != "id"}, start)
+    inputs = [one for chunk in chunks for one in zip(*chunk.pictures[:2], chunk.seeds, strict=True)]
+    pictures = []
+    for picture in pool.map(painter, *zip(*inputs, strict=True)):
+        pictures.append(picture)
+        report(len(pictures))
+    sizes = [len(chunk.seeds) for chunk in chunks]
+    tracks = as_tracks(chunks, list(torch.split(torch.from_numpy(np.stack(pictures)), sizes)))
+    # Off the lines, the baseline `sketch` is white paper.
+    return score_tracks(tracks, start, _measure, has_cross=bool(rows["has_cross"].all()), skipped="sketch")
+
+
+def _measure(images: Images, track: Track) -> PerImage:
+    return color_scores_each(images, track.truth, track.sketch)

@@ -1,5 +1,6 @@
 import functools
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -44,6 +45,25 @@ def test_the_painter_gets_the_rows_in_order_and_another_seed_for_each(faces_data
     assert {shape for call in calls for shape in call[:2]} == {(32, 32, 3)}
     assert [seed for _, _, seed in calls[:3]] == [seed for _, _, seed in calls[3:]]
     assert len({seed for _, _, seed in calls}) == 3
+
+
+def test_chunks_have_the_numbers_of_the_whole_split_and_leave_the_memory(faces_dataset, monkeypatch):
+    sketches = []
+
+    def painter(sketch, colors, seed):
+        sketches.append(weakref.ref(sketch.base))  # The sketches of a track in a chunk are one array.
+        held = {id(array) for array in (one() for one in sketches) if array is not None}
+        assert len(held) <= 2, "more than the two tracks of a chunk are in memory"
+        return np.roll(colors, seed % 7, axis=0)
+
+    fields = ("tracks", "baselines", "num_images", "cross_truth")
+    results = []
+    for size in (25, 2):
+        monkeypatch.setattr("animediffusion.pipelines.evaluation.evaluate.CHUNK", size)
+        results.append(evaluated(painter, "flat", faces_dataset, threads=2))
+    whole, chunks = results
+    assert len(sketches) == 2 * 16
+    assert all(getattr(whole, field) == getattr(chunks, field) for field in fields)
 
 
 def test_a_model_of_another_size_than_the_data_is_measured(faces_dataset, tmp_path):
