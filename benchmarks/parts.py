@@ -32,8 +32,9 @@ from resolution import paint
 
 from animediffusion.models.bundle import Bundle, load_bundle
 from animediffusion.pipelines.synthetic.dataset import make_row
-from animediffusion.pipelines.synthetic.parts import PARTS, draw_parts
+from animediffusion.pipelines.synthetic.parts import draw_parts
 from animediffusion.pipelines.synthetic.variety import PRESETS
+from animediffusion.platform.images.character_parts import PARTS
 from animediffusion.platform.images.codec import letterbox
 from animediffusion.platform.registry.downloads import STARTER_FOLDER
 from animediffusion.serve.rendering.coloring import Coloring, color_regions

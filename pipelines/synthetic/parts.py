@@ -18,9 +18,7 @@ from animediffusion.pipelines.synthetic.scenes.shapes import Scene
 from animediffusion.pipelines.synthetic.scenes.things import Thing
 from animediffusion.pipelines.synthetic.scenes.views import draw_view_canvas
 from animediffusion.pipelines.synthetic.variety import FACES, Variety
-
-PARTS = ("other", "hair", "skin", "eyes", "clothes", "background")
-"""The parts, by label. `other` are accessories, mouths and objects."""
+from animediffusion.platform.images.character_parts import PARTS
 
 _CODES: tuple[Color, ...] = ((128, 0, 0), (0, 200, 0), (250, 200, 180), (0, 0, 255), (0, 120, 120), (120, 120, 0))
 """The color of each part; skin is near the usual one, because cheeks are a blend with it."""

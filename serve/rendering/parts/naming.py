@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from animediffusion.platform.images.character_parts import PARTS
 from animediffusion.serve.rendering.coloring import Coloring, Labels, Region
 from animediffusion.serve.rendering.palette import perceptual
 from animediffusion.serve.rendering.parts.weights import STAGES
 from animediffusion.serve.rendering.sketch import Floats
 
-PARTS = ("other", "hair", "skin", "eyes", "clothes", "background")
-"""What a region may show; `other` has no name."""
 WORK_PIXELS = 1 << 16
 """Regions are measured in at most about this many pixels."""
 SURE = (math.inf, 0.85, 0.95, 0.7, 0.9, 0.9)
