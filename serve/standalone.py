@@ -22,11 +22,10 @@ from torch import Tensor
 
 from animediffusion.models.bundle import Bundle, SamplerDefaults, load_bundle
 from animediffusion.models.colorize import colorize
-from animediffusion.models.network.hints import draw_hints
 from animediffusion.models.sampler_options import ALLOWED, SamplerOptions, number, whole_number
-from animediffusion.models.tensors import from_pixels, to_uint8
+from animediffusion.models.tensors import to_uint8
 from animediffusion.platform.errors import AnimeDiffusionError, ConfigError
-from animediffusion.platform.images.codec import letterbox, letterbox_points
+from animediffusion.serve.network_inputs import network_inputs
 from animediffusion.serve.rendering.coloring import Background, Style
 from animediffusion.serve.rendering.hints import points_for_network
 from animediffusion.serve.rendering.render import (
@@ -39,7 +38,7 @@ from animediffusion.serve.rendering.render import (
     read_sketch,
     render,
 )
-from animediffusion.serve.rendering.sketch import Pixels, as_gray, for_network
+from animediffusion.serve.rendering.sketch import Pixels, as_gray
 
 Network = Callable[[Tensor, Sequence[Tensor], Tensor | None], Pixels]
 """Makes the picture [S, S, 3] of a sketch [1, 1, S, S] with references, each [1, 3, S, S], and hints [1, 4, S, S]."""
@@ -121,11 +120,7 @@ def paint_as(
     drawing = read_sketch(sketch, thing=thing)
     hints = options.read_hints(drawing)  # A wrong hint is reported before the network runs.
     pictures = [read_picture(reference) for reference in references]
-    colors = [from_pixels(letterbox(picture, side)[0]) for picture in pictures]
-    height, width = drawing.darkness.shape
-    planes = draw_hints(letterbox_points(points_for_network(hints), height, width, side), side)
-    lines = from_pixels(for_network(as_gray(drawing), side))
-    painted = network(lines, colors, None if planes is None else planes[None])
+    painted = network(*network_inputs(as_gray(drawing), pictures, points_for_network(hints), side))
     return render(painted, drawing, pictures, hints, output=output, options=options)
 
 

@@ -73,7 +73,7 @@ LAYERS = {
     "serve": {
         "rendering": set(),
         "engine": set(),
-        "replica": {"engine", "rendering", "protocol", "retry_after"},
+        "replica": {"engine", "rendering", "protocol", "network_inputs", "retry_after"},
         "api": {"rendering", "protocol", "retry_after"},
         "client": {"engine", "rendering", "replica", "standalone"},
         "bulk": {"client", "engine", "rendering", "replica"},

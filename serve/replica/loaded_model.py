@@ -13,12 +13,10 @@ import torch
 from animediffusion.models.bundle import Bundle, load_bundle, smoke_sample
 from animediffusion.models.compile import compiled
 from animediffusion.models.diffusion.sampler import build_sampler
-from animediffusion.models.network.hints import draw_hints
-from animediffusion.models.tensors import from_pixels
-from animediffusion.platform.images.codec import letterbox, letterbox_points
 from animediffusion.serve.engine.engine import Engine, EngineStep, Progress, Request
+from animediffusion.serve.network_inputs import network_inputs
 from animediffusion.serve.protocol import ColorizeJob
-from animediffusion.serve.rendering.sketch import Pixels, for_network
+from animediffusion.serve.rendering.sketch import Pixels
 
 STUCK_S = 300.0
 """An engine counts as hanging if one engine step takes longer. The first one on a GPU may take a minute."""
@@ -68,12 +66,12 @@ class LoadedModel:
 
     def submit(self, job: ColorizeJob, on_progress: Progress | None, doubts: list[Pixels]) -> Future[Pixels]:
         """Submit a job and return the future of its picture, see Engine.submit; its doubt is added to `doubts`."""
-        size, (height, width) = self.engine.bundle.config.image_size, job.lines.shape
+        made = network_inputs(job.lines, job.references, job.hints, self.engine.bundle.config.image_size)
         request = Request(
-            sketch=from_pixels(for_network(job.lines, size))[0],
-            references=tuple(from_pixels(letterbox(reference, size)[0])[0] for reference in job.references),
+            sketch=made.sketch[0],
+            references=tuple(reference[0] for reference in made.references),
             options=job.options,
-            hints=draw_hints(letterbox_points(job.hints, height, width, size), size),
+            hints=None if made.hints is None else made.hints[0],
             deadline=time.monotonic() + job.timeout_s,
             key=job.key,
             on_progress=on_progress,
