@@ -56,6 +56,11 @@ def read_palette(data: str | bytes, *, thing: str = "palette") -> Palette:
     Raises:
         ConfigError: there is no color or more than MAX_COLORS, or the data is damaged or in another format.
     """
+    return _read_palette(data, thing)
+
+
+@functools.lru_cache(maxsize=16)  # A request reads its palette to check it and to color, and many have the same one.
+def _read_palette(data: str | bytes, thing: str) -> Palette:
     if isinstance(data, bytes) and data[:4] == b"ASEF":
         entries = _read_ase(data, thing)
     else:

@@ -31,6 +31,11 @@ def test_gimp_palettes_have_names():
     assert palette.names == ("skin", "dark hair", "")
 
 
+def test_a_palette_is_parsed_once():
+    for data in (GIMP.encode(), "#0b151f,#C96533"):
+        assert read_palette(data) is read_palette(data, thing="palette")
+
+
 def test_adobe_swatches_of_every_model():
     data = ase(
         ("skin", b"RGB ", (1, 224 / 255, 189 / 255)),
