@@ -136,7 +136,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": args.engine_cpus, "num_gpus": _gpus(args)},
         max_ongoing_requests=2 * args.max_batch,
         max_queued_requests=max(1, 2 * args.max_batch),
-        autoscaling_config=_autoscaling(args),
+        autoscaling_config=autoscaling_config(args),
         # A replica that is stopped first finishes its running pictures.
         graceful_shutdown_timeout_s=args.timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -180,7 +180,7 @@ def _gpus(args: ServeConfig) -> float:
     return float(torch.cuda.is_available() or (ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1))
 
 
-def _autoscaling(args: ServeConfig) -> AutoscalingConfig:
+def autoscaling_config(args: ServeConfig) -> AutoscalingConfig:
     """Return the autoscaling settings: one engine for each `max_batch` pending pictures."""
     with warnings.catch_warnings():
         # metrics_interval_s is deprecated in favor of environment variables, which Ray 2.60 does not read yet.

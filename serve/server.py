@@ -63,7 +63,7 @@ def serve_app(
     Raises:
         AnimeDiffusionError: the model does not exist or is damaged, the port is in use, or Ray cannot start.
     """
-    config = _config(settings, model, options)
+    config = app_config(settings, model, **options)
     with running(settings, config, host=host, port=port, report=announce) as url:
         # Ray installs its own handlers when it starts, and they end the process immediately; these replace Ray's.
         with StopSignals() as stop:
@@ -95,7 +95,7 @@ def running(
     """
     max_body_bytes()  # Raise here, where a person reads the error; the proxy would only log it and use the default.
     check_address(host, port, is_open=not Keys(config.settings().keys_uri).active())
-    check_keys(_for_host(config, host))
+    check_keys(for_host(config, host))
     corrections = check_corrections(config)
     if corrections is not None:
         report(f"answered requests are kept for 7 days, and corrections are taken: {corrections}")
@@ -143,7 +143,7 @@ def _deploy(config: ServeConfig, host: str, port: int) -> None:
         http = {"host": host, "port": port, "request_timeout_s": patience}
         serve.start(http_options=http, logging_config=quiet)
         _check_proxy(host)
-        serve.run(build_app(_for_host(config, host)), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        serve.run(build_app(for_host(config, host)), name=APP_NAME, route_prefix="/", logging_config=quiet)
     except ConfigError:
         raise
     except Exception as error:
@@ -193,7 +193,17 @@ def check_model(settings: Settings, model: str | None) -> str:
     return version
 
 
-def _config(settings: Settings, model: str | None, options: dict[str, Any]) -> ServeConfig:
+def app_config(settings: Settings, model: str | None = None, **options: Any) -> ServeConfig:
+    """Return the settings of the application that `serve` starts.
+
+    Args:
+        settings: settings of the workspace and the registry.
+        model: the model, see serve_app().
+        options: further fields of ServeConfig; None is a field's default.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
     elsewhere = cluster.own_workspaces()
     given = {
         "model": _absolute(model),
@@ -217,7 +227,7 @@ def _request_log(settings: Settings) -> Path | None:
     return file
 
 
-def _for_host(config: ServeConfig, host: str) -> ServeConfig:
+def for_host(config: ServeConfig, host: str) -> ServeConfig:
     """Return the config that allows requests without a key if the address is loopback and no key was ever made.
 
     The key file is read here and not in the ingress, whose node may lack the file, which would look like no keys at

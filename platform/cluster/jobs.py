@@ -82,7 +82,7 @@ def submit(command: Sequence[str], *, with_code: bool = False, name: str | None 
     with _client() as client:
         return str(
             client.submit_job(
-                entrypoint=f"{_python()} -m animediffusion {shlex.join(command)}",
+                entrypoint=f"{cluster_python()} -m animediffusion {shlex.join(command)}",
                 runtime_env=runtime_env,
                 submission_id=name,
                 metadata={"job_name": name or f"animediffusion {command[0]}"},
@@ -182,7 +182,7 @@ def _time(milliseconds: int | None) -> str | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-def _python() -> str:
+def cluster_python() -> str:
     """Return a shell expression for the Python interpreter on the cluster.
 
     A loopback address may belong to this machine, which uses the running interpreter, or to a cluster behind a tunnel

@@ -7,7 +7,7 @@ from ray.serve.config import AutoscalingContext
 
 from animediffusion.platform.errors import ConfigError
 from animediffusion.serve.autoscaling import PENDING, engines_for_work
-from animediffusion.serve.deployments import ServeConfig, _autoscaling
+from animediffusion.serve.deployments import ServeConfig, autoscaling_config
 from animediffusion.serve.ray_backend import mean_shares
 
 
@@ -30,7 +30,7 @@ def context(pending: dict[str, float] | None, *, queued: float = 0, requests: fl
         last_scale_up_time=None,
         last_scale_down_time=None,
         current_time=0.0,
-        config=_autoscaling(ServeConfig(max_batch=max_batch)),
+        config=autoscaling_config(ServeConfig(max_batch=max_batch)),
     )
 
 
@@ -54,7 +54,7 @@ def test_engines_are_wanted_for_the_work_and_not_for_the_requests(situation, eng
 
 def test_rays_controller_can_run_the_policy_without_this_package():
     # As Ray does it: cloudpickled here, loaded where nothing of ours can be imported.
-    policy = _autoscaling(ServeConfig()).policy
+    policy = autoscaling_config(ServeConfig()).policy
     assert _resolve_policy_callable(policy)(context({"a": 16.0}, requests=9)) == (2.0, {})
     code = (
         "import sys, cloudpickle\n"

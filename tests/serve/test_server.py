@@ -8,7 +8,7 @@ from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ConfigError, RegistryError, StorageError
 from animediffusion.serve.deployments import ServeConfig, build_app
-from animediffusion.serve.server import _config, _for_host, check_address, check_model, running
+from animediffusion.serve.server import app_config, check_address, check_model, for_host, running
 
 
 def test_a_port_in_use_is_named():
@@ -57,7 +57,7 @@ def test_a_store_of_corrections_that_cannot_be_written_is_named_before_the_serve
         build_app(ServeConfig(workspace=tmp_path, engine_gpus=0, allow_anonymous=True, corrections=wrong))
     monkeypatch.setenv("ANIMEDIFFUSION_CORRECTIONS", str(tmp_path / "store"))
     settings = Settings.from_environment(workspace=tmp_path)
-    config = _config(settings, None, {})
+    config = app_config(settings)
     assert config.corrections == str(tmp_path / "store")
     assert build_app(config.model_copy(update={"allow_anonymous": True, "engine_gpus": 0}))
     assert (tmp_path / "store" / "counts.json").exists()
@@ -74,17 +74,17 @@ def test_the_keys_of_a_cluster_may_be_in_a_store(moto_server, tmp_path):
 
 def test_engines_on_other_nodes_use_the_workspaces_of_those(tmp_path, monkeypatch):
     settings = Settings(workspace=tmp_path)
-    assert _config(settings, None, {}).workspace == tmp_path
+    assert app_config(settings).workspace == tmp_path
     monkeypatch.setenv("RAY_ADDRESS", "ray:6379")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
-    config = _config(settings, None, {})
+    config = app_config(settings)
     assert (config.workspace, config.request_log) == (None, None)
     assert config.keys == str(tmp_path / "keys.json")
 
 
 def test_the_log_of_requests_is_in_the_workspace_where_that_can_be_written(tmp_path):
-    assert _config(Settings(workspace=tmp_path), None, {}).request_log == tmp_path / "logs" / "requests.jsonl"
-    assert _config(Settings(workspace=Path("/proc/workspace")), None, {}).request_log is None
+    assert app_config(Settings(workspace=tmp_path)).request_log == tmp_path / "logs" / "requests.jsonl"
+    assert app_config(Settings(workspace=Path("/proc/workspace"))).request_log is None
 
 
 def test_a_folder_is_given_to_replicas_by_its_full_path(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_folder_is_given_to_replicas_by_its_full_path(tmp_path, monkeypatch):
         ("starter", "starter"),
         ("./starter", str(tmp_path / "starter")),
     ):
-        assert _config(Settings(workspace=tmp_path), model, {}).model == meant
+        assert app_config(Settings(workspace=tmp_path), model).model == meant
 
 
 def test_a_body_limit_that_is_not_a_number_is_rejected_before_anything_starts(tmp_path, monkeypatch):
@@ -111,9 +111,9 @@ def test_a_body_limit_that_is_not_a_number_is_rejected_before_anything_starts(tm
 
 def test_an_ingress_on_a_node_without_the_keys_lets_nobody_in(tmp_path):
     config = ServeConfig(workspace=tmp_path)
-    assert _for_host(config, "127.0.0.1").allow_anonymous
+    assert for_host(config, "127.0.0.1").allow_anonymous
     Keys(str(tmp_path / "keys.json")).create("studio")
-    assert not _for_host(config, "127.0.0.1").allow_anonymous
+    assert not for_host(config, "127.0.0.1").allow_anonymous
 
 
 def test_a_free_port_is_fine():

@@ -159,7 +159,7 @@ def test_a_wrong_token_is_one_line_on_the_command_line(
 def test_behind_a_tunnel_the_clusters_own_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/not/on/the cluster/python")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
-    done = subprocess.run(["sh", "-c", f"echo {jobs._python()}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(["sh", "-c", f"echo {jobs.cluster_python()}"], capture_output=True, text=True, check=True)
     assert done.stdout == "python\n"
 
 
