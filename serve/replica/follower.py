@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class _Failure:
     pause_s: float
     """Pause before the retry; 0 if the registry or the storage was unreachable, so the version itself may work."""
     retry_at: float
-    """time.monotonic() of the earliest retry."""
+    """Time of the follower's clock of the earliest retry."""
 
 
 class Follower:
@@ -51,12 +52,20 @@ class Follower:
         replica: the replica to keep up to date.
         source: provides the desired versions.
         period_s: average time between two polls. The time is random, so that replicas do not poll simultaneously.
+        clock: returns the time for pauses, in seconds.
     """
 
-    def __init__(self, replica: Replica, source: ModelSource, period_s: float) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        source: ModelSource,
+        period_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.replica = replica
         self.source = source
         self.period_s = period_s
+        self._clock = clock
         self.desired: dict[str, str | None] = dict.fromkeys(ALIASES)
         self.missing: list[str] = []
         """Desired versions that this replica has not loaded."""
@@ -101,7 +110,7 @@ class Follower:
             if not self.replica.versions:
                 self.replica.error = str(error)
             return bool(self.replica.versions)
-        self.desired, self._polled_at = plan.desired, time.monotonic()
+        self.desired, self._polled_at = plan.desired, self._clock()
         if self.replica.versions:  # Without a version, the failures of former champions must be kept, too.
             self._failures = {version: one for version, one in self._failures.items() if version in plan.shares}
         for version in sorted(plan.shares, key=lambda version: version != plan.main):
@@ -115,7 +124,7 @@ class Follower:
             replica=self.replica.describe(),
             shares=self.replica.shares,
             desired=self.desired,
-            age_s=time.monotonic() - self._polled_at,
+            age_s=self._clock() - self._polled_at,
         )
 
     def _route(self, plan: TrafficPlan) -> None:
@@ -146,7 +155,7 @@ class Follower:
         if version in self.replica.versions:
             return True
         before = self._failures.get(version)
-        if before is not None and time.monotonic() < before.retry_at:
+        if before is not None and self._clock() < before.retry_at:
             return False
         try:
             self.replica.add(version, self._fetch(version), self.source.sha256(version))
@@ -156,7 +165,7 @@ class Follower:
                 pause_s = 0.0
             else:
                 pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * before.pause_s if before else 0.0))
-            self._failures[version] = _Failure(f"version {version}: {error}", pause_s, time.monotonic() + pause_s)
+            self._failures[version] = _Failure(f"version {version}: {error}", pause_s, self._clock() + pause_s)
             if isinstance(error, BundleError):
                 self._forget(version)
             return False

@@ -1,5 +1,5 @@
 import asyncio
-from dataclasses import replace
+import time
 
 import numpy as np
 import pytest
@@ -48,10 +48,10 @@ def replicas():
     """A function that makes a replica and its follower; all are closed at the end."""
     made = []
 
-    def make(registry: Registry, model: str | None = None) -> Follower:
+    def make(registry: Registry, model: str | None = None, **options) -> Follower:
         replica = Replica(max_batch=2, max_queue=2, name=f"replica-{len(made)}")
         made.append(replica)
-        return Follower(replica, ModelSource(registry.settings, model), period_s=3)
+        return Follower(replica, ModelSource(registry.settings, model), period_s=3, **options)
 
     yield make
     for replica in made:
@@ -164,21 +164,28 @@ def test_a_version_registered_as_another_one_is_not_loaded(follower, registry, m
     assert "not the registered ffffffffffff" in follower.replica.error
 
 
-def test_a_version_that_failed_is_tried_again_later_with_a_fresh_copy(follower, registry, monkeypatch):
-    def tried() -> int:
-        return follower.replica.counters.totals()["swaps"]["3", "failed"]
+@pytest.mark.parametrize("broken", [CHANGED, NAN])  # The copy of NAN is as it was registered, so it is downloaded.
+def test_a_version_that_failed_is_tried_again_later_with_a_fresh_copy(replicas, registry, broken):
+    now = 0.0
+    follower = replicas(registry, clock=lambda: now)
+    assert follower.step()
 
-    registry.set_alias("champion", CHANGED)
-    follower.step()
+    def tried() -> int:
+        return follower.replica.counters.totals()["swaps"][str(broken), "failed"]
+
+    registry.set_alias("champion", broken)
     follower.step()
     assert tried() == 1
-    assert not list(registry.settings.workspace.glob(f"cache/animediffusion/{CHANGED}-*"))
-    failure = follower._failures["3"]
-    assert failure.pause_s == FIRST_PAUSE_S
-    follower._failures["3"] = replace(failure, retry_at=0.0)
-    follower.step()
-    assert tried() == 2
-    assert follower._failures["3"].pause_s == 2 * FIRST_PAUSE_S
+    assert not list(registry.settings.workspace.glob(f"cache/animediffusion/{broken}-*"))
+    # The second pause is twice as long as the first one.
+    for now, expected in (
+        (FIRST_PAUSE_S - 1, 1),
+        (FIRST_PAUSE_S, 2),
+        (3 * FIRST_PAUSE_S - 1, 2),
+        (3 * FIRST_PAUSE_S, 3),
+    ):
+        follower.step()
+        assert tried() == expected, now
 
 
 def test_an_unreachable_registry_changes_nothing(follower, registry, sketch, reference, monkeypatch):
@@ -239,6 +246,6 @@ def test_the_background_follows_by_itself(replicas, registry):
     for _ in range(200):
         if follower.replica.version == "2":
             break
-        follower._stop.wait(0.05)
+        time.sleep(0.05)
     follower.stop()
     assert follower.replica.version == "2"
