@@ -1,5 +1,6 @@
 """The waiting line alone, under any order of comings and goings."""
 
+import weakref
 from collections import Counter, defaultdict
 
 from hypothesis import given
@@ -108,9 +109,16 @@ def test_before_returns_the_requests_that_alternating_keys_would_start_first():
     assert sorted(queue.before("a")) == [0, 1, 2, 3]
 
 
+class Key(str):
+    """A key with weak references, which tell whether it is in memory."""
+
+
 def test_it_forgets_keys_without_requests():
-    queue = FairQueue(PATIENCE)
+    queue, keys = FairQueue(PATIENCE), []
     for number in range(1000):
-        queue.add(number, f"key {number}")
+        key = Key(f"key {number}")
+        keys.append(weakref.ref(key))
+        queue.add(number, key)
+        del key
         queue.take(Counter())
-    assert len(queue._served) <= 2
+    assert sum(key() is not None for key in keys) <= 2

@@ -1,5 +1,6 @@
 """Filling up, and the buffers of a graph, with "run it again" in the place of a CUDA graph's replay."""
 
+import gc
 from contextlib import contextmanager
 
 import pytest
@@ -88,16 +89,24 @@ class Captures:
         return replay, result
 
 
+def tensors_in_memory() -> dict[int, int]:
+    """The size of each storage of a tensor in bytes, by its place."""
+    gc.collect()
+    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) is torch.Tensor]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
 def test_graphs_of_all_sizes_share_the_tensors_of_the_largest(bundle: Bundle):
-    captures = Captures()
+    captures, before = Captures(), tensors_in_memory()
+    x, t, (condition,) = inputs(bundle, 1)
     runner = NetworkRunner(bundle.denoiser, batch_sizes(32), captures)
-    runner.prepare(lambda: inputs(bundle, 1)[2][0])
+    runner.prepare(lambda: condition)
     assert captures.rows == sorted(batch_sizes(32), reverse=True)  # smaller graphs fit into the largest's memory
     assert len({result.untyped_storage().data_ptr() for result in captures.results}) == 1
-    buffers = runner._graphs
-    held = [*buffers._condition, buffers._x, buffers._t, buffers._result]
-    one = sum(part.nbytes for part in [*inputs(bundle, 1)[2][0], *inputs(bundle, 1)[:2]]) + 4 * 3 * SIZE**2
-    assert sum(part.untyped_storage().nbytes() for part in held) == 32 * one
+    own = {part.untyped_storage().data_ptr() for part in (*condition, x, t)}
+    held = {place: size for place, size in tensors_in_memory().items() if place not in before.keys() | own}
+    one = sum(part.nbytes for part in (*condition, x, t)) + 4 * 3 * SIZE**2
+    assert sum(held.values()) == 32 * one
 
 
 def test_sizes_in_any_order_do_not_disturb_each_other(bundle: Bundle):
@@ -126,9 +135,17 @@ def test_sizes_without_memory_for_a_graph_are_evaluated_as_they_are(bundle: Bund
 
 
 def test_a_failed_capture_gives_its_memory_back(bundle: Bundle):
-    runner = NetworkRunner(bundle.denoiser, (1, 2), failing)
-    runner.prepare(lambda: inputs(bundle, 1)[2][0])
-    assert runner._graphs is None
+    condition, seen = inputs(bundle, 1)[2][0], []
+
+    def failing_late(run):
+        seen.append(tensors_in_memory().keys())
+        failing(run)
+
+    before = tensors_in_memory().keys()
+    runner = NetworkRunner(bundle.denoiser, (1, 2), failing_late)
+    runner.prepare(lambda: condition)
+    assert seen[0] - before
+    assert not tensors_in_memory().keys() - before
 
 
 @pytest.mark.parametrize("moment", ["begin", "run", "end"])
