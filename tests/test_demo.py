@@ -41,7 +41,7 @@ def test_phase_2_begins_with_the_tuned_model_and_a_worse_one_of_a_repeated_demo_
     monkeypatch.setattr(demo, "evaluate_and_record", lambda _settings, bundle, _data, **_: {"of": bundle})
     monkeypatch.setattr(demo, "release", SimpleNamespace(register=register, promote=promote))
 
-    found = demo._model(Settings(workspace=tmp_path), "faces", 8.0, Console())
+    found = demo.train_model(Settings(workspace=tmp_path), "faces", 8.0, Console())
 
     assert found == (8, {"of": "bundle 2"})
     assert trained == [("demo", "starter", 6.0), ("demo-phase2", "models:/animediffusion/7", 2.0)]

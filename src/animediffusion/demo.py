@@ -88,7 +88,7 @@ def run_demo(settings: Settings, minutes: float, console: Console, *, rows: int,
     folder = settings.workspace / "demo"
     console.note(f"workspace {settings.workspace}")
     data = _dataset(settings, rows, console)
-    version, result = _model(settings, data, minutes, console)
+    version, result = train_model(settings, data, minutes, console)
     config = ServeConfig(workspace=settings.workspace, model_name=settings.model_name)
     console.note("--- serve")
     with running(settings, config, port=_free(port)) as url:
@@ -119,7 +119,8 @@ def _dataset(settings: Settings, rows: int, console: Console) -> str:
     return data
 
 
-def _model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, Evaluation]:
+def train_model(settings: Settings, data: str, minutes: float, console: Console) -> tuple[int, Evaluation]:
+    """Train both phases, tune the sampler between them and promote the result; return its version and scores."""
     budget = [f"data={data}", f"init_from={STARTER}", f"max_minutes={minutes * PHASE_1_SHARE}", *KEPT]
     with _stage("phase 1: denoising", console), console.training() as report:
         first = train(settings, load_recipe("demo", budget), report)

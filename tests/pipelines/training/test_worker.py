@@ -108,15 +108,19 @@ def test_attention_that_cannot_run_is_not_tried_again_and_says_what_to_set(monke
     assert tries == [0, 1], "the second worker returns immediately"
 
 
-def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatch, context):
-    lines, config = [], load_recipe("demo", ["num_samples=3"])
-    context.progress.warn = SimpleNamespace(remote=lines.append)
+def shared_colorizer(config):
     pictures = np.zeros((3, 16, 16, 3), np.uint8)
     rows = {"target": pictures, "reference": pictures, "cross_reference": pictures, "sketch": pictures[..., 0]}
     rows |= {flag: np.zeros(3, bool) for flag in ("has_sketch", "has_reference", "has_cross")}
+    return SharedColorizer(config.bundle_config(16), rows)
+
+
+def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatch, context):
+    lines, config = [], load_recipe("demo", ["num_samples=3"])
+    context.progress.warn = SimpleNamespace(remote=lines.append)
     rank = worker._Rank.__new__(worker._Rank)
     rank.context, rank.config, rank.rank, rank.world_size = context, config, 0, 1
-    rank.colorizer, rank.state = SharedColorizer(config.bundle_config(16), rows), SimpleNamespace(averaged=lambda: None)
+    rank.colorizer, rank.state = shared_colorizer(config), SimpleNamespace(averaged=lambda: None)
 
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -134,8 +138,7 @@ def raising(error):
     return call
 
 
-def test_any_other_error_of_a_score_is_not_hidden(monkeypatch):
-    colorizer = SharedColorizer.__new__(SharedColorizer)
-    colorizer._config, colorizer._chunks = None, []
+def test_any_other_error_of_a_score_is_not_hidden():
+    colorizer = shared_colorizer(load_recipe("demo"))
     with pytest.raises(RuntimeError, match="illegal"):
         colorizer.color(SimpleNamespace(averaged=raising(torch.AcceleratorError("CUDA error: illegal access"))), 0, 1)

@@ -166,8 +166,7 @@ def test_nothing_is_kept_where_the_runs_folder_is_not(settings: Settings, tmp_pa
 
 def test_a_record_that_no_store_would_take_does_not_hold_up_the_others(settings: Settings) -> None:
     warnings: list[str] = []
-    run = Run.start(settings, TRAINING, "r")
-    run._warn = warnings.append
+    run = Run.attach(settings.tracking_uri, Run.start(settings, TRAINING, "r").run_id, warn=warnings.append)
     run.set_tags({"": "no name"})
     run.log({"loss": 1.0}, 1)
     assert run.finish() == 0
@@ -177,8 +176,7 @@ def test_a_record_that_no_store_would_take_does_not_hold_up_the_others(settings:
 
 def test_an_artifact_that_was_deleted_before_it_was_sent_is_named(settings: Settings, tmp_path: Path) -> None:
     warnings: list[str] = []
-    run = Run.start(settings, TRAINING, "r")
-    run._warn = warnings.append
+    run = Run.attach(settings.tracking_uri, Run.start(settings, TRAINING, "r").run_id, warn=warnings.append)
     run.log_artifact(tmp_path / "gone.txt")
     run.log({"loss": 1.0}, 1)
     assert run.finish() == 0
