@@ -1,4 +1,4 @@
-"""Trains on a cluster of three nodes that loses two of them, one after a warning, and a worker; prints JSON.
+"""Trains on a cluster of three nodes that loses a worker, and two nodes, one after a warning; prints JSON.
 
     PYTHONPATH=tests python tests/pipelines/cluster_faults.py DATASET WORKSPACE
 
@@ -56,6 +56,8 @@ class Stage:
     def __init__(self, data, workspace):
         cluster.POLL_S = 0.2
         self.settings = Settings(workspace=workspace)
+        self.step = 0
+        """The step that the driver saw last."""
         self.recipe = workspace / "tiny.yaml"
         self.recipe.parent.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(f"data: {data}\n{RECIPE}")
@@ -68,15 +70,11 @@ class Stage:
 
     def run(self, name, script, **values):
         """Train; `script` is called in a thread, with a function that waits until a step is reported."""
-        seen = [0]
+        self.step = 0
         config = load_recipe(str(self.recipe), [f"name={name}", *(f"{k}={v}" for k, v in values.items())])
 
         def until(step):
-            end = time.monotonic() + WAIT_S
-            while seen[0] < step:
-                if time.monotonic() > end:
-                    raise TimeoutError(f"step {step} was not seen")
-                time.sleep(0.01)
+            wait_for(lambda: self.step >= step, f"step {step} was not seen")
 
         def act():
             try:
@@ -91,7 +89,7 @@ class Stage:
 
         def report(now):
             reports.append(now)
-            seen[0] = now.step
+            self.step = now.step
 
         result = training.train(self.settings, config, report)
         thread.join()
@@ -104,11 +102,9 @@ class Stage:
         return list_steps(str(self.settings.workspace / "runs" / name / "checkpoints"))
 
     def victim(self):
-        """Return a node that may be lost and runs a training worker, and the process of the worker on another node."""
-        raylet = {node: node.all_processes["raylet"][0].process.pid for node in self.nodes}
-        found = workers()
-        node = next(node for node in self.nodes if raylet[node] in {process.ppid() for process in found})
-        return node, next((process.pid for process in found if process.ppid() != raylet[node]), None)
+        """Return a node that may be lost and runs a training worker."""
+        parents = {process.ppid() for process in workers()}
+        return next(node for node in self.nodes if node.all_processes["raylet"][0].process.pid in parents)
 
     def lose(self, node):
         """Remove a node without a graceful shutdown."""
@@ -134,24 +130,33 @@ def workers():
     return found
 
 
+def wait_for(condition, what):
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(what)
+        time.sleep(0.01)
+
+
 def main(data, workspace):
     stage = Stage(data, Path(workspace))
 
     def storm(until):
-        until(3)
-        node, other = stage.victim()
+        until(EVERY + 1)
+        before = {process.pid for process in workers()}
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: len({process.pid for process in workers()} - before) == 2, "the workers were not replaced")
+        until(stage.step + 1)  # The run continues, so that the lost node costs a restart of its own.
+        node = stage.victim()
         stage.warn(node, 60)
-        end = time.monotonic() + WAIT_S
-        while not any(step % EVERY for step in stage.steps("storm")) and time.monotonic() < end:
-            time.sleep(0.05)
-        os.kill(other, signal.SIGKILL)
+        wait_for(lambda: any(step % EVERY for step in stage.steps("storm")), "no checkpoint was saved after a warning")
         stage.lose(node)
 
     stormy, reports = stage.run("storm", storm)
 
     def lose_a_node(until):
         until(COMPARED + 3)
-        stage.lose(stage.victim()[0])
+        stage.lose(stage.victim())
 
     shrunk, shrunk_reports = stage.run("elastic", lose_a_node, num_workers="[1,2]")
     calm_workers = {now.workers for now in shrunk_reports if now.metrics and now.step <= COMPARED}
