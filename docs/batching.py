@@ -122,7 +122,7 @@ def _bar(board: Board, asked: Asked, y: int) -> None:
     assert asked.started is not None
     assert asked.ended is not None
     color = KEYS[asked.key]
-    _box(board, _x(asked.came), _x(asked.started - 1), y, BAR, _light(color))
+    _box(board, _x(asked.came), _x(asked.started - 1), y, BAR, lighter(color))
     for top, height in ((y, 5), (y + 6, 5)) if asked.guided else ((y, BAR),):
         _box(board, _x(asked.started - 1), _x(asked.ended), top, height, color)
     if asked.left:
@@ -144,7 +144,7 @@ def _rows(board: Board, steps: Sequence[EngineStep], top: int) -> None:
 
 
 def _legend(board: Board) -> None:
-    entries: Iterator[tuple[str, Any]] = iter([*KEYS.items(), ("lighter: waits", _light(INK))])
+    entries: Iterator[tuple[str, Any]] = iter([*KEYS.items(), ("lighter: waits", lighter(INK))])
     x = float(LEFT + EDGE)
     for words, color in entries:
         _box(board, x, x + 18, EDGE - 6, BAR, color)
@@ -159,7 +159,7 @@ def _box(board: Board, left: float, right: float, top: float, height: int, color
         ImageDraw.Draw(board.sheet).rectangle((left, top, right - 2, top + height - 1), fill=color)
 
 
-def _light(color: tuple[int, int, int]) -> tuple[int, ...]:
+def lighter(color: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(round(0.3 * own + 0.7 * paper) for own, paper in zip(color, PAPER, strict=True))
 
 

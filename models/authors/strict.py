@@ -91,7 +91,7 @@ def strict_sample(
         injected: the noise that each step adds: 10 standard normal tensors shaped like x.
         eta: 1 everywhere in the authors' code; 0 is deterministic.
     """
-    for (n, n_next), noise in zip(reversed(_steps()), injected, strict=True):
+    for (n, n_next), noise in zip(reversed(sampling_steps()), injected, strict=True):
         now, after = _at(gamma, _full(x, n)), _at(gamma, _full(x, n_next))
         eps = predict(x, _full(x, n))
         x_0 = ((x - (1 - now).sqrt() * eps) / now.sqrt()).clamp(-1, 1)
@@ -107,7 +107,7 @@ def fix_forward(predict: PredictNoise, gamma: Tensor, x_0: Tensor, noise: Tensor
     The first step adds `noise`; the other nine use the noise that the network predicts without the time.
     """
     x, eps, estimate = x_0, noise, x_0
-    for step, (n_next, n) in enumerate(_steps()):
+    for step, (n_next, n) in enumerate(sampling_steps()):
         if step:
             now = _at(gamma, _full(x, n))
             eps = predict(x, None)
@@ -128,7 +128,7 @@ def strict_reconstruction(
     return F.mse_loss(image, x_0, reduction="none").mean((1, 2, 3))
 
 
-def _steps() -> list[tuple[int, int]]:
+def sampling_steps() -> list[tuple[int, int]]:
     """Return (n, the next lower n) of each step in rising order: (1, 0), (101, 1), ..., (901, 801)."""
     visited = [n + 1 for n in range(0, 1000, 1000 // NUM_STEPS)]
     return list(zip(visited, [0, *visited[:-1]], strict=True))

@@ -58,7 +58,7 @@ class Muon:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
         if ranks > 1 and not self._agreed:
             self._agree()
-        owners = self._owners(ranks)
+        owners = self.owners(ranks)
         sizes = [group.momentum[0].numel() for group in self.groups for _ in group.matrices]
         device = self.groups[0].momentum.device
         updates = torch.empty(sum(sizes), dtype=self.dtype, device=device)
@@ -85,7 +85,7 @@ class Muon:
         for group, part in zip(self.groups, torch.split(updates, sizes), strict=True):
             yield part.view(group.momentum.shape)
 
-    def _owners(self, ranks: int) -> list[int]:
+    def owners(self, ranks: int) -> list[int]:
         """Assign each matrix to a rank, in rising order, so that all ranks have about equal work."""
         costs = [group.cost for group in self.groups for _ in group.matrices]
         return [int(ranks * (end - cost / 2) / sum(costs)) for end, cost in zip(accumulate(costs), costs, strict=True)]

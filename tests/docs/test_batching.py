@@ -29,7 +29,7 @@ def test_the_picture_is_that_of_a_trace_and_shows_every_kind_of_request(batching
     batching.main()
     pixels = decode_rgb((tmp_path / "batching.png").read_bytes())
     shown = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}
-    assert shown >= set(batching.KEYS.values()) | {batching._light(color) for color in batching.KEYS.values()}
+    assert shown >= set(batching.KEYS.values()) | {batching.lighter(color) for color in batching.KEYS.values()}
 
 
 def test_every_request_of_the_trace_ran_as_long_as_it_asked_for_unless_its_client_left(batching):

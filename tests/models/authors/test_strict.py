@@ -171,8 +171,8 @@ def test_settings_that_strict_mode_would_ignore_raise_value_error():
 
 
 def test_the_last_step_ends_at_the_first_entry_not_at_the_image():
-    assert authors._steps()[0] == (1, 0)
-    assert authors._steps()[-1] == (901, 801)
+    assert authors.sampling_steps()[0] == (1, 0)
+    assert authors.sampling_steps()[-1] == (901, 801)
 
 
 def seeded(seed=0):

@@ -70,7 +70,7 @@ def test_orthogonalized_singular_values_are_near_one():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_the_ranks_share_the_products(new_denoiser, ranks):
     optimizer = Muon(new_denoiser().network.hidden_weights(), 0.0, torch.float32)
-    owners = optimizer._owners(ranks)
+    owners = optimizer.owners(ranks)
     costs = [group.cost for group in optimizer.groups for _ in group.matrices]
     shares = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(ranks)]
     assert owners == sorted(owners)
