@@ -32,6 +32,8 @@ GAUGES = {
 """Prometheus gauges of a run, and their help texts; the dashboard in infra/grafana shows them."""
 PREFIX = "animediffusion_train_"
 """Prefix of a gauge's name; Ray adds `ray_` before it."""
+ASK_S = 0.5
+"""Rank 0 asks at most this often, in seconds, whether the run should stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,8 @@ class ProgressActor:
         self._latest = replace(self._latest, worker=worker)
         return self._latest.failure
 
-    def report(self, now: TrainProgress) -> bool:
-        """Store rank 0's progress, and return whether the run should stop.
+    def report(self, now: TrainProgress) -> None:
+        """Store rank 0's progress.
 
         The actor keeps `worker`, `failure` and `warnings`, and the old metrics if `now` has none.
         """
@@ -134,7 +136,6 @@ class ProgressActor:
             failure=kept.failure,
             warnings=kept.warnings,
         )
-        return self._stop
 
     def fail(self, failure: RunFailure) -> None:
         """Store an error that would recur."""
@@ -152,9 +153,13 @@ class ProgressActor:
         """Ask the run to save a checkpoint and end."""
         self._stop = True
 
+    def stop_requested(self) -> bool:
+        """Return whether the driver asked the run to end."""
+        return self._stop
+
 
 class DriverReports:
-    """Rank 0's connection to ProgressActor; sending never waits for the actor.
+    """Rank 0's connection to ProgressActor; only flush() waits for the actor.
 
     Args:
         actor: handle of a ProgressActor.
@@ -162,22 +167,29 @@ class DriverReports:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._answer: Any = None
+        self._sent: Any = None
+        self._question: Any = None
+        self._asked_at = float("-inf")
+        self._stop = False
 
     def send(self, now: TrainProgress) -> None:
         """Send the state of the run."""
-        self._answer = self._actor.report.remote(now)
+        self._sent = self._actor.report.remote(now)
+
+    def ask(self) -> None:
+        """Ask whether the run should stop, at most every ASK_S, and take the answer to the previous question."""
+        if time.monotonic() - self._asked_at >= ASK_S and not self.stop_requested() and self._question is None:
+            self._question, self._asked_at = self._actor.stop_requested.remote(), time.monotonic()
 
     def stop_requested(self) -> bool:
-        """Return whether the latest answer that has arrived asks the run to stop."""
-        if self._answer is None:
-            return False
-        ready, _ = ray.wait([self._answer], timeout=0)
-        return bool(ready) and bool(ray.get(ready[0]))
+        """Return whether an answer that has arrived asks the run to stop."""
+        if self._question is not None and ray.wait([self._question], timeout=0)[0]:
+            self._stop, self._question = ray.get(self._question), None
+        return self._stop
 
     def flush(self) -> None:
         """Wait until the actor has received everything."""
-        ray.get(self._answer)
+        ray.get(self._sent)
 
 
 class RunGauges:

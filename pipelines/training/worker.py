@@ -357,6 +357,7 @@ class _RankZero:
     def after_step(self, step: Step, waited_s: float) -> None:
         """Take the results of a step; `waited_s` are the seconds that rank 0 has waited for rows so far."""
         self._budget.step()
+        self._driver.ask()
         if self._metrics.step(step, waited_s):
             self.checkpoints.poll()
             self._report()
