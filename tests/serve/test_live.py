@@ -78,7 +78,8 @@ class Load:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            answer = self.studio.color(seed=len(self.answers))
+            # Many steps, so that an engine is making a picture at the moment when its version is replaced.
+            answer = self.studio.color(seed=len(self.answers), num_inference_steps="50")
             self.answers.append((answer.status_code, answer.headers.get("x-model-version", answer.text)))
 
     @property
