@@ -125,7 +125,7 @@ def workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # the process may just have ended
-            if "RayTrainWorker" in process.cmdline()[0]:
+            if "RayTrainWorker" in " ".join(process.cmdline()):  # It is empty for a process that has been killed.
                 found.append(process)
     return found
 
