@@ -29,6 +29,7 @@ from animediffusion.serve.network_inputs import network_inputs
 from animediffusion.serve.rendering.coloring import Background, Style
 from animediffusion.serve.rendering.hints import points_for_network
 from animediffusion.serve.rendering.render import (
+    Inputs,
     Output,
     Rendered,
     RenderOptions,
@@ -116,12 +117,24 @@ def paint_as(
         network: makes the network's picture.
         thing: name of the sketch in error messages.
     """
+    inputs = read_inputs(output, sketch, references, options, thing=thing)
+    return render(network_picture(inputs, side, network), *inputs, output=output, options=options)
+
+
+def read_inputs(
+    output: Output, sketch: bytes, references: Sequence[bytes], options: RenderOptions, *, thing: str = "sketch"
+) -> Inputs:
+    """Return what paint_as() needs of the files; arguments and errors are those of paint_as()."""
     options.check(output)
     drawing = read_sketch(sketch, thing=thing)
     hints = options.read_hints(drawing)  # A wrong hint is reported before the network runs.
-    pictures = [read_picture(reference) for reference in references]
-    painted = network(*network_inputs(as_gray(drawing), pictures, points_for_network(hints), side))
-    return render(painted, drawing, pictures, hints, output=output, options=options)
+    return Inputs(drawing, tuple(read_picture(reference) for reference in references), hints)
+
+
+def network_picture(inputs: Inputs, side: int, network: Network) -> Pixels:
+    """Return the network's picture [side, side, 3]."""
+    points = points_for_network(inputs.hints)
+    return network(*network_inputs(as_gray(inputs.drawing), inputs.references, points, side))
 
 
 def run_network(

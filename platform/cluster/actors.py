@@ -8,15 +8,19 @@ An actor that dies is started again, and Ray repeats its block, so that a block 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.errors import ClusterError
+
+FINISHED_BYTES = 2**20
+"""Size of a block between the actors and the tasks that finish: the work of a task is a few seconds at most."""
 
 
 def actor_device() -> Literal["CPU", "GPU"]:
@@ -25,7 +29,13 @@ def actor_device() -> Literal["CPU", "GPU"]:
 
 
 def run_on_actors(
-    blocks: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], *, threads: int, command: str
+    blocks: Sequence[pa.Table],
+    worker: type,
+    arguments: tuple[Any, ...],
+    *,
+    threads: int,
+    command: str,
+    finish: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows that actors make of blocks, in any order; the caller connects to Ray first.
 
@@ -39,6 +49,7 @@ def run_on_actors(
         arguments: the first arguments of the constructor.
         threads: threads of an actor without a GPU, at most the CPUs of a node.
         command: the command in error messages.
+        finish: a function that makes the rows of what the actors return, in tasks on all CPUs.
 
     Raises:
         ClusterError: an actor or the cluster failed.
@@ -57,6 +68,9 @@ def run_on_actors(
         num_gpus=1 if device == "GPU" else None,
         num_cpus=cpus or 0,
     )
+    if finish is not None:
+        made.context.target_max_block_size = FINISHED_BYTES
+        made = made.map_batches(finish, batch_size=None, num_cpus=1)
     ray_compat.pause_scheduling(made.context)
     try:
         yield from made.iter_rows()

@@ -10,6 +10,7 @@ done: each says from what it was made, so that the same command, or a batch that
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -31,6 +32,7 @@ from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import StoreFailedError
 from animediffusion.platform.registry.downloads import STARTER
 from animediffusion.serve.bulk.drawings import BulkDrawing, Drawings
+from animediffusion.serve.bulk.on_gpus import PaintDrawings, finish_drawings
 from animediffusion.serve.bulk.worker import BulkSettings, ColorDrawings, DrawingColorizer, Outcome
 from animediffusion.serve.client.colorize_files import FileFormat
 from animediffusion.serve.client.local import STARTER_COLORS, LocalColorizer
@@ -122,9 +124,9 @@ def color_on_cluster(
 ) -> Iterator[Outcome]:
     """Color drawings over Ray Data and yield their results in any order; the caller connects to Ray first.
 
-    There is an actor for each GPU of the cluster, also of nodes that an autoscaler can add. Without GPUs, an actor
-    takes as many CPUs as torch has threads in this process. Their number changes the rounding, so that the pictures are
-    those of the command in one process. OMP_NUM_THREADS=1 gives the most actors.
+    There is an actor for each GPU of the cluster, also of nodes that an autoscaler can add; all CPUs finish the
+    pictures. Without GPUs, an actor takes as many CPUs as torch has threads in this process. Their number changes the
+    rounding, so that the pictures are those of the command in one process. OMP_NUM_THREADS=1 gives the most actors.
 
     Args:
         settings: settings of the registry.
@@ -145,13 +147,16 @@ def color_on_cluster(
     _note_starter(model, version, note)
     files = ray.put(bundle_files(Path(source.fetch(version))))
     shared = _shared(version, model, drawings, options, rendering, file_format)
-    rows = BLOCK_ROWS[actor_device()]
+    device = actor_device()
+    rows = BLOCK_ROWS[device]
+    actor: type = PaintDrawings if device == "GPU" else ColorDrawings
+    finish = functools.partial(finish_drawings, settings=shared) if device == "GPU" else None
     names = [field.name for field in fields(Outcome)]
     threads, rest = torch.get_num_threads(), iter(drawings)
     while some := list(itertools.islice(rest, MOST_BLOCKS * rows)):
         blocks = _tables(some, rows)
         for row in run_on_actors(
-            blocks, ColorDrawings, (files, shared), threads=threads, command="colorize --on-cluster"
+            blocks, actor, (files, shared), threads=threads, command="colorize --on-cluster", finish=finish
         ):
             yield _checked(Outcome(**{name: row[name] for name in names}))
 

@@ -1,17 +1,17 @@
-"""The actor of a bulk coloring: it holds the model, and colors batches of drawings from and to any store.
+"""The actor of a bulk coloring on CPUs: it holds the model, and colors batches of drawings from and to any store.
 
-On a CPU, a picture is the one that the command `colorize` makes in one process, byte by byte: both call
-serve/client/local.py's BundleColorizer, in which a drawing has the network for itself. On a GPU, drawings share the
-batches of an engine (serve/bulk/batched.py). Meanwhile, other threads read, decode, render and write other drawings.
+A picture is the one that the command `colorize` makes in one process, byte by byte: both call serve/client/local.py's
+BundleColorizer, in which a drawing has the network for itself. Meanwhile, other threads read, decode, render and write
+other drawings. serve/bulk/on_gpus.py is for clusters with GPUs.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -24,7 +24,6 @@ from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import ConfigError, DataError, ImageError, StorageError, UnreachableError
 from animediffusion.platform.storage import storage
 from animediffusion.platform.storage.addresses import split_options
-from animediffusion.serve.bulk.batched import BatchedColorizer
 from animediffusion.serve.client.colorize_files import (
     LAYER_SUFFIX,
     MAX_FILE_BYTES,
@@ -39,10 +38,10 @@ from animediffusion.serve.client.local import BundleColorizer
 from animediffusion.serve.rendering.render import RenderOptions
 
 THREADS = 3
-"""Drawings that an actor handles at once on a CPU: one in the network, one being read, one rendered and written."""
-GPU_BATCH = 16
-"""Rows of the network in an evaluation on a GPU."""
+"""Drawings that an actor handles at once: one in the network, one being read, one rendered and written."""
 _CACHED_REFERENCES = 16
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,13 @@ class Outcome:
         return {**done, "model_version": self.model_version, **failed, **({"skipped": True} if self.skipped else {})}
 
 
+class Files(NamedTuple):
+    """The files of one drawing."""
+
+    sketch: bytes
+    references: list[bytes]
+
+
 class ColorDrawings:
     """Class for Ray Data's map_batches(): an instance per actor.
 
@@ -103,23 +109,27 @@ class ColorDrawings:
             torch.set_num_threads(threads)
         use_attention(settings.attention)
         storage.expect(*settings.stores)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = load_bundle_files(ray.get(files), device, name=settings.name)
-        colorizer: Colorizer = (
-            BatchedColorizer(bundle, settings.version, GPU_BATCH)
-            if device == "cuda"
-            else BundleColorizer(bundle, settings.version, THREADS)
-        )
+        bundle = load_bundle_files(ray.get(files), "cpu", name=settings.name)
         self._actor = ray.get_runtime_context().get_actor_id() or ""
-        self._pool = ThreadPoolExecutor(colorizer.max_concurrent)
-        self._color = DrawingColorizer(colorizer, settings)
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._color = DrawingColorizer(BundleColorizer(bundle, settings.version, THREADS), settings)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Color the drawings of the columns `sketch`, `references` (URIs, one a line) and `output`."""
-        rows = zip(*(batch[name].tolist() for name in ("sketch", "references", "output")), strict=True)
-        made = list(self._pool.map(lambda row: self._color(row[0], row[1].split("\n"), row[2]), rows))
-        made = [replace(one, actor=self._actor) for one in made]
-        return {field.name: np.array([getattr(one, field.name) for one in made]) for field in fields(Outcome)}
+        """Color the drawings of a block of bulk.py and return their outcomes."""
+        made = list(self._pool.map(lambda row: self._color(*row), rows_of(batch)))
+        return columns_of(replace(one, actor=self._actor) for one in made)
+
+
+def rows_of(batch: dict[str, NDArray[Any]]) -> Iterator[tuple[str, list[str], str]]:
+    """Yield sketch, references and output of each drawing of a block of bulk.py."""
+    columns = (batch[name].tolist() for name in ("sketch", "references", "output"))
+    return ((sketch, references.split("\n"), output) for sketch, references, output in zip(*columns, strict=True))
+
+
+def columns_of(outcomes: Iterable[Outcome]) -> dict[str, NDArray[Any]]:
+    """Return outcomes as a block."""
+    made = list(outcomes)
+    return {field.name: np.array([getattr(one, field.name) for one in made]) for field in fields(Outcome)}
 
 
 class DrawingColorizer:
@@ -142,8 +152,12 @@ class DrawingColorizer:
             references: URIs of the reference images.
             output: URI of the picture; its color layer is next to it.
         """
+        return self.attempt(sketch, lambda: self._colored(sketch, references, output))
+
+    def attempt(self, sketch: str, work: Callable[[], Made]) -> Made | Outcome:
+        """Return what `work` makes of a drawing, or the outcome with its error."""
         try:
-            return self._made(sketch, references, output)
+            return work()
         except UnreachableError as error:
             return replace(self._outcome(sketch, "", str(error)), is_store_lost=True)
         except ConfigError as error:
@@ -151,25 +165,37 @@ class DrawingColorizer:
         except (ImageError, DataError, StorageError) as error:
             return self._outcome(sketch, "", str(error))
 
-    def _made(self, sketch: str, references: Sequence[str], output: str) -> Outcome:
-        settings, suffix = self._settings, output.rpartition(".")[2].partition("?")[0]
-        colors = [self._reference(uri) for uri in references]
-        drawing = read_file(sketch)
-        metadata = {"sketch": sha256_of(drawing), **settings_metadata(colors, settings.options, settings.rendering)}
-        layer = layer_of(output) if settings.file_format == "png" else None
+    def _colored(self, sketch: str, references: Sequence[str], output: str) -> Outcome:
+        files = self.read(sketch, references)
+        return self.done(files, sketch, output) or self._write(files, sketch, output)
+
+    def read(self, sketch: str, references: Sequence[str]) -> Files:
+        """Read the files of a drawing; errors are those of read_file()."""
+        return Files(read_file(sketch), [self._reference(uri) for uri in references])
+
+    def done(self, files: Files, sketch: str, output: str) -> Outcome | None:
+        """Return the outcome if the picture exists, made from the same files with the same settings."""
         # Ray repeats a batch whose actor has died, so that the question is asked for each drawing, not for all before.
-        files = [output] if layer is None else [output, layer]
+        suffix, metadata = output.rpartition(".")[2].partition("?")[0], self._metadata(files)
+        written = [output, layer_of(output)] if self._settings.file_format == "png" else [output]
         versions = self._colorizer.versions()
-        if all(is_same(_metadata(file, suffix), metadata, versions) for file in files):
-            return self._outcome(sketch, output, skipped=True)
+        is_done = all(is_same(_metadata(file, suffix), metadata, versions) for file in written)
+        return self._outcome(sketch, output, skipped=True) if is_done else None
+
+    def _write(self, files: Files, sketch: str, output: str) -> Outcome:
+        settings = self._settings
         made = self._colorizer.colorize(
-            drawing, colors, settings.options, settings.rendering, settings.file_format, name=sketch
+            files.sketch, files.references, settings.options, settings.rendering, settings.file_format, name=sketch
         )
-        metadata["model_version"] = made.maker
-        if made.color_layer is not None and layer is not None:  # before the picture, which then always has its layer
-            storage.write_bytes(layer, with_metadata(made.color_layer, metadata))
+        metadata = {**self._metadata(files), "model_version": made.maker}
+        if made.color_layer is not None:  # before the picture, which then always has its layer
+            storage.write_bytes(layer_of(output), with_metadata(made.color_layer, metadata))
         storage.write_bytes(output, with_metadata(made.picture, metadata))
         return self._outcome(sketch, output)
+
+    def _metadata(self, files: Files) -> dict[str, Any]:
+        settings = settings_metadata(files.references, self._settings.options, self._settings.rendering)
+        return {"sketch": sha256_of(files.sketch), **settings}
 
     def _outcome(self, sketch: str, output: str, error: str = "", skipped: bool = False) -> Outcome:
         version = "" if error else self._settings.version

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, 
 from animediffusion.serve.rendering.render import DEFAULTS, FAST_COMPRESSION, RenderOptions
 from animediffusion.serve.rendering.sketch import Pixels
 from animediffusion.serve.replica.model_source import ModelSource
-from animediffusion.serve.standalone import paint_as, run_network
+from animediffusion.serve.standalone import Network, network_picture, paint_as, read_inputs, run_network
 
 STARTER_COLORS = "no version was promoted, so the starter model colors"
 
@@ -48,18 +48,24 @@ class BundleColorizer:
         name: str,
     ) -> ColoredDrawing:
         """See colorize_files.Colorizer. While one thread runs the network, other threads decode and render."""
-        made = paint_as(
-            OUTPUTS[file_format],
-            self.bundle.config.image_size,
-            sketch,
-            references,
-            rendering,
-            functools.partial(self.run_network, options),
-            thing=name,
+        network = functools.partial(self.run_network, options)
+        return _as_file(
+            file_format, self.bundle.config.image_size, sketch, references, rendering, network, self.maker, name=name
         )
-        if file_format == "png":
-            return ColoredDrawing(made.files["image"], self.maker, made.files["color_layer"])
-        return ColoredDrawing(made.files[file_format], self.maker)
+
+    def network_picture(
+        self,
+        sketch: bytes,
+        references: Sequence[bytes],
+        options: SamplerOptions,
+        rendering: RenderOptions,
+        file_format: FileFormat,
+        *,
+        name: str,
+    ) -> Pixels:
+        """Return the network's picture [S, S, 3], for PaintedColorizer; arguments are those of colorize()."""
+        inputs = read_inputs(OUTPUTS[file_format], sketch, references, rendering, thing=name)
+        return network_picture(inputs, self.bundle.config.image_size, functools.partial(self.run_network, options))
 
     def run_network(
         self, options: SamplerOptions, lines: Tensor, colors: Sequence[Tensor], hints: Tensor | None
@@ -78,6 +84,57 @@ class BundleColorizer:
     def versions(self) -> Collection[str]:
         """See colorize_files.Colorizer."""
         return (self.maker,)
+
+
+class PaintedColorizer:
+    """A colorize_files.Colorizer for drawings of which the network's pictures were painted elsewhere.
+
+    Args:
+        pictures: what BundleColorizer.network_picture() returned, by the names of the sketches.
+        maker: BundleColorizer.maker of the model that painted them.
+    """
+
+    max_concurrent = 1
+
+    def __init__(self, pictures: Mapping[str, Pixels], maker: str) -> None:
+        self._pictures, self._maker = pictures, maker
+
+    def colorize(
+        self,
+        sketch: bytes,
+        references: Sequence[bytes],
+        options: SamplerOptions,  # noqa: ARG002 - the network has used them
+        rendering: RenderOptions = DEFAULTS,
+        file_format: FileFormat = "png",
+        *,
+        name: str,
+    ) -> ColoredDrawing:
+        """See colorize_files.Colorizer."""
+        painted = self._pictures[name]
+        side = len(painted)
+        return _as_file(file_format, side, sketch, references, rendering, lambda *_: painted, self._maker, name=name)
+
+    def versions(self) -> Collection[str]:
+        """See colorize_files.Colorizer."""
+        return (self._maker,)
+
+
+def _as_file(
+    file_format: FileFormat,
+    side: int,
+    sketch: bytes,
+    references: Sequence[bytes],
+    rendering: RenderOptions,
+    network: Network,
+    maker: str,
+    *,
+    name: str,
+) -> ColoredDrawing:
+    """Return the files of a colored drawing; arguments are those of standalone.paint_as() and of Colorizer."""
+    made = paint_as(OUTPUTS[file_format], side, sketch, references, rendering, network, thing=name)
+    if file_format == "png":
+        return ColoredDrawing(made.files["image"], maker, made.files["color_layer"])
+    return ColoredDrawing(made.files[file_format], maker)
 
 
 class LocalColorizer(BundleColorizer):

@@ -25,9 +25,9 @@ from animediffusion.platform.errors import ConfigError, DataError, StoreFailedEr
 from animediffusion.platform.images.codec import decode_rgb, encode_png
 from animediffusion.platform.storage import storage
 from animediffusion.serve.bulk import worker
-from animediffusion.serve.bulk.batched import BatchedColorizer
 from animediffusion.serve.bulk.bulk import Pace, color_here
 from animediffusion.serve.bulk.drawings import BulkDrawing, Drawings, References, list_drawings, read_references
+from animediffusion.serve.bulk.on_gpus import BatchedColorizer
 from animediffusion.serve.bulk.worker import layer_of
 from animediffusion.serve.client.file_metadata import read_metadata
 from animediffusion.serve.client.local import STARTER_COLORS, LocalColorizer
@@ -316,17 +316,18 @@ ray.init(address="local", num_cpus=1, num_gpus=3, include_dashboard=False, log_t
 bulk.BLOCK_ROWS["GPU"] = 4
 drawings, _ = list_drawings([f"{folder}/many"], f"{folder}/out", "png", References((f"{folder}/hero.png",)))
 options = SamplerOptions(steps=10)
-shares = collections.Counter(
-    one.actor
-    for one in bulk.color_on_cluster(Settings(workspace=folder), model, drawings, options, DEFAULTS, "png", print)
-)
-print(json.dumps(sorted(shares.values())))
+settings = Settings(workspace=folder)
+for _ in range(2):
+    made = list(bulk.color_on_cluster(settings, model, drawings, options, DEFAULTS, "png", print))
+    shares = collections.Counter(one.actor for one in made)
+    errors = [one.sketch for one in made if one.error]
+    print(json.dumps([sorted(shares.values()), errors, sum(one.skipped for one in made)]))
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share(many, bundle_folder):
+def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share_and_cpus_finish_the_pictures(many, bundle_folder):
     environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     done = subprocess.run(
         [sys.executable, "-c", LOGICAL_GPUS, str(many), str(bundle_folder)],
@@ -336,9 +337,16 @@ def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share(many, bundle_fold
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    shares = json.loads(done.stdout.splitlines()[-1])
+    (shares, errors, skipped), (_, again, done_before) = map(json.loads, done.stdout.splitlines()[-2:])
     assert (len(shares), sum(shares)) == (3, 80)
     assert shares[0] >= 16
+    assert errors == again == [str(many / "many" / "040.png")]
+    assert (skipped, done_before) == (0, 79)
+    single = LocalColorizer(Settings(workspace=many), str(bundle_folder))
+    drawing, colors = (many / "many" / "000.png").read_bytes(), [(many / "hero.png").read_bytes()]
+    alone = single.colorize(drawing, colors, SamplerOptions(steps=10), name="a")
+    pixels = decode_rgb((many / "out" / "000.png").read_bytes())
+    assert np.abs(pixels.astype(int) - decode_rgb(alone.picture)).max() <= 1
 
 
 def test_a_bulk_run_says_that_the_starter_colors_and_an_updated_starter_colors_again(
