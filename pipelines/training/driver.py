@@ -9,10 +9,12 @@ pipelines/training/worker.py is one worker, and models/training/loop.py is one s
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -75,7 +77,8 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
     Raises:
         Interrupted: the process got SIGINT or SIGTERM; a checkpoint is saved.
         ClusterError: the cluster cannot hold the run.
-        TrainingError: workers failed more often than max_failures, or the loss is not finite.
+        TrainingError: workers failed more often than max_failures, the loss is not finite, or another process trains
+            the run.
     """
     work = plan(settings, config)
     if work.finished:
@@ -83,7 +86,31 @@ def train(settings: Settings, config: TrainConfig, report: Report | None = None)
         send_left(settings, result.mlflow_run_id, work.folder / UNSENT)
         return result
     scaling, notes = scaling_for(work.config, *cluster.resources())
+    with _only_driver(work):
+        return _train(settings, work, scaling, notes, report)
+
+
+@contextmanager
+def _only_driver(work: RunPlan) -> Iterator[None]:
+    """Refuse a second process that trains the same run: both would write the same files, and report to one MLflow run.
+
+    The system releases the lock of a process that ends in any way.
+    """
     work.folder.mkdir(parents=True, exist_ok=True)
+    with (work.folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            advice = "wait until it ends, or choose another name="
+            raise TrainingError(f"run {work.run}", "another process trains it now", advice) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _train(
+    settings: Settings, work: RunPlan, scaling: ray.train.ScalingConfig, notes: Iterable[str], report: Report | None
+) -> TrainResult:
     (work.folder / "config.yaml").write_text(yaml.safe_dump(plain(work.config), sort_keys=False))
     previous = read_json(work.folder / "run.json").get("mlflow_run_id")
     params = {**plain(work.config), "data_hash": work.data_hash, "image_size": work.image_size}

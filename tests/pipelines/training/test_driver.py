@@ -4,6 +4,7 @@ Their workers are on CPUs. Some are made to believe in a GPU: the ranks of the f
 and a rank of another one has no memory left.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -338,6 +339,17 @@ def test_what_cannot_be_trained_raises_an_error_before_training(ray_cluster, set
     with pytest.raises(ClusterError, match="4 workers take 2 of 2 CPUs; lower num_workers or cpus_per_worker"):
         train(settings, load_recipe(recipe, ["num_workers=4", "cpus_per_worker=0.5", "name=wide"]))
     assert not (settings.workspace / "runs" / "wide").exists()
+
+
+def test_a_second_process_does_not_train_the_same_run(ray_cluster, settings, recipe):
+    config = load_recipe(recipe, ["name=twice"])
+    folder = plan(settings, config).folder
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(TrainingError, match="run twice: another process trains it now; wait until it ends"):
+            train(settings, config)
+    assert not (folder / "run.json").exists()
 
 
 def test_the_plan_of_a_run_depends_on_no_ray(settings, recipe):
