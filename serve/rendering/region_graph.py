@@ -9,7 +9,7 @@ import numpy as np
 from animediffusion.serve.rendering.morphology import NEIGHBORS, Labels
 from animediffusion.serve.rendering.sketch import Floats
 
-NECK = 0.5
+NECK = 0.7
 """Two hills are one region if the neck between them is at least this share of the lower hill's height."""
 WIDEST = 1.5
 """The widest opening that may be a gap in a line, relative to the usual widest gap..."""

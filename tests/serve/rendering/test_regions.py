@@ -86,6 +86,16 @@ def test_a_gap_of_half_the_width_of_a_lock_of_hair_is_closed():
     assert labels[2, 2] != labels[64, 200]
 
 
+@pytest.mark.parametrize("opening", [8, 10, 12])
+def test_a_small_shape_that_is_open_at_one_place_is_not_the_background(opening: int):
+    """As small hands are, between their fingers."""
+    picture, pen = blank(512)
+    pen.ellipse([195, 200, 219, 224], outline=0, width=2)
+    pen.rectangle([207 - opening // 2, 220, 207 + opening // 2, 226], fill=255)
+    labels = find_regions(to_drawing(picture)).labels
+    assert labels[212, 207] != labels[2, 2]
+
+
 def test_an_opening_of_half_a_shape_is_not_closed():
     picture, pen = blank()
     pen.line([(80, 60), (80, 240), (220, 240), (220, 60)], fill=0, width=3)
