@@ -309,7 +309,8 @@ def _color(
         regions,
         references=references,
         palette=palette,
-        background=options.background or "paper",
+        # What is painted outside of the figure must not become the shading of white paper: it would darken hints there.
+        background="reference" if style == "painted" else options.background or "paper",
         style="shaded" if style == "shaded" else "flat",
         learned=learned,
     )

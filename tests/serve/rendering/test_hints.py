@@ -8,9 +8,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from animediffusion.platform.errors import ConfigError, ImageError
-from animediffusion.platform.images.codec import encode_png
+from animediffusion.platform.images.codec import decode_rgb, encode_png
 from animediffusion.serve.rendering.coloring import Coloring, Region
 from animediffusion.serve.rendering.hints import MAX_HINTS, Hint, apply_hints, read_hints, shaded_like, wholes_of
+from animediffusion.serve.rendering.render import RenderOptions, render
 from animediffusion.serve.rendering.sketch import read_drawing
 
 WIDTH, HEIGHT = 120, 90
@@ -223,3 +224,20 @@ def test_a_light_on_a_dark_color_is_a_light_on_the_new_one():
 def test_shades_are_colors_and_the_same_shade_changes_nothing(shade, base):
     assert shaded_like(CLOTH, base, base) == CLOTH
     assert all(0 <= level <= 255 for level in shaded_like(CLOTH, shade, base))
+
+
+@pytest.mark.parametrize("background", [None, "white"])
+def test_a_hint_beside_the_figure_that_is_as_painted_changes_nothing(background):
+    sheet, figure = (90, 160, 220), (220, 150, 120)
+    sketch, painted = Image.new("L", (256, 256), 255), Image.new("RGB", (64, 64), sheet)
+    ImageDraw.Draw(sketch).ellipse([60, 60, 196, 196], outline=0, width=3)
+    ImageDraw.Draw(painted).ellipse([15, 15, 49, 49], fill=figure)
+    drawing, colors = read_drawing(np.asarray(sketch.convert("RGB"))), np.asarray(painted)
+    options = RenderOptions(style="painted", background=background)
+    plain, hinted = (
+        decode_rgb(render(colors, drawing, [colors], hints, options=options).files["image"]).astype(int)
+        for hints in ((), (Hint(20, 20, sheet), Hint(128, 128, figure)))
+    )
+    for x, y, color in ((20, 20, sheet), (240, 200, sheet), (128, 128, figure)):
+        assert np.abs(plain[y, x] - color).max() <= 3
+        assert np.abs(hinted[y, x] - color).max() <= 3
