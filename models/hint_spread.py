@@ -5,6 +5,11 @@ colors, if the matcher searches the reference for similar things there (its quer
 and if they are near to each other. The correction of a hint, its color minus the network's, is added to each position
 in proportion to their likeness, so a color that was right stays as it is.
 
+How far a correction goes depends on the other hints. If each of them could have been foretold from the others, the
+network is wrong about whole parts, as with the reference of another character, and corrections go far. If not, or if
+there is only one hint, the network is wrong at single places, and only what is very much alike is corrected: otherwise
+hints in a picture that is mostly right would make it worse.
+
 The weights were chosen on real faces with the reference of another character; benchmarks/hints.py measures them.
 
 Shapes: B rows, S pixels per side, N points.
@@ -23,6 +28,10 @@ COLOR_WEIGHT, QUERY_WEIGHT, PLACE_WEIGHT = 3.0, 2.0, 1.0
 """Weights of the squared distances: of colors in [-1, 1], of standardized queries, of places in pictures' sides."""
 RESERVE = 0.1
 """Likeness to a hint at which a position takes half of its correction."""
+CLOSE = 3.0
+"""Factor of the squared distances if the hints do not foretell each other; it falls to 1 where they do."""
+PRIOR = 1.0
+"""Squared distance of colors up to which the agreement of hints may be chance, summed over the hints."""
 MOST_POINTS = 1024
 """Of more hinted pixels, as many are used, at equal distances in reading order."""
 SMOOTHING_PX = 3
@@ -70,7 +79,26 @@ def _spread_in_row(image: Tensor, features: Tensor, smooth: Tensor, light: Tenso
         return image
     points = points[torch.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).long().to(points.device)]
     flat = features.flatten(1).T
-    likeness = torch.exp(-torch.cdist(flat, flat[points]).square()) * light.flatten()[points]
-    shares = likeness / (likeness.sum(1, keepdim=True) + RESERVE)
+    unlikeness = torch.cdist(flat, flat[points]).square()
     corrections = hints[1:].flatten(1)[:, points] - smooth.flatten(1)[:, points]
+    on_paper = light.flatten()[points]
+    factor = CLOSE - (CLOSE - 1) * _agreement(unlikeness[points], on_paper, corrections)
+    shares = _shares(unlikeness, on_paper, factor)
     return image + (corrections @ shares.T).reshape_as(image)
+
+
+def _agreement(unlikeness: Tensor, on_paper: Tensor, corrections: Tensor) -> Tensor:
+    """Return how well the corrections [3, N] of hints are foretold by those of the other hints, a scalar in [0, 1].
+
+    It is the factor by which the foretold corrections would have to be multiplied to be nearest to the real ones.
+    """
+    others = on_paper * (1 - torch.eye(len(on_paper), device=on_paper.device))
+    foretold = corrections @ _shares(unlikeness, others, 1.0).T
+    counted = on_paper * foretold
+    return ((counted * corrections).sum() / ((counted * foretold).sum() + PRIOR)).clamp(0, 1)
+
+
+def _shares(unlikeness: Tensor, weights: Tensor, factor: Tensor | float) -> Tensor:
+    """Return the share [P, N] of each hint's correction that positions get, from unlikeness [P, N] and weights."""
+    likeness = torch.exp(-factor * unlikeness) * weights
+    return likeness / (likeness.sum(1, keepdim=True) + RESERVE)

@@ -77,3 +77,18 @@ def test_the_matcher_tells_apart_what_has_the_same_color(new_denoiser):
     _, without = spread(without_matcher(denoiser), flat, (3, 8, RED), sketch=sketch)
     assert change[:, 12:].mean() < 0.5 * change[:, :4].mean()
     assert without[:, 12:].mean() > 0.7 * without[:, :4].mean()
+
+
+def test_hints_that_foretell_each_other_go_farther(new_denoiser):
+    """A hint that makes the darker half redder, alone and with two others, which agree with it or not."""
+    denoiser, picture = without_matcher(new_denoiser()), color((160, 130, 130)).repeat(1, SIZE, SIZE)[None]
+    picture[..., SIZE // 2 :] = color((110, 80, 80))
+    redder, there, places = (180, 80, 80), (110, 80, 80), ((9, 12), (14, 8))
+
+    def far(*others):
+        return spread(denoiser, picture, (12, 3, redder), *others)[1][:, :7].mean()
+
+    alone = far()
+    assert alone > 0.1
+    assert far(*((x, y, redder) for x, y in places)) > 5 * alone
+    assert far(*((x, y, there) for x, y in places)) < alone
