@@ -63,6 +63,9 @@ _SHARES = (
     *("extract", "hints", "wrong_reference", "two_views"),
 )
 MAX_HINTS = 32
+MANY_HINTS = 8
+"""Only rows with at least this number of hints get wrong references: so many show whether the reference is wrong. With
+fewer, a network would learn that a hint alone makes the reference doubtful, and change what was right."""
 HINT_JITTER = 0.08
 """Largest difference of a hint's color from that of the target, per channel in [-1, 1]: artists pick colors by eye."""
 LINE_LEVEL = 0.5
@@ -114,7 +117,8 @@ class AugmentConfig:
     hints: float = 0.0
     """Probability that a row gets 1 to MAX_HINTS hints: points of the target's color. Small numbers are frequent."""
     wrong_reference: float = 0.5
-    """Probability that a row with hints gets the reference of another row, so that hints overrule references."""
+    """Probability that a row with at least MANY_HINTS hints gets the reference of another row, so that hints overrule
+    references."""
     two_views: float = 0.0
     """Probability that all rows of a step get two references, of which each shows what the other lacks."""
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
@@ -303,7 +307,7 @@ def _two_views(first: Tensor, target: Tensor, config: AugmentConfig, chance: Cha
 
 
 def _hinted(batch: Batch, config: AugmentConfig, chance: Chance) -> Batch:
-    """Give some rows hints, and some of these rows the references of other rows."""
+    """Give some rows hints, and some of the rows with many hints the references of other rows."""
     size = batch.target.shape[-1]
     chosen, wrong = chance(config.hints), chance(config.wrong_reference)
     count = ((MAX_HINTS + 1) ** chance.uniform(0, 1)).long()
@@ -318,7 +322,8 @@ def _hinted(batch: Batch, config: AugmentConfig, chance: Chance) -> Batch:
     mean = F.avg_pool2d(batch.target, side, 1, RADIUS_PX, count_include_pad=False)
     colors = mean.flatten(2).gather(2, index.expand(-1, 3, -1)).transpose(1, 2)
     planes = hint_planes(torch.where(there[..., None], points, -1), (colors + jitter).clamp(-1, 1), size)
-    views = [_either(chosen & wrong, view.roll(1, 0), view) for view in batch.references]
+    wrong = onto(wrong, batch.target) & _mask(there.sum(1) >= MANY_HINTS)
+    views = [_either(wrong, view.roll(1, 0), view) for view in batch.references]
     return batch._replace(**dict(zip(("reference", "second"), views, strict=False)), hints=planes)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from animediffusion.models.augmentation.augment import (
     HINT_JITTER,
+    MANY_HINTS,
     AugmentConfig,
     Chance,
     bend,
@@ -286,16 +287,35 @@ def test_hints_are_few_as_often_as_many(new_rows):
     assert (marked > 0.5).any()
 
 
-def test_only_a_share_of_the_rows_gets_hints_and_only_these_get_wrong_references(new_rows):
-    rows = new_rows(rows=64)
+def test_only_a_share_of_the_rows_gets_hints_and_only_rows_with_many_get_wrong_references(new_rows):
+    rows = new_rows(rows=128)
     rows["sketch"][:] = 255
     batch = make_batch(rows, replace(NOTHING, hints=0.5, wrong_reference=0.5), seeded())
     plain = make_batch(rows, NOTHING, seeded())
     has, wrong = batch.hints.flatten(1).any(1), (batch.reference != plain.reference).flatten(1).any(1)
-    assert 16 < has.sum() < 48
+    assert 32 < has.sum() < 96
     assert 4 < wrong.sum() < 28
     assert not (wrong & ~has).any()
     assert torch.equal(batch.reference[wrong], plain.reference.roll(1, 0)[wrong])
+
+
+def test_a_row_with_few_hints_keeps_its_reference(new_rows, monkeypatch):
+    rows = new_rows(rows=64)
+    rows["sketch"][:] = 255
+    config, plain = replace(HINTED, wrong_reference=1.0), make_batch(rows, NOTHING, seeded())
+
+    def kept():
+        return (make_batch(rows, config, seeded()).reference == plain.reference).flatten(1).all(1)
+
+    # A hint marks at most 9 pixels, so one mark is one hint, and more than 9 for each of MANY_HINTS are more hints.
+    marked = make_batch(rows, config, seeded()).hints[:, 0].flatten(1).sum(1)
+    one, many = marked <= 9, marked > 9 * MANY_HINTS
+    assert one.sum() > 4
+    assert many.sum() > 4
+    assert kept()[one].all()
+    assert not kept()[many].any()
+    monkeypatch.setattr("animediffusion.models.augmentation.augment.MANY_HINTS", 1)
+    assert not kept().any()
 
 
 def test_hints_leave_all_other_random_numbers_alone(new_rows):
