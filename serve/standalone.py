@@ -34,6 +34,7 @@ from animediffusion.serve.rendering.render import (
     Rendered,
     RenderOptions,
     Size,
+    hints_argument,
     palette_argument,
     read_picture,
     read_sketch,
@@ -166,8 +167,11 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     """
     given = _parser().parse_args(arguments)
     options = SamplerOptions(seed=given.seed, steps=given.steps, guidance_scale=given.guidance_scale)
-    look = RenderOptions(size=given.size, style=given.style, background=given.background, palette=given.palette)
     try:
+        hints = None if given.hints is None else hints_argument(str(given.hints))
+        look = RenderOptions(
+            size=given.size, style=given.style, background=given.background, palette=given.palette, hints=hints
+        )
         look.check(prefix="--")
         _check_files(given)
         bundle = load_bundle(folder, "cuda" if torch.cuda.is_available() else "cpu")
@@ -182,6 +186,7 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
             style=given.style,
             background=given.background,
             palette=given.palette,
+            hints=hints,
         )
         _write(given.out, picture)
         if given.layer is not None:
@@ -198,6 +203,8 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
 def _check_files(given: argparse.Namespace) -> None:
     """Reject outputs that would overwrite an input or each other."""
     named = {"SKETCH": given.sketch, "REFERENCE": given.reference}
+    if given.hints is not None:
+        named["--hints"] = given.hints
     for name, file in (("OUT.png", given.out), ("--layer", given.layer)):
         if file is None:
             continue
@@ -289,5 +296,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_palette,
         default="reference",
         help="with flat or shaded, the colors of the regions: a .gpl or .ase file, a list, or those of the reference",
+    )
+    parser.add_argument(
+        "--hints",
+        metavar="FILE.json|FILE.png",
+        type=_path,
+        help='exact colors of regions: [{"x": 120, "y": 88, "color": "#e0b080"}], or a transparent PNG of strokes; '
+        'with "learned": true, what looks alike gets the color, too',
     )
     return parser

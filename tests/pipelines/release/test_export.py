@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shlex
@@ -122,6 +123,28 @@ def test_an_exported_model_colors_by_regions_with_a_palette(bare_python, setting
         assert line in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_exported_model_takes_hints(bare_python, settings, drawing, tmp_path, capsys):
+    export(settings, str(write_bundle(tmp_path / "bundle", 1)), tmp_path / "model")
+    script, words = tmp_path / "model" / "colorize.py", ["s.png", "r.png", "out.png", "--style", "flat"]
+    for learned in (False, True):
+        hint = {"x": 32, "y": 32, "color": "#20c040", "learned": learned}
+        Path("hints.json").write_text(json.dumps([hint]))
+        done = run(bare_python, script, *words, "--layer", "layer.png", "--hints", "hints.json", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert np.asarray(Image.open("layer.png"))[32, 32].tolist() == [0x20, 0xC0, 0x40, 255]
+    for data, line in (
+        ('[{"x": 64, "y": 1, "color": "#20c040"}]', "hints: hint 1 at 64, 1 is outside of the drawing; "),
+        ("[]", "--hints: contains no hint; "),
+        (None, "--hints: 'hints.json': No such file or directory; "),
+    ):
+        Path("hints.json").unlink()
+        if data is not None:
+            Path("hints.json").write_text(data)
+        assert main(tmp_path / "model", [*words, "--hints", "hints.json"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+        Path("hints.json").touch()
+
+
 def test_the_bare_environment_is_bare(bare_python, tmp_path):
     for module in ("scipy", "mlflow", "ray", "animediffusion", "kornia", "pydantic"):
         assert "ModuleNotFoundError" in run(bare_python, "-c", f"import {module}", cwd=tmp_path).stderr
@@ -147,6 +170,7 @@ def drawing(tmp_path, monkeypatch):
     row = make_row(3, 0, 64)
     Path("s.png").write_bytes(encode_png(row.sketch))
     Path("r.png").write_bytes(encode_png(row.reference))
+    Path("r.json").write_text('[{"x": 1, "y": 1, "color": "#20c040"}]')
     Path("x.png").symlink_to("y.png")
     Path("y.png").symlink_to("x.png")
 
@@ -156,6 +180,7 @@ def drawing(tmp_path, monkeypatch):
     [
         (["s.png", "r.png", "s.png"], "OUT.png: s.png is also SKETCH; give another file"),
         (["s.png", "r.png", "./r.png"], "OUT.png: r.png is also REFERENCE; give another file"),
+        (["s.png", "r.png", "r.json", "--hints", "r.json"], "OUT.png: r.json is also --hints; give another file"),
         (["s.png", "r.png", "o.png", "--layer", "o.png"], "--layer: o.png is also OUT.png; give another file"),
         (
             ["x.png", "r.png", "o.png"],
