@@ -103,7 +103,7 @@ def create_app(
     add_handlers(app)
     _add_pages(app)
     _add_colorize(app, backend, ThreadPoolExecutor(num_threads, "pictures"), timeout_s, keeper)
-    add_corrections(app, store, timeout_s)
+    add_corrections(app, keeper, timeout_s)
     _add_status(app, backend)
     return app
 

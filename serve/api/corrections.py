@@ -29,6 +29,7 @@ from animediffusion.serve.api.form import CorrectionForm, read_correction
 from animediffusion.serve.api.limits import REQUEST_ID
 from animediffusion.serve.api.openapi import CORRECTION_ANSWERS, CORRECTION_FORM, KEY
 from animediffusion.serve.api.problems import RETRY_AFTER_S, ProblemError, unusable
+from animediffusion.serve.api.request_keeper import RequestKeeper
 from animediffusion.serve.rendering.hints import PNG_SIGNATURE, Hint
 from animediffusion.serve.rendering.layers import hex_of
 from animediffusion.serve.rendering.render import Inputs, RenderOptions, read_picture, read_sketch, render
@@ -37,7 +38,8 @@ from animediffusion.serve.rendering.sketch import Drawing, Pixels, as_gray
 MAX_PER_MINUTE = 60
 """Corrections of one key that each server process takes in a minute."""
 WRITING_S = 1.0
-"""A request may be corrected the moment it is answered, while another server still writes it to the store."""
+"""A request may be corrected the moment it is answered, while another server still writes it to the store. This server
+knows what it writes itself."""
 SAME_LEVELS = 2
 LOSSY_LEVELS, LOSSY_SHARE = 40, 5e-4
 """Levels by which a pixel has changed; a lossy format changes pixels by itself, and a few of them by much."""
@@ -45,8 +47,8 @@ OFF = "this server takes no corrections; its operator turns them on with ANIMEDI
 _STATUS: dict[Saved, int] = {"stored": 201, "replaced": 200, "known": 200}
 
 
-def add_corrections(app: FastAPI, store: Corrections | None, timeout_s: float) -> None:
-    """Add POST /v1/corrections to an application; without a store, it answers how to turn corrections on."""
+def add_corrections(app: FastAPI, keeper: RequestKeeper | None, timeout_s: float) -> None:
+    """Add POST /v1/corrections to an application; without a keeper, it answers how to turn corrections on."""
     # Corrections have a thread of their own, so that they do not delay pictures.
     pool = ThreadPoolExecutor(1, "corrections")
     limit = RateLimit(MAX_PER_MINUTE)
@@ -57,12 +59,12 @@ def add_corrections(app: FastAPI, store: Corrections | None, timeout_s: float) -
 
         The operator must have turned corrections on. The server keeps an answered request for 7 days.
         """
-        if store is None:
+        if keeper is None:
             raise ProblemError(404, OFF)
         limit.take(key_of(request))
         form = await read_correction(request)
         try:
-            answer = await asyncio.wait_for(_answer(store, pool, form, key_of(request)), timeout_s)
+            answer = await asyncio.wait_for(_answer(keeper, pool, form, key_of(request)), timeout_s)
         except TimeoutError as error:
             raise DeadlineError("the correction was not saved in time") from error
         except StorageError as error:
@@ -96,11 +98,14 @@ class RateLimit:
         times.append(present)
 
 
-async def _answer(store: Corrections, pool: ThreadPoolExecutor, form: CorrectionForm, key: str) -> dict[str, Any]:
+async def _answer(keeper: RequestKeeper, pool: ThreadPoolExecutor, form: CorrectionForm, key: str) -> dict[str, Any]:
     """Return the body of the answer."""
     if not REQUEST_ID.fullmatch(form.request_id):
         found = repr(form.request_id[:80])
         raise unusable("request_id", found, "1 to 64 letters, digits, dots, dashes and underscores")
+    store = keeper.store
+    if (writing := keeper.writing(key, form.request_id)) is not None:
+        await asyncio.wait([asyncio.wrap_future(writing)])
     kept = await asyncio.to_thread(store.find, key, form.request_id)
     if kept is None:
         await asyncio.sleep(WRITING_S)

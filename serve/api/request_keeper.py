@@ -46,7 +46,7 @@ class RequestKeeper:
     def __init__(self, store: Corrections) -> None:
         self.store = store
         self._pool = ThreadPoolExecutor(_THREADS, "kept requests")
-        self._writing: set[Future[None]] = set()
+        self._writing: dict[tuple[str, str], Future[None]] = {}
         self._waiting_bytes = 0
         self._counted: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -66,15 +66,21 @@ class RequestKeeper:
                 return False
             self._waiting_bytes += size
             writing = self._pool.submit(self._write, form, answer, key, request_id, kept_at)
-            self._writing.add(writing)
+            self._writing[key, request_id] = writing
 
         def done(future: Future[None]) -> None:
             with self._lock:
                 self._waiting_bytes -= size
-                self._writing.discard(future)
+                if self._writing.get((key, request_id)) is future:  # a client may use an id twice
+                    del self._writing[key, request_id]
 
         writing.add_done_callback(done)
         return True
+
+    def writing(self, key: str, request_id: str) -> Future[None] | None:
+        """Return what ends when this request is in the store; None if it does not wait for the store."""
+        with self._lock:
+            return self._writing.get((key, request_id))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -87,7 +93,7 @@ class RequestKeeper:
         finally:
             stop.set()
             with self._lock:
-                writing = set(self._writing)
+                writing = set(self._writing.values())
             wait(writing, _PATIENCE_S)
             thread.join(_PATIENCE_S)
             self._pool.shutdown(wait=False, cancel_futures=True)

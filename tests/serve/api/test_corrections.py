@@ -113,6 +113,18 @@ def test_a_corrected_picture_becomes_a_record_with_all_that_made_it(studio, sket
     assert record["changed"] == body["changed"] == pytest.approx(difference, abs=0.01)
 
 
+def test_a_correction_waits_until_its_request_is_in_a_slow_store(studio, monkeypatch):
+    keep = Corrections.keep
+
+    def slowly(store, request):
+        time.sleep(2.5)
+        keep(store, request)
+
+    monkeypatch.setattr(Corrections, "keep", slowly)
+    answer = studio.color("one")
+    assert studio.correct("one", repainted(answer.content)).status_code == 201
+
+
 def test_hints_alone_make_the_picture_with_these_hints(studio):
     hints = json.dumps([{"x": EYE[0], "y": EYE[1], "color": "#3264c8", "scope": "whole"}])
     studio.color("one")
