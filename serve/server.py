@@ -22,7 +22,7 @@ from ray import serve
 from animediffusion.models.bundle import verify
 from animediffusion.platform.api_keys import Keys
 from animediffusion.platform.cluster import cluster
-from animediffusion.platform.cluster.ray_compat import serve_host
+from animediffusion.platform.cluster.ray_compat import last_line, serve_host
 from animediffusion.platform.cluster.signals import StopSignals
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import BundleError, ClusterError, ConfigError
@@ -147,7 +147,7 @@ def _deploy(config: ServeConfig, host: str, port: int) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ClusterError("serve", f"does not start ({_last_line(error)})", "see `animediffusion doctor`") from error
+        raise ClusterError("serve", f"does not start ({last_line(error)})", "see `animediffusion doctor`") from error
 
 
 def check_address(host: str, port: int, *, is_open: bool = True) -> None:
@@ -282,11 +282,6 @@ def _replicas() -> list[ReplicaStatus]:
     except Exception:  # The engines are still starting, or one has died.
         return []
     return [state.replica for state in found]
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _ignoring_errors(action: Callable[[], object]) -> None:

@@ -314,9 +314,7 @@ def reason(error: BaseException) -> str:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     # Prefer a worker that did not merely lose the connection to another one.
     cause = min(failures.values(), key=lambda failure: any(sign in str(failure) for sign in LOST_PEER), default=error)
-    lines = [line.strip() for line in str(cause).splitlines()]
-    stated = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
-    return stated[-1] if stated else type(cause).__name__
+    return ray_compat.last_line(cause, advice=TORCH_ADVICE)
 
 
 def _explain(error: BaseException, work: RunPlan) -> BaseException:

@@ -24,6 +24,7 @@ from animediffusion.pipelines.tuning.optuna_searcher import (
     key_of,
     read_json_lines,
 )
+from animediffusion.platform.cluster.ray_compat import last_line
 from animediffusion.platform.tracking.tracking import Run
 
 REDUCTION = 3
@@ -139,9 +140,10 @@ class TrialOutcomes(tune.Callback):
         self._report(f"{ended} at step {report.step}: {report.psnr:.2f} dB  {_short(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        lines = str(trial.get_error() or "").strip().splitlines() or ["no reason given"]
-        self._study.log.write(TrialEntry(trial.config, None, details={"ended": "failed", "reason": lines[-1]}))
-        self._report(f"failed: {lines[-1]}  {_short(trial.config)}")
+        error = trial.get_error()
+        found = "no reason given" if error is None else last_line(error)
+        self._study.log.write(TrialEntry(trial.config, None, details={"ended": "failed", "reason": found}))
+        self._report(f"failed: {found}  {_short(trial.config)}")
 
     def _report(self, line: str) -> None:
         self._config.progress(f"trial {self._study.num_known}/{self._config.trials}  {line}")

@@ -75,9 +75,7 @@ def run_on_actors(
     try:
         yield from made.iter_rows()
     except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        found = lines[-1] if lines else type(error).__name__
-        raise ClusterError(command, found, "run the same command again") from error
+        raise ClusterError(command, ray_compat.last_line(error), "run the same command again") from error
 
 
 def _cpus_of_a_node() -> int:

@@ -23,7 +23,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import animediffusion
-from animediffusion.platform.cluster.ray_compat import dashboard_address
+from animediffusion.platform.cluster.ray_compat import dashboard_address, last_line
 from animediffusion.platform.config import Settings
 from animediffusion.platform.errors import AnimeDiffusionError
 from animediffusion.platform.network import why_unreachable, without_password
@@ -77,8 +77,7 @@ def checks(settings: Settings, device: Callable[[], str], store: str | None = No
         try:
             reports.append(ray.get(ref))
         except Exception as error:  # the node left, or its image lacks the package
-            lines = str(error).strip().splitlines()
-            silent.append(f"{tasks[ref]}: {lines[-1] if lines else type(error).__name__}")
+            silent.append(f"{tasks[ref]}: {last_line(error)}")
     local = not settings.tracking_uri.startswith(("http://", "https://"))
     return [
         check_versions(reports, silent),

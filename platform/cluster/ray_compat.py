@@ -94,6 +94,21 @@ def serve_host() -> str:
     return str(_get_global_client().http_config.host)
 
 
+def last_line(error: BaseException, advice: tuple[str, ...] = ()) -> str:
+    """Return the last line of a worker's error, which says what happened, or its type if it has no text.
+
+    Args:
+        error: an error that Ray raised. The last line of its error about the memory of a node is advice on settings of
+            Ray.
+        advice: beginnings of other lines that are advice.
+    """
+    if "out of memory issue" in str(error):
+        return "a node had almost no memory left, so Ray ended a process there"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(advice)]
+    return lines[-1] if lines else type(error).__name__
+
+
 def pause_scheduling(context: DataContext, pause_s: float = 0.02) -> None:
     """Add a pause to every step of the scheduling loop of a Ray Data execution.
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from animediffusion.pipelines.training.driver import reason
@@ -25,6 +26,13 @@ socketStartConnect: Connect to 10.0.0.7<41235> failed : Connection refused
 """
 
 
+NO_MEMORY = """Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 5f) where the task was running was 23.1GB / 24.0GB (0.96), which exceeds 0.95.
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/debug-memory.html. To adjust
+the kill threshold, set the environment variable `RAY_memory_usage_threshold` when starting Ray.
+"""
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -33,6 +41,7 @@ socketStartConnect: Connect to 10.0.0.7<41235> failed : Connection refused
         (RuntimeError(NCCL), NCCL.splitlines()[-1]),
         (RuntimeError("Traceback (most recent call last):\n  File ...\nOSError: no space\n"), "OSError: no space"),
         (RuntimeError(""), "RuntimeError"),
+        (ray.exceptions.OutOfMemoryError(NO_MEMORY), "a node had almost no memory left, so Ray ended a process there"),
     ],
 )
 def test_it_is_what_went_wrong_and_not_torchs_advice(error, line):
