@@ -315,7 +315,7 @@ folder, model = sys.argv[1:]
 ray.init(address="local", num_cpus=1, num_gpus=3, include_dashboard=False, log_to_driver=False)
 bulk.BLOCK_ROWS["GPU"] = 4
 drawings, _ = list_drawings([f"{folder}/many"], f"{folder}/out", "png", References((f"{folder}/hero.png",)))
-options = SamplerOptions(steps=10)
+options = SamplerOptions(steps=100)
 settings = Settings(workspace=folder)
 for _ in range(2):
     made = list(bulk.color_on_cluster(settings, model, drawings, options, DEFAULTS, "png", print))
@@ -344,7 +344,7 @@ def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share_and_cpus_finish_t
     assert (skipped, done_before) == (0, 79)
     single = LocalColorizer(Settings(workspace=many), str(bundle_folder))
     drawing, colors = (many / "many" / "000.png").read_bytes(), [(many / "hero.png").read_bytes()]
-    alone = single.colorize(drawing, colors, SamplerOptions(steps=10), name="a")
+    alone = single.colorize(drawing, colors, SamplerOptions(steps=100), name="a")
     pixels = decode_rgb((many / "out" / "000.png").read_bytes())
     assert np.abs(pixels.astype(int) - decode_rgb(alone.picture)).max() <= 1
 
