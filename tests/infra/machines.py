@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 """Prefix of a command that may create machines; all processes that it starts end with it."""
 HUB = "10.77.0.1"
-WAIT_S = 300
+WAIT_S = 600
 STEPS = 300
 RECIPE = f"""{NETWORK}optimizer: {{warmup_steps: 3, muon_learning_rate: 0.02}}
 sampler: {{steps: 2}}
@@ -181,15 +181,25 @@ def until(found: Callable[[], Any], seconds: float = WAIT_S) -> Any:
 
 
 class Network:
-    """Machines on a bridge, with S3 and MLflow at the bridge's address, and a Ray cluster on the machines."""
+    """Machines on a bridge, with S3 and MLflow at the bridge's address, and a Ray cluster on the machines.
 
-    def __init__(self, folder: Path, mlflow: str, store: str) -> None:
+    Args:
+        folder: folder for disks and logs.
+        mlflow: address of MLflow.
+        store: address of S3.
+        names: names of the machines; the first one, the front, is the head of the cluster.
+        cpus: CPUs of the front for Ray.
+        environment: further variables of all machines.
+    """
+
+    def __init__(
+        self, folder: Path, mlflow: str, store: str, names: Sequence[str], cpus: int, environment: Mapping[str, str]
+    ) -> None:
         token = secrets.token_hex(16)
-        names = ["front", "first", "second", "third"]
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 2)}
         hosts = "\n".join(f"{address} {name}" for name, address in addresses.items())
         self.machines = {name: Machine(name, address, folder, hosts) for name, address in addresses.items()}
-        self.front = self.machines["front"]
+        self.front = self.machines[names[0]]
         common = {
             "AWS_ENDPOINT_URL_S3": store,
             "AWS_ACCESS_KEY_ID": "test",
@@ -209,13 +219,14 @@ class Network:
             "RAY_health_check_period_ms": "2000",
             "RAY_health_check_timeout_ms": "6000",
             "RAY_health_check_failure_threshold": "3",
+            **environment,
         }
         self.token, self.dashboard = token, f"http://{self.front.address}:8265"
         self.folder = folder
         for machine in self.machines.values():
             machine.environment = {**common}
         self.front.environment["RAY_ADDRESS"] = f"{self.front.address}:6379"
-        head = ["--head", "--port=6379", "--num-cpus=1", "--include-dashboard=true", "--dashboard-host=0.0.0.0"]
+        head = ["--head", "--port=6379", f"--num-cpus={cpus}", "--include-dashboard=true", "--dashboard-host=0.0.0.0"]
         self.join([self.front], head)
 
     def join(self, machines: list[Machine], options: list[str]) -> None:
@@ -264,7 +275,15 @@ class Network:
 
 
 @contextmanager
-def network(folder: Path) -> Iterator[Network]:
+def network(
+    folder: Path,
+    names: Sequence[str] = ("front", "first", "second", "third"),
+    *,
+    cpus: int = 1,
+    gpus: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Network]:
+    """Start everything; see Network. Each machine but the front has 2 CPUs and `gpus` logical GPUs for Ray."""
     ip("link set lo up")
     ip("link add lan type bridge")
     ip(f"addr add {HUB}/24 dev lan")
@@ -278,10 +297,10 @@ def network(folder: Path) -> Iterator[Network]:
     boto3.client("s3").create_bucket(Bucket="bucket")
     mlflow = MlflowServer(folder, host=HUB)
     # The head starts before the other nodes, because it gives its dashboard little time to start.
-    found = Network(folder, mlflow.url, store)
+    found = Network(folder, mlflow.url, store, names, cpus, environment or {})
     with mlflow:
         others = [machine for machine in found.machines.values() if machine is not found.front]
-        found.join(others, [f"--address={found.front.address}:6379", "--num-cpus=2", "--num-gpus=1"])
+        found.join(others, [f"--address={found.front.address}:6379", "--num-cpus=2", f"--num-gpus={gpus}"])
         yield found
     server.stop()
 
@@ -354,10 +373,16 @@ def main() -> None:
     print(json.dumps({**found, "seconds": time.monotonic() - begun}))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["inside"]:
-        main()
+def run_in_namespaces(script: str, body: Callable[[], None]) -> None:
+    """Run a script again where it may create machines, and there `body`; without namespaces, print what is missing."""
+    if sys.argv[-1:] == ["inside"]:
+        sys.argv.pop()
+        body()
     elif not (shutil.which("unshare") and shutil.which("ip")) or subprocess.run([*NAMESPACES, "true"]).returncode:
         print(json.dumps({"missing": "Linux namespaces, which root can make, with unshare and ip"}))
     else:
-        os.execvp(NAMESPACES[0], [*NAMESPACES, sys.executable, __file__, "inside"])
+        os.execvp(NAMESPACES[0], [*NAMESPACES, sys.executable, script, *sys.argv[1:], "inside"])
+
+
+if __name__ == "__main__":
+    run_in_namespaces(__file__, main)

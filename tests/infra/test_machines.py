@@ -1,5 +1,5 @@
-"""What machines.py saw; see there. Several minutes of both cores, and Ray's limits at start do not wait for a busy
-machine: asked for by MACHINES=1, on one that has nothing else to do.
+"""What machines.py and loop.py saw; see there. Many minutes of both cores, and Ray's limits at start do not wait for a
+busy machine: asked for by MACHINES=1, on one that has nothing else to do.
 """
 
 import json
@@ -10,31 +10,39 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("machines.py")
-
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not os.environ.get("MACHINES"), reason="asked for by MACHINES=1"),
 ]
 
 
-@pytest.fixture(scope="module")
-def found():
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+def seen_by(script, *words):
+    """What a script of this folder prints at its end."""
+    path = Path(__file__).with_name(script)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
+        [sys.executable, str(path), *words],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(path.parents[1]), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 0, done.stderr[-5000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     if "missing" in seen:
         pytest.skip(f"needs {seen['missing']}")
     return seen
+
+
+@pytest.fixture(scope="module")
+def found():
+    return seen_by("machines.py")
+
+
+@pytest.fixture(scope="module")
+def loop():
+    return seen_by("loop.py", "--drawings=200", "--corrections=60", "--answers=30", "--steps=120")
 
 
 def test_pictures_in_a_store_become_a_dataset_there(found):
@@ -65,3 +73,18 @@ def test_an_application_on_two_machines_continues_when_one_is_lost(found):
 def test_each_machine_has_what_it_made_itself(found):
     assert {"runs", "tune"} <= set(found["disks"]["front"])
     assert [found["disks"][name] for name in found["engines"]] == [["cache"]] * 2
+
+
+def test_a_bucket_is_colored_once_although_one_of_two_machines_is_lost(loop):
+    colored = loop["colored"]
+    assert colored["pictures"] == colored["drawings"] == 200
+    assert 0.4 * 200 <= colored["lost_after"] < 200
+    assert colored["said"].startswith("colored ")
+    assert colored["changed_after_the_loss"] == colored["written_twice"] == loop["other_bytes"] == []
+
+
+def test_corrections_of_its_pictures_improve_the_model_on_the_machine_that_is_left(loop):
+    assert loop["corrections"] == 60
+    assert loop["improve"].startswith("canary version 2: 50 % of the requests; CIEDE2000 ")
+    assert loop["improve_again"][0].startswith("promote version 2: ")
+    assert loop["version"] == "2"
