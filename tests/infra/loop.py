@@ -58,8 +58,8 @@ PERCENT = 50
 TRAINING = (
     "batch_size=16 num_workers=1 optimizer.learning_rate=2e-4 optimizer.muon_learning_rate=0.0025 rehearse_share=0.75"
 )
-"""240 steps with these settings lose 0.28 dB on the drawings that the champion was trained on, which `improve` refuses; with
-twice and five times the rates they lose 0.37 and 0.92 dB."""
+"""240 steps with these settings lose 0.28 dB on the drawings that the champion was trained on, so `improve` refuses the
+version; with twice and five times the rates they lose 0.37 and 0.92 dB."""
 
 
 def say(text: str) -> None:
