@@ -125,11 +125,7 @@ def evaluate(
     chunks = chunks_of(manifest, split, limit)
     total = sum(rows for _, rows in chunks)
     parts: list[ChunkScores] = []
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(len(TRACKS) * sum(map(len, parts)) + done, len(TRACKS) * total)
-
+    report = reporter(parts, total, progress)
     if on_cluster:
         from animediffusion.pipelines.evaluation.on_cluster import score_on_cluster  # Ray takes long to import
 
@@ -169,6 +165,27 @@ def chunks_of(manifest: Manifest, split: str, limit: int | None) -> list[tuple[i
     num_rows = sum(shard.rows for shard in manifest.split(split).shards)
     total = num_rows if limit is None else min(limit, num_rows)
     return [(start, min(CHUNK, total - start)) for start in range(0, total, CHUNK)]
+
+
+def reporter(
+    parts: Sequence[ChunkScores], total: int, progress: Callable[[int, int], None] | None
+) -> Callable[[int], None]:
+    """Return a function that calls `progress` with the numbers of finished and of all pictures.
+
+    Args:
+        parts: the finished chunks, a list that grows.
+        total: number of rows.
+        progress: the callback, if any.
+
+    Returns:
+        A function that takes the number of finished pictures of the next chunk.
+    """
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(len(TRACKS) * sum(map(len, parts)) + done, len(TRACKS) * total)
+
+    return report
 
 
 @dataclass(frozen=True)

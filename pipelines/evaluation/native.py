@@ -18,7 +18,6 @@ import torch
 from animediffusion.pipelines.data.manifest import Manifest
 from animediffusion.pipelines.data.stream import read_split
 from animediffusion.pipelines.evaluation.evaluate import (
-    TRACKS,
     ChunkScores,
     SplitRows,
     Track,
@@ -26,6 +25,7 @@ from animediffusion.pipelines.evaluation.evaluate import (
     chunks_of,
     fixed_chunks,
     mean_over_chunks,
+    reporter,
     score_tracks,
     write_evaluation,
 )
@@ -105,11 +105,7 @@ def evaluate_native(
     chunks = chunks_of(manifest, split, limit)
     total = sum(rows for _, rows in chunks)
     parts: list[ChunkScores] = []
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(len(TRACKS) * sum(map(len, parts)) + done, len(TRACKS) * total)
-
+    report = reporter(parts, total, progress)
     with ThreadPoolExecutor(threads) as pool:
         for start, rows in chunks:
             parts.append(_score_chunk(painter, pool, read_split(data, split, rows, start), start, report))

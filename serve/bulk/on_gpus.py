@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from animediffusion.models.bundle import Bundle, load_bundle_files
-from animediffusion.models.network.attention import use_attention
+from animediffusion.models.bundle import Bundle
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.storage import storage
-from animediffusion.serve.bulk.worker import BulkSettings, DrawingColorizer, Outcome, columns_of, rows_of
+from animediffusion.serve.bulk.worker import BulkSettings, DrawingColorizer, Outcome, columns_of, load_model, rows_of
 from animediffusion.serve.client.local import BundleColorizer, PaintedColorizer
 from animediffusion.serve.engine.engine import Engine, Request
 from animediffusion.serve.rendering.sketch import Pixels
@@ -69,12 +68,7 @@ class PaintDrawings:
     def __init__(
         self, files: ray.ObjectRef[Mapping[str, bytes]], settings: BulkSettings, threads: int | None = None
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        use_attention(settings.attention)
-        storage.expect(*settings.stores)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = load_bundle_files(ray.get(files), device, name=settings.name)
+        bundle = load_model(files, settings, "cuda" if torch.cuda.is_available() else "cpu", threads)
         self._settings = settings
         self._colorizer = BatchedColorizer(bundle, settings.version, BATCH)
         self._drawings = DrawingColorizer(self._colorizer, settings)

@@ -18,7 +18,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from animediffusion.models.bundle import load_bundle_files
+from animediffusion.models.bundle import Bundle, load_bundle_files
 from animediffusion.models.network.attention import Backend, use_attention
 from animediffusion.models.sampler_options import SamplerOptions
 from animediffusion.platform.errors import ConfigError, DataError, ImageError, StorageError, UnreachableError
@@ -88,6 +88,19 @@ class Files(NamedTuple):
 
     sketch: bytes
     references: list[bytes]
+    metadata: dict[str, Any]
+    """What the metadata of its picture says about the files and the settings."""
+
+
+def load_model(
+    files: ray.ObjectRef[Mapping[str, bytes]], settings: BulkSettings, device: str, threads: int | None
+) -> Bundle:
+    """Return the model of an actor, and prepare torch and the stores for it; arguments are those of ColorDrawings."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    use_attention(settings.attention)
+    storage.expect(*settings.stores)
+    return load_bundle_files(ray.get(files), device, name=settings.name)
 
 
 class ColorDrawings:
@@ -105,11 +118,7 @@ class ColorDrawings:
         settings: BulkSettings,
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        use_attention(settings.attention)
-        storage.expect(*settings.stores)
-        bundle = load_bundle_files(ray.get(files), "cpu", name=settings.name)
+        bundle = load_model(files, settings, "cpu", threads)
         self._actor = ray.get_runtime_context().get_actor_id() or ""
         self._pool = ThreadPoolExecutor(THREADS)
         self._color = DrawingColorizer(BundleColorizer(bundle, settings.version, THREADS), settings)
@@ -171,15 +180,17 @@ class DrawingColorizer:
 
     def read(self, sketch: str, references: Sequence[str]) -> Files:
         """Read the files of a drawing; errors are those of read_file()."""
-        return Files(read_file(sketch), [self._reference(uri) for uri in references])
+        data, colors = read_file(sketch), [self._reference(uri) for uri in references]
+        settings = settings_metadata(colors, self._settings.options, self._settings.rendering)
+        return Files(data, colors, {"sketch": sha256_of(data), **settings})
 
     def done(self, files: Files, sketch: str, output: str) -> Outcome | None:
         """Return the outcome if the picture exists, made from the same files with the same settings."""
         # Ray repeats a batch whose actor has died, so that the question is asked for each drawing, not for all before.
-        suffix, metadata = output.rpartition(".")[2].partition("?")[0], self._metadata(files)
+        suffix = output.rpartition(".")[2].partition("?")[0]
         written = [output, layer_of(output)] if self._settings.file_format == "png" else [output]
         versions = self._colorizer.versions()
-        is_done = all(is_same(_metadata(file, suffix), metadata, versions) for file in written)
+        is_done = all(is_same(_metadata(file, suffix), files.metadata, versions) for file in written)
         return self._outcome(sketch, output, skipped=True) if is_done else None
 
     def _write(self, files: Files, sketch: str, output: str) -> Outcome:
@@ -187,15 +198,11 @@ class DrawingColorizer:
         made = self._colorizer.colorize(
             files.sketch, files.references, settings.options, settings.rendering, settings.file_format, name=sketch
         )
-        metadata = {**self._metadata(files), "model_version": made.maker}
+        metadata = {**files.metadata, "model_version": made.maker}
         if made.color_layer is not None:  # before the picture, which then always has its layer
             storage.write_bytes(layer_of(output), with_metadata(made.color_layer, metadata))
         storage.write_bytes(output, with_metadata(made.picture, metadata))
         return self._outcome(sketch, output)
-
-    def _metadata(self, files: Files) -> dict[str, Any]:
-        settings = settings_metadata(files.references, self._settings.options, self._settings.rendering)
-        return {"sketch": sha256_of(files.sketch), **settings}
 
     def _outcome(self, sketch: str, output: str, error: str = "", skipped: bool = False) -> Outcome:
         version = "" if error else self._settings.version
