@@ -134,6 +134,7 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
         # As in an embedded cluster; pipelines/cluster_faults.py has several nodes and turns it on.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS / "startup"), os.environ.get("PYTHONPATH")])),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animediffusion.models.augmentation.lineart import PEN_RANGES, STYLES, Pens, XDoGConfig, blur, line_art, xdog
+from animediffusion.models.augmentation.lineart import (
+    PEN_RANGES,
+    STYLES,
+    Pens,
+    XDoGConfig,
+    blur,
+    line_art,
+    reduced_xdog,
+    xdog,
+)
 from animediffusion.models.augmentation.patch_shuffle import CELLS, SIDES, patch_order, shuffle
 from animediffusion.models.augmentation.recolor import NUM_ORDERS, apply_gamma, apply_matrix, hue_matrix, order_matrix
 from animediffusion.models.authors.warp import draw_points, warp_diagonal
@@ -60,12 +69,14 @@ class Batch(NamedTuple):
 
 _SHARES = (
     *("cross_reference", "rewarp", "shuffle", "flip", "recolor", "permute", "soften", "line_styles"),
-    *("extract", "hints", "wrong_reference", "two_views"),
+    *("extract", "reduce", "hints", "wrong_reference", "two_views"),
 )
 MAX_HINTS = 32
 MANY_HINTS = 8
 """Only rows with at least this number of hints get wrong references: so many show whether the reference is wrong. With
 fewer, a network would learn that a hint alone makes the reference doubtful, and change what was right."""
+REDUCED_NOISE = 0.04
+"""Largest standard deviation of the noise on enlarged targets, in [-1, 1]; more hides faces behind specks."""
 HINT_JITTER = 0.08
 """Largest difference of a hint's color from that of the target, per channel in [-1, 1]: artists pick colors by eye."""
 LINE_LEVEL = 0.5
@@ -114,6 +125,9 @@ class AugmentConfig:
     XDoG."""
     extract: float = 0.0
     """Probability that the line art of a row is extracted from its target although the dataset has line art for it."""
+    reduce: float = 0.0
+    """Probability that extracted line art is XDoG of the target at twice its size, with noise, and then reduced: what
+    larger pictures look like to the network."""
     hints: float = 0.0
     """Probability that a row gets 1 to MAX_HINTS hints: points of the target's color. Small numbers are frequent."""
     wrong_reference: float = 0.5
@@ -248,7 +262,22 @@ def _sketches(rows: Mapping[str, Tensor], target: Tensor, config: AugmentConfig,
         drawn = line_art(target, _pens(sigma, config, chance), config.xdog)
     else:
         drawn = xdog(target, sigma, config.xdog)
+    if config.reduce:
+        drawn = _reduced(drawn, target, sigma, config, chance)
     return _either(given, to_tensor(rows["sketch"]), drawn)
+
+
+def _reduced(drawn: Tensor, target: Tensor, sigma: Tensor, config: AugmentConfig, chance: Chance) -> Tensor:
+    """Replace the line art of some rows by that of the targets at twice their size."""
+    rows = chance(config.reduce).flatten().nonzero().flatten()
+    strength, ink = chance.uniform(0, REDUCED_NOISE)[rows], chance.uniform(1, 2)[rows]
+    height, width = target.shape[-2:]
+    noise = torch.randn(len(rows), 1, 2 * height, 2 * width, generator=chance.generator, device=chance.device)
+    if not len(rows):
+        return drawn
+    where = onto(rows, target)
+    noise = onto(strength[:, None, None, None] * noise, target)
+    return drawn.index_copy(0, where, reduced_xdog(target[where], sigma[rows], noise, ink, config.xdog))
 
 
 def _pens(sigma: Tensor, config: AugmentConfig, chance: Chance) -> Pens:

@@ -17,7 +17,6 @@ from animediffusion.platform.images.codec import decode_rgb, encode_png
 from animediffusion.serve.client.colorize_files import OUTPUTS, ColoredDrawing, FileFormat, maker_of
 from animediffusion.serve.rendering.render import DEFAULTS, FAST_COMPRESSION, RenderOptions
 from animediffusion.serve.rendering.sketch import Pixels
-from animediffusion.serve.replica.model_source import ModelSource
 from animediffusion.serve.standalone import Network, network_picture, paint_as, read_inputs, run_network
 
 STARTER_COLORS = "no version was promoted, so the starter model colors"
@@ -151,6 +150,9 @@ class LocalColorizer(BundleColorizer):
     """
 
     def __init__(self, settings: Settings, model: str | None = None, device: str | None = None) -> None:
+        # Here, because it imports MLflow, which takes as long as torch and which bulk actors do not need.
+        from animediffusion.serve.replica.model_source import ModelSource
+
         source = ModelSource(settings, model)
         version = source.resolve()
         folder = source.fetch(version)

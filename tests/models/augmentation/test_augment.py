@@ -184,9 +184,23 @@ def test_a_share_of_the_extracted_line_art_is_drawn_in_other_styles(new_rows):
     assert 5 < changed < 30
 
 
+def test_reduced_line_art_is_thinner_and_gray_and_has_specks_in_dark_areas_alone(new_rows):
+    picture = torch.full((4, 64, 64, 3), 200, dtype=torch.uint8)
+    picture[:, :, 40:] = 20
+    names = ("target", "reference", "cross_reference", "sketch")
+    rows = new_rows(complete=False) | dict.fromkeys(names, picture) | {"sketch": picture[..., 0]}
+    plain, reduced = (make_batch(rows, replace(NOTHING, reduce=share), seeded()).sketch for share in (0.0, 1.0))
+    edge = slice(30, 46)
+    assert set(plain.unique().tolist()) <= {-1.0, 1.0}
+    assert ((reduced > -0.9) & (reduced < 0.9)).any()
+    assert (1 - reduced[..., edge]).sum() < (1 - plain[..., edge]).sum()
+    assert (reduced[..., :30] == 1).all()
+    assert (reduced[..., 46:] < 1).any()
+
+
 def test_given_line_art_keeps_its_style(new_rows):
     rows = new_rows()
-    batch = make_batch(rows, replace(NOTHING, line_styles=1.0), seeded())
+    batch = make_batch(rows, replace(NOTHING, line_styles=1.0, reduce=1.0), seeded())
     assert torch.equal(batch.sketch, to_tensor(rows["sketch"]))
 
 
