@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from animediffusion.models.bundle import Bundle, BundleConfig, load_bundle, save_bundle, smoke_sample
+from animediffusion.models.bundle import BundleConfig, load_bundle, save_bundle, smoke_sample
 from animediffusion.models.training.ema import read_averages
 from animediffusion.platform.registry.downloads import STARTER_FOLDER
 
@@ -60,14 +60,11 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, required=True, help="number of drawings it was trained on")
     arguments.add_argument("--core-minutes", type=int, required=True, help="minutes of one core that training took")
     arguments.add_argument("--length", type=float, help="length of the average of the weights; the bundle's if omitted")
-    arguments.add_argument("--without-hints", action="store_true", help="remove the weights for hints")
     arguments.add_argument("--measured", default="", help="a sentence for the card about what was measured")
     arguments.add_argument("--out", type=Path, default=STARTER_FOLDER, help="folder to replace")
     options = arguments.parse_args()
     bundle = load_bundle(options.bundle)
     bundle = read_averages(bundle).use(bundle, options.length)
-    if options.without_hints:
-        bundle = without_hints(bundle)
     kept = {key: value for key, value in bundle.config.provenance.items() if key in KEPT}
     config = replace(bundle.config, provenance={"run": "starter", **kept, "core_minutes": options.core_minutes})
     card = card_of(config, sum(one.numel() for one in bundle.denoiser.parameters()), options)
@@ -79,15 +76,6 @@ def main() -> None:
     if size > MOST_BYTES:
         raise SystemExit(f"error: {options.out}: {size:,} bytes; at most {MOST_BYTES:,}")
     print(json.dumps({"folder": str(options.out), "bytes": size, "sha256": sha256, **asdict(config)["provenance"]}))
-
-
-def without_hints(bundle: Bundle) -> Bundle:
-    """Return the model without its weights for hints, which changes no picture without hints."""
-    config = replace(bundle.config, network=replace(bundle.config.network, hints=False))
-    denoiser = config.build()
-    weights = bundle.denoiser.state_dict()
-    denoiser.load_state_dict({name: weights[name] for name in denoiser.state_dict()})
-    return replace(bundle, config=config, denoiser=denoiser)
 
 
 def card_of(config: BundleConfig, parameters: int, options: argparse.Namespace) -> str:
