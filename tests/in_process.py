@@ -70,11 +70,11 @@ def batches(work: RunPlan) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the batches that a run with one worker has not read yet."""
     config = work.config
     rehearse = None if config.rehearse is None else stream.Rehearsal(config.rehearse, config.rehearse_share)
-    source, block_rows = stream._source(config.data, "train", config.seed, 1, rehearse)
+    source, block_rows = stream.open_source(config.data, "train", config.seed, 1, rehearse)
     left: dict[str, list[Any]] = {}
     start = work.start_step * config.batch_size
     for block in read_blocks(block_rows, 1, (config.max_steps or 0) * config.batch_size - start, start):
-        table = stream._read(source.shards, source.stream.rows(block)[1]).to_pydict()
+        table = stream.read_in_order(source.shards, source.stream.rows(block)[1]).to_pydict()
         left = {name: [*left.get(name, []), *column] for name, column in table.items()}
         while len(left["id"]) >= config.batch_size:
             rows = stream.decode_rows({name: column[: config.batch_size] for name, column in left.items()})

@@ -49,7 +49,7 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
-class _Source:
+class ReadSource:
     """The arguments that are the same for all read tasks."""
 
     shards: tuple[PlacedShard, ...]
@@ -91,7 +91,7 @@ def training_dataset(
     from animediffusion.platform.cluster.ray_compat import pause_scheduling
 
     cluster.silence_ray_data()
-    source, block_rows = _source(uri, split, seed, world_size, rehearse)
+    source, block_rows = open_source(uri, split, seed, world_size, rehearse)
     most_rows = max(1, MOST_BLOCKS // world_size - 1) * block_rows
     table = [
         {"number": block.number, "skip": block.skip}
@@ -105,7 +105,7 @@ def training_dataset(
     return rows
 
 
-def _source(uri: str, split: str, seed: int, world_size: int, rehearse: Rehearsal | None) -> tuple[_Source, int]:
+def open_source(uri: str, split: str, seed: int, world_size: int, rehearse: Rehearsal | None) -> tuple[ReadSource, int]:
     """Return what the read tasks need, and the rows of a read block."""
     uris = [storage.absolute(uri), *([storage.absolute(rehearse.uri)] if rehearse is not None else [])]
     datasets = [Manifest.load(one).split(split).shards for one in uris]
@@ -119,11 +119,11 @@ def _source(uri: str, split: str, seed: int, world_size: int, rehearse: Rehearsa
     block_rows = choose_block_rows(num_rows, num_bytes, world_size)
     shards = tuple((one, shard) for one, shards in zip(uris, datasets, strict=True) for shard in shards)
     if rehearse is None:
-        return _Source(shards, Stream(counts[0], seed, block_rows)), block_rows
+        return ReadSource(shards, Stream(counts[0], seed, block_rows)), block_rows
     rehearsed = min(block_rows - 1, max(1, round(rehearse.share * block_rows)))
     sizes = (block_rows - rehearsed, rehearsed)
     streams = tuple(Stream(rows, seed, size) for rows, size in zip(counts, sizes, strict=True))
-    return _Source(shards, Mixture(streams)), block_rows
+    return ReadSource(shards, Mixture(streams)), block_rows
 
 
 def decode_rows(batch: Mapping[str, Sequence[Any] | NDArray[Any]]) -> Arrays:
@@ -159,20 +159,20 @@ def read_split(uri: str, split: str, limit: int | None = None, start: int = 0) -
     shards = Manifest.load(uri).split(split).shards
     total = sum(shard.rows for shard in shards)
     wanted = np.arange(start, total if limit is None else min(start + limit, total))
-    table = _read([(uri, shard) for shard in shards], wanted)
+    table = read_in_order([(uri, shard) for shard in shards], wanted)
     arrays = decode_rows({name: table.column(name).to_pylist() for name in PICTURES})
     arrays["id"] = np.array(table.column("id").to_pylist())
     return arrays
 
 
-def _read_block(batch: dict[str, NDArray[Any]], source: _Source) -> pa.Table:
+def _read_block(batch: dict[str, NDArray[Any]], source: ReadSource) -> pa.Table:
     storage.expect(*{uri for uri, _ in source.shards})
     block = ReadBlock(int(batch["number"][0]), int(batch["skip"][0]))
     positions, rows = source.stream.rows(block)
-    return _read(source.shards, rows).add_column(0, "position", pa.array(positions))
+    return read_in_order(source.shards, rows).add_column(0, "position", pa.array(positions))
 
 
-def _read(shards: Sequence[PlacedShard], rows: NDArray[np.int64]) -> pa.Table:
+def read_in_order(shards: Sequence[PlacedShard], rows: NDArray[np.int64]) -> pa.Table:
     """Read the given rows, counted through the shards, in the given order.
 
     Each row is fetched once, and shards in parallel.

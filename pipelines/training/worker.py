@@ -100,7 +100,7 @@ def train_worker(config: Mapping[str, ray.ObjectRef[WorkerContext]]) -> None:
         raise
     rank = None
     try:
-        rank = _Rank(context)
+        rank = Rank(context)
         rank.run()
     except ray.exceptions.RayError:
         raise  # the error of another process
@@ -133,7 +133,7 @@ class _Decision:
     """Whether to save a checkpoint and end."""
 
 
-class _Rank:
+class Rank:
     """One rank of a run."""
 
     def __init__(self, context: WorkerContext) -> None:
@@ -230,11 +230,11 @@ class _Rank:
                 raise  # a search counts the trial as failed and continues with other settings
             self._give_up(str(error))
             return
-        tracks = None if self.stopping else self._color_samples()
+        tracks = None if self.stopping else self.color_samples()
         if self.lead is not None:
             self.lead.finish(tracks, stopped=self.stopping, save=self.trial is None)
 
-    def _color_samples(self) -> dict[str, Track] | None:
+    def color_samples(self) -> dict[str, Track] | None:
         """Color the scoring rows on all ranks; return None if a task colors them, or memory is short."""
         if self.colorizer is None:
             return None
@@ -292,7 +292,7 @@ class _Rank:
             self._agree()
         done = self._complete() or self.stopping
         if step.step % self.config.checkpoint_every == 0 and not done:
-            tracks = self._color_samples()
+            tracks = self.color_samples()
             if self.lead is not None:
                 self.lead.save(tracks)
         return done

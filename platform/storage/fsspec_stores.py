@@ -26,7 +26,7 @@ def connect(uri: str, scheme: str) -> fs.FileSystem:
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise StorageError(uri, f"{scheme}:// needs the package {package}", f"pip install {package}")
-    return _connect(scheme)
+    return file_system(scheme)
 
 
 def explain(uri: str, error: Exception) -> StorageError:
@@ -40,7 +40,8 @@ def explain(uri: str, error: Exception) -> StorageError:
 
 
 @functools.cache
-def _connect(scheme: str) -> fs.FileSystem:
+def file_system(scheme: str) -> fs.FileSystem:
+    """Return the store of a scheme whose package is installed."""
     import fsspec  # takes time to import, and most files are local
 
     return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))

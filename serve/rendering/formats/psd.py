@@ -28,7 +28,7 @@ _GROUP_OPEN, _GROUP_END = 1, 3
 _NONE = (0, 0, 0, 0)
 _LONGEST = 128
 """Longest packet of PackBits, in bytes before compression."""
-_BLOCK_PIXELS = 1 << 20
+BLOCK_PIXELS = 1 << 20
 """Pixels that are compressed together, to limit memory."""
 
 
@@ -133,7 +133,7 @@ def pack_rows(plane: Pixels) -> tuple[NDArray[np.int64], bytes]:
     if (plane == plane[0, 0]).all():
         sizes, row = _pack_block(plane[:1])
         return np.repeat(sizes, len(plane)), row * len(plane)
-    block = max(1, _BLOCK_PIXELS // plane.shape[1])
+    block = max(1, BLOCK_PIXELS // plane.shape[1])
     parts = [_pack_block(plane[top : top + block]) for top in range(0, len(plane), block)]
     return np.concatenate([sizes for sizes, _ in parts]), b"".join(data for _, data in parts)
 

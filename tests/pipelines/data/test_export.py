@@ -107,7 +107,7 @@ def test_a_source_at_google_cloud_storage_is_ingested_where_its_package_is_insta
         storage.exists("gs://bucket/pictures")
     fsspec.register_implementation("gs", Store, clobber=True)
     monkeypatch.setattr(fsspec_stores, "PACKAGES", {"gs": "fsspec"})
-    fsspec_stores._connect.cache_clear()
+    fsspec_stores.file_system.cache_clear()
     folder = tmp_path / "store" / "bucket" / "pictures"
     folder.mkdir(parents=True)
     for n in range(3):
@@ -119,4 +119,4 @@ def test_a_source_at_google_cloud_storage_is_ingested_where_its_package_is_insta
         storage.read_bytes("gs://bucket/none")
     with pytest.raises(StorageError, match="only s3:// and local files"):
         storage.s3_object("gs://bucket/keys.json")
-    fsspec_stores._connect.cache_clear()
+    fsspec_stores.file_system.cache_clear()

@@ -47,7 +47,7 @@ def failing(monkeypatch, context):
         def rank(_context):
             raise error
 
-        monkeypatch.setattr(worker, "_Rank", rank)
+        monkeypatch.setattr(worker, "Rank", rank)
         with pytest.raises(type(error)):
             worker.train_worker({"context": replace(context, **changes)})
 
@@ -118,7 +118,7 @@ def shared_colorizer(config):
 def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatch, context):
     lines, config = [], load_recipe("demo", ["num_samples=3"])
     context.progress.warn = SimpleNamespace(remote=lines.append)
-    rank = worker._Rank.__new__(worker._Rank)
+    rank = worker.Rank.__new__(worker.Rank)
     rank.context, rank.config, rank.rank, rank.world_size = context, config, 0, 1
     rank.colorizer, rank.state = shared_colorizer(config), SimpleNamespace(averaged=lambda: None)
 
@@ -126,7 +126,7 @@ def test_a_lack_of_memory_for_scoring_costs_the_score_and_not_the_run(monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("animediffusion.pipelines.training.validation.colorize", full)
-    assert [rank._color_samples(), rank._color_samples()] == [None, None]
+    assert [rank.color_samples(), rank.color_samples()] == [None, None]
     assert [line.partition(" on ")[0] for line in lines] == ["checkpoints are no longer scored: out of memory"]
     assert lines[0].endswith("; set num_samples below 3")
 

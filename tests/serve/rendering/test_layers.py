@@ -280,7 +280,7 @@ def unpacked(data, count):
 @pytest.mark.parametrize("kind", ["noise", "two levels", "constant", "runs"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 128), (4, 129), (40, 300), (3, 1000)])
 def test_packed_rows_are_unpacked_to_the_same(kind, shape, monkeypatch):
-    monkeypatch.setattr("animediffusion.serve.rendering.formats.psd._BLOCK_PIXELS", 700)
+    monkeypatch.setattr("animediffusion.serve.rendering.formats.psd.BLOCK_PIXELS", 700)
     random = np.random.default_rng(0)
     plane = {
         "noise": random.integers(0, 256, shape),
