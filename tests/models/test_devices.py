@@ -14,7 +14,7 @@ import traceback
 import pytest
 import torch
 
-RECIPES = ("phase1", "phase2", "animediffusion", "animediffusion-phase2", "animediffusion-strict", "ssimbad")
+RECIPES = ("phase1", "phase2", "starter", "animediffusion", "animediffusion-phase2", "animediffusion-strict", "ssimbad")
 MOST_WAITS = 1
 """Times a step's host waits for the device: one read of the loss and the norm."""
 
