@@ -103,7 +103,8 @@ def row(bundle: Bundle, lines: Pixels, reference: Pixels) -> Image.Image:
     network = paint(bundle, drawing, reference)
 
     def finished(**options: str) -> Image.Image:
-        made = render(network, drawing, [reference], options=RenderOptions(**options))  # type: ignore[arg-type]
+        look = RenderOptions(**options)  # type: ignore[arg-type]
+        made = render(network, drawing, [reference], look.read_hints(drawing), options=look)
         return Image.open(io.BytesIO(made.files["image"]))
 
     made = render(network, drawing, [reference], output="layers", options=RenderOptions(style="flat"))
@@ -111,7 +112,7 @@ def row(bundle: Bundle, lines: Pixels, reference: Pixels) -> Image.Image:
     inside = [one for one in made.regions or () if one.area < BACKGROUND * labels.size and one.color != (255, 255, 255)]
     largest = sorted(inside, key=lambda region: -region.area)[: len(HINTS)]
     places = [np.argwhere(labels == region.id)[region.area // 2].tolist() for region in largest]
-    hints = [{"x": x, "y": y, "color": color} for (y, x), color in zip(places, HINTS, strict=False)]
+    hints = [{"x": x, "y": y, "color": color, "scope": "whole"} for (y, x), color in zip(places, HINTS, strict=False)]
     pictures = [Image.fromarray(lines), Image.fromarray(reference)]
     pictures += [finished(style=style) for style in ("painted", "flat", "shaded")]
     pictures.append(finished(style="flat", hints=json.dumps(hints)))
