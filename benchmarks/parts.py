@@ -7,6 +7,7 @@ Drawn rows have exact parts (pipelines/synthetic/parts.py). They are colored by 
 other picture as reference, at 512 px, and the regions are named (serve/rendering/parts/naming.py). The table shows, for
 each part, the precision, which is the share of the area with that name that shows the part, and the recall, which is
 the share of the part's area that has its name. All are shares of pixels off the lines. Seeds differ from training.
+Cropped drawings show a square window, whose frame cuts hair and clothes as portraits do.
 
 Training draws twice as many varied rows as faces, at several sizes, each also mirrored. A fifth of the rows has another
 character's reference and a quarter a perfect network, so that names do not depend on right colors.
@@ -55,6 +56,8 @@ SIZE_PX = 512
 NETWORK_PX = 64
 OFF_LINES = 0.3
 """Pixels at least this dark are lines and not counted."""
+WINDOW = (0.5, 0.85)
+"""Side of the window of a cropped drawing, as a share of the drawing's."""
 HIDDEN = 32
 """Units of each stage."""
 EPOCHS, BATCH = 60, 2048
@@ -82,19 +85,31 @@ def main() -> None:
     print(f"| drawings | regions named, of the area | right, of it | {' | '.join(PARTS[1:])} | ms |")
     print("|---|---:|---:|" + "---:|" * len(PARTS))
     for variety in ("faces", "diverse"):
-        print(line(variety, [case(bundle, TEST_SEEDS[variety], row, variety) for row in range(options.rows)]))
+        for name, cropped in ((variety, False), (f"{variety}, cropped", True)):
+            cases = [case(bundle, TEST_SEEDS[variety], row, variety, cropped=cropped) for row in range(options.rows)]
+            print(line(name, cases), flush=True)
 
 
-def case(bundle: Bundle, seed: int, row: int, variety: str, rng: np.random.Generator | None = None) -> Case:
+def case(
+    bundle: Bundle,
+    seed: int,
+    row: int,
+    variety: str,
+    rng: np.random.Generator | None = None,
+    *,
+    cropped: bool = False,
+) -> Case:
     """Draw and color a row; with `rng`, at a random size and, in part, with a wrong reference or a perfect network."""
     size = int(rng.choice(SIZES_PX)) if rng else SIZE_PX
     drawn, parts = make_row(seed, row, size, PRESETS[variety]), draw_parts(seed, row, size, PRESETS[variety])
-    drawing = read_drawing(np.repeat(drawn.sketch.reshape(size, size, 1), 3, axis=2))
+    window = window_of(size, np.random.default_rng([seed, row])) if cropped else (slice(None), slice(None))
+    lines, target, parts = drawn.sketch.reshape(size, size, 1)[window], drawn.target[window], parts[window]
+    drawing = read_drawing(np.repeat(lines, 3, axis=2))
     chance, paper = rng.random(2).tolist() if rng else (0.5, 0.0)
     reference = drawn.cross_reference
     if chance < 0.2:
         reference = make_row(seed + 1000, row, SIZES_PX[0], PRESETS[variety]).cross_reference
-    perfect: Pixels = letterbox(drawn.target, NETWORK_PX)[0]
+    perfect: Pixels = letterbox(target, NETWORK_PX)[0]
     coloring = color_regions(
         perfect if chance > 0.75 else paint(bundle, drawing, reference),
         drawing,
@@ -108,7 +123,14 @@ def case(bundle: Bundle, seed: int, row: int, variety: str, rng: np.random.Gener
     return Case(coloring, counts.reshape(shape))
 
 
-def line(variety: str, cases: Sequence[Case]) -> str:
+def window_of(size: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Return a random square window of a drawing, whose middle is the more likely the nearer it is to the drawing's."""
+    side = int(size * rng.uniform(*WINDOW))
+    top, left = (int((size - side) * rng.triangular(0, 0.5, 1)) for _ in range(2))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def line(name: str, cases: Sequence[Case]) -> str:
     """Return a row of the table."""
     name_regions(cases[0].coloring)
     started = time.process_time()
@@ -123,7 +145,7 @@ def line(variety: str, cases: Sequence[Case]) -> str:
         precision, recall = (chosen[:, part].sum() / max(area.sum(), 1) for area in (chosen, votes[:, part]))
         cells.append(f"{precision:.2f}, {recall:.2f}")
     area = votes[names > 0].sum()
-    return f"| {variety} | {area / votes.sum():.2f} | {right / area:.3f} | {' | '.join(cells)} | {spent:.1f} |"
+    return f"| {name} | {area / votes.sum():.2f} | {right / area:.3f} | {' | '.join(cells)} | {spent:.1f} |"
 
 
 def train(bundle: Bundle, rows: int, out: Path) -> None:
