@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray._private import parameter, ray_constants
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ray.data import DataContext
 
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+SETUP_WORKER = Path(__file__).with_name("setup_worker.py")
+"""The script with which the workers of an embedded cluster start; see there."""
 
 
 def bind_to_loopback(on: bool) -> None:
@@ -44,7 +48,7 @@ def only_needed_processes(*, log_monitor: bool = False, dashboard: bool = False)
     """Keep a ray.init() inside the block from starting processes that would have nothing to do.
 
     Ray has no setting for it. Without them, Ray starts with 2.5 CPU seconds less. The monitor is the autoscaler,
-    which a Ray that ends with this process does not have.
+    which a Ray that ends with this process does not have. The workers start with SETUP_WORKER.
 
     Args:
         log_monitor: start the process that copies the output of workers to the driver; it looks at each log file ten
@@ -54,7 +58,9 @@ def only_needed_processes(*, log_monitor: bool = False, dashboard: bool = False)
     """
     params, start = parameter.RayParams, Node.start_api_server
     # Ray sets only those parameters itself that nobody has set.
-    chosen = functools.partial(params, no_monitor=True, include_log_monitor=log_monitor)
+    chosen = functools.partial(
+        params, no_monitor=True, include_log_monitor=log_monitor, setup_worker_path=str(SETUP_WORKER)
+    )
     parameter.RayParams = chosen  # type: ignore[misc]
     if not dashboard:
         Node.start_api_server = lambda *_, **__: None
