@@ -132,6 +132,7 @@ def _quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "animediffusion.serve.proxy:middlewares",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # As in an embedded cluster; pipelines/cluster_faults.py has several nodes and turns it on.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS / "startup"), os.environ.get("PYTHONPATH")])),

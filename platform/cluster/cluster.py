@@ -53,6 +53,9 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
+_PROMPT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+"""Ray Train asks every 2 s whether the workers have ended or failed; for so long, a run would do nothing."""
+
 # An embedded cluster has one node, which ends with this process and therefore is never preempted while a run continues:
 # each group of workers needs one process less.
 _ONE_NODE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -89,7 +92,7 @@ def connect(
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    for name, value in _QUIET.items():
+    for name, value in (_QUIET | _PROMPT).items():
         os.environ.setdefault(name, value)
     common = {"log_to_driver": worker_logs, "logging_level": logging.ERROR, "runtime_env": _runtime_env(settings)}
     address = cluster_address()
