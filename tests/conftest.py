@@ -22,7 +22,7 @@ from head import Head, ray_head
 if TYPE_CHECKING:
     import torch
 
-# Set before anything imports torch, which reads it once. With a thread per core in each of the two processes, threads
+# Set before anything imports torch, which reads it once. With a thread per core in each process, threads
 # wait for each other: a training step of a small network takes ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
