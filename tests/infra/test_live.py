@@ -1,6 +1,6 @@
 """What infra/ brings up, on one machine: MLflow on PostgreSQL, Redis, a Ray head with the CPUs that compose gives it,
 jobs while the application serves. Serve configurations are deployed, dashboards and alerts name metrics that are
-scraped, `doctor` asks every node. All on loopback; GPUs are numbers."""
+scraped. All on loopback; GPUs are numbers."""
 
 import io
 import json
@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import manifests
@@ -138,10 +137,12 @@ def until_running(head: Head) -> None:
 
 @contextmanager
 def deployed_by_compose(head: Head, folder: Path) -> Iterator[None]:
-    """The service `serve` of compose at work."""
+    """The service `serve` of compose at work; it looks every second, not every ten, whether the application is gone."""
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(here(yaml.safe_load((ROOT / "infra/serve.yaml").read_text()))))
     script, _ = composed()["serve"]["command"]
+    assert script.count("time.sleep(10)") == 1
+    script = script.replace("time.sleep(10)", "time.sleep(1)")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_DASHBOARD_ADDRESS": head.address, "PATH": path}
     with open(folder / "log", "w") as log:
@@ -223,10 +224,11 @@ def test_compose_deploys_the_application_and_again_when_it_is_gone(
     head: Head, client: httpx.Client, pictures: dict[str, bytes], tmp_path: Path
 ) -> None:
     with deployed_by_compose(head, tmp_path):
-        for _ in range(2):
-            until_running(head)
-            check_colors(client, pictures)
-            applications(head, "DELETE")  # as after a reboot: a head with nothing on it
+        until_running(head)
+        check_colors(client, pictures)
+        applications(head, "DELETE")  # as after a reboot: a head with nothing on it
+        until_running(head)
+        check_colors(client, pictures)
 
 
 def test_no_client_colors_without_a_key(head: Head, client: httpx.Client, pictures: dict[str, bytes]) -> None:
@@ -279,21 +281,6 @@ def suffixes(kind: str) -> tuple[str, ...]:
 
 def test_training_shows_its_own_numbers(scraped: dict[str, str]) -> None:
     assert {f"ray_{PREFIX}{name}" for name in GAUGES} <= set(scraped)
-
-
-def test_doctor_as_a_job_asks_every_node(head: Head, workspace: Path) -> None:
-    log: list[str] = []
-    code = jobs.follow(jobs.submit(["doctor", "--storage", str(workspace / "probe"), "--json"]), log.append)
-    report = json_in("".join(log))
-    checks = {one["name"]: one for one in report["checks"]}
-    assert code == (0 if report["ok"] else 1)
-    assert re.match(r"1 answer; all with python 3.*torch 2.*ray 2", checks["nodes"]["detail"])
-    assert "attention" in checks["devices"]["detail"]
-    assert "written and read by 1 nodes" in checks["node store"]["detail"]
-    assert checks["ray auth"]["ok"]
-    assert "rejects requests without a token" in checks["ray auth"]["detail"]
-    assert f":{urlsplit(head.address).port}," not in checks["ray ports"]["detail"] + ","
-    assert all(checks[name]["ok"] for name in ("nodes", "devices", "node store", "node mlflow", "ray ports"))
 
 
 def test_what_a_dashboard_refers_to_is_a_datasource_by_choice() -> None:

@@ -18,7 +18,12 @@ from pathlib import Path
 # Ray reads these variables when it is imported.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+# After a node is lost, Ray Train may still count it, and waits for workers there until this time is over.
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
 os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112 - Ray spells it so
+# A lost node is one that did not answer five times in a row. Ray asks every 3 s.
+os.environ["RAY_health_check_period_ms"] = "300"  # noqa: SIM112
 
 import psutil
 import ray
@@ -29,7 +34,7 @@ from tiny import NETWORK
 from animediffusion.pipelines.training import driver as training
 from animediffusion.pipelines.training.checkpoints import list_steps
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.platform.cluster import cluster
+from animediffusion.platform.cluster import cluster, ray_compat
 from animediffusion.platform.config import Settings
 
 # Workers synchronize every 10 steps and EVERY is not a multiple of 10, so a save after a warning is not a regular one.
@@ -62,7 +67,7 @@ class Stage:
         self.recipe.parent.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(f"data: {data}\n{RECIPE}")
         # A log monitor would read every log file ten times a second, for nobody.
-        node = {"num_cpus": CPUS, "include_log_monitor": False}
+        node = {"num_cpus": CPUS, "include_log_monitor": False, "setup_worker_path": str(ray_compat.SETUP_WORKER)}
         self.cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node})
         # Each node has room for one of the two workers. The head, which has the driver, is never lost.
         self.nodes = [self.cluster.add_node(**node) for _ in range(2)]
@@ -169,10 +174,12 @@ def main(data, workspace):
                 "warnings": reports[-1].warnings,
                 "workers": [*calm_workers, shrunk.num_workers],
             }
-        )
+        ),
+        flush=True,
     )
     ray.shutdown()
     stage.cluster.shutdown()
+    os._exit(0)  # Ray's clients would look for the control store for a quarter of a minute
 
 
 if __name__ == "__main__":

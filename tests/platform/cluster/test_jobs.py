@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ def cluster(cluster_head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has ended: `doctor`, with the code sent along and secrets in the variables of the one who sent it."""
+    """A job that has ended: `doctor --json`, with the code sent along and secrets in the variables of the sender."""
 
     name: str
     code: int
@@ -35,21 +36,21 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(cluster_head: Head) -> Job:
+def job(cluster_head: Head, tmp_path_factory: pytest.TempPathFactory) -> Job:
     planted = {"AWS_SECRET_ACCESS_KEY": "planted-s3", "ANIMEDIFFUSION_API_KEY": "planted-key"}
     log: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         address = {"RAY_API_SERVER_ADDRESS": cluster_head.address, "RAY_AUTH_TOKEN": cluster_head.token}
         for name, value in {**address, **planted}.items():
             patch.setenv(name, value)
-        name = jobs.submit(["doctor"], with_code=True)
+        probe = str(tmp_path_factory.mktemp("probe"))
+        name = jobs.submit(["doctor", "--storage", probe, "--json"], with_code=True)
         code = jobs.follow(name, log.append)
     return Job(name, code, "".join(log), (*planted.values(), cluster_head.token))
 
 
 def test_a_job_hands_over_its_log_and_its_exit_code(cluster: None, job: Job) -> None:
     assert job.code == 0
-    assert "python" in job.log
     assert jobs.logs(job.name) == job.log
     found = jobs.status(job.name)
     assert (found.status, found.exit_code, found.entrypoint.endswith("-m animediffusion doctor")) == (
@@ -57,6 +58,19 @@ def test_a_job_hands_over_its_log_and_its_exit_code(cluster: None, job: Job) -> 
     )  # fmt: skip
     assert job.name in [item.id for item in jobs.jobs()]
     assert not jobs.stop(job.name)
+
+
+def test_doctor_as_a_job_asks_every_node(cluster_head: Head, job: Job) -> None:
+    # Its log also has stderr, where Ray may write later.
+    report = json.loads([line for line in job.log.splitlines() if line.startswith("{")][-1])
+    checks = {one["name"]: one for one in report["checks"]}
+    assert [name for name, check in checks.items() if not check["ok"]] == []
+    assert checks.keys() >= {"nodes", "devices", "node store", "node mlflow", "ray auth", "ray ports"}
+    assert re.match(r"1 answer; all with python 3.*torch 2.*ray 2", checks["nodes"]["detail"])
+    assert "attention" in checks["devices"]["detail"]
+    assert "written and read by 1 nodes" in checks["node store"]["detail"]
+    assert "rejects requests without a token" in checks["ray auth"]["detail"]
+    assert f":{urlsplit(cluster_head.address).port}," not in checks["ray ports"]["detail"] + ","
 
 
 def test_the_code_that_is_sent_along_runs_and_nothing_is_installed(cluster: None, cluster_head: Head, job: Job) -> None:

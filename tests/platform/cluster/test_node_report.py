@@ -47,6 +47,18 @@ def answering(status: int) -> Iterator[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_node_asks_the_mlflow_server_of_its_own_variables(
+    ray_cluster: None, moto_server: str, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    url = moto_server if answers else "http://127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    found = node_report.report("a", lambda: "cpu", None)
+    assert found.mlflow_uri == url
+    assert node_report.check_mlflow([found], False)[1] is answers
+
+
+@pytest.mark.ray
 def test_every_node_of_a_cluster_answers(ray_cluster: None, moto_server: str, tmp_path: Path) -> None:
     found = node_report.checks(Settings(workspace=tmp_path), lambda: "cpu; attention sdpa", "s3://bucket/probe")
     by_name = {name: (ok, detail) for name, ok, detail in found}

@@ -249,38 +249,14 @@ def color_actors():
 
 
 @pytest.mark.ray
-def test_an_actor_that_is_killed_costs_no_picture_and_makes_none_twice(ray_cluster, many, bundle_folder, capsys):
-    killed, before = [], {}
-
-    def kill() -> None:
-        wait_until(lambda: len(made_files(many / "out")) >= 20)
-        before.update(made_files(many / "out"))
-        victim = color_actors()[0]
-        killed.append(victim.pid)
-        victim.kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    words = [many / "many", "--reference", many / "hero.png", "--on-cluster"]
-    assert run(command(bundle_folder, many, *words, steps=40)) == 1
-    thread.join()
-    captured = capsys.readouterr()
-    assert killed
-    outcomes = json.loads(captured.out.splitlines()[-1])
-    assert sorted(Path(one["sketch"]).name for one in outcomes) == [f"{number:03d}.png" for number in range(80)]
-    assert [Path(one["sketch"]).name for one in outcomes if "error" in one] == ["040.png"]
-    after = made_files(many / "out")
-    assert len(after) == 79
-    assert {path: after[path] for path in before} == before
-
-
-@pytest.mark.ray
-def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was(ray_cluster, many, bundle_folder, capsys):
+def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was_and_a_killed_actor_costs_no_picture(
+    ray_cluster, many, bundle_folder, capsys
+):
     words = [many / "many", "--reference", many / "hero.png", "--on-cluster"]
     line = command(bundle_folder, many, *words, steps=40)
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     before = {}
-    for number, signum in ((20, signal.SIGKILL), (40, signal.SIGTERM)):
+    for number, signum in ((10, signal.SIGKILL), (30, signal.SIGTERM)):
         process = subprocess.Popen(
             [sys.executable, "-m", "animediffusion", *line], env=environment, stderr=subprocess.PIPE, text=True
         )
@@ -296,10 +272,28 @@ def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was(ray_cluster, ma
         now = made_files(many / "out")
         assert {path: now[path] for path in before} == before
         before = now
+    killed, left = [], {}
+
+    def kill() -> None:
+        wait_until(lambda: len(made_files(many / "out")) > len(before))
+        left.update(made_files(many / "out"))
+        victim = color_actors()[0]
+        killed.append(victim.pid)
+        victim.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
     assert run(line) == 1
+    thread.join()
+    assert killed
     outcomes = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {one["output"] for one in outcomes if one.get("skipped")} == {str(path) for path in before}
-    assert len(made_files(many / "out")) == 79
+    assert sorted(Path(one["sketch"]).name for one in outcomes) == [f"{number:03d}.png" for number in range(80)]
+    assert [Path(one["sketch"]).name for one in outcomes if "error" in one] == ["040.png"]
+    # Ray repeats the block of the killed actor, of which some drawings are done then.
+    assert {one["output"] for one in outcomes if one.get("skipped")} >= {str(path) for path in before}
+    after = made_files(many / "out")
+    assert len(after) == 79
+    assert {path: after[path] for path in left} == left
 
 
 LOGICAL_GPUS = """
@@ -317,8 +311,8 @@ bulk.BLOCK_ROWS["GPU"] = 4
 drawings, _ = list_drawings([f"{folder}/many"], f"{folder}/out", "png", References((f"{folder}/hero.png",)))
 options = SamplerOptions(steps=100)
 settings = Settings(workspace=folder)
-for _ in range(2):
-    made = list(bulk.color_on_cluster(settings, model, drawings, options, DEFAULTS, "png", print))
+for some in (drawings, list(drawings)[40:44]):
+    made = list(bulk.color_on_cluster(settings, model, some, options, DEFAULTS, "png", print))
     shares = collections.Counter(one.actor for one in made)
     errors = [one.sketch for one in made if one.error]
     print(json.dumps([sorted(shares.values()), errors, sum(one.skipped for one in made)]))
@@ -341,7 +335,7 @@ def test_each_gpu_of_a_cluster_has_an_actor_with_an_even_share_and_cpus_finish_t
     assert (len(shares), sum(shares)) == (3, 80)
     assert shares[0] >= 16
     assert errors == again == [str(many / "many" / "040.png")]
-    assert (skipped, done_before) == (0, 79)
+    assert (skipped, done_before) == (0, 3)
     single = LocalColorizer(Settings(workspace=many), str(bundle_folder))
     drawing, colors = (many / "many" / "000.png").read_bytes(), [(many / "hero.png").read_bytes()]
     alone = single.colorize(drawing, colors, SamplerOptions(steps=100), name="a")
