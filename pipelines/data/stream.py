@@ -65,6 +65,7 @@ def training_dataset(
     start_rows: int = 0,
     split: str = "train",
     rehearse: Rehearsal | None = None,
+    read_cpus: float = 1.0,
 ) -> ray.data.Dataset:
     """Return encoded rows for all ranks of a training run: `position, id, target, sketch, reference, cross_reference`.
 
@@ -80,6 +81,7 @@ def training_dataset(
         start_rows: rows that every rank read before, with the same dataset, seed and world size.
         split: name of the split.
         rehearse: a second dataset of which every batch has some rows, from the split of the same name.
+        read_cpus: CPUs of a task that reads a block.
 
     Raises:
         DataError: if a dataset or the split is missing.
@@ -98,7 +100,7 @@ def training_dataset(
         for block in read_blocks(block_rows, world_size, min(num_rows, most_rows), start_rows)
     ]
     rows = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
-        _read_block, batch_size=1, fn_kwargs={"source": source}
+        _read_block, batch_size=1, num_cpus=read_cpus, fn_kwargs={"source": source}
     )
     rows.context.execution_options.preserve_order = True
     pause_scheduling(rows.context)

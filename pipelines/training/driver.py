@@ -194,7 +194,7 @@ def build_trainer(
         threads: OpenMP threads of each worker.
         callbacks: Ray Train callbacks.
     """
-    config, rows = work.config, RowsToRead.of(work.config, work.checkpoints, gpu=bool(scaling.use_gpu))
+    config, rows = work.config, RowsToRead.of(work.config, work.checkpoints, scaling)
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # Ray's progress lines would hide the run's own
     return TorchTrainer(
         train_worker,

@@ -57,6 +57,8 @@ def scaling_for(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=gpu,
         resources_per_worker={"CPU": per_worker, **({"GPU": 1.0} if gpu else {})},
+        # On CPUs, more workers on one node would only share its cores.
+        placement_strategy="PACK" if gpu else "SPREAD",
     )
     return scaling, _idle_gpus(config, most if gpu else 0, gpus, int(limits.get("GPU", 0)))
 
@@ -82,14 +84,26 @@ def _idle_gpus(config: TrainConfig, used: int, gpus: int, most: int) -> list[str
 def worker_threads(scaling: ray.train.ScalingConfig) -> int:
     """Return the number of OpenMP threads of each worker, given the nodes that are alive now."""
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
-    return threads_per_worker(workers, nodes)
+    return threads_per_worker(_most_workers(scaling), nodes)
+
+
+def _most_workers(scaling: ray.train.ScalingConfig) -> int:
+    return scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[1]
 
 
 def threads_per_worker(workers: int, nodes: int = 1) -> int:
     """Return OMP_NUM_THREADS if it is set, else a worker's share of the cores of `nodes` nodes like this one."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return int(threads) if threads.isdigit() else max(1, (os.cpu_count() or 1) * nodes // workers)
+
+
+def cpus_of_a_read(scaling: ray.train.ScalingConfig) -> float:
+    """Return the CPUs of a task that reads rows: 1, or less if the workers leave no whole CPU on any node."""
+    nodes = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    workers = _most_workers(scaling) // max(1, len(nodes))
+    left = max(nodes, default=0.0) - workers * (scaling.resources_per_worker or {})["CPU"]
+    # Less than what is left, because Ray rounds the CPUs of the workers.
+    return 1.0 if left >= 1 or left <= 0 or scaling.use_gpu else 0.9 * left
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +123,24 @@ class RowsToRead:
     """Upper limit of the rows of one worker if max_steps is None."""
     rehearse: Rehearsal | None = None
     """The second dataset, if the run mixes one into its batches."""
+    cpus: float = 1.0
+    """CPUs of a task that reads."""
 
     @classmethod
-    def of(cls, config: TrainConfig, checkpoints: str, *, gpu: bool) -> RowsToRead:
+    def of(cls, config: TrainConfig, checkpoints: str, scaling: ray.train.ScalingConfig) -> RowsToRead:
         """Return what the config says about the rows."""
-        most_rows = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if gpu else "cpu"])
+        most_rows = int((config.max_minutes or 0) * 60 * MOST_IMAGES_PER_S["gpu" if scaling.use_gpu else "cpu"])
         rehearse = None if config.rehearse is None else Rehearsal(config.rehearse, config.rehearse_share)
-        return cls(config.data, checkpoints, config.seed, config.batch_size, config.max_steps, most_rows, rehearse)
+        return cls(
+            config.data,
+            checkpoints,
+            config.seed,
+            config.batch_size,
+            config.max_steps,
+            most_rows,
+            rehearse,
+            cpus_of_a_read(scaling),
+        )
 
 
 def unread_rows(run: RowsToRead, world_size: int) -> ray.data.Dataset:
@@ -131,6 +156,7 @@ def unread_rows(run: RowsToRead, world_size: int) -> ray.data.Dataset:
         num_rows=max(1, steps) * rows,
         start_rows=start * rows,
         rehearse=run.rehearse,
+        read_cpus=run.cpus,
     )
 
 

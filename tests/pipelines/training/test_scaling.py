@@ -1,9 +1,10 @@
 """How many workers a run has on a cluster, and on what."""
 
 import pytest
+import ray
 
 from animediffusion.pipelines.training.recipe import load_recipe
-from animediffusion.pipelines.training.scaling import scaling_for
+from animediffusion.pipelines.training.scaling import cpus_of_a_read, scaling_for
 from animediffusion.pipelines.tuning import sampler_search as tune
 from animediffusion.pipelines.tuning.schedule_search import trials_at_once
 from animediffusion.platform.cluster import cluster
@@ -50,6 +51,32 @@ def test_what_a_cluster_can_never_hold_raises_cluster_error():
         scale({}, "use_gpu=true", "num_workers=8", may={"CPU": 60, "GPU": 4})
     with pytest.raises(ClusterError, match="2 workers take 0 of 0 CPUs; lower num_workers or cpus_per_worker"):
         scale({})
+
+
+def test_workers_on_cpus_are_spread_over_the_nodes_and_workers_on_gpus_share_a_node():
+    for has, placement in (({"CPU": 2}, "SPREAD"), ({"CPU": 16, "GPU": 2}, "PACK")):
+        assert scaling_for(load_recipe("phase1"), has, has)[0].placement_strategy == placement
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "cpus"),
+    [
+        ([16], [], 1.0),
+        ([2], [], 1.0),
+        ([1], ["num_workers=1"], 0.45),
+        ([1], [], 0.45),
+        ([1, 1], [], 0.45),
+        ([1, 1], ["num_workers=[1,2]"], 0.45),
+        ([1, 1, 1], [], 1.0),
+        ([4, 1], ["num_workers=4", "cpus_per_worker=1"], 1.0),
+        ([1, 1, 1], ["cpus_per_worker=1"], 1.0),
+    ],
+)
+def test_a_read_fits_where_the_workers_leave_room(monkeypatch, nodes, overrides, cpus):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
+    has = {"CPU": float(sum(nodes))}
+    scaling, _ = scaling_for(load_recipe("phase1", overrides), has, has)
+    assert cpus_of_a_read(scaling) == pytest.approx(cpus)
 
 
 @pytest.mark.parametrize(
