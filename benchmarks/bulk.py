@@ -114,7 +114,7 @@ def watch(out: Path, total: int, run: Callable[[], object]) -> Rate:
 
     def sample() -> None:
         for share in (0, WARM, END):
-            while (count := _count(out)) < max(1, share * total):
+            while (count := count_pictures(out)) < max(1, share * total):
                 if done.wait(POLL_S):
                     return
             marks.append((count, time.monotonic(), cpu_seconds()))
@@ -132,7 +132,8 @@ def watch(out: Path, total: int, run: Callable[[], object]) -> Rate:
     return Rate(first[1] - began, first[2] - before, end[0] - warm[0], end[1] - warm[1], end[2] - warm[2])
 
 
-def _count(out: Path) -> int:
+def count_pictures(out: Path) -> int:
+    """Return the number of pictures that a bulk coloring has written to a local folder."""
     names = os.listdir(out) if out.is_dir() else []
     return sum(name.endswith(".png") and not name.endswith(".color.png") for name in names)
 
