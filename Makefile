@@ -15,10 +15,9 @@ install:  ## install the package and its tools into .venv
 demo: install  ## run every stage once, then serve the page; ARGS="--no-serve" skips the page
 	@$(BIN)/animediffusion demo $(ARGS)
 
-# Three processes, one of which has the Ray cluster. Two would leave a tenth of the time of two cores unused, while tests
-# wait for servers and faults. tests/conftest.py says which tests run together, and in which order.
+# Two processes, one of which has the Ray cluster; tests/conftest.py says which tests run together, and in which order.
 export PYTHONDONTWRITEBYTECODE :=  # the tests start hundreds of processes that import the package
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test:  ## run all tests; ARGS="tests/serve -x" runs some of them
 	@.ci/setup tests

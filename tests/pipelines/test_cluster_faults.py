@@ -23,7 +23,8 @@ def found(faces_dataset, tmp_path_factory):
     }
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    # Ray may write to stdout, too, after the result.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
 def test_a_run_that_loses_a_worker_and_a_node_continues_with_the_bits_of_one_that_lost_nothing(found):

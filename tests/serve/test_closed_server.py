@@ -67,6 +67,9 @@ def test_the_application_on_ray_asks_for_a_key_and_writes_a_line_for_every_reque
         assert [client.get(path).status_code for path in ("/healthz", "/readyz", "/", "/docs", "/examples")] == [
             200
         ] * 5
+        end = time.monotonic() + 30
+        while '"/examples"' not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.1)  # a line is written after its answer
         client.headers["Authorization"] = f"Bearer {key}"
         before = len(log.read_text().splitlines())
         named = {"X-Request-Id": "mine-4"}

@@ -30,6 +30,7 @@ class Job:
     """A job that has ended: `doctor --json`, with the code sent along and secrets in the variables of the sender."""
 
     name: str
+    words: str
     code: int
     log: str
     secrets: tuple[str, ...]
@@ -44,16 +45,17 @@ def job(cluster_head: Head, tmp_path_factory: pytest.TempPathFactory) -> Job:
         for name, value in {**address, **planted}.items():
             patch.setenv(name, value)
         probe = str(tmp_path_factory.mktemp("probe"))
-        name = jobs.submit(["doctor", "--storage", probe, "--json"], with_code=True)
+        words = ["doctor", "--storage", probe, "--json"]
+        name = jobs.submit(words, with_code=True)
         code = jobs.follow(name, log.append)
-    return Job(name, code, "".join(log), (*planted.values(), cluster_head.token))
+    return Job(name, " ".join(words), code, "".join(log), (*planted.values(), cluster_head.token))
 
 
 def test_a_job_hands_over_its_log_and_its_exit_code(cluster: None, job: Job) -> None:
     assert job.code == 0
     assert jobs.logs(job.name) == job.log
     found = jobs.status(job.name)
-    assert (found.status, found.exit_code, found.entrypoint.endswith("-m animediffusion doctor")) == (
+    assert (found.status, found.exit_code, found.entrypoint.endswith(f"-m animediffusion {job.words}")) == (
         "succeeded", 0, True
     )  # fmt: skip
     assert job.name in [item.id for item in jobs.jobs()]
