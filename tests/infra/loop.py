@@ -29,7 +29,7 @@ import boto3
 import httpx
 import numpy as np
 import yaml
-from artists import TOO_FAR, Pixels, distance, draw_request
+from artists import TOO_FAR, Pixels, distance, draw_signed_request
 from machines import ROOT, WAIT_S, Network, network, run_in_namespaces, until
 from PIL import Image
 from uploads import upload_folder
@@ -108,7 +108,7 @@ def put_drawings(start: int, end: int, of_artists: bool) -> list[tuple[str, str]
     for number in range(start, end):
         rng = np.random.default_rng([79, number])
         if of_artists:
-            request = draw_request(number, SIZE)
+            request = draw_signed_request(number, SIZE)
             name, reference, sketch, colors = artists_drawing(number), f"artist-{number:05d}.png", *request[:2]
         else:
             name, reference = f"scene-{start:05d}-{number - start:02d}.png", f"scene-{start:05d}.png"
@@ -296,7 +296,7 @@ class Artists:
             self.corrected[version] += was_corrected
 
     def _one(self, number: int) -> tuple[str, bool]:
-        answer, request = self.color(number), draw_request(number, SIZE)
+        answer, request = self.color(number), draw_signed_request(number, SIZE)
         if distance(request, answer.picture) <= TOO_FAR:
             return answer.version, False
         client, files = self.clients[number % len(self.clients)], {"corrected": encode_png(request.wanted)}
@@ -361,7 +361,7 @@ def draw_sheet(artists: Artists, path: str) -> None:
     """Draw a row for each of: drawing, reference, picture of the bucket, picture now, and what the artist wants."""
     columns = []
     for number in range(SHOWN):
-        name, request = artists_drawing(number), draw_request(number, SIZE)
+        name, request = artists_drawing(number), draw_signed_request(number, SIZE)
         before = decode_rgb(storage.read_bytes(f"{OUT}/{name}"))
         sketch = np.repeat(request.sketch[:, :, None], 3, axis=2)
         after = artists.color(number).picture

@@ -42,7 +42,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def loop():
-    return seen_by("loop.py", "--drawings=200", "--corrections=60", "--answers=30", "--steps=120")
+    return seen_by("loop.py", "--drawings=200", "--corrections=60", "--answers=30", "--steps=300")
 
 
 def test_pictures_in_a_store_become_a_dataset_there(found):

@@ -12,9 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import in_process
+import numpy as np
 import pytest
 import torch
-from artists import Studio, correct, draw_request
+from artists import Studio, correct, draw_request, draw_signed_request
 from bundles import evaluation, new_model, write_bundle
 from filelock import FileLock
 
@@ -38,6 +39,7 @@ from animediffusion.platform.errors import ConfigError, DataError, Interrupted, 
 from animediffusion.platform.images.codec import encode_lossless
 from animediffusion.platform.registry import traffic
 from animediffusion.platform.registry.client import Registry
+from animediffusion.serve.rendering.sketch import as_gray, read_drawing
 
 NETWORK = """
 network:
@@ -273,6 +275,14 @@ def here(monkeypatch):
     monkeypatch.setattr(driver, "train", in_process.train)
     monkeypatch.setattr(ingest, "run_tasks", in_process.run_tasks)
     monkeypatch.setattr(cluster, "connect", lambda _: None)
+
+
+def test_a_server_keeps_what_distinguishes_the_drawings_of_signing_artists():
+    for number in range(20):
+        sketch = draw_signed_request(number, 128).sketch
+        seen = as_gray(read_drawing(np.repeat(sketch[..., None], 3, axis=2)))
+        np.testing.assert_array_equal(seen, sketch)
+        assert seen[:112, :112].min() >= 127
 
 
 @pytest.mark.slow
