@@ -19,11 +19,7 @@ from pathlib import Path
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-# After a node is lost, Ray Train may still count it, and waits for workers there until this time is over.
-os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
 os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112 - Ray spells it so
-# A lost node is one that did not answer five times in a row. Ray asks every 3 s.
-os.environ["RAY_health_check_period_ms"] = "300"  # noqa: SIM112
 
 import psutil
 import ray
