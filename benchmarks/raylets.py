@@ -399,12 +399,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each stage on each side")
     parser.add_argument("--work", type=float, default=1.0, help="share of the usual rows, steps, drawings and requests")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--out", type=Path, help="also write the table there")
+    parser.add_argument("--out", type=Path, help="also write the table and the method there")
     args = parser.parse_args()
     began = time.monotonic()
     processor = f"{hardware(torch.device('cpu'))}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Ray {ray.__version__}"
-    lines = [f"{datetime.date.today()}, {processor}, {versions}.", ""]
+    command = f"python benchmarks/raylets.py --rounds {args.rounds} --work {args.work:g}"
+    lines = [f"`{command}`, {datetime.date.today()}, {processor}, {versions}.", ""]
     print("\n".join(lines))
     with tempfile.TemporaryDirectory(prefix="raylets-") as folder:
         bench = Bench(Path(folder), args.work)
@@ -417,7 +418,8 @@ def main() -> None:
     lines += ["", f"{args.rounds} runs of each side and stage in {time.monotonic() - began:.0f} s."]
     print("\n".join(lines[-2:]))
     if args.out is not None:
-        args.out.write_text("# Growth from one raylet to two\n\n" + "\n".join(lines) + "\n")
+        method = (__doc__ or "").split("\n\n")[2:5]
+        args.out.write_text("\n\n".join(["# Growth from one raylet to two", "\n".join(lines), *method]) + "\n")
 
 
 if __name__ == "__main__":
